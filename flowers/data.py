@@ -1,0 +1,206 @@
+"""Where the images are, their labels, names and splits.
+
+    python -m flowers.data                      # downloads Oxford Flowers 102 to data/flowers-102 (345 MB, MD5-checked)
+    python -m flowers.data --data_root sample   # says what is there: counts per split, number of classes
+
+Source of the data: M.-E. Nilsback, A. Zisserman, Automated flower classification over a large number of classes, ICVGIP 2008,
+https://www.robots.ox.ac.uk/~vgg/data/flowers/102/. It calls its splits trnid (1,020 images), valid (1,020) and tstid (6,149).
+"""
+import argparse
+import gzip
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+
+from flowers import UserError, command
+
+DEFAULT_ROOT = "data/flowers-102"
+OXFORD_IDS = ("trnid", "valid", "tstid")
+# CLIP's authors use another name for four classes (openai/CLIP, data/prompts.md); some copies of cat_to_name.json say "lotus lotus".
+OPENAI_NAMES = {"globe-flower": "globe flower", "pink-yellow dahlia": "pink and yellow dahlia", "lotus lotus": "lotus", "ball moss": "air plant"}
+
+
+@dataclass(frozen=True)
+class Flowers:
+    """An index of the dataset; every array is read-only.
+
+    root: the folder; files: N paths, sorted by image id; labels: (N,) int64, 0-based; class_names: one a class;
+    splits: `train`, `val`, `test`, each an int64 array of places in `files` (`val` is empty without a holdout).
+    """
+    root: Path
+    files: tuple[Path, ...]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    splits: dict[str, np.ndarray]
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_root", default=DEFAULT_ROOT, help="folder of the dataset, or 'sample' for the drawn one that needs no download (default: %(default)s)")
+    group.add_argument("--splits_path", help="file that lists trnid, valid, tstid: a JSON or a setid.mat (default: setid.mat in the folder)")
+    group.add_argument("--splits", choices=["swapped", "official"], default="swapped",
+                       help="swapped: train on valid + tstid (7,169), test on trnid (1,020); official: train on trnid + valid, test on tstid (default: %(default)s)")
+    group.add_argument("--holdout", action="store_true", help="keep the official valid images out of training, as the val split that choices are made on")
+    group.add_argument("--class_names", choices=["oxford", "openai"], default="oxford", help="the dataset's names, or CLIP's (four differ) (default: %(default)s)")
+
+
+def open_flowers(data_root: str | Path = DEFAULT_ROOT, splits_path: str | Path | None = None, splits: str = "swapped",
+                 holdout: bool = False, class_names: str = "oxford") -> Flowers:
+    """Open the dataset in either layout: `jpg/` + imagelabels.mat + setid.mat, or `images/jpg/` + labels.npz + a split JSON.
+
+    'sample' is drawn, and the default folder downloaded, when missing. An image's label is that of the number in its file name.
+    A split file may list fewer images than there are. Raises UserError for anything missing, damaged or contradictory.
+    """
+    if str(data_root) == "sample":
+        from flowers.sample import write_sample  # OpenCV is needed only to draw
+        data_root = write_sample()
+    elif Path(data_root) == Path(DEFAULT_ROOT) and not is_complete(Path(data_root)):
+        print(f"{data_root} is missing or incomplete: downloading Oxford Flowers 102 (345 MB)")
+        download(data_root)
+    root = Path(data_root)
+    if not root.is_dir():
+        raise UserError(f"no dataset at {root}: give --data_root a folder, or 'sample', or run python -m flowers.data to download")
+    folder = next((f for f in (root / "jpg", root / "images" / "jpg") if f.is_dir()), None)
+    if folder is None:
+        raise UserError(f"{root} has neither jpg/ nor images/jpg/: is it the folder of Oxford Flowers 102?")
+
+    labels = _read_labels(root)
+    ids = _read_ids(Path(splits_path) if splits_path else root / "setid.mat", len(labels))
+    names = _read_names(root, int(labels.max()))
+    if class_names == "openai":
+        names = [OPENAI_NAMES.get(name, name) for name in names]
+
+    every = np.unique(np.concatenate(list(ids.values())))
+    if len(every) < sum(map(len, ids.values())):
+        raise UserError(f"the splits of {root} list an image more than once: training and test images must be disjoint")
+    there = {int(m[1]): entry.name for entry in os.scandir(folder) if (m := re.fullmatch(r"image_(\d+)\.jpe?g", entry.name))}
+    missing = [i for i in every.tolist() if i not in there]
+    if missing:
+        raise UserError(f"missing image {folder / f'image_{missing[0]:05d}.jpg'} ({len(missing)} of {len(every)} listed in the splits are not there)")
+
+    place = {name: np.searchsorted(every, np.sort(i)) for name, i in ids.items()}
+    test, rest = ("trnid", "tstid") if splits == "swapped" else ("tstid", "trnid")
+    train = place[rest] if holdout else np.sort(np.concatenate([place[rest], place["valid"]]))
+    split_arrays = {"train": train, "val": place["valid"] if holdout else place["valid"][:0], "test": place[test]}
+    image_labels = labels[every - 1] - 1
+    for array in (image_labels, *split_arrays.values()):
+        array.setflags(write=False)
+    return Flowers(root, tuple(folder / there[i] for i in every.tolist()), image_labels, tuple(names), split_arrays)
+
+
+def is_complete(root: Path) -> bool:
+    """Whether a download has finished: torchvision fetches setid.mat and imagelabels.mat after the images."""
+    return all((root / name).exists() for name in ("jpg", "imagelabels.mat", "setid.mat")) or (root / "images" / "jpg").is_dir()
+
+
+def download(data_root: str | Path = DEFAULT_ROOT) -> Path:
+    """Fetch the dataset through torchvision, with progress and MD5 checks; run again, it goes on at the first file that is not whole.
+
+    Raises UserError when the site can't be reached or a checksum is wrong.
+    """
+    from torchvision.datasets import Flowers102
+    root = Path(data_root)
+    if root.name != "flowers-102":
+        raise UserError(f"the download goes to a folder named flowers-102, not {root}: give --data_root PARENT/flowers-102")
+    try:
+        Flowers102(str(root.parent), download=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(f"the download of Oxford Flowers 102 failed ({error}): run again to go on, or fetch 102flowers.tgz, imagelabels.mat and "
+                        f"setid.mat from {Flowers102._download_url_prefix} into {root}, or use --data_root sample") from None
+    return root
+
+
+def read_captions(path: str | Path, files: tuple[Path, ...]) -> list[list[str]]:
+    """The sentences of each image: one JSON object a line with `file` and `captions`, gzipped or not.
+
+    Raises UserError if a line is damaged or an image has no sentence.
+    """
+    path, by_name = Path(path), {}
+    if not path.is_file():
+        raise UserError(f"no captions at {path}")
+    try:
+        with (gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")) as lines:
+            for line in lines:
+                row = json.loads(line)
+                by_name[row["file"]] = [str(caption) for caption in row["captions"]]
+    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged after {len(by_name)} lines ({type(error).__name__}: {error})") from None
+    silent = [file.name for file in files if not by_name.get(file.name)]
+    if silent:
+        raise UserError(f"{path} has no caption for {silent[0]} (and {len(silent) - 1} more)")
+    return [by_name[file.name] for file in files]
+
+
+def _read_labels(root: Path) -> np.ndarray:
+    """1-based labels; that of image id i stands at i - 1."""
+    path = next((p for p in (root / "imagelabels.mat", root / "labels.npz") if p.exists()), None)
+    if path is None:
+        raise UserError(f"{root} has neither imagelabels.mat nor labels.npz")
+    try:
+        raw = scipy.io.loadmat(path)["labels"] if path.suffix == ".mat" else np.load(path, allow_pickle=False)["arr_0"]
+        labels = np.asarray(raw).ravel().astype(np.int64, casting="same_kind" if np.asarray(raw).dtype.kind in "iu" else "unsafe")
+        if not len(labels) or not np.array_equal(labels, np.asarray(raw).ravel()):
+            raise ValueError("labels are not whole numbers")
+    except Exception as error:  # scipy and numpy raise many kinds for a damaged file
+        raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from None
+    if labels.min() < 1:
+        raise UserError(f"{path} holds a label below 1: labels are 1-based")
+    return labels
+
+
+def _read_ids(path: Path, count: int) -> dict[str, np.ndarray]:
+    """1-based image ids by Oxford's split name; a JSON that holds a 0 is taken as 0-based."""
+    if not path.exists():
+        raise UserError(f"no splits at {path}: give --splits_path a setid.mat, or a JSON with {', '.join(OXFORD_IDS)}")
+    try:
+        raw = json.loads(path.read_text()) if path.suffix == ".json" else scipy.io.loadmat(path)
+        ids = {name: np.asarray(raw[name]).ravel() for name in OXFORD_IDS}
+        whole = {name: i.astype(np.int64) for name, i in ids.items()}
+        if not all(np.array_equal(ids[name], whole[name]) for name in OXFORD_IDS):
+            raise ValueError("ids are not whole numbers")
+    except Exception as error:
+        raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from None
+    every = np.concatenate(list(whole.values()))
+    if not len(whole["trnid"]) or not len(whole["tstid"]):
+        raise UserError(f"{path} lists no image under trnid or tstid")
+    if path.suffix == ".json" and every.min() == 0:
+        whole, every = {name: i + 1 for name, i in whole.items()}, every + 1
+    if every.min() < 1 or every.max() > count:
+        wrong = every.min() if every.min() < 1 else every.max()
+        raise UserError(f"{path} lists image id {wrong}, which has no label: there are labels for ids 1 to {count}")
+    return whole
+
+
+def _read_names(root: Path, n_classes: int) -> list[str]:
+    path = root / "cat_to_name.json"
+    if not path.exists():
+        path = Path(__file__).with_name("cat_to_name.json")
+    try:
+        names = {int(key): str(name) for key, name in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    unnamed = [i for i in range(1, max(n_classes, len(names)) + 1) if not names.get(i, "").strip()]
+    if unnamed:
+        raise UserError(f"{path} has no name for class {unnamed[0]}")
+    if len(set(names.values())) < len(names):
+        raise UserError(f"{path} gives two classes the same name")
+    return [names[i] for i in range(1, len(names) + 1)]
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    args = parser.parse_args()
+    flowers = open_flowers(**vars(args))
+    counts = ", ".join(f"{name} {len(index):,}" for name, index in flowers.splits.items())
+    print(f"{flowers.root}: {len(flowers.files):,} images of {len(flowers.class_names)} classes; {args.splits} splits: {counts}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The architectures: the nine of CLIP, `tiny`, or any state dict; loading, building, features.
+
+Weights are kept in fp32 whatever the file holds: AdamW on fp16 weights gives NaN after a step.
+"""
+import contextlib
+import math
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from flowers import UserError
+from flowers.pixels import batch
+from flowers.runs import load_file
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # clip imports pkg_resources, which says that it is old
+    import clip
+    from clip.model import CLIP
+
+# embedding, resolution, image layers, image width, patch, text width, text heads, text layers (the released weights' shapes)
+SHAPES = {
+    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 512, 8, 12),
+    "RN101": (512, 224, (3, 4, 23, 3), 64, None, 512, 8, 12),
+    "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, 640, 10, 12),
+    "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, 768, 12, 12),
+    "RN50x64": (1024, 448, (3, 15, 36, 10), 128, None, 1024, 16, 12),
+    "ViT-B/32": (512, 224, 12, 768, 32, 512, 8, 12),
+    "ViT-B/16": (512, 224, 12, 768, 16, 512, 8, 12),
+    "ViT-L/14": (768, 224, 24, 1024, 14, 768, 12, 12),
+    "ViT-L/14@336px": (768, 336, 24, 1024, 14, 768, 12, 12),
+    "tiny": (128, 64, 4, 128, 8, 128, 2, 2),
+}
+CONTEXT, VOCABULARY = 77, 49408
+
+
+def build(name: str) -> CLIP:
+    """A CLIP of one of SHAPES with random weights, in eval mode."""
+    embed, resolution, layers, width, patch, text_width, heads, text_layers = SHAPES[name]
+    return CLIP(embed, resolution, layers, width, patch, CONTEXT, VOCABULARY, text_width, heads, text_layers).eval()
+
+
+def load_model(architecture: str, device: torch.device | str = "cpu") -> CLIP:
+    """`tiny` (random weights), a name of clip.available_models() (downloaded, SHA-256-checked), or the path of a state dict or run folder.
+
+    Returns the model in fp32 and eval mode, so that the BatchNorm of the ResNets keeps its pretrained statistics. Raises UserError if
+    the name is unknown, the download fails, or the file is not a CLIP.
+    """
+    path = Path(architecture)
+    path = path / "model.pt" if path.is_dir() else path
+    if architecture == "tiny":
+        model = build("tiny")
+    elif architecture in clip.available_models():
+        model = _download(architecture)
+    elif not path.exists():
+        raise UserError(f"no model {architecture}: give tiny, a path, or one of {', '.join(clip.available_models())}")
+    elif _is_jit(path):
+        model = clip.load(str(path), device="cpu")[0]
+    else:
+        model = from_state_dict(load_file(path), str(path))
+    return model.float().eval().to(device)
+
+
+def from_state_dict(state: dict[str, torch.Tensor], origin: str = "state dict") -> CLIP:
+    """Read the shape off a state dict and build the model around it, without rounding to fp16 as clip.load does."""
+    state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+    try:
+        side = math.isqrt(state["visual.positional_embedding" if "visual.proj" in state else "visual.attnpool.positional_embedding"].shape[0] - 1)
+        if "visual.proj" in state:
+            patch = state["visual.conv1.weight"].shape[-1]
+            resolution, layers, width = side * patch, _count(state, "visual.transformer.resblocks."), state["visual.conv1.weight"].shape[0]
+        else:
+            patch, resolution, width = None, side * 32, state["visual.layer1.0.conv1.weight"].shape[0]
+            layers = tuple(_count(state, f"visual.layer{i}.") for i in (1, 2, 3, 4))
+        context, text_width = state["positional_embedding"].shape
+        model = CLIP(state["text_projection"].shape[1], resolution, layers, width, patch, context, state["token_embedding.weight"].shape[0],
+                     text_width, text_width // 64, _count(state, "transformer.resblocks."))
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError, AttributeError, IndexError, ValueError, ZeroDivisionError, TypeError) as error:
+        hint = " (it looks like a checkpoint to resume from: give model.pt)" if "optimizer" in state else ""
+        raise UserError(f"{origin} is not the state dict of a CLIP{hint}: {type(error).__name__} {str(error).splitlines()[0]}") from None
+    return model.eval()
+
+
+def towers(model: CLIP) -> dict[str, list[torch.nn.Parameter]]:
+    """The parameters by tower; the logit scale belongs to neither."""
+    named = dict(model.named_parameters())
+    scale = named.pop("logit_scale")
+    return {"image": [p for n, p in named.items() if n.startswith("visual.")], "text": [p for n, p in named.items() if not n.startswith("visual.")],
+            "scale": [scale]}
+
+
+def tokenize(texts: Sequence[str]) -> torch.Tensor:
+    """Token ids (P, L), L that of the longest text: CLIP's causal text tower gives the same features without the padding up to 77."""
+    tokens = clip.tokenize(list(texts), truncate=True)
+    return tokens[:, :int(tokens.argmax(1).max()) + 1]
+
+
+def encode_images(model: CLIP, images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, R, R) -> (B, D) fp32 features of length 1."""
+    return F.normalize(model.encode_image(images).float(), dim=-1)
+
+
+def encode_texts(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
+    """(P, L) -> (P, D) fp32 features of length 1; each distinct row goes through the tower once, gradients included."""
+    distinct, inverse = torch.unique(tokens, dim=0, return_inverse=True)
+    return F.normalize(model.encode_text(distinct).float(), dim=-1).index_select(0, inverse)
+
+
+def autocast(device: torch.device | str):
+    """bf16 on CUDA, nothing on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
+
+
+@torch.inference_mode()
+def image_features(model: CLIP, pixels: torch.Tensor, index: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+    """Features (N, D) on the CPU of the images at `index` (N,), with a progress bar."""
+    device = next(model.parameters()).device
+    with autocast(device):
+        parts = [encode_images(model, batch(pixels, part, device)).cpu()
+                 for part in tqdm(index.split(batch_size), desc="encoding images", unit_scale=batch_size, unit="img", leave=False)]
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def text_features(model: CLIP, texts: Sequence[str], batch_size: int = 512) -> torch.Tensor:
+    """Features (P, D) on the CPU of the sentences."""
+    device = next(model.parameters()).device
+    with autocast(device):
+        return torch.cat([encode_texts(model, part.to(device)).cpu() for part in tokenize(texts).split(batch_size)])
+
+
+def _download(name: str) -> CLIP:
+    url, folder = clip.clip._MODELS[name], Path.home() / ".cache" / "clip"
+    try:
+        return clip.load(name, device="cpu")[0]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{name} could not be downloaded ({error}): fetch {url} and put it at {folder / url.rsplit('/', 1)[1]}, "
+                        "or use --architecture tiny, which needs no download") from None
+
+
+def _is_jit(path: Path) -> bool:
+    """OpenAI's files are TorchScript archives, which hold code; state dicts hold none."""
+    return zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
+
+
+def _count(state: dict, prefix: str) -> int:
+    return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})

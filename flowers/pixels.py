@@ -1,0 +1,136 @@
+"""Images become one uint8 tensor, once; batches of it are normalised and augmented on the device.
+
+CLIP's preprocessing is: resize the short side to R (bicubic, antialiased), crop the centre R x R, scale, normalise. All but the last
+two steps are the same in every epoch and for every run, so they are done once per (images, R) and kept as (N, 3, R, R) uint8.
+The pixels equal those of clip's own transform (PIL) up to rounding in the resize: the same decoder, at most one level apart but for
+about one value in ten million, which is two apart (benchmarks/pixels.py counts them).
+"""
+import hashlib
+import json
+import os
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from tqdm import tqdm
+
+from flowers import UserError
+from flowers.data import Flowers
+from flowers.runs import atomic
+
+FORMAT = 1  # raise it when the stored bytes change, so that older caches are rebuilt
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP, clip/clip.py
+
+
+def load_pixels(flowers: Flowers, resolution: int) -> torch.Tensor:
+    """All images as (N, 3, R, R) uint8, memory-mapped from the cache, which is made first if it is missing, damaged or stale.
+
+    The cache lies in `.cache/` beside the data, or in the user's cache folder where the data is read-only. Raises UserError naming
+    the file if an image can't be decoded.
+    """
+    stats = [file.stat() for file in flowers.files]
+    key = hashlib.sha256(json.dumps([FORMAT, resolution, [(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(flowers.files, stats)]]).encode()).digest()
+    names = hashlib.sha256("".join(f.name for f in flowers.files).encode()).hexdigest()[:8]
+    path = cache_folder(flowers.root) / f"pixels-{resolution}-{names}.npy"
+    shape = (len(flowers.files), 3, resolution, resolution)
+    if path.exists():
+        problem = _problem(path, shape, key)
+        if not problem:
+            return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch has no read-only tensors
+        print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
+    _write(path, flowers.files, shape, key)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def cache_folder(root: Path) -> Path:
+    """`.cache/` in the data folder; where that is read-only (by its mode, so for the superuser too), a folder of its own in ~/.cache."""
+    if root.stat().st_mode & 0o222 and os.access(root, os.W_OK):
+        folder = root / ".cache"
+    else:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "flowers-102" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def decode(file: Path, resolution: int) -> torch.Tensor:
+    """One JPEG as (3, R, R) uint8: short side to R, centre crop, sizes rounded as torchvision's Resize and CenterCrop do."""
+    try:
+        image = decode_jpeg(read_file(str(file)), mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise UserError(f"{file} can't be decoded ({str(error).splitlines()[0]}): replace it by a fresh copy") from None
+    height, width = image.shape[1:]
+    if width <= height:
+        width, height = resolution, int(resolution * height / width)
+    else:
+        width, height = int(resolution * width / height), resolution
+    image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+    top, left = round((height - resolution) / 2), round((width - resolution) / 2)
+    return image[:, top:top + resolution, left:left + resolution]
+
+
+def batch(pixels: torch.Tensor, index: torch.Tensor, device: torch.device | str, augmentation: str = "none",
+          generator: torch.Generator | None = None) -> torch.Tensor:
+    """The images at `index` (B,) as (B, 3, R, R) float32, augmented and normalised on the device.
+
+    augmentation: 'none'; 'flip' mirrors half of them; 'crop' mirrors and takes a random square of 60 to 100% of the side, scaled back.
+    Random numbers come from `generator` (CPU), so that a seed gives the same images on every device.
+    """
+    images = pixels[index.to(pixels.device)].to(device, non_blocking=True)
+    mean, std = (255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    images = torch.addcmul(-mean / std, images.float(), 1 / std)
+    if augmentation == "none":
+        return images
+    n = len(images)
+    mirror = (torch.randint(0, 2, (n,), generator=generator) * 2 - 1).float()
+    if augmentation == "flip":
+        return torch.where((mirror < 0).to(device).view(n, 1, 1, 1), images.flip(-1), images)
+    side = 0.6 + 0.4 * torch.rand(n, generator=generator)
+    shift = (1 - side)[:, None] * (2 * torch.rand(n, 2, generator=generator) - 1)  # centre of the square, in [-1, 1] coordinates
+    affine = torch.zeros(n, 2, 3)
+    affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = side * mirror, side, shift
+    grid = F.affine_grid(affine.to(device), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The whole tensor on the GPU if it takes less than half of what is free there, else where it is."""
+    fits = device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return pixels.to(device) if fits else pixels
+
+
+def _write(path: Path, files: tuple[Path, ...], shape: tuple[int, ...], key: bytes) -> None:
+    """An .npy file and, behind its data, the key and a checksum; written in order, so that a full disk is an error, not a crash."""
+    threads, crc = torch.get_num_threads(), 0
+    torch.set_num_threads(1)  # one image a thread beats many threads an image
+    try:
+        with atomic(path) as out, ThreadPoolExecutor(os.cpu_count()) as pool:
+            np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for i in tqdm(range(0, len(files), 64), desc=f"decoding {len(files):,} images", unit_scale=64, unit="img", leave=False):
+                for image in pool.map(decode, files[i:i + 64], [shape[-1]] * 64):
+                    data = image.contiguous().numpy().tobytes()
+                    crc = zlib.crc32(data, crc)
+                    out.write(data)
+            out.write(key + crc.to_bytes(4, "little"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _problem(path: Path, shape: tuple[int, ...], key: bytes) -> str:
+    """What is wrong with a cache file, or the empty string."""
+    try:
+        data = np.load(path, mmap_mode="r")
+        with path.open("rb") as file:
+            file.seek(-36, os.SEEK_END)
+            trailer = file.read()
+    except (ValueError, OSError, EOFError):
+        return "is damaged"
+    if trailer[:32] != key:
+        return "is of other images or damaged"
+    intact = data.shape == shape and data.dtype == np.uint8 and zlib.crc32(data).to_bytes(4, "little") == trailer[32:]
+    return "" if intact else "is damaged"

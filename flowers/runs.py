@@ -1,0 +1,183 @@
+"""The run folder: what a run was asked to do, how it went and what it found, in files that every other script reads.
+
+    runs/<name>/args.json        the command line, versions, device, split sizes
+    runs/<name>/metrics.jsonl    one line a step or evaluation
+    runs/<name>/checkpoint.pt    to resume from
+    runs/<name>/model.pt         a state dict that clip.load opens
+    runs/<name>/predictions.csv  file, label, five best names with their probabilities
+    runs/<name>/report.csv       precision, recall, F1 of each class
+    runs/<name>/result.json      all results, flat; the same line is appended to runs/results.jsonl
+"""
+import contextlib
+import importlib.metadata
+import json
+import netrc
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flowers import UserError
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch; on a CPU also refuse operations whose result depends on the threads."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """Random numbers that depend on `numbers` (seed, epoch, ...) alone, so that a resumed run draws what an uninterrupted one draws."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path, mode: str = "wb"):
+    """Open a temporary file beside `path`, and rename it to `path` when the block ends well: readers see the old file or the new one."""
+    path = Path(path)
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+        pid = left.suffixes[-2][1:]
+        if not (pid.isdigit() and _alive(int(pid))):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: dict) -> None:
+    with atomic(path, "w") as file:
+        json.dump(value, file, indent=1)
+
+
+def append_line(path: Path, row: dict) -> None:
+    """Append one JSON line in one write, so that two processes never mix theirs; a line cut off by a kill is closed first."""
+    with path.open("a+b") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole rows of a .jsonl file; a line that was cut off is left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def new_run(runs: str | Path, name: str | None, config: dict, splits: dict[str, np.ndarray]) -> Path:
+    """Make runs/<name>/ with args.json; without a name, one from the architecture and the time. Raises UserError if it is taken."""
+    name = name or f"{Path(config['architecture']).stem.replace('/', '-')}-{config['job']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = Path(runs) / name
+    if (folder / "args.json").exists():
+        raise UserError(f"{folder} is a run already: choose another --name, or go on with train.py --resume {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "args.json", {**config, "name": name, "split_sizes": {k: len(v) for k, v in splits.items()}, **environment()})
+    return folder
+
+
+def environment() -> dict:
+    """What a result may depend on besides the arguments: commit, versions, device."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        commit = ""
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "torchvision", "clip-anytorch", "numpy", "scikit-learn")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return {"commit": commit, "python": platform.python_version(), "versions": versions, "device": device}
+
+
+def save_checkpoint(path: Path, **state) -> None:
+    with atomic(path) as file:
+        torch.save(state, file)
+
+
+def load_file(path: Path) -> dict:
+    """Read a checkpoint or state dict, plain tensors only. Raises UserError if it is missing, damaged, or not a dict."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UserError(f"{path} can't be read as tensors: {str(error).splitlines()[0] or type(error).__name__}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
+    return state
+
+
+def finish(folder: Path, result: dict) -> None:
+    """Write result.json and append its line to results.jsonl beside the run folders, once."""
+    write_json(folder / "result.json", result)
+    register(folder)
+
+
+def register(folder: Path) -> None:
+    """Make sure that a finished run has its line in results.jsonl."""
+    result, table = json.loads((folder / "result.json").read_text()), folder.parent / "results.jsonl"
+    if not any(row.get("name") == result["name"] for row in read_lines(table)):
+        append_line(table, result)
+
+
+class NoTracker:
+    """Stands in for a W&B run when there is none."""
+    def log(self, *_, **__): pass
+    def finish(self, *_, **__): pass
+
+
+def start_wandb(mode: str, folder: Path, config: dict, group: str | None, job_type: str):
+    """A W&B run, or one that does nothing: 'auto' is online if a key is set, else offline. Never asks, never costs the run.
+
+    The files are kept in the run folder. A failure to reach the server becomes an offline run with a warning.
+    """
+    if mode == "disabled":
+        return NoTracker()
+    try:
+        import wandb
+    except ImportError:
+        print("warning: wandb is not installed; results are in the run folder only", file=sys.stderr)
+        return NoTracker()
+    if mode == "auto":
+        mode = "online" if _logged_in() else "offline"
+    settings = wandb.Settings(init_timeout=15, silent=True, console="off", x_disable_stats=True)
+    for attempt in dict.fromkeys((mode, "offline")):
+        try:
+            return wandb.init(project="flowers-102", dir=folder, name=folder.name, config=config, group=group, job_type=job_type,
+                              mode=attempt, settings=settings)
+        except Exception as error:  # network, key, permission: whatever it is, the run matters more
+            print(f"warning: W&B {attempt} failed ({str(error).splitlines()[0]})", file=sys.stderr)
+    return NoTracker()
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+        return netrc.netrc().authenticators(host) is not None
+    return False
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
