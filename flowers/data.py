@@ -11,7 +11,9 @@ import gzip
 import json
 import os
 import re
+import socket
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +43,17 @@ class Flowers:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data_root", default=DEFAULT_ROOT, help="folder of the dataset, or 'sample' for the drawn one that needs no download (default: %(default)s)")
-    group.add_argument("--splits_path", help="file that lists trnid, valid, tstid: a JSON or a setid.mat (default: setid.mat in the folder)")
+    group.add_argument("--data_root", default=DEFAULT_ROOT,
+                       help="folder of the dataset, or 'sample' for the drawn one that needs no download (default: %(default)s)")
+    group.add_argument("--splits_path",
+                       help="file that lists trnid, valid, tstid: a JSON or a setid.mat (default: setid.mat in the folder)")
     group.add_argument("--splits", choices=["swapped", "official"], default="swapped",
-                       help="swapped: train on valid + tstid (7,169), test on trnid (1,020); official: train on trnid + valid, test on tstid (default: %(default)s)")
-    group.add_argument("--holdout", action="store_true", help="keep the official valid images out of training, as the val split that choices are made on")
-    group.add_argument("--class_names", choices=["oxford", "openai"], default="oxford", help="the dataset's names, or CLIP's (four differ) (default: %(default)s)")
+                       help="swapped: train on valid + tstid (7,169), test on trnid (1,020); official: train on trnid + valid, test on tstid "
+                            "(default: %(default)s)")
+    group.add_argument("--holdout", action="store_true",
+                       help="keep the official valid images out of training, as the val split that choices are made on")
+    group.add_argument("--class_names", choices=["oxford", "openai"], default="oxford",
+                       help="the dataset's names, or CLIP's (four differ) (default: %(default)s)")
 
 
 def open_flowers(data_root: str | Path = DEFAULT_ROOT, splits_path: str | Path | None = None, splits: str = "swapped",
@@ -107,11 +114,15 @@ def download(data_root: str | Path = DEFAULT_ROOT) -> Path:
     root = Path(data_root)
     if root.name != "flowers-102":
         raise UserError(f"the download goes to a folder named flowers-102, not {root}: give --data_root PARENT/flowers-102")
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # seconds; torchvision itself would wait for a silent server for ever
     try:
         Flowers102(str(root.parent), download=True)
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, HTTPException) as error:
         raise UserError(f"the download of Oxford Flowers 102 failed ({error}): run again to go on, or fetch 102flowers.tgz, imagelabels.mat and "
                         f"setid.mat from {Flowers102._download_url_prefix} into {root}, or use --data_root sample") from None
+    finally:
+        socket.setdefaulttimeout(patience)
     return root
 
 

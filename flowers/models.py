@@ -3,6 +3,7 @@
 Weights are kept in fp32 whatever the file holds: AdamW on fp16 weights gives NaN after a step.
 """
 import contextlib
+import hashlib
 import math
 import warnings
 import zipfile
@@ -58,7 +59,11 @@ def load_model(architecture: str, device: torch.device | str = "cpu") -> CLIP:
         model = _download(architecture)
     elif not path.exists():
         raise UserError(f"no model {architecture}: give tiny, a path, or one of {', '.join(clip.available_models())}")
-    elif _is_jit(path):
+    elif zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):  # TorchScript, which holds code
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not any(digest in url for url in clip.clip._MODELS.values()):
+            raise UserError(f"{path} is a TorchScript archive, but none of OpenAI's: give a state dict")
         model = clip.load(str(path), device="cpu")[0]
     else:
         model = from_state_dict(load_file(path), str(path))
@@ -102,13 +107,16 @@ def tokenize(texts: Sequence[str]) -> torch.Tensor:
 
 def encode_images(model: CLIP, images: torch.Tensor) -> torch.Tensor:
     """(B, 3, R, R) -> (B, D) fp32 features of length 1."""
-    return F.normalize(model.encode_image(images).float(), dim=-1)
+    with autocast(images.device):
+        features = model.encode_image(images)
+    return F.normalize(features.float(), dim=-1)
 
 
 def encode_texts(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """(P, L) -> (P, D) fp32 features of length 1; each distinct row goes through the tower once, gradients included."""
-    distinct, inverse = torch.unique(tokens, dim=0, return_inverse=True)
-    return F.normalize(model.encode_text(distinct).float(), dim=-1).index_select(0, inverse)
+    """(P, L) -> (P, D) fp32 features of length 1."""
+    with autocast(tokens.device):
+        features = model.encode_text(tokens)
+    return F.normalize(features.float(), dim=-1)
 
 
 def autocast(device: torch.device | str):
@@ -120,18 +128,15 @@ def autocast(device: torch.device | str):
 def image_features(model: CLIP, pixels: torch.Tensor, index: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
     """Features (N, D) on the CPU of the images at `index` (N,), with a progress bar."""
     device = next(model.parameters()).device
-    with autocast(device):
-        parts = [encode_images(model, batch(pixels, part, device)).cpu()
-                 for part in tqdm(index.split(batch_size), desc="encoding images", unit_scale=batch_size, unit="img", leave=False)]
-    return torch.cat(parts)
+    return torch.cat([encode_images(model, batch(pixels, part, device)).cpu()
+                      for part in tqdm(index.split(batch_size), desc="encoding images", unit_scale=batch_size, unit="img", leave=False)])
 
 
 @torch.inference_mode()
 def text_features(model: CLIP, texts: Sequence[str], batch_size: int = 512) -> torch.Tensor:
     """Features (P, D) on the CPU of the sentences."""
     device = next(model.parameters()).device
-    with autocast(device):
-        return torch.cat([encode_texts(model, part.to(device)).cpu() for part in tokenize(texts).split(batch_size)])
+    return torch.cat([encode_texts(model, part.to(device)).cpu() for part in tokenize(texts).split(batch_size)])
 
 
 def _download(name: str) -> CLIP:
@@ -141,11 +146,6 @@ def _download(name: str) -> CLIP:
     except (OSError, RuntimeError) as error:
         raise UserError(f"{name} could not be downloaded ({error}): fetch {url} and put it at {folder / url.rsplit('/', 1)[1]}, "
                         "or use --architecture tiny, which needs no download") from None
-
-
-def _is_jit(path: Path) -> bool:
-    """OpenAI's files are TorchScript archives, which hold code; state dicts hold none."""
-    return zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
 
 
 def _count(state: dict, prefix: str) -> int:

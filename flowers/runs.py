@@ -15,9 +15,11 @@ import netrc
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a tenth of a step, for memory that is never read
 
 
 def generator(*numbers: int) -> torch.Generator:
@@ -81,6 +84,18 @@ def read_lines(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict)]
 
 
+def write_lines(path: Path, rows: list[dict]) -> None:
+    with atomic(path, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def peak_memory_mb() -> int:
+    """The most that was held so far: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
 def new_run(runs: str | Path, name: str | None, config: dict, splits: dict[str, np.ndarray]) -> Path:
     """Make runs/<name>/ with args.json; without a name, one from the architecture and the time. Raises UserError if it is taken."""
     name = name or f"{Path(config['architecture']).stem.replace('/', '-')}-{config['job']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -103,9 +118,13 @@ def environment() -> dict:
     return {"commit": commit, "python": platform.python_version(), "versions": versions, "device": device}
 
 
-def save_checkpoint(path: Path, **state) -> None:
+def save_tensors(path: Path, state: dict) -> None:
+    """torch.save, whole or not at all. Raises OSError on a full disk."""
     with atomic(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's writer has its own word for a full disk
+            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
 
 
 def load_file(path: Path) -> dict:
@@ -140,10 +159,10 @@ class NoTracker:
     def finish(self, *_, **__): pass
 
 
-def start_wandb(mode: str, folder: Path, config: dict, group: str | None, job_type: str):
+def start_wandb(mode: str, folder: Path, config: dict):
     """A W&B run, or one that does nothing: 'auto' is online if a key is set, else offline. Never asks, never costs the run.
 
-    The files are kept in the run folder. A failure to reach the server becomes an offline run with a warning.
+    Its files are kept in the run folder; its group is WANDB_RUN_GROUP, if set. A failure to reach the server becomes an offline run with a warning.
     """
     if mode == "disabled":
         return NoTracker()
@@ -157,11 +176,20 @@ def start_wandb(mode: str, folder: Path, config: dict, group: str | None, job_ty
     settings = wandb.Settings(init_timeout=15, silent=True, console="off", x_disable_stats=True)
     for attempt in dict.fromkeys((mode, "offline")):
         try:
-            return wandb.init(project="flowers-102", dir=folder, name=folder.name, config=config, group=group, job_type=job_type,
+            return wandb.init(project="flowers-102", dir=folder, name=folder.name, config=config, job_type=config["job"],
                               mode=attempt, settings=settings)
         except Exception as error:  # network, key, permission: whatever it is, the run matters more
             print(f"warning: W&B {attempt} failed ({str(error).splitlines()[0]})", file=sys.stderr)
     return NoTracker()
+
+
+def log_mistakes(tracker, rows: Sequence[tuple[Path, str, str, float]], most: int = 64) -> None:
+    """A W&B table of the most confident mistakes, with pictures; rows: file, true name, given name, probability."""
+    if isinstance(tracker, NoTracker):
+        return
+    import wandb
+    tracker.log({"mistakes": wandb.Table(["picture", "file", "label", "prediction", "probability"],
+                                         [[wandb.Image(str(file)), file.name, *rest] for file, *rest in rows[:most]])})
 
 
 def _logged_in() -> bool:

@@ -1,0 +1,29 @@
+# make demo: the whole story on a drawn dataset, on any machine.   make test: the tests.   Both make .venv when it is missing.
+PYTHON ?= python3
+BIN = .venv/bin
+
+demo: .venv/ready
+	rm -rf runs/demo
+	$(BIN)/python baseline_eval.py --data_root sample --architecture tiny --runs runs/demo --name before --wandb disabled
+	$(BIN)/python train.py --data_root sample --architecture tiny --epochs 24 --runs runs/demo --name train --wandb disabled
+	$(BIN)/python baseline_eval.py --data_root sample --architecture runs/demo/train --runs runs/demo --name after --compare runs/demo/before --wandb disabled
+	@echo "training curve:   runs/demo/train/curve.png"
+	@echo "confusion matrix: runs/demo/after/confusion.png (before: runs/demo/before/confusion.png)"
+	@echo "mistakes:         runs/demo/after/mistakes.png"
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest -q
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+
+.venv/ready: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test lint

@@ -1,0 +1,77 @@
+"""Zero-shot evaluation of any CLIP: a pretrained one, a fine-tuned one, or `tiny` with random weights.
+
+    python baseline_eval.py                                          # ViT-B/32 on Oxford Flowers 102, swapped splits
+    python baseline_eval.py --architecture runs/NAME/model.pt        # what train.py made
+    python baseline_eval.py --data_root sample --architecture tiny   # any machine, offline, seconds
+
+Prints a table, and leaves runs/NAME/ with predictions.csv, report.csv, result.json, a confusion matrix and the mistakes.
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from flowers import UserError, command, evaluate, figures, runs
+from flowers.data import add_data_arguments, open_flowers, read_captions
+from flowers.models import load_model
+from flowers.pixels import load_pixels, to_device
+
+
+@command
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    parser.add_argument("--split", choices=["test", "val", "train"], default="test",
+                        help="images to evaluate; val needs --holdout (default: %(default)s)")
+    parser.add_argument("--captions", help="captions.jsonl[.gz]: also retrieval with one sentence an image")
+    parser.add_argument("--architecture", default="ViT-B/32",
+                        help="a name of clip.available_models(), tiny, or the path of a state dict or run (default: %(default)s)")
+    parser.add_argument("--prompt_template", action="append",
+                        help=f"text with {{}} for the class name; repeat it for an ensemble (default: '{evaluate.TEMPLATE}')")
+    parser.add_argument("--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)")
+    parser.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--name", help="name of this run (default: architecture and time)")
+    parser.add_argument("--compare", action="append", default=[], metavar="RUN",
+                        help="show an earlier run's results beside these; repeatable")
+    parser.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
+                        help="auto: online if logged in, else offline (default: %(default)s)")
+    args = parser.parse_args()
+    args.prompt_template = args.prompt_template or [evaluate.TEMPLATE]
+    earlier = {}
+    for run in args.compare:
+        path = Path(run) / "result.json"
+        if not path.is_file():
+            raise UserError(f"--compare {run}: there is no {path}")
+        earlier[Path(run).name] = {k.split("/", 1)[1]: v for k, v in json.loads(path.read_text()).items() if k.startswith(args.split + "/")}
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runs.seed_everything(args.seed)
+    flowers = open_flowers(args.data_root, args.splits_path, args.splits, args.holdout, args.class_names)
+    index = flowers.splits[args.split]
+    if not len(index):
+        raise UserError(f"the {args.split} split is empty: val needs --holdout")
+    captions = read_captions(args.captions, flowers.files) if args.captions else None
+    model = load_model(args.architecture, device)
+    config = {"job": "eval", **vars(args)}
+    folder = runs.new_run(args.runs, args.name, config, flowers.splits)
+    tracker = runs.start_wandb(args.wandb, folder, config)
+
+    pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
+    start = time.perf_counter()
+    metrics, probabilities = evaluate.evaluate(model, flowers, pixels, index, args.prompt_template, captions)
+    seconds = time.perf_counter() - start
+
+    evaluate.save(folder, probabilities, flowers, index)
+    result = {**{f"{args.split}/{k}": v for k, v in metrics.items()}, "eval_seconds": round(seconds, 3), "eval_images_per_s": round(len(index) / seconds, 1)}
+    runs.finish(folder, {"name": folder.name, **result, **config})
+    tracker.log(result)
+    runs.log_mistakes(tracker, figures.mistakes(probabilities, flowers, index))
+    tracker.finish()
+    print(evaluate.table({**earlier, folder.name: metrics}))
+    print(f"{len(index):,} images in {seconds:.1f} s; results and pictures in {folder}/")
+
+
+if __name__ == "__main__":
+    main()

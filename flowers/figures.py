@@ -1,0 +1,84 @@
+"""The pictures of a run, drawn into its folder: training curve, confusion matrix, contact sheet of mistakes."""
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from flowers.data import Flowers
+from flowers.runs import atomic
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: no window, also where there is no screen)
+
+
+def save(figure, path: Path) -> Path:
+    """Write a PNG at 150 dpi, whole or not at all, and close the figure."""
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    plt.close(figure)
+    return path
+
+
+def training_curve(rows: list[dict], path: Path) -> Path:
+    """Loss a step with its running mean, and the evaluations, if any, on a second panel; rows are those of metrics.jsonl."""
+    steps = [r for r in rows if "train/loss" in r]
+    evaluations = [r for r in rows if "val/top1" in r]
+    figure, axes = plt.subplots(1, 2 if evaluations else 1, figsize=(9 if evaluations else 5, 3.2), squeeze=False, layout="constrained")
+    x, loss = np.array([r["step"] for r in steps]), np.array([r["train/loss"] for r in steps])
+    width = max(1, len(x) // 50)
+    axes[0, 0].plot(x, loss, color="#9ecae1", linewidth=0.8, label="each step")
+    if width > 1:
+        mean = np.convolve(loss, np.ones(width) / width, "valid")
+        axes[0, 0].plot(x[width - 1:], mean, color="#08519c", label=f"mean of {width} steps")
+        axes[0, 0].legend(frameon=False)
+    axes[0, 0].set(xlabel="step", ylabel="InfoNCE loss (nats)", title="Training loss")
+    if evaluations:
+        axes[0, 1].plot([r["epoch"] for r in evaluations], [r["val/top1"] for r in evaluations], marker="o", markersize=3, color="#08519c")
+        axes[0, 1].set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="Held-out validation images")
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return save(figure, path)
+
+
+def confusion_matrix(probabilities: torch.Tensor, labels: np.ndarray, class_names: tuple[str, ...], path: Path) -> Path:
+    """Share of each class's images (row) that are given each name (column)."""
+    predicted, n = probabilities.argmax(1).numpy(), len(class_names)
+    counts = np.bincount(labels * n + predicted, minlength=n * n).reshape(n, n)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = max(5, 0.16 * n if n > 40 else 0.26 * n)
+    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    picture = axis.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
+    axis.set_xticks(range(n), class_names, rotation=90, fontsize=6 if n > 40 else 8)
+    axis.set_yticks(range(n), class_names, fontsize=6 if n > 40 else 8)
+    axis.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix, top-1 {100 * (predicted == labels).mean():.1f}% of {len(labels):,} images")
+    figure.colorbar(picture, ax=axis, label="share of the true class (%)", fraction=0.04)
+    return save(figure, path)
+
+
+def mistakes(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray) -> list[tuple[Path, str, str, float]]:
+    """The wrong predictions, most confident first: file, true name, given name, its probability."""
+    best, predicted = (x.numpy() for x in probabilities.max(1))
+    wrong = np.flatnonzero(predicted != flowers.labels[index])
+    names = flowers.class_names
+    return [(flowers.files[index[i]], names[flowers.labels[index[i]]], names[predicted[i]], float(best[i]))
+            for i in wrong[np.argsort(-best[wrong], kind="stable")]]
+
+
+def mistakes_sheet(rows: list[tuple[Path, str, str, float]], path: Path, columns: int = 6, most: int = 24) -> Path:
+    """The first rows of `mistakes`: picture, true name above, given name and its probability below."""
+    shown = rows[:most]
+    lines = max(1, -(-len(shown) // columns))
+    figure, axes = plt.subplots(lines, columns, figsize=(1.7 * columns, 2.3 * lines + 0.5), squeeze=False, layout="constrained")
+    figure.suptitle(f"The {len(shown)} most confident of {len(rows):,} mistakes: true name above, prediction below" if rows else "No mistakes")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (file, label, given, probability) in zip(axes.flat, shown):
+        with Image.open(file) as image:
+            axis.imshow(np.asarray(ImageOps.fit(image.convert("RGB"), (200, 200))))
+        axis.set_title(textwrap.fill(label, 22), fontsize=7, pad=3)
+        axis.text(0.5, -0.03, f"{textwrap.fill(given, 22)} ({100 * probability:.0f}%)", fontsize=7, color="#b2182b", ha="center", va="top",
+                  transform=axis.transAxes)
+    return save(figure, path)

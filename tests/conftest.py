@@ -1,0 +1,76 @@
+"""What the tests share: a small drawn dataset, the real images where they are, and the real scripts run in this process."""
+import importlib
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import scipy.io
+
+os.environ["WANDB_MODE"] = "disabled"
+ROOT = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("FLOWERS_TEST_DATA") or ROOT.parent / "shared" / "oxford-flowers-102")
+NAMES = ["rose", "lotus", "ball moss", "tree mallow", "mallow", "globe-flower"]
+
+
+@pytest.fixture(scope="session")
+def real():
+    """The folder of real images; tests that need it are skipped, saying so, where it is missing."""
+    if not (REAL / "setid.mat").exists():
+        pytest.skip(f"no real images at {REAL}; set FLOWERS_TEST_DATA")
+    return REAL
+
+
+def write_dataset(root: Path, per_class: int = 8, names=NAMES) -> Path:
+    """Oxford's layout with coloured discs; ids run over the classes, a quarter trnid, a quarter valid, half tstid."""
+    (root / "jpg").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    n = per_class * len(names)
+    labels = np.arange(n) % len(names) + 1
+    for i, label in enumerate(labels, 1):
+        image = rng.integers(0, 60, (70 + i % 7, 90 - i % 5, 3), dtype=np.uint8)
+        colour = tuple(int(c) for c in 255 * np.array([label & 1, label >> 1 & 1, label >> 2 & 1]))
+        cv2.circle(image, (45 + i % 9 - 4, 35), 18, colour, -1)
+        cv2.imwrite(str(root / "jpg" / f"image_{i:05d}.jpg"), image)
+    quarter = (np.arange(n) // len(names)) % 4
+    ids = np.arange(1, n + 1)
+    scipy.io.savemat(root / "imagelabels.mat", {"labels": labels[None].astype(np.uint8)})
+    scipy.io.savemat(root / "setid.mat", {"trnid": ids[quarter == 0][None], "valid": ids[quarter == 1][None], "tstid": ids[quarter > 1][None]})
+    (root / "cat_to_name.json").write_text(str({str(i): n for i, n in enumerate(names, 1)}).replace("'", '"'))
+    return root
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """48 images of six classes; tests do not change it."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "small")
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """Run a script of the repository as its user would, here: cli("train.py", "--epochs", 1) -> (exit code, stdout, stderr)."""
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            if script.endswith(".py"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                importlib.import_module(script).main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+    return run
+
+
+def error_line(outcome) -> str:
+    """The one line that a user's mistake ends with."""
+    code, _, err = outcome
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]

@@ -1,0 +1,71 @@
+"""Files that are whole or not there, and W&B that never costs a run."""
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from flowers import runs
+
+
+def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a.json"
+    runs.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(path, {"new": object()})
+    assert json.loads(path.read_text()) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_atomic_removes_what_a_killed_process_left(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".a.json.{dead.pid}.tmp").write_text("half")
+    (tmp_path / f".a.json.{os.getppid()}.tmp").write_text("another's, alive")
+    runs.write_json(tmp_path / "a.json", {})
+    assert sorted(os.listdir(tmp_path)) == [f".a.json.{os.getppid()}.tmp", "a.json"]
+
+
+def test_append_after_a_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": ')
+    runs.append_line(path, {"c": 3})
+    assert runs.read_lines(path) == [{"a": 1}, {"c": 3}]
+
+
+def test_generator_depends_on_all_numbers():
+    draws = {tuple(runs.generator(*n).initial_seed() for _ in range(2)) for n in ((0, 1), (1, 0), (0, 2), (0,))}
+    assert len(draws) == 4 and all(a == b for a, b in draws)
+
+
+def train(small, tmp_path, *options, **environment):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)} | environment
+    start = time.time()
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--data_root", small, "--architecture", "tiny", "--epochs", "1", "--batch_size", "12",
+                           "--runs", tmp_path, "--name", "w", *options], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=200)
+    return done, time.time() - start
+
+
+def test_wandb_without_a_key_is_offline_and_asks_nothing(small, tmp_path):
+    done, _ = train(small, tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = list((tmp_path / "w" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(kept) == 1 and kept[0].stat().st_size > 1000
+    assert (tmp_path / "w" / "result.json").exists()
+
+
+def test_wandb_with_a_dead_server_does_not_cost_the_run(small, tmp_path):
+    done, seconds = train(small, tmp_path, WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert done.returncode == 0 and (tmp_path / "w" / "result.json").exists(), done.stderr
+    assert "warning: W&B" in done.stderr and "Traceback" not in done.stderr
+    assert list((tmp_path / "w" / "wandb").glob("offline-run-*")), "kept offline"
+    assert seconds < 120
+
+
+def test_without_wandb_installed(small, tmp_path):
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "wandb.py").write_text("raise ImportError('hidden')")
+    done, _ = train(small, tmp_path, PYTHONPATH=str(tmp_path / "hide"))
+    assert done.returncode == 0 and "wandb is not installed" in done.stderr and (tmp_path / "w" / "result.json").exists()
