@@ -54,11 +54,10 @@ def main():
         raise UserError(f"the {args.split} split is empty: val needs --holdout")
     captions = read_captions(args.captions, flowers.files) if args.captions else None
     model = load_model(args.architecture, device)
-    config = {"job": "eval", **vars(args)}
+    pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
+    config = {"job": "eval", **{k: v for k, v in vars(args).items() if k not in ("name", "compare")}}
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
     tracker = runs.start_wandb(args.wandb, folder, config)
-
-    pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
     start = time.perf_counter()
     metrics, probabilities = evaluate.evaluate(model, flowers, pixels, index, args.prompt_template, captions)
     seconds = time.perf_counter() - start

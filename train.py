@@ -48,12 +48,12 @@ def main():
     group.add_argument("--learn_temperature", action="store_true", help="train tau too (default: fixed)")
     group.add_argument("--tau_lr", type=float, help="learning rate of log(1/tau) (default: --lr)")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="passes over the training images (default: 5; tiny from random weights: 20)")
+    group.add_argument("--epochs", type=int, help="passes over the training images (default: 5; tiny from random weights: 18)")
     group.add_argument("--batch_size", type=int, default=64, help="images a step, all negatives of one another (default: %(default)s)")
     group.add_argument("--chunk_size", type=int, default=0,
                        help="images in memory at a time, for a batch larger than the memory: same gradient, a third slower "
                             "(default: 0, the whole batch)")
-    group.add_argument("--lr", type=float, help="peak learning rate (default: 1e-5; tiny from random weights: 1e-3)")
+    group.add_argument("--lr", type=float, help="peak learning rate (default: 1e-5; tiny from random weights: 5e-4)")
     group.add_argument("--wd", type=float, default=0.1,
                        help="weight decay, not on biases, norms and the temperature (default: %(default)s)")
     group.add_argument("--augment", choices=["none", "flip", "crop"], default="crop",
@@ -82,9 +82,9 @@ def main():
     from_random = args.architecture == "tiny"
     args.prompt_template = args.prompt_template or [evaluate.TEMPLATE]
     args.positives = args.positives or ("pair" if args.captions else "class")
-    args.lr = args.lr if args.lr is not None else (1e-3 if from_random else 1e-5)
+    args.lr = args.lr if args.lr is not None else (5e-4 if from_random else 1e-5)
     args.tau_lr = args.tau_lr if args.tau_lr is not None else args.lr
-    args.epochs = args.epochs if args.epochs is not None else (20 if from_random else 5)
+    args.epochs = args.epochs if args.epochs is not None else (18 if from_random else 5)
     if args.eval_every and not args.holdout:
         raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
     if args.epochs < 0 or args.batch_size < 2 or args.lr <= 0 or (args.temperature is not None and args.temperature <= 0):
@@ -100,10 +100,10 @@ def main():
     if args.temperature is not None:
         torch.nn.init.constant_(model.logit_scale, -math.log(args.temperature))
     model.logit_scale.requires_grad_(args.learn_temperature)
-    config = {"job": "train", **vars(args)}
+    pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
+    config = {"job": "train", **{k: v for k, v in vars(args).items() if k not in ("name", "resume")}}
     if not args.resume:
         folder = runs.new_run(args.runs, args.name, config, flowers.splits)
-    pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
     train = torch.from_numpy(flowers.splits["train"].copy())
     labels = torch.from_numpy(flowers.labels.copy())
     held = "val" if args.holdout else "test"

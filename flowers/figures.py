@@ -58,6 +58,22 @@ def confusion_matrix(probabilities: torch.Tensor, labels: np.ndarray, class_name
     return save(figure, path)
 
 
+def contact_sheet(flowers: Flowers, path: Path, per_class: int = 3, columns: int = 4) -> Path:
+    """The first images of every class side by side, under its name."""
+    lines = -(-len(flowers.class_names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, 1.05 * lines), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for c, (axis, name) in enumerate(zip(axes.flat, flowers.class_names)):
+        row = []
+        for i in np.flatnonzero(flowers.labels == c)[:per_class]:
+            with Image.open(flowers.files[i]) as image:
+                row.append(np.asarray(ImageOps.fit(image.convert("RGB"), (160, 160))))
+        axis.imshow(np.concatenate(row, axis=1))
+        axis.set_title(name, fontsize=8, pad=2)
+    return save(figure, path)
+
+
 def mistakes(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray) -> list[tuple[Path, str, str, float]]:
     """The wrong predictions, most confident first: file, true name, given name, its probability."""
     best, predicted = (x.numpy() for x in probabilities.max(1))

@@ -93,7 +93,13 @@ def write_sample(root: str | Path = "data/sample") -> Path:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data/sample", help="folder to make (default: %(default)s)")
-    print(write_sample(parser.parse_args().root))
+    parser.add_argument("--sheet", help="also write a contact sheet to this PNG")
+    args = parser.parse_args()
+    print(write_sample(args.root))
+    if args.sheet:
+        from flowers.data import open_flowers
+        from flowers.figures import contact_sheet
+        print(contact_sheet(open_flowers(args.root), Path(args.sheet)))
 
 
 if __name__ == "__main__":

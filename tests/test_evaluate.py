@@ -107,4 +107,6 @@ def test_predictions_of_the_run_folder_give_its_numbers(small, tmp_path, cli):
         assert (tmp_path / "a" / name).stat().st_size > 100
     assert "another --name" in error_line(cli("baseline_eval.py", *common, "--name", "a"))
     assert "val needs --holdout" in error_line(cli("baseline_eval.py", *common, "--split", "val"))
+    assert cli("baseline_eval.py", *common)[0] == 0  # without a name, it gets one
+    assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[2])["name"].startswith("tiny-eval-")
     assert "no {}" in error_line(cli("baseline_eval.py", *common, "--name", "c", "--prompt_template", "a flower"))

@@ -47,7 +47,7 @@ def test_the_run_folder(trained, small, cli, tmp_path):
     result = json.loads((trained / "result.json").read_text())
     assert result["test/top1"] > 60, "six coloured discs"
     assert result["test/top1_low"] < result["test/top1"] < result["test/top1_high"] <= 100
-    assert read_lines(trained.parent / "results.jsonl") == [result]
+    assert read_lines(trained.parent / "results.jsonl") == [result] and result["name"] == "alone"
     args = json.loads((trained / "args.json").read_text())
     assert args["split_sizes"] == {"train": 54, "val": 0, "test": 18} and args["versions"]["torch"] == torch.__version__
     steps = read_lines(trained / "metrics.jsonl")
