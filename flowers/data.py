@@ -154,7 +154,7 @@ def _read_labels(root: Path) -> np.ndarray:
         raise UserError(f"{root} has neither imagelabels.mat nor labels.npz")
     try:
         raw = scipy.io.loadmat(path)["labels"] if path.suffix == ".mat" else np.load(path, allow_pickle=False)["arr_0"]
-        labels = np.asarray(raw).ravel().astype(np.int64, casting="same_kind" if np.asarray(raw).dtype.kind in "iu" else "unsafe")
+        labels = np.asarray(raw).ravel().astype(np.int64)
         if not len(labels) or not np.array_equal(labels, np.asarray(raw).ravel()):
             raise ValueError("labels are not whole numbers")
     except Exception as error:  # scipy and numpy raise many kinds for a damaged file

@@ -87,7 +87,7 @@ def mistakes_sheet(rows: list[tuple[Path, str, str, float]], path: Path, columns
     """The first rows of `mistakes`: picture, true name above, given name and its probability below."""
     shown = rows[:most]
     lines = max(1, -(-len(shown) // columns))
-    figure, axes = plt.subplots(lines, columns, figsize=(1.7 * columns, 2.3 * lines + 0.5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(1.7 * columns, 2.05 * lines + 0.5), squeeze=False, layout="constrained")
     figure.suptitle(f"The {len(shown)} most confident of {len(rows):,} mistakes: true name above, prediction below" if rows else "No mistakes")
     for axis in axes.flat:
         axis.set_axis_off()

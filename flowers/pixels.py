@@ -78,24 +78,21 @@ def batch(pixels: torch.Tensor, index: torch.Tensor, device: torch.device | str,
           generator: torch.Generator | None = None) -> torch.Tensor:
     """The images at `index` (B,) as (B, 3, R, R) float32, augmented and normalised on the device.
 
-    augmentation: 'none'; 'flip' mirrors half of them; 'crop' mirrors and takes a random square of 60 to 100% of the side, scaled back.
+    augmentation: 'none'; 'flip' mirrors half of them; 'crop' also shifts them by up to an eighth of the side, reflected at the border.
     Random numbers come from `generator` (CPU), so that a seed gives the same images on every device.
     """
     images = pixels[index.to(pixels.device)].to(device, non_blocking=True)
+    n, _, side, _ = images.shape
+    if augmentation == "crop":
+        reach = side // 8
+        offsets = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator).to(device) + torch.arange(side, device=device)
+        padded = F.pad(images.float(), (reach,) * 4, mode="reflect").to(images.dtype)  # reflection is not written for uint8
+        images = padded[torch.arange(n, device=device)[:, None, None], :, offsets[0][:, :, None], offsets[1][:, None, :]].movedim(-1, 1)
+    if augmentation != "none":
+        mirrored = torch.randint(0, 2, (n, 1, 1, 1), generator=generator, dtype=torch.bool).to(device)
+        images = torch.where(mirrored, images.flip(-1), images)
     mean, std = (255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    images = torch.addcmul(-mean / std, images.float(), 1 / std)
-    if augmentation == "none":
-        return images
-    n = len(images)
-    mirror = (torch.randint(0, 2, (n,), generator=generator) * 2 - 1).float()
-    if augmentation == "flip":
-        return torch.where((mirror < 0).to(device).view(n, 1, 1, 1), images.flip(-1), images)
-    side = 0.6 + 0.4 * torch.rand(n, generator=generator)
-    shift = (1 - side)[:, None] * (2 * torch.rand(n, 2, generator=generator) - 1)  # centre of the square, in [-1, 1] coordinates
-    affine = torch.zeros(n, 2, 3)
-    affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = side * mirror, side, shift
-    grid = F.affine_grid(affine.to(device), images.shape, align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return torch.addcmul(-mean / std, images.float(), 1 / std)
 
 
 def to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:

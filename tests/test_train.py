@@ -37,9 +37,9 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(small, tmp_path_factory):
-    """A run of six epochs, left alone, by the command line."""
+    """A run of twelve epochs, left alone, by the command line."""
     runs = tmp_path_factory.mktemp("runs")
-    subprocess.run([sys.executable, ROOT / "train.py", "--data_root", small, *map(str, TINY), "--epochs", "6", "--runs", runs, "--name", "alone"], check=True)
+    subprocess.run([sys.executable, ROOT / "train.py", "--data_root", small, *map(str, TINY), "--epochs", "12", "--runs", runs, "--name", "alone"], check=True)
     return runs / "alone"
 
 
@@ -51,7 +51,7 @@ def test_the_run_folder(trained, small, cli, tmp_path):
     args = json.loads((trained / "args.json").read_text())
     assert args["split_sizes"] == {"train": 54, "val": 0, "test": 18} and args["versions"]["torch"] == torch.__version__
     steps = read_lines(trained / "metrics.jsonl")
-    assert [r["step"] for r in steps] == list(range(1, 25)) and steps[-1]["train/loss"] < steps[0]["train/loss"]
+    assert [r["step"] for r in steps] == list(range(1, 49)) and steps[-1]["train/loss"] < steps[0]["train/loss"]
     assert {p.name for p in trained.iterdir()} == {"args.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "predictions.csv", "report.csv",
                                                    "result.json", "curve.png", "confusion.png", "mistakes.png"}
     code, _, _ = cli("baseline_eval.py", "--data_root", small, "--architecture", trained / "model.pt", "--runs", tmp_path, "--name", "again",
@@ -66,14 +66,14 @@ def test_the_run_folder(trained, small, cli, tmp_path):
 
 def test_a_seed_gives_the_same_weights_twice(trained, small, cli, tmp_path):
     for name, seed in (("same", 0), ("other", 1)):
-        assert cli("train.py", "--data_root", small, *TINY, "--epochs", 6, "--runs", tmp_path, "--name", name, "--seed", seed)[0] == 0
+        assert cli("train.py", "--data_root", small, *TINY, "--epochs", 12, "--runs", tmp_path, "--name", name, "--seed", seed)[0] == 0
     assert equal(weights(tmp_path / "same"), weights(trained)) and not equal(weights(tmp_path / "other"), weights(trained))
 
 
 def test_ten_kills_and_resume_give_the_uninterrupted_weights(trained, small, tmp_path):
     """SIGKILL at random moments of start-up, training, saving and evaluation; each time the files that are there are whole."""
     run, rng = tmp_path / "killed", random.Random(0)
-    command = [sys.executable, ROOT / "train.py", "--data_root", small, *map(str, TINY), "--epochs", "6", "--runs", tmp_path, "--name", "killed"]
+    command = [sys.executable, ROOT / "train.py", "--data_root", small, *map(str, TINY), "--epochs", "12", "--runs", tmp_path, "--name", "killed"]
     process, kills, reached, idle = subprocess.Popen(command, stderr=subprocess.DEVNULL), 0, set(), 0
     while kills < 10:
         start = time.time()
@@ -109,7 +109,7 @@ def test_resume_with_another_seed_on_the_command_line_keeps_the_run_s_own(traine
     (copy / "result.json").unlink()
     (copy / "model.pt").unlink()
     code, out, _ = cli("train.py", "--resume", copy, "--seed", 9, "--wandb", "disabled")
-    assert code == 0 and "after epoch 6 of 6" in out and equal(weights(copy), weights(trained))
+    assert code == 0 and "after epoch 12 of 12" in out and equal(weights(copy), weights(trained))
     assert json.loads((copy / "result.json").read_text())["seed"] == 0
 
 
