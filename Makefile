@@ -5,7 +5,7 @@ BIN = .venv/bin
 demo: .venv/ready
 	rm -rf runs/demo
 	$(BIN)/python baseline_eval.py --data_root sample --architecture tiny --runs runs/demo --name before --wandb disabled
-	$(BIN)/python train.py --data_root sample --architecture tiny --epochs 24 --runs runs/demo --name train --wandb disabled
+	$(BIN)/python train.py --data_root sample --architecture tiny --epochs 26 --lr 1e-3 --runs runs/demo --name train --wandb disabled
 	$(BIN)/python baseline_eval.py --data_root sample --architecture runs/demo/train --runs runs/demo --name after --compare runs/demo/before --wandb disabled
 	@echo "training curve:   runs/demo/train/curve.png"
 	@echo "confusion matrix: runs/demo/after/confusion.png (before: runs/demo/before/confusion.png)"

@@ -48,7 +48,7 @@ def main():
     group.add_argument("--learn_temperature", action="store_true", help="train tau too (default: fixed)")
     group.add_argument("--tau_lr", type=float, help="learning rate of log(1/tau) (default: --lr)")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="passes over the training images (default: 5; tiny from random weights: 18)")
+    group.add_argument("--epochs", type=int, help="passes over the training images (default: 5; tiny from random weights: 19)")
     group.add_argument("--batch_size", type=int, default=64, help="images a step, all negatives of one another (default: %(default)s)")
     group.add_argument("--chunk_size", type=int, default=0,
                        help="images in memory at a time, for a batch larger than the memory: same gradient, a third slower "
@@ -84,7 +84,7 @@ def main():
     args.positives = args.positives or ("pair" if args.captions else "class")
     args.lr = args.lr if args.lr is not None else (5e-4 if from_random else 1e-5)
     args.tau_lr = args.tau_lr if args.tau_lr is not None else args.lr
-    args.epochs = args.epochs if args.epochs is not None else (18 if from_random else 5)
+    args.epochs = args.epochs if args.epochs is not None else (19 if from_random else 5)
     if args.eval_every and not args.holdout:
         raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
     if args.epochs < 0 or args.batch_size < 2 or args.lr <= 0 or (args.temperature is not None and args.temperature <= 0):
@@ -183,12 +183,13 @@ def main():
 
             value = loss.item()
             if not math.isfinite(value):
+                bar.close()
                 raise UserError(f"the loss is {value} at step {step}: lower --lr; the last whole epoch is in {checkpoint_file}")
             rows.append({"epoch": epoch + 1, "step": step + 1, "train/loss": value, "train/lr": args.lr * share,
                          "train/tau": math.exp(-model.logit_scale.item()), "train/images_per_s": batch_size / (time.perf_counter() - step_start)})
             tracker.log(rows[-1])
+            bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
             bar.update()
-            bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}")
         epoch += 1
         seconds += time.perf_counter() - epoch_start
         if args.eval_every and (epoch % args.eval_every == 0 or epoch == args.epochs):

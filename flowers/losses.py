@@ -15,7 +15,8 @@ def info_nce(image_features: torch.Tensor, text_features: torch.Tensor, logit_sc
 
     so each of the N pairs is told from N^2 - N others (van den Oord et al. 2018; both directions as in CLIP, Radford et al. 2021).
     `matches` (N, N) bool says which pairs belong together when that is not just the diagonal: the log-likelihood is then averaged
-    over the matches of a row, and of a column (UniCL, Yang et al. 2022; L_out of SupCon, Khosla et al. 2020).
+    over the matches of a row, and of a column (UniCL, Yang et al. 2022; L_out of SupCon, Khosla et al. 2020). Where the texts of a class
+    are all the same this equals the plain form: only with several prompts, or captions, does it make a difference.
 
     image_features, text_features: (N, D), of length 1.
     """
@@ -28,7 +29,7 @@ def info_nce(image_features: torch.Tensor, text_features: torch.Tensor, logit_sc
 
 
 def same_class(labels: torch.Tensor) -> torch.Tensor:
-    """Which pairs of a batch share their class: (N,) -> (N, N) bool. At batch 64 every second flower has a classmate, a false negative."""
+    """Which pairs of a batch share their class: (N,) -> (N, N) bool. At batch 64 every second flower has a classmate there."""
     return labels[:, None] == labels[None, :]
 
 

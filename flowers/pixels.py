@@ -106,13 +106,15 @@ def _write(path: Path, files: tuple[Path, ...], shape: tuple[int, ...], key: byt
     threads, crc = torch.get_num_threads(), 0
     torch.set_num_threads(1)  # one image a thread beats many threads an image
     try:
-        with atomic(path) as out, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with (atomic(path) as out, ThreadPoolExecutor(os.cpu_count()) as pool,
+              tqdm(total=len(files), desc="decoding", unit="img", leave=False) as bar):
             np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for i in tqdm(range(0, len(files), 64), desc=f"decoding {len(files):,} images", unit_scale=64, unit="img", leave=False):
+            for i in range(0, len(files), 64):
                 for image in pool.map(decode, files[i:i + 64], [shape[-1]] * 64):
                     data = image.contiguous().numpy().tobytes()
                     crc = zlib.crc32(data, crc)
                     out.write(data)
+                    bar.update()
             out.write(key + crc.to_bytes(4, "little"))
     finally:
         torch.set_num_threads(threads)

@@ -38,6 +38,14 @@ def test_class_positives_average_over_all_matches():
     assert torch.allclose(info_nce(image, text, 20, same_class(torch.arange(12))), info_nce(image, text, 20))
 
 
+def test_with_one_prompt_a_class_both_kinds_of_positives_agree():
+    """What pairs of one class take from each other as negatives cancels exactly when their texts are the same."""
+    image, prompts = features()
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 5, 5, 6, 7])
+    text = prompts[labels]
+    assert torch.allclose(info_nce(image, text, 20), info_nce(image, text, 20, same_class(labels)), rtol=1e-5)
+
+
 def step(model, images, tokens, labels, chunk=0, plain=False):
     """Loss and gradients: plain (a caption of 77 tokens for each image), or each distinct prompt once, cut, whole or in chunks."""
     model.zero_grad()

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
 
 @pytest.fixture
 def copy(small, tmp_path):
-    return shutil.copytree(small, tmp_path / "copy")
+    return shutil.copytree(small, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache"))
 
 
 def agreement(files, resolution):
