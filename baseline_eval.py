@@ -27,7 +27,7 @@ def main():
                         help="images to evaluate; val needs --holdout (default: %(default)s)")
     parser.add_argument("--captions", help="captions.jsonl[.gz]: also retrieval with one sentence an image")
     parser.add_argument("--architecture", default="ViT-B/32",
-                        help="a name of clip.available_models(), tiny, or the path of a state dict or run (default: %(default)s)")
+                        help="a name of clip.available_models(), tiny, tiny-rn, or the path of a state dict or run (default: %(default)s)")
     parser.add_argument("--prompt_template", action="append",
                         help=f"text with {{}} for the class name; repeat it for an ensemble (default: '{evaluate.TEMPLATE}')")
     parser.add_argument("--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)")

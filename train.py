@@ -19,7 +19,7 @@ from tqdm import tqdm
 from flowers import UserError, command, evaluate, figures, runs
 from flowers.data import add_data_arguments, open_flowers, read_captions
 from flowers.losses import backward_in_chunks, info_nce, same_class
-from flowers.models import encode_images, encode_texts, load_model, tokenize, towers
+from flowers.models import RANDOM, encode_images, encode_texts, load_model, tokenize, towers
 from flowers.pixels import batch, load_pixels, to_device
 
 WARMUP = 0.1  # share of the steps
@@ -33,7 +33,7 @@ def main():
     add_data_arguments(parser)
     group = parser.add_argument_group("model and text")
     group.add_argument("--architecture", default="ViT-B/32",
-                       help="where to start: a name of clip.available_models(), tiny, or the path of a state dict or run "
+                       help="where to start: a name of clip.available_models(), tiny, tiny-rn (a small ResNet), or the path of a state dict or run "
                             "(default: %(default)s)")
     group.add_argument("--prompt_template", action="append",
                        help=f"text with {{}} for the class name; with several, training draws one for each image (default: "
@@ -79,7 +79,7 @@ def main():
             runs.register(folder)
             print(f"{folder} is finished: nothing to do")
             return
-    from_random = args.architecture == "tiny"
+    from_random = args.architecture in RANDOM
     args.prompt_template = args.prompt_template or [evaluate.TEMPLATE]
     args.positives = args.positives or ("pair" if args.captions else "class")
     args.lr = args.lr if args.lr is not None else (5e-4 if from_random else 1e-5)

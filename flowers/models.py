@@ -35,7 +35,9 @@ SHAPES = {
     "ViT-L/14": (768, 224, 24, 1024, 14, 768, 12, 12),
     "ViT-L/14@336px": (768, 336, 24, 1024, 14, 768, 12, 12),
     "tiny": (128, 64, 4, 128, 8, 128, 2, 2),
+    "tiny-rn": (128, 64, (1, 1, 1, 1), 16, None, 128, 2, 2),
 }
+RANDOM = ("tiny", "tiny-rn")  # these start from random weights; all others from OpenAI's
 CONTEXT, VOCABULARY = 77, 49408
 
 
@@ -46,19 +48,19 @@ def build(name: str) -> CLIP:
 
 
 def load_model(architecture: str, device: torch.device | str = "cpu") -> CLIP:
-    """`tiny` (random weights), a name of clip.available_models() (downloaded, SHA-256-checked), or the path of a state dict or run folder.
+    """`tiny` or `tiny-rn` (random weights), a name of clip.available_models() (downloaded, SHA-256-checked), or the path of a state dict or run folder.
 
     Returns the model in fp32 and eval mode, so that the BatchNorm of the ResNets keeps its pretrained statistics. Raises UserError if
     the name is unknown, the download fails, or the file is not a CLIP.
     """
     path = Path(architecture)
     path = path / "model.pt" if path.is_dir() else path
-    if architecture == "tiny":
-        model = build("tiny")
+    if architecture in RANDOM:
+        model = build(architecture)
     elif architecture in clip.available_models():
         model = _download(architecture)
     elif not path.exists():
-        raise UserError(f"no model {architecture}: give tiny, a path, or one of {', '.join(clip.available_models())}")
+        raise UserError(f"no model {architecture}: give a path, or one of {', '.join([*RANDOM, *clip.available_models()])}")
     elif zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):  # TorchScript, which holds code
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,10 +6,8 @@ The pixels equal those of clip's own transform (PIL) up to rounding in the resiz
 about one value in ten million, which is two apart (benchmarks/pixels.py counts them).
 """
 import hashlib
-import json
 import os
-import sys
-import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,11 +17,10 @@ import torch.nn.functional as F
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from tqdm import tqdm
 
-from flowers import UserError
+from flowers import UserError, cache
 from flowers.data import Flowers
-from flowers.runs import atomic
 
-FORMAT = 1  # raise it when the stored bytes change, so that older caches are rebuilt
+FORMAT = 2  # raise it when the stored bytes change, so that older caches are rebuilt
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP, clip/clip.py
 
 
@@ -33,29 +30,15 @@ def load_pixels(flowers: Flowers, resolution: int) -> torch.Tensor:
     The cache lies in `.cache/` beside the data, or in the user's cache folder where the data is read-only. Raises UserError naming
     the file if an image can't be decoded.
     """
-    stats = [file.stat() for file in flowers.files]
-    key = hashlib.sha256(json.dumps([FORMAT, resolution, [(f.name, s.st_size, s.st_mtime_ns) for f, s in zip(flowers.files, stats)]]).encode()).digest()
     names = hashlib.sha256("".join(f.name for f in flowers.files).encode()).hexdigest()[:8]
-    path = cache_folder(flowers.root) / f"pixels-{resolution}-{names}.npy"
+    path = cache.folder(flowers.root) / f"pixels-{resolution}-{names}.npy"
     shape = (len(flowers.files), 3, resolution, resolution)
-    if path.exists():
-        problem = _problem(path, shape, key)
-        if not problem:
-            return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: torch has no read-only tensors
-        print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
-    _write(path, flowers.files, shape, key)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    return torch.from_numpy(cache.cached(path, key(flowers, resolution), shape, "|u1", lambda: _decode_all(flowers.files, resolution)))
 
 
-def cache_folder(root: Path) -> Path:
-    """`.cache/` in the data folder; where that is read-only (by its mode, so for the superuser too), a folder of its own in ~/.cache."""
-    if root.stat().st_mode & 0o222 and os.access(root, os.W_OK):
-        folder = root / ".cache"
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = home / "flowers-102" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def key(flowers: Flowers, resolution: int) -> bytes:
+    """What the pixels depend on."""
+    return cache.key_of(FORMAT, resolution, *flowers.files)
 
 
 def decode(file: Path, resolution: int) -> torch.Tensor:
@@ -101,35 +84,14 @@ def to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pixels.to(device) if fits else pixels
 
 
-def _write(path: Path, files: tuple[Path, ...], shape: tuple[int, ...], key: bytes) -> None:
-    """An .npy file and, behind its data, the key and a checksum; written in order, so that a full disk is an error, not a crash."""
-    threads, crc = torch.get_num_threads(), 0
+def _decode_all(files: tuple[Path, ...], resolution: int) -> Iterator[np.ndarray]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one image a thread beats many threads an image
     try:
-        with (atomic(path) as out, ThreadPoolExecutor(os.cpu_count()) as pool,
-              tqdm(total=len(files), desc="decoding", unit="img", leave=False) as bar):
-            np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(files), desc="decoding", unit="img", leave=False) as bar:
             for i in range(0, len(files), 64):
-                for image in pool.map(decode, files[i:i + 64], [shape[-1]] * 64):
-                    data = image.contiguous().numpy().tobytes()
-                    crc = zlib.crc32(data, crc)
-                    out.write(data)
+                for image in pool.map(decode, files[i:i + 64], [resolution] * 64):
+                    yield image.numpy()
                     bar.update()
-            out.write(key + crc.to_bytes(4, "little"))
     finally:
         torch.set_num_threads(threads)
-
-
-def _problem(path: Path, shape: tuple[int, ...], key: bytes) -> str:
-    """What is wrong with a cache file, or the empty string."""
-    try:
-        data = np.load(path, mmap_mode="r")
-        with path.open("rb") as file:
-            file.seek(-36, os.SEEK_END)
-            trailer = file.read()
-    except (ValueError, OSError, EOFError):
-        return "is damaged"
-    if trailer[:32] != key:
-        return "is of other images or damaged"
-    intact = data.shape == shape and data.dtype == np.uint8 and zlib.crc32(data).to_bytes(4, "little") == trailer[32:]
-    return "" if intact else "is damaged"

@@ -113,7 +113,8 @@ def environment() -> dict:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except OSError:
         commit = ""
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "torchvision", "clip-anytorch", "numpy", "scikit-learn")}
+    versions = {p: importlib.metadata.version(p) for p in ("torchvision", "clip-anytorch", "numpy", "scikit-learn")}
+    versions["torch"] = torch.__version__  # its build too (+cpu, +cu130), which the package's own version may leave out
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     return {"commit": commit, "python": platform.python_version(), "versions": versions, "device": device}
 

@@ -26,7 +26,7 @@ def test_parameter_counts_of_all_nine():
     assert counts == COUNTS and set(COUNTS) == set(clip.available_models())
 
 
-@pytest.mark.parametrize("name", ["tiny", "RN50", "ViT-B/32"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-rn", "RN50", "ViT-B/32"])
 def test_a_state_dict_is_enough_to_build_the_model(name, vit):
     model = vit if name == "ViT-B/32" else models.build(name)
     again = models.from_state_dict(model.state_dict())

@@ -1,0 +1,70 @@
+"""Arrays that are computed once and kept beside the data: pixels, features, thumbnails. Whole or not at all, memory-mapped when read."""
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from flowers.runs import atomic
+
+
+def folder(root: Path) -> Path:
+    """`.cache/` in the data folder; where that is read-only (by its mode, so for the superuser too), a folder of its own in ~/.cache."""
+    if root.stat().st_mode & 0o222 and os.access(root, os.W_OK):
+        path = root / ".cache"
+    else:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        path = home / "flowers-102" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def key_of(*parts) -> bytes:
+    """32 bytes that change when any of `parts` does; a Path stands for its file's name, size and time."""
+    def plain(part):
+        if isinstance(part, Path):
+            stat = part.stat()
+            return [part.name, stat.st_size, stat.st_mtime_ns]
+        return part.hex()
+    return hashlib.sha256(json.dumps(parts, default=plain).encode()).digest()
+
+
+def cached(path: Path, key: bytes, shape: tuple[int, ...], dtype: str, rows: Callable[[], Iterable[np.ndarray]]) -> np.ndarray:
+    """The array (shape, dtype) kept at `path`, memory-mapped; if it is missing, damaged or not of `key`, `rows()` makes it anew.
+
+    rows: yields the array's rows in order, in pieces of any length. A damaged or stale file is told of with a warning. Raises OSError
+    on a full disk, and leaves nothing half-written.
+    """
+    if path.exists():
+        problem = _problem(path, key, shape, dtype)
+        if problem:
+            print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
+    if not path.exists() or problem:
+        crc = 0
+        with atomic(path) as out:
+            np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
+            for row in rows():
+                data = np.ascontiguousarray(row, dtype).tobytes()
+                crc = zlib.crc32(data, crc)
+                out.write(data)
+            out.write(key + crc.to_bytes(4, "little"))
+    return np.load(path, mmap_mode="c")  # copy on write: torch has no read-only tensors
+
+
+def _problem(path: Path, key: bytes, shape: tuple[int, ...], dtype: str) -> str:
+    """What is wrong with a cache file, or the empty string. Behind the array stand the key and a checksum."""
+    try:
+        data = np.load(path, mmap_mode="r")
+        with path.open("rb") as file:
+            file.seek(-36, os.SEEK_END)
+            trailer = file.read()
+    except (ValueError, OSError, EOFError):
+        return "is damaged"
+    if trailer[:32] != key:
+        return "is of something else or damaged"
+    intact = data.shape == shape and data.dtype == np.dtype(dtype) and zlib.crc32(data).to_bytes(4, "little") == trailer[32:]
+    return "" if intact else "is damaged"
