@@ -110,8 +110,9 @@ def main():
     n = {oxford: int(count.sum()) for oxford, count in counts.items()}
 
     print(f"{flowers.root}: {len(flowers.files):,} images of {n_classes} classes; trnid {n['trnid']:,}, valid {n['valid']:,}, tstid {n['tstid']:,}")
-    print(f"  swapped splits:  train {n['tstid'] + n['valid']:,} (valid + tstid), test {n['trnid']:,} (trnid); with --holdout train {n['tstid']:,}, val {n['valid']:,}")
-    print(f"  official splits: train {n['trnid'] + n['valid']:,} (trnid + valid), test {n['tstid']:,} (tstid); with --holdout train {n['trnid']:,}, val {n['valid']:,}")
+    for name, (test, train), note in (("swapped", ("trnid", "tstid"), " "), ("official", ("tstid", "trnid"), "")):
+        print(f"  {name} splits:{note} train {n[train] + n['valid']:,} (valid + {train}), test {n[test]:,} ({test}); "
+              f"with --holdout train {n[train]:,}, val {n['valid']:,}")
     total = sum(counts.values())
     fewest, most = total.argmin(), total.argmax()
     print(f"images per class: {total[fewest]} ({flowers.class_names[fewest]}) to {total[most]} ({flowers.class_names[most]}), ratio "
