@@ -260,7 +260,7 @@ def main():
     state, classifier = strategies.export(model)
     start = time.perf_counter()
     index = flowers.splits[held]
-    images = frozen.image_activations(model, flowers, pixels, torch.from_numpy(index.copy()))
+    images = image_features(model, pixels, torch.from_numpy(index.copy()))
     head = evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template)
     if args.strategy == "linear":
         train_start = time.perf_counter()

@@ -7,6 +7,7 @@
     lora         low-rank updates of q, k, v, out and MLP weights in both towers (of a ResNet's image tower: its attention pool)
     prompt       learned context vectors before the class name, everything else frozen
 """
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from torch.nn.utils import parametrize
 
 from flowers import UserError
 from flowers.evaluate import zero_shot_head
-from flowers.models import CONTEXT_MARK, PLACEHOLDER, last_blocks, tokenize, towers
-from flowers.runs import load_file
+from flowers.models import CONTEXT_MARK, PLACEHOLDER, last_blocks, load_model, tokenize, towers
+from flowers.runs import load_file, seed_everything
 
 STRATEGIES = ("full", "image", "text", "last_blocks", "linear", "lora", "prompt")
 # Peak learning rates for pretrained models: common values of the literature, for prompt CoOp's (Zhou et al. 2022), not tuned here
@@ -144,6 +145,25 @@ def load_head(architecture: str, model: CLIP, class_names: Sequence[str], templa
             raise UserError(f"{path} is a classifier of other classes: give --prompt_template to evaluate by prompts instead")
         return (learned["weight"], learned["bias"]), templates
     return zero_shot_head(model, class_names, templates), templates
+
+
+def start_of(run: str) -> dict[str, torch.Tensor]:
+    """The weights that a run of train.py started from. Raises UserError if `run` is none, or left the weights as they were."""
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    try:
+        args = json.loads((folder / "args.json").read_text())
+        origin, strategy, seed = args["architecture"], args["strategy"], args["seed"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{folder} is no run of train.py: its args.json says where the weights started") from None
+    if strategy in ("linear", "prompt"):
+        raise UserError(f"{folder} was trained with --strategy {strategy}, which leaves the weights as they were: there is nothing to interpolate")
+    seed_everything(seed)  # as train.py does before it makes random weights
+    return load_model(origin).state_dict()
+
+
+def interpolate(model: CLIP, start: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], alpha: float) -> None:
+    """Give the model the weights (1 - alpha) * start + alpha * tuned (WiSE-FT, Wortsman et al. 2022)."""
+    model.load_state_dict({n: torch.lerp(start[n].to(t), t, alpha) if t.is_floating_point() else t for n, t in tuned.items()})
 
 
 def _lora_weights(model: CLIP) -> list[tuple[nn.Module, str, int]]:
