@@ -82,8 +82,9 @@ def draw_classes(flowers: Flowers, places: np.ndarray, shown: dict[int, int], la
         with Image.open(flowers.files[image]) as picture:
             thumbnail = ImageOps.fit(picture.convert("RGB"), (round(side * 150),) * 2)
         centre = axis.transData.inverted().transform(where[k] + [0, text_sizes[k, 1] / 2])
-        axis.plot(*np.stack([places[k], centre], 1), color="grey", linewidth=0.5, zorder=1)
-        axis.plot(*places[k], ".", color="black", markersize=3, zorder=1)
+        if abs(where[k] - at[k]).max() > side * inch / 2:  # else the picture lies on its place
+            axis.plot(*np.stack([places[k], centre], 1), color="grey", linewidth=0.6, zorder=1)
+            axis.plot(*places[k], ".", color="black", markersize=4, zorder=1)
         axis.add_artist(AnnotationBbox(OffsetImage(np.asarray(thumbnail), zoom=72 / 150), centre, pad=0.06, zorder=2,
                                        bboxprops={"linewidth": 0.4, "edgecolor": "#888888"}))
         if labels:
