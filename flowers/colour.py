@@ -15,7 +15,7 @@ HUE, SATURATION, VALUE = (slice(i * LEVELS, (i + 1) * LEVELS) for i in range(3))
 HSV_HIST = slice(3 * LEVELS, 3 * LEVELS + 16 * 4 * 4)
 WIDTH = HSV_HIST.stop + 1  # the last is the sum of squared chroma
 MASKS = ("none", "centre", "grabcut")
-GRABCUT_SIDE = 64  # short side, pixels, at which GrabCut works: flowers are large, and it is sixty times as fast as at 500
+GRABCUT_SIDE = 64  # short side, pixels, at which GrabCut works: flowers are large, and at 500 there are sixty times the pixels
 
 
 def to_hsv(rgb: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ def density(row: np.ndarray, channel: slice, grid: np.ndarray) -> np.ndarray:
     The bandwidth is Scott's for the pixels themselves (Scott 1992; effective number where they are weighted), so the curve is that of
     scipy's gaussian_kde on raw pixels; but never below two levels. Hue wraps around; saturation and value are reflected at 0 and 1.
     """
-    weights = row[channel].astype(float)
+    weights = row[channel] + 1e-9  # a grey class has no hue: an even curve
     n = weights.sum() ** 2 / max(row[-1], 1e-12) if channel == HUE else weights.sum()
     if channel == HUE:
         values = np.arange(LEVELS) / LEVELS

@@ -98,6 +98,7 @@ def test_saturation_density_equals_gaussian_kde_on_the_values():
 def test_a_grey_picture_has_no_hue_and_finite_curves():
     row = colour.measure(np.full((20, 20, 3), 128, np.uint8), "none")
     assert row[colour.HUE].sum() == 0
+    assert np.allclose(colour.density(row.astype(float), colour.HUE, np.linspace(0, 1, 50)), 1, atol=1e-3)
     pure = colour.measure(np.full((20, 20, 3), [255, 0, 0], np.uint8), "none").astype(float)
     for channel in (colour.HUE, colour.SATURATION, colour.VALUE):
         assert np.isfinite(colour.density(pure, channel, np.linspace(0, 1, 50))).all()
