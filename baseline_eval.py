@@ -2,6 +2,7 @@
 
     python baseline_eval.py                                          # ViT-B/32 on Oxford Flowers 102, swapped splits
     python baseline_eval.py --architecture runs/NAME/model.pt        # what train.py made
+    python baseline_eval.py --architecture runs/NAME --wise_ft 0 --wise_ft 0.5 --wise_ft 1     # between its start and what it became
     python baseline_eval.py --data_root sample --architecture tiny   # any machine, offline, seconds
 
 Prints a table, and leaves runs/NAME/ with predictions.csv, report.csv, result.json, a confusion matrix and the mistakes.
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from flowers import UserError, command, evaluate, figures, runs
+from flowers import UserError, command, evaluate, figures, runs, strategies
 from flowers.data import add_data_arguments, open_flowers, read_captions
-from flowers.models import load_model
+from flowers.models import image_features, load_model, text_features
 from flowers.pixels import load_pixels, to_device
 
 
@@ -30,6 +31,8 @@ def main():
                         help="a name of clip.available_models(), tiny, tiny-rn, or the path of a state dict or run (default: %(default)s)")
     parser.add_argument("--prompt_template", action="append",
                         help=f"text with {{}} for the class name; repeat it for an ensemble (default: '{evaluate.TEMPLATE}')")
+    parser.add_argument("--wise_ft", type=float, action="append", default=[], metavar="ALPHA",
+                        help="also evaluate (1 - ALPHA) * the weights a run started from + ALPHA * its own (WiSE-FT); repeat it for a curve")
     parser.add_argument("--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)")
     parser.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--name", help="name of this run (default: architecture and time)")
@@ -38,7 +41,6 @@ def main():
     parser.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
                         help="auto: online if logged in, else offline (default: %(default)s)")
     args = parser.parse_args()
-    args.prompt_template = args.prompt_template or [evaluate.TEMPLATE]
     earlier = {}
     for run in args.compare:
         path = Path(run) / "result.json"
@@ -54,12 +56,18 @@ def main():
         raise UserError(f"the {args.split} split is empty: val needs --holdout")
     captions = read_captions(args.captions, flowers.files) if args.captions else None
     model = load_model(args.architecture, device)
+    head, args.prompt_template = strategies.load_head(args.architecture, model, flowers.class_names, args.prompt_template, evaluate.TEMPLATE)
+    if args.wise_ft:
+        start_state, tuned_state = strategies.start_of(args.architecture), {n: t.clone() for n, t in model.state_dict().items()}
     pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
     config = {"job": "eval", **{k: v for k, v in vars(args).items() if k not in ("name", "compare")}}
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
     tracker = runs.start_wandb(args.wandb, folder, config)
     start = time.perf_counter()
-    metrics, probabilities = evaluate.evaluate(model, flowers, pixels, index, args.prompt_template, captions)
+    places = torch.from_numpy(index.copy())
+    images = image_features(model, pixels, places)
+    sentences = text_features(model, [captions[i][0] for i in index]) if captions else None
+    metrics, probabilities = evaluate.evaluate(images, head, flowers.labels[index], sentences)
     seconds = time.perf_counter() - start
 
     evaluate.save(folder, probabilities, flowers, index)
@@ -67,6 +75,18 @@ def main():
     runs.finish(folder, {"name": folder.name, **result, **config})
     tracker.log(result)
     runs.log_mistakes(tracker, figures.mistakes(probabilities, flowers, index))
+
+    rows = []
+    for alpha in args.wise_ft:
+        strategies.interpolate(model, start_state, tuned_state, alpha)
+        along, _ = evaluate.evaluate(image_features(model, pixels, places), evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template),
+                                     flowers.labels[index])
+        rows.append({"alpha": alpha, **{f"{args.split}/{k}": v for k, v in along.items()}})
+        tracker.log(rows[-1])
+        earlier[f"alpha {alpha:g}"] = along
+    if rows:
+        runs.write_lines(folder / "metrics.jsonl", rows)
+        figures.wise_ft_curve(rows, args.split, folder / "wise_ft.png")
     tracker.finish()
     print(evaluate.table({**earlier, folder.name: metrics}))
     print(f"{len(index):,} images in {seconds:.1f} s; results and pictures in {folder}/")

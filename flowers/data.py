@@ -100,6 +100,22 @@ def open_flowers(data_root: str | Path = DEFAULT_ROOT, splits_path: str | Path |
     return Flowers(root, tuple(folder / there[i] for i in every.tolist()), image_labels, tuple(names), split_arrays)
 
 
+def base_classes(n_classes: int) -> int:
+    """How many of the classes are base classes: the first half (CoOp's base-to-new protocol); the others are new."""
+    return -(-n_classes // 2)
+
+
+def select(index: np.ndarray, labels: np.ndarray, n_classes: int, classes: str = "all", shots: int | None = None, seed: int = 0) -> np.ndarray:
+    """The images at `index` that are of the base, the new or all classes; with `shots`, so many of each class at most, drawn by `seed`."""
+    n_base = base_classes(n_classes)
+    index = index[{"all": labels[index] >= 0, "base": labels[index] < n_base, "new": labels[index] >= n_base}[classes]]
+    if shots is None:
+        return index
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(index[labels[index] == c])[:shots] for c in range(n_classes)]
+    return np.sort(np.concatenate(drawn))
+
+
 def is_complete(root: Path) -> bool:
     """Whether a download has finished: torchvision fetches setid.mat and imagelabels.mat after the images."""
     return all((root / name).exists() for name in ("jpg", "imagelabels.mat", "setid.mat")) or (root / "images" / "jpg").is_dir()

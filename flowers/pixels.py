@@ -58,21 +58,21 @@ def decode(file: Path, resolution: int) -> torch.Tensor:
 
 
 def batch(pixels: torch.Tensor, index: torch.Tensor, device: torch.device | str, augmentation: str = "none",
-          generator: torch.Generator | None = None) -> torch.Tensor:
-    """The images at `index` (B,) as (B, 3, R, R) float32, augmented and normalised on the device.
+          generator: torch.Generator | None = None, rows: slice = slice(None)) -> torch.Tensor:
+    """The images at `index` (B,) as (B, 3, R, R) float32, augmented and normalised on the device; with `rows`, only those of the batch.
 
     augmentation: 'none'; 'flip' mirrors half of them; 'crop' also shifts them by up to an eighth of the side, reflected at the border.
-    Random numbers come from `generator` (CPU), so that a seed gives the same images on every device.
+    Random numbers come from `generator` (CPU) for the whole batch, so that a seed gives the same images on every device and rank.
     """
-    images = pixels[index.to(pixels.device)].to(device, non_blocking=True)
-    n, _, side, _ = images.shape
+    n, side = len(index), pixels.shape[-1]
+    images = pixels[index[rows].to(pixels.device)].to(device, non_blocking=True)
     if augmentation == "crop":
         reach = side // 8
-        offsets = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator).to(device) + torch.arange(side, device=device)
+        offsets = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator)[:, rows].to(device) + torch.arange(side, device=device)
         padded = F.pad(images.float(), (reach,) * 4, mode="reflect").to(images.dtype)  # reflection is not written for uint8
-        images = padded[torch.arange(n, device=device)[:, None, None], :, offsets[0][:, :, None], offsets[1][:, None, :]].movedim(-1, 1)
+        images = padded[torch.arange(len(images), device=device)[:, None, None], :, offsets[0][:, :, None], offsets[1][:, None, :]].movedim(-1, 1)
     if augmentation != "none":
-        mirrored = torch.randint(0, 2, (n, 1, 1, 1), generator=generator, dtype=torch.bool).to(device)
+        mirrored = torch.randint(0, 2, (n, 1, 1, 1), generator=generator, dtype=torch.bool)[rows].to(device)
         images = torch.where(mirrored, images.flip(-1), images)
     mean, std = (255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return torch.addcmul(-mean / std, images.float(), 1 / std)
