@@ -45,6 +45,8 @@ def main():
         failures = {row["name"]: row for row in read_lines(folder / "failed.jsonl") if row["name"] not in done}
         found, notes = found + loaded, notes + damaged + [f"{name} failed: {row['error']}" for name, row in sorted(failures.items())]
     found, starts = resolve(found)
+    along = [run for run in found if run.settings.get("wise_ft")]
+    found = [run for run in found if not run.settings.get("wise_ft")]
     if not found:
         raise UserError(f"no finished run in {', '.join(args.runs)}: run train.py, baseline_eval.py or ablate.py first")
     output.mkdir(parents=True, exist_ok=True)
@@ -59,8 +61,9 @@ def main():
     parts = ["# Report", answer(found, starts, output, args.bootstrap, missing), "## Results",
              "A table never mixes protocols: each heading is one set of images, names and training classes."]
     parts += [results(runs, output, f"results-{runs[0].split}" + (f"-{i}" if i else "")) for i, runs in enumerate(ordered)]
-    parts += [factors(found, output, missing), base_to_new(ordered, output, missing), closer_look(ordered[0], output, missing), stand_ins(starts),
-              "## What is missing", "\n".join(f"- {line}" for line in [*missing, *notes]) or "Nothing."]
+    parts += [factors(ordered, output, missing), base_to_new(ordered, output, missing), wise_ft(along, output, missing),
+              closer_look(ordered[0], output, missing), stand_ins(starts)]
+    parts += ["## What is missing", "\n".join(f"- {line}" for line in [*missing, *notes]) or "Nothing."]
     with atomic(output / "report.md", "w") as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
     print(f"{len(found)} runs, {len(ordered)} protocols, {len(missing) + len(notes)} things missing: {output / 'report.md'}")
@@ -83,8 +86,9 @@ def table(output: Path, name: str, rows: list[dict], caption: str) -> str:
     lines = [keys, ["---:" if numeric[k] else "---" for k in keys], *([r[k] for k in keys] for r in rows)]
     markdown = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
     lines = [" & ".join("".join(TEX.get(c, c) for c in str(cell)) for cell in line) + r" \\" for line in [keys, *lines[2:]]]
-    tex = [f"% {caption}; needs \\usepackage{{booktabs}}", r"\begin{tabular}{@{}" + "".join("r" if numeric[k] else "l" for k in keys) + "@{}}",
-           r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
+    tex = [f"% {caption}; needs \\usepackage{{booktabs}}", r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}",
+           r"\begin{tabular}{@{}" + "".join("r" if numeric[k] else "l" for k in keys) + "@{}}",
+           r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", r"\endgroup"]
     with atomic(output / f"{name}.tex", "w") as file:
         file.write("\n".join(tex) + "\n")
     return f"{caption} (`{name}.tex`):\n\n{markdown}"
@@ -127,8 +131,8 @@ def answer(found: Sequence[Run], starts: Sequence[Run], output: Path, rounds: in
            "the total has beyond their sum. Variance: sums of squares of the balanced design over the trained models, a learning rate's level being its "
            f"rank within its strategy. Brackets: 95% bootstrap intervals over images and seeds ({rounds} rounds)."
            + (f" Left out, for want of cells: {', '.join(grid.dropped)}." if grid.dropped else ""))
-    columns = ("factor", "of the variance", "of the gain", "gain (points)", "alone (points)")
-    cells = [(n, percent(variance[n]), percent(share[n]), points(gain[n]), points(gain[f"alone {n}"])) for n in names]
+    columns = ("factor", "of the variance", "of the gain", "points", "points alone")
+    cells = [(n, percent(variance[n]), percent(share[n]), f"{gain[n][0]:+.1f}", points(gain[f"alone {n}"])) for n in names]
     cells += [("interaction", percent(variance["interaction"]), "", "", points(gain["interaction"])), ("seeds", percent(variance["seeds"]), "", "", "")]
     rows = [dict(zip(columns, row)) for row in cells]
     figure = plots.answer(variance, share, output / "answer.png")
@@ -148,12 +152,12 @@ def results(found: Sequence[Run], output: Path, name: str) -> str:
     for g in groups:
         r, trained, (_, low, high) = g[0].result, g[0].strategy != "none", interval(g)
         seconds = [run.result["train_seconds"] for run in g if "train_seconds" in run.result]
-        p = against.get(id(g))
+        p, counts = against.get(id(g)), [v for k, v in r.items() if k.startswith("trainable_")]
         rows.append({"architecture": g[0].architecture, "strategy": g[0].strategy, "lr": f"{r['lr']:g}" if trained and r.get("lr") else "", "seeds": len(g),
                      "top-1": f"{mean(g):.2f}", "seeds 95%": f"[{low:.1f}, {high:.1f}]" if len(g) > 1 else "",
                      "images 95%": "[{:.1f}, {:.1f}]".format(*wilson(round(mean(g) * n / 100), n)),
-                     "top-5": f"{mean(g, 'top5'):.2f}", "per class": f"{mean(g, 'mean_per_class'):.2f}",
-                     "trained": f"{sum(v for k, v in r.items() if k.startswith('trainable_')) if trained else 0:,}",
+                     **{column: f"{mean(g, key):.2f}".replace("nan", "") for column, key in (("top-5", "top5"), ("per class", "mean_per_class"))},
+                     "trained": f"{sum(counts) if trained else 0:,}" if counts else "",
                      "s": f"{np.mean(seconds):.0f}" if trained and seconds else "", "MB": f"{r['peak_memory_mb']:,}" if "peak_memory_mb" in r else "",
                      "p": "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"})
     caption = ("Top-1, top-5 and mean of the classes in percent; 95% intervals over seeds (Student) and over images (Wilson); parameters trained, seconds of "
@@ -171,47 +175,66 @@ def results(found: Sequence[Run], output: Path, name: str) -> str:
     return "\n\n".join(text)
 
 
-def factors(found: Sequence[Run], output: Path, missing: list[str]) -> str:
-    """One factor at a time: everything else the same."""
-    rows, panels = [], {}
-    for factor, name in FACTORS.items():
-        before = len(rows)
-        for group in grouped([r for r in found if r.strategy != "none" and r.settings.get(factor) is not None], without=factor):
-            levels: dict[str, list[Run]] = {}
-            for run in group:
-                levels.setdefault(json.dumps(run.settings[factor]), []).append(run)
-            if len(levels) < 2:
-                continue
-            first, note = group[0], "learned" if group[0].settings.get("learn_temperature") else ""
-            if factor in NUMERIC:
-                levels = dict(sorted(levels.items(), key=lambda item: float(item[0])))
-                seeds = [[r.top1 for r in g] for g in levels.values()]
-                panels.setdefault(name, []).append({"architecture": first.architecture, "strategy": first.strategy, "note": note, "x": list(map(float, levels)),
-                                                    "y": list(map(np.mean, seeds)), "low": list(map(min, seeds)), "high": list(map(max, seeds))})
-            for level, g in levels.items():
-                value, (_, low, high) = json.loads(level), interval(g)
-                value = f"{value:g}" if factor in NUMERIC else value if isinstance(value, str) else value[0] if len(value) == 1 else f"{len(value)} templates"
-                rows.append({"factor": f"{name} ({note})" if note else name, "architecture": first.architecture, "strategy": first.strategy, "level": value,
-                             "split": first.split, "seeds": len(g), "top-1": f"{mean(g):.2f}", "95%": f"[{low:.1f}, {high:.1f}]"})
-        if len(rows) == before:
-            missing.append(f"the effect of the {name}: no two runs that differ in it alone (`python ablate.py {GRID_OF.get(factor, factor)}`)")
-    if not rows:
-        return ""
-    figure = [picture(plots.curves(panels, output / "factors.png"), "Top-1 by setting, all else equal; bands: all seeds")] if panels else []
-    caption = "Top-1 in percent with 95% intervals, over seeds or, with one seed, over images"
-    return "\n\n".join(["## One factor at a time", "All else is the same within a group of rows.", *figure, table(output, "factors", rows, caption)])
+def factors(protocols: Sequence[Sequence[Run]], output: Path, missing: list[str]) -> str:
+    """One factor at a time, everything else the same: a table and a figure for each protocol."""
+    parts, seen = [], set()
+    for i, found in enumerate(protocols):
+        rows, panels = [], {}
+        for factor, name in FACTORS.items():
+            for group in grouped([r for r in found if r.strategy != "none" and r.settings.get(factor) is not None], without=factor):
+                levels: dict[str, list[Run]] = {}
+                for run in group:
+                    levels.setdefault(json.dumps(run.settings[factor]), []).append(run)
+                if len(levels) < 2:
+                    continue
+                seen.add(factor)
+                first, note = group[0], "learned" if group[0].settings.get("learn_temperature") else ""
+                if factor in NUMERIC:
+                    levels = dict(sorted(levels.items(), key=lambda item: float(item[0])))
+                    seeds = [[r.top1 for r in g] for g in levels.values()]
+                    panels.setdefault(name, []).append({"architecture": first.architecture, "strategy": first.strategy, "note": note, "x": list(map(float, levels)),
+                                                        "y": list(map(np.mean, seeds)), "low": list(map(min, seeds)), "high": list(map(max, seeds))})
+                for level, g in levels.items():
+                    value, (_, low, high) = json.loads(level), interval(g)
+                    value = f"{value:g}" if factor in NUMERIC else value if isinstance(value, str) else value[0] if len(value) == 1 else f"{len(value)} templates"
+                    rows.append({"factor": f"{name} ({note})" if note else name, "architecture": first.architecture, "strategy": first.strategy, "level": value,
+                                 "seeds": len(g), "top-1": f"{mean(g):.2f}", "95%": f"[{low:.1f}, {high:.1f}]"})
+        name = f"factors-{found[0].split}" + (f"-{i}" if i else "")
+        if rows:
+            parts.append(f"### {title(found[0])}")
+        if panels:
+            parts.append(picture(plots.curves(panels, output / f"{name}.png"), "Top-1 by setting, all else equal; bands: all seeds"))
+        if rows:
+            parts.append(table(output, name, rows, "Top-1 in percent with 95% intervals, over seeds or, with one seed, over images"))
+    missing += [f"the effect of the {name}: no two runs that differ in it alone (`python ablate.py {GRID_OF.get(factor, factor)}`)"
+                for factor, name in FACTORS.items() if factor not in seen]
+    return "\n\n".join(["## One factor at a time", "All else is the same within a group of rows.", *parts]) if parts else ""
 
 
 def base_to_new(protocols: Sequence[Sequence[Run]], output: Path, missing: list[str]) -> str:
-    """Accuracy on the classes that were trained on, and on the others."""
-    groups = [g for found in protocols if found[0].protocol[2] == "base" for g in best_by_strategy(found) if g[0].has("new_top1")]
-    if not groups:
+    """Accuracy on the classes that were trained on, and on the others: a table for each protocol."""
+    parts, columns = [], {"base": "base_top1", "new": "new_top1", "harmonic mean": "harmonic_mean"}
+    for i, found in enumerate(protocols):
+        rows = [{"architecture": g[0].architecture, "strategy": g[0].strategy, "seeds": len(g), **{k: f"{mean(g, key):.2f}" for k, key in columns.items()}}
+                for g in best_by_strategy(found) if g[0].trained_on == "base" and not math.isnan(mean(g, "new_top1"))]
+        if rows:
+            parts += [f"### {title(found[0])}", table(output, f"base-to-new-{found[0].split}-{i}", rows, "Top-1 in percent among the base and among the new classes")]
+    if not parts:
         missing.append("base to new classes: no run trained on base classes alone (`python ablate.py base_to_new`)")
+    return "\n\n".join(["## From base to new classes", *parts]) if parts else ""
+
+
+def wise_ft(found: Sequence[Run], output: Path, missing: list[str]) -> str:
+    """Accuracy between the weights at the start and the fine-tuned ones; a panel for each evaluation."""
+    panels = {}
+    for run in found:
+        rows = [{k.removeprefix(f"{run.split}/"): v for k, v in row.items()} for row in read_lines(run.folder / "metrics.jsonl")]
+        if rows:
+            panels[f"{label(run)} ({run.split})"] = sorted(rows, key=lambda row: row["alpha"])
+    if not panels:
+        missing.append("WiSE-FT: no evaluation between start and fine-tuned weights (`python baseline_eval.py --architecture runs/NAME --wise_ft 0.5`)")
         return ""
-    rows = [{"architecture": g[0].architecture, "strategy": g[0].strategy, "split": g[0].split, "images": len(g[0].labels), "seeds": len(g),
-             **{name: f"{mean(g, key):.2f}" for name, key in (("base", "base_top1"), ("new", "new_top1"), ("harmonic", "harmonic_mean"))}} for g in groups]
-    caption = "Top-1 in percent among the base classes, which were trained on, and the new ones"
-    return "## From base to new classes\n\n" + table(output, "base-to-new", rows, caption)
+    return "## Between the start and the fine-tuned weights\n\n" + picture(plots.wise_ft(panels, output / "wise-ft.png"), "WiSE-FT; band: 95% over images")
 
 
 def closer_look(found: Sequence[Run], output: Path, missing: list[str]) -> str:
@@ -248,6 +271,10 @@ def closer_look(found: Sequence[Run], output: Path, missing: list[str]) -> str:
         figure = plots.classes(accuracy[id(untrained)], accuracy[id(best)], names, labels, output / "classes.png")
         text.append(picture(figure, f"From {labels[0]} to {labels[1]}, means over seeds"))
     if len(groups) > 1:
+        if len(groups) > 14:  # more would not fit on a page: the untrained and the best of each architecture
+            trained = {g[0].architecture: g for g in sorted(groups, key=mean) if g[0].strategy != "none"}
+            groups = [g for g in groups if g[0].strategy == "none" or g is trained[g[0].architecture]][:30]
+            accuracy = {id(g): accuracy[id(g)] for g in groups}
         k = min(20, max(1, len(names) // 3))
         worst = {i: [names[c] for c in np.argsort(values, kind="stable")[:k]] for i, values in accuracy.items()}
         shared = np.array([[statistics.overlap(a, b, len(names)) for b in worst.values()] for a in worst.values()])  # (M, M, 3)

@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ class Run:
     images: str  # digest of files and labels
     architecture: str = ""
     strategy: str = ""  # none: as it came
+    trained_on: str = "all"  # classes
 
     @property
     def seed(self) -> int:
@@ -48,11 +50,7 @@ class Run:
     @property
     def protocol(self) -> tuple[str, str, str, str]:
         """Split, convention, the classes trained on, and the images with their names: only runs that share it are compared."""
-        trained_on = self.settings.get("classes") or "all"
-        return self.split, self.settings.get("splits") or "unknown", "all" if self.strategy == "none" else trained_on, self.images
-
-    def has(self, key: str) -> bool:
-        return f"{self.split}/{key}" in self.result
+        return self.split, self.settings.get("splits") or "unknown", self.trained_on, self.images
 
 
 def load(folder: Path) -> tuple[list[Run], list[str]]:
@@ -61,23 +59,29 @@ def load(folder: Path) -> tuple[list[Run], list[str]]:
     for path in sorted(folder.glob("*/result.json")):
         try:
             result, settings = (json.loads((path.parent / name).read_text()) for name in ("result.json", "args.json"))
-            split = next(s for s in ("test", "val", "train") if f"{s}/top1" in result)
+            split = next((s for s in ("test", "val", "train") if f"{s}/top1" in result), None)
+            if split is None:
+                continue  # it was trained, and is evaluated by another run
             with (path.parent / "predictions.csv").open(encoding="utf-8", newline="") as file:
                 files, labels, predicted = zip(*sorted((row["file"], row["label"], row["top1"]) for row in csv.DictReader(file)))
             images = hashlib.sha256(json.dumps([files, labels]).encode()).hexdigest()[:12]
             found.append(Run(path.parent.name, path.parent, result, settings, split, np.array(labels), np.array(predicted), images))
-        except (OSError, ValueError, KeyError, StopIteration) as error:
+        except (OSError, ValueError, KeyError) as error:
             notes.append(f"{path.parent.name} can't be read: {type(error).__name__} {str(error).replace(str(path.parent), '')}".rstrip())
     return found, notes
 
 
 def resolve(found: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Give each run its architecture and strategy, through the run it started from; the runs that others started from are returned apart."""
+    """Give each run its architecture and strategy, through the run it started from or evaluates; runs that others started from are returned apart.
+
+    The evaluation of a run that is there, on the same images, is that run again: only its curve of WiSE-FT, if it has one, is new.
+    """
     by_name = {run.name: run for run in found}
 
     def parent(run: Run) -> Run | None:
         path = Path(str(run.settings.get("architecture")))
-        return by_name.get(path.parent.name if path.name == "model.pt" else path.name)
+        name = path.parent.name if path.name == "model.pt" else path.name
+        return by_name.get(name) if name not in (*SHAPES, run.name) else None
 
     origins = {p.name for run in found if run.settings.get("job") == "train" and (p := parent(run))}
     named = []
@@ -86,12 +90,18 @@ def resolve(found: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         while up := parent(origin):
             origin = up
         if run.settings.get("job") == "eval" and (of := parent(run)) and of.name not in origins:
-            trained = of  # the evaluation of a run bears its strategy
+            trained = of
+            if of.images == run.images and not run.settings.get("wise_ft"):
+                continue
         strategy = trained.settings.get("strategy") or "full"
-        if not trained.settings.get("epochs") and strategy != "linear":
+        if run.settings.get("job") == "qwen_eval":
+            strategy = f"{'lora' if run.settings.get('adapter') else 'zero-shot'} ({run.settings.get('protocol')})"
+        elif not trained.settings.get("epochs") and strategy != "linear":
             strategy = "none"
-        name = str(origin.settings.get("architecture") or origin.settings.get("model"))
-        named.append(replace(run, architecture=name if name in SHAPES else Path(name).stem, strategy=strategy))
+        name = str(origin.settings.get("architecture"))
+        name = name if name in SHAPES and run.settings.get("job") != "qwen_eval" else f"Qwen {name}" if name in SHAPES else Path(name.removesuffix(".pt")).name
+        trained_on = trained.settings.get("classes") or "all"
+        named.append(replace(run, architecture=name, strategy=strategy, trained_on="all" if strategy == "none" else trained_on))
     return [r for r in named if r.name not in origins], [r for r in named if r.name in origins]
 
 
@@ -106,7 +116,8 @@ def grouped(found: Sequence[Run], without: str = "") -> list[list[Run]]:
 
 
 def mean(group: Sequence[Run], key: str = "top1") -> float:
-    return float(np.mean([r.result[f"{r.split}/{key}"] for r in group]))
+    """Over seeds; nan where a run lacks the metric."""
+    return float(np.mean([r.result.get(f"{r.split}/{key}", math.nan) for r in group]))
 
 
 def interval(group: Sequence[Run]) -> statistics.Interval:

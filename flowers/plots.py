@@ -29,7 +29,8 @@ def _legend(figure, strategies: Sequence[str], architectures: Sequence[str], lin
     """One legend for all panels: colours are strategies, markers (and line styles) architectures."""
     handles = [Line2D([], [], color=colour(s), marker="" if lines else "o", linestyle="-" if lines else "", label=s) for s in strategies]
     handles += [Line2D([], [], color="black", marker=MARKERS[i % 11], linestyle=_dash(i) if lines else "", label=a) for i, a in enumerate(architectures)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7), columnspacing=1.2, handletextpad=0.5)
+    rows = -(-len(handles) // 8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows), columnspacing=1.2, handletextpad=0.5)
 
 
 def _dash(i: int):
@@ -40,7 +41,7 @@ def _log(axis, values: Sequence[float]) -> None:
     """A log axis with plain numbers at 1, 2, 5, 10, ...; a linear one where the values are within a factor of 5."""
     if values and max(values) > 5 * min(values):
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 200 * min(values) else (1,)))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 40 * min(values) else (1,)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
     axis.margins(x=0.1)
@@ -70,7 +71,9 @@ def accuracies(rows: Sequence[tuple[str, str, float, float, float]], path: Path,
     axis = axes[0, 0]
     for y, (_, strategy, mean, low, high) in enumerate(rows):
         axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour(strategy), elinewidth=0.8, capsize=1.5)
-    axis.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlabel="top-1 accuracy (%), 95% interval", title=title)
+    axis.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows])
+    axis.set_xlabel("top-1 (%), 95% interval", loc="right")
+    axis.set_title(title, loc="right")
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.grid(axis="x", linewidth=0.3)
     return save(figure, path, pdf=True)
@@ -156,8 +159,8 @@ def classes(before: np.ndarray, after: np.ndarray, names: Sequence[str], labels:
 
 def worst_overlap(counts: np.ndarray, p: np.ndarray, labels: Sequence[str], k: int, path: Path) -> Path:
     """How many of the k worst classes two models share (M, M), with a star where that is more than chance after Holm's correction."""
-    side = min(PAGE, 1.4 + 0.24 * len(labels))
-    figure, axes = _figure(side, side - 0.5)
+    side = min(PAGE, 0.2 + 0.055 * max(map(len, labels)) + 0.24 * len(labels))
+    figure, axes = _figure(side, side)
     axis = axes[0, 0]
     axis.imshow(counts, cmap="Blues", vmin=0, vmax=k)
     for i, j in np.ndindex(counts.shape):
@@ -166,6 +169,28 @@ def worst_overlap(counts: np.ndarray, p: np.ndarray, labels: Sequence[str], k: i
     axis.set_xticks(range(len(labels)), labels, rotation=90)
     axis.set_yticks(range(len(labels)), labels)
     axis.spines[:].set_visible(False)
+    return save(figure, path, pdf=True)
+
+
+def wise_ft(panels: dict[str, list[dict]], path: Path) -> Path:
+    """Top-1 over the share alpha of the fine-tuned weights, a panel for each model.
+
+    Its rows, by alpha: alpha, top1, top1_low, top1_high and, if known, base_top1, new_top1.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(PAGE if columns > 1 else COLUMN, 0.4 + 1.8 * rows, rows, columns, sharey=True)
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    for axis, (name, points) in zip(axes.flat, panels.items()):
+        at = lambda key: [p[key] for p in points]
+        axis.fill_between(at("alpha"), at("top1_low"), at("top1_high"), color=PALETTE[0], alpha=0.2, linewidth=0)
+        for key, line, marker, fill in (("top1", "all classes", "o", PALETTE[0]), ("base_top1", "base among base", "s", PALETTE[1]),
+                                        ("new_top1", "new among new", "^", PALETTE[2])):
+            if key in points[0]:
+                axis.plot(at("alpha"), at(key), marker=marker, color=fill, label=line)
+        axis.set(xlabel="share of the fine-tuned weights (alpha)", ylabel="top-1 accuracy (%)", title=name)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return save(figure, path, pdf=True)
 
 

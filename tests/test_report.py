@@ -124,7 +124,7 @@ def test_the_report_of_a_study(study, report):
     assert set(re.findall(r"\]\((.*\.png)\)", text)) == {p.name for p in report.glob("*.png")} == {f"{p.stem}.png" for p in report.glob("*.pdf")}
     for path in report.glob("*.tex"):
         lines = path.read_text().splitlines()
-        columns = len(re.fullmatch(r"\\begin\{tabular\}\{@\{\}([lr]+)@\{\}\}", lines[1])[1])
+        columns = len(re.fullmatch(r"\\begin\{tabular\}\{@\{\}([lr]+)@\{\}\}", lines[2])[1])
         body = [line for line in lines if line.endswith(r"\\")]
         assert len(body) > 1 and all(len(re.findall(r"(?<!\\)&", line)) == columns - 1 for line in body) and "_" not in re.sub(r"\\_", "", "".join(body))
     for section in ("batch size", "training images a class", "augmentation"):
