@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
@@ -49,6 +50,7 @@ GRIDS = {
     "base_to_new": [{"strategy": STRATEGIES, "classes": "base"}],
     "shots": [{"shots": (1, 2, 4, 8, 16)}],
     "factorial": [{"architecture": NINE, "strategy": "full", "times": 1.0, "epochs": 0, "seed": 0},  # the model as it came
+                  {"architecture": NINE, "strategy": "linear", "times": 1.0, "seed": 0},  # the same with every seed
                   {"architecture": NINE, "strategy": TUNED, "times": (0.2, 1.0, 5.0)}],
 }
 ONE_FACTOR = ("temperature", "batch_size", "positives", "prompt", "augment", "shots", "base_to_new")  # of the study, after the factorial
@@ -93,6 +95,9 @@ def main():
     args, rest = parser.parse_known_args()
 
     data = tuple(x for key in ("data_root", "splits_path", "splits", "class_names") if getattr(args, key) for x in (f"--{key}", getattr(args, key)))
+    fixed = [x for x in rest if x.split("=")[0] in ("--lr", "--seed", "--name", "--holdout", "--resume", "--tau_lr")]
+    if fixed or (rest and not rest[0].startswith("--")):
+        raise UserError(f"{(fixed or rest)[0]}: ablate.py sets the learning rate (--times), seeds (--seeds), names and --holdout itself")
     common = Common(Path(args.runs), data, tuple(rest), args.start_epochs)
     given = {"architecture": args.architecture, "strategy": args.strategy, "times": args.times, "seed": args.seeds}
     given = {key: tuple(levels) for key, levels in given.items() if levels}
@@ -134,13 +139,15 @@ def phases(grid: str, common: Common, given: dict) -> Iterator[tuple[str, list[P
         return
     if grid == "study":
         first = next(iter(chosen))[0]
-        cheap = "last_blocks" if (first, "last_blocks") in chosen else next(iter(chosen))[1]
+        trained = [s for a, s in chosen if a == first and s != "linear"]
+        cheap = "last_blocks" if "last_blocks" in trained else trained[0]
         for name in ONE_FACTOR:
-            strategies = [s for a, s in chosen if a == first and s != "prompt"] if name == "base_to_new" else [cheap]
+            strategies = trained if name == "base_to_new" else [cheap]
             yield name, [point(name, r, common) for s in strategies for r in settings_of(
                 name, given | {"architecture": (first,), "strategy": (s,), "times": (chosen[first, s]["times"],)})]
-    yield "final", [point("final", r, common, holdout=False)
-                    for r in [*(r for r in rows if r.get("epochs") == 0), *(r | {"seed": seed} for seed in given["seed"] for r in chosen.values())]]
+    last = [r for r in rows if r.get("epochs") == 0]
+    last += [r | {"seed": seed} for seed in given["seed"] for r in chosen.values() if r["strategy"] != "linear" or seed == given["seed"][0]]
+    yield "final", [point("final", r, common, holdout=False) for r in last]
 
 
 def settings_of(grid: str, given: dict) -> list[dict]:
@@ -166,7 +173,8 @@ def point(grid: str, settings: dict, common: Common, holdout: bool = True) -> Po
         for v in value if isinstance(value, list) else [value]:
             flags += [] if key == "times" else [f"--{key}"] if v is True else [f"--{key}", str(v)]
     digest = hashlib.sha256(json.dumps(flags).replace(str(common.runs), "").encode()).hexdigest()[:6]
-    words = [settings["architecture"], settings["strategy"], f"lr{lr:.3g}", *(f"{k}{'' if v is True else v}" for k, v in settings.items()
+    short = settings["architecture"] if settings["architecture"] in SHAPES else Path(settings["architecture"]).name
+    words = [short, settings["strategy"], f"lr{lr:.3g}", *(f"{k}{'' if v is True else v}" for k, v in settings.items()
              if k not in (*DEFAULTS, "prompt_template", "chunk_size")), f"s{settings['seed']}", digest]
     return Point("-".join([grid, *words]).replace("/", "-").replace("_", ""), settings, tuple(flags))
 
@@ -177,15 +185,18 @@ def start(architecture: str, common: Common) -> Point:
 
 
 def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str], dict]:
-    """The settings of the best mean val/top1 over seeds, for each (architecture, strategy); only what has all seeds can be chosen."""
-    scores: dict[tuple, list] = {}
-    for p in (p for p in points if p.settings.get("epochs") != 0 and (folder / p.name / "result.json").exists()):
-        key = p.settings["architecture"], p.settings["strategy"], p.settings["times"]
-        scores.setdefault(key, []).append(json.loads((folder / p.name / "result.json").read_text())["val/top1"])
-    most = max(map(len, scores.values()), default=0)
-    best = {key[:2]: dict(zip(("architecture", "strategy", "times"), key))
-            for key in sorted((k for k in scores if len(scores[k]) == most), key=lambda k: sum(scores[k]))}
-    return {key: best[key] for key in dict.fromkeys(k[:2] for k in scores) if key in best}
+    """The settings of the best mean val/top1 over seeds, for each (architecture, strategy); a setting of which a seed is missing is not chosen."""
+    scores: dict[tuple, list[float]] = {}
+    for p in (p for p in points if p.settings.get("epochs") != 0):
+        path = folder / p.name / "result.json"
+        score = json.loads(path.read_text())["val/top1"] if path.exists() else math.nan
+        scores.setdefault((p.settings["architecture"], p.settings["strategy"], p.settings["times"]), []).append(score)
+    best: dict[tuple[str, str], tuple] = {}
+    for key, values in scores.items():
+        mean = sum(values) / len(values)
+        if not math.isnan(mean) and mean > best.get(key[:2], (-1,))[0]:
+            best[key[:2]] = mean, key
+    return {pair: dict(zip(("architecture", "strategy", "times"), key)) for pair, (_, key) in best.items()}
 
 
 def train_arguments(p: Point, folder: Path) -> list[str]:

@@ -131,13 +131,13 @@ def answer(found: Sequence[Run], starts: Sequence[Run], output: Path, rounds: in
            "the total has beyond their sum. Variance: sums of squares of the balanced design over the trained models, a learning rate's level being its "
            f"rank within its strategy. Brackets: 95% bootstrap intervals over images and seeds ({rounds} rounds)."
            + (f" Left out, for want of cells: {', '.join(grid.dropped)}." if grid.dropped else ""))
-    columns = ("factor", "of the variance", "of the gain", "points", "points alone")
-    cells = [(n, percent(variance[n]), percent(share[n]), f"{gain[n][0]:+.1f}", points(gain[f"alone {n}"])) for n in names]
-    cells += [("interaction", percent(variance["interaction"]), "", "", points(gain["interaction"])), ("seeds", percent(variance["seeds"]), "", "", "")]
+    columns = ("factor", "variance", "gain", "alone (points)")
+    cells = [(n, percent(variance[n]), percent(share[n]), points(gain[f"alone {n}"])) for n in names]
+    cells += [("interaction", percent(variance["interaction"]), "", points(gain["interaction"])), ("seeds", percent(variance["seeds"]), "", "")]
     rows = [dict(zip(columns, row)) for row in cells]
     figure = plots.answer(variance, share, output / "answer.png")
-    parts = [heading, sentence, caveat, picture(figure, "What the differences are owed to"), table(output, "answer", rows, "Shares"), how]
-    return "\n\n".join(filter(None, parts))
+    shown = [picture(figure, "What the differences are owed to"), table(output, "answer", rows, "Shares of the variance and of the gain")]
+    return "\n\n".join(filter(None, [heading, sentence, caveat, *shown, how]))
 
 
 def results(found: Sequence[Run], output: Path, name: str) -> str:
@@ -191,12 +191,14 @@ def factors(protocols: Sequence[Sequence[Run]], output: Path, missing: list[str]
                 first, note = group[0], "learned" if group[0].settings.get("learn_temperature") else ""
                 if factor in NUMERIC:
                     levels = dict(sorted(levels.items(), key=lambda item: float(item[0])))
-                    seeds = [[r.top1 for r in g] for g in levels.values()]
-                    panels.setdefault(name, []).append({"architecture": first.architecture, "strategy": first.strategy, "note": note, "x": list(map(float, levels)),
-                                                        "y": list(map(np.mean, seeds)), "low": list(map(min, seeds)), "high": list(map(max, seeds))})
+                    x, y = list(map(float, levels)), [[r.top1 for r in g] for g in levels.values()]
+                    panels.setdefault(name, []).append({"architecture": first.architecture, "strategy": first.strategy, "note": note, "x": x,
+                                                        "y": list(map(np.mean, y)), "low": list(map(min, y)), "high": list(map(max, y))})
                 for level, g in levels.items():
                     value, (_, low, high) = json.loads(level), interval(g)
-                    value = f"{value:g}" if factor in NUMERIC else value if isinstance(value, str) else value[0] if len(value) == 1 else f"{len(value)} templates"
+                    if isinstance(value, list):
+                        value = value[0] if len(value) == 1 else f"{len(value)} templates"
+                    value = f"{value:g}" if factor in NUMERIC else value
                     rows.append({"factor": f"{name} ({note})" if note else name, "architecture": first.architecture, "strategy": first.strategy, "level": value,
                                  "seeds": len(g), "top-1": f"{mean(g):.2f}", "95%": f"[{low:.1f}, {high:.1f}]"})
         name = f"factors-{found[0].split}" + (f"-{i}" if i else "")
@@ -218,7 +220,8 @@ def base_to_new(protocols: Sequence[Sequence[Run]], output: Path, missing: list[
         rows = [{"architecture": g[0].architecture, "strategy": g[0].strategy, "seeds": len(g), **{k: f"{mean(g, key):.2f}" for k, key in columns.items()}}
                 for g in best_by_strategy(found) if g[0].trained_on == "base" and not math.isnan(mean(g, "new_top1"))]
         if rows:
-            parts += [f"### {title(found[0])}", table(output, f"base-to-new-{found[0].split}-{i}", rows, "Top-1 in percent among the base and among the new classes")]
+            name = f"base-to-new-{found[0].split}-{i}"
+            parts += [f"### {title(found[0])}", table(output, name, rows, "Top-1 in percent among the base and among the new classes")]
     if not parts:
         missing.append("base to new classes: no run trained on base classes alone (`python ablate.py base_to_new`)")
     return "\n\n".join(["## From base to new classes", *parts]) if parts else ""
