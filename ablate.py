@@ -4,7 +4,7 @@
     python ablate.py factorial --architecture ViT-B/32 RN50 --gpus 0 1 2 3   # strategy x architecture x learning rate
     python ablate.py learning_rate --strategy lora --seeds 0 --epochs 3      # flags it does not know go to train.py
     python ablate.py temperature --sweep                                     # a W&B sweep file instead, for agents on several machines
-    python ablate.py study --runs runs/study                                 # the factorial, one-factor grids at its best settings, the final table
+    python ablate.py study --runs runs/study                                 # factorial; one-factor grids (first architecture and strategy); final table
 
 All choices are made on val: grids run with --holdout. `final` (and the end of `study`) takes the best settings of each strategy and architecture
 there, trains on all training images, and touches test once. An architecture of random weights (tiny, tiny-rn) is first trained on the base classes,
@@ -140,9 +140,8 @@ def phases(grid: str, common: Common, given: dict) -> Iterator[tuple[str, list[P
     if grid == "study":
         first = next(iter(chosen))[0]
         trained = [s for a, s in chosen if a == first and s != "linear"]
-        cheap = "last_blocks" if "last_blocks" in trained else trained[0]
         for name in ONE_FACTOR:
-            strategies = trained if name == "base_to_new" else [cheap]
+            strategies = trained if name == "base_to_new" else trained[:1]
             yield name, [point(name, r, common) for s in strategies for r in settings_of(
                 name, given | {"architecture": (first,), "strategy": (s,), "times": (chosen[first, s]["times"],)})]
     last = [r for r in rows if r.get("epochs") == 0]
