@@ -94,7 +94,7 @@ def main():
             return
     from_random = args.architecture in RANDOM
     image_blocks, text_blocks = strategies.cuts(args.strategy, args.blocks)  # where the frozen part of each tower ends
-    if args.strategy == "prompt" and (args.captions or args.prompt_template):
+    if args.strategy == "prompt" and not args.resume and (args.captions or args.prompt_template):
         raise UserError("--strategy prompt learns the prompt: leave out --captions and --prompt_template")
     args.prompt_template = [strategies.template(args.context_tokens)] if args.strategy == "prompt" else args.prompt_template or [evaluate.TEMPLATE]
     args.augment = args.augment or ("crop" if image_blocks is None else "none")
@@ -126,8 +126,8 @@ def main():
     train = torch.from_numpy(select(flowers.splits["train"], flowers.labels, n_classes, args.classes, args.shots, args.seed))
     held = "val" if args.holdout else "test"
     config = {"job": "train", **{k: v for k, v in vars(args).items() if k not in ("name", "resume")}, "processes": world}
-    if not args.resume and rank == 0:
-        folder = runs.new_run(args.runs, args.name, config, {**flowers.splits, "train": train})
+    if not args.resume:
+        folder = Path(args.runs) if rank else runs.new_run(args.runs, args.name, config, {**flowers.splits, "train": train})
 
     # the texts of image i are rows first[i] ... first[i] + count[i] - 1 of `texts`: prompts of its class, or its own captions
     if captions:
@@ -143,6 +143,7 @@ def main():
     image_trunk, image_rest = split_image_tower(model, image_blocks)
     text_trunk, text_rest = split_text_tower(model, text_blocks)
     image_rest = torch.compile(image_rest) if args.compile else image_rest
+    start = time.perf_counter()
     ends, views, kept_texts = texts.argmax(1).to(device), None, None
     with runs.rank_zero_first(rank, world):
         if image_blocks is not None and not args.no_cache:
@@ -150,12 +151,20 @@ def main():
                      for view in range(1 if args.augment == "none" else args.views)]
         if (text_blocks == 0 or text_blocks and not captions) and not args.no_cache:  # activations of every caption would not fit
             kept_texts = frozen.text_activations(model, flowers, texts, text_blocks).to(device)
+    frozen_seconds = time.perf_counter() - start
 
     def encode_images(x):
         return image_rest(image_trunk(x) if views is None else x)
 
     def encode_texts(rows):
         return text_rest(text_trunk(texts[rows.cpu()].to(device)) if kept_texts is None else kept_texts[rows], ends[rows])
+
+    held_index = flowers.splits[held]
+    held_places = torch.from_numpy(held_index.copy())
+
+    def evaluation(head):
+        sentences = text_features(model, [captions[i][0] for i in held_index]) if captions else None
+        return evaluate.evaluate(image_features(model, pixels, held_places), head, flowers.labels[held_index], sentences)
 
     # optimiser
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n != "logit_scale"]
@@ -243,9 +252,7 @@ def main():
         if rank > 0:
             continue
         if args.eval_every and (epoch % args.eval_every == 0 or epoch == args.epochs):
-            index = flowers.splits["val"]
-            metrics, _ = evaluate.evaluate(image_features(model, pixels, torch.from_numpy(index.copy())),
-                                           evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template), flowers.labels[index])
+            metrics, _ = evaluation(evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template))
             rows.append({"epoch": epoch, "step": epoch * steps_per_epoch, **{f"val/{k}": v for k, v in metrics.items()}})
             tracker.log(rows[-1])
             bar.write(f"epoch {epoch}: val top-1 {metrics['top1']:.2f}%")
@@ -258,36 +265,33 @@ def main():
 
     # the last epoch is the result: val if it was held out, else test, once
     state, classifier = strategies.export(model)
-    start = time.perf_counter()
-    index = flowers.splits[held]
-    images = image_features(model, pixels, torch.from_numpy(index.copy()))
     head = evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template)
     if args.strategy == "linear":
-        train_start = time.perf_counter()
-        features = torch.cat(views) if views else image_features(model, pixels, train)
-        val = (images, torch.from_numpy(flowers.labels[index])) if args.holdout else None
-        head, c, iterations = strategies.fit_linear(features.cpu(), labels[train].repeat(len(features) // len(train)), head, val)
+        start = time.perf_counter()
+        features = torch.cat(views).cpu() if views else image_features(model, pixels, train)
+        val = (image_features(model, pixels, held_places), labels[held_places]) if args.holdout else None
+        head, c, iterations = strategies.fit_linear(features, labels[train].repeat(len(features) // len(train)), head, val)
         classifier = {"weight": head[0], "bias": head[1], "class_names": list(flowers.class_names)}
-        seconds = time.perf_counter() - train_start
+        seconds = time.perf_counter() - start
         print(f"logistic regression with C = {c:g}{' (chosen on val)' if val else ''}, {iterations} iterations")
-    sentences = text_features(model, [captions[i][0] for i in index]) if captions else None
-    metrics, probabilities = evaluate.evaluate(images, head, flowers.labels[index], sentences)
+    start = time.perf_counter()
+    metrics, probabilities = evaluation(head)
     runs.save_tensors(folder / "model.pt", state)
     if classifier:
         runs.save_tensors(folder / "classifier.pt", classifier)
-    evaluate.save(folder, probabilities, flowers, index)
+    evaluate.save(folder, probabilities, flowers, held_index)
     if rows:
         figures.training_curve(rows, folder / "curve.png")
-    result = {**{f"{held}/{k}": v for k, v in metrics.items()}, "train_seconds": round(seconds, 2),
+    result = {**{f"{held}/{k}": v for k, v in metrics.items()}, "frozen_seconds": round(frozen_seconds, 2), "train_seconds": round(seconds, 2),
               "train_images_per_s": round(max(args.epochs * steps_per_epoch * batch_size, len(train)) / max(seconds, 1e-9), 1),
               "eval_seconds": round(time.perf_counter() - start, 2), "peak_memory_mb": runs.peak_memory_mb(),
               **{f"trainable_{name}": n for name, n in counts.items()}, "parameters": parameters}
     runs.finish(folder, {"name": folder.name, **result, **config})
     tracker.log(result)
-    runs.log_mistakes(tracker, figures.mistakes(probabilities, flowers, index))
+    runs.log_mistakes(tracker, figures.mistakes(probabilities, flowers, held_index))
     tracker.finish()
     print(evaluate.table({f"{folder.name} ({held})": metrics}))
-    print(f"trained {seconds:.0f} s, peak memory {result['peak_memory_mb']:,} MB; results and pictures in {folder}/")
+    print(f"frozen parts {frozen_seconds:.0f} s, training {seconds:.0f} s, peak memory {result['peak_memory_mb']:,} MB; results and pictures in {folder}/")
 
 
 if __name__ == "__main__":
