@@ -54,6 +54,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def first_line(text: str) -> str:
+    """The first line that is not blank: a described answer without the name."""
+    return next((one_line(line) for line in text.splitlines() if line.strip()), "")
+
+
 def open_images(files: Sequence[Path], draw: torch.Generator | None = None) -> list[Image.Image]:
     """The files as RGB images; with `draw`, mirrored at random and cut to between 7/8 and the whole of each side."""
     images = []

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ QUESTIONS = {"brief": "What kind of flower is this? Answer with its name only.",
 DESCRIBE = "Describe the flower's colours, petals and centre in one sentence, without naming it."
 DEFAULT = "Qwen/Qwen2-VL-2B-Instruct"
 END, IMAGE = "<|im_end|>", "<|image_pad|>"
+warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)  # peft still calls transformers' former names
 # the linear layers of the language model: every block's attention and MLP, none of the vision tower
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 # Random weights. tiny: its vision tower has the size of CLIP's `tiny`. random-2b: the shape of Qwen/Qwen2-VL-2B-Instruct, to measure with.
