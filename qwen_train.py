@@ -44,7 +44,7 @@ def main():
     group.add_argument("--also_train", nargs="*", metavar="MODULE",
                        help="modules that are trained whole and kept in the adapter, such as merger or visual (default: none; tiny: visual)")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="passes over the training images (default: 3; tiny: 30)")
+    group.add_argument("--epochs", type=int, help="passes over the training images (default: 3; tiny: 12)")
     group.add_argument("--batch_size", type=int, help="images a step (default: 16; tiny: 32)")
     group.add_argument("--chunk_size", type=int, default=0, help="images in memory at a time, same gradient (default: 0, the whole batch)")
     group.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4; tiny: 1e-3)")
@@ -72,7 +72,7 @@ def main():
             print(f"{folder} is finished: nothing to do")
             return
     tiny = args.model == "tiny"
-    for flag, usual, for_tiny in (("rank", 8, 16), ("also_train", [], ["visual"]), ("epochs", 3, 30), ("batch_size", 16, 32), ("lr", 1e-4, 1e-3)):
+    for flag, usual, for_tiny in (("rank", 8, 16), ("also_train", [], ["visual"]), ("epochs", 3, 12), ("batch_size", 16, 32), ("lr", 1e-4, 1e-3)):
         if getattr(args, flag) is None:
             setattr(args, flag, for_tiny if tiny else usual)
     args.alpha = args.alpha if args.alpha is not None else 2.0 * args.rank
