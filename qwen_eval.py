@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from flowers import UserError, command, evaluate, figures, qwen, qwen_models, runs
 from flowers.data import Flowers, add_data_arguments, open_flowers
+from flowers.models import autocast
 
 OUTSIDE = "(outside the list)"  # the name of the answers that are no class name
 SCORES = ("sum", "token", "calibrated")
@@ -153,7 +154,9 @@ def main():
     with tqdm(total=len(index) + len(val), initial=len(done), unit="img", desc="describing" if args.describe else args.protocol) as bar:
         work = qwen.ahead(lambda chunk: (chunk, qwen.patches(processor, qwen.open_images([flowers.files[i] for i in chunk]))), chunks)
         for chunk, part in work:
-            for i, row in zip(chunk, answer(part)):
+            with autocast(device):
+                answers = answer(part)
+            for i, row in zip(chunk, answers):
                 done[flowers.files[i].name] = {"file": flowers.files[i].name, **row}
                 runs.append_line(records, done[flowers.files[i].name])
             bar.update(len(chunk))
@@ -176,7 +179,7 @@ def main():
         metrics["outside_list"] = 100 * sum(c is None for c in found) / len(found)
         told = [row["answer"] for row in kept]
     else:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(device):
             blank = qwen.to(qwen.encode(processor, question, None, ["\n"] if args.answer == "described" else None), device)
             without_image = qwen.rank(model, tree, blank).cpu()
 

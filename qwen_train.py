@@ -47,6 +47,8 @@ def main():
     group.add_argument("--epochs", type=int, help="passes over the training images (default: 3; tiny: 12)")
     group.add_argument("--batch_size", type=int, help="images a step (default: 16; tiny: 32)")
     group.add_argument("--chunk_size", type=int, default=0, help="images in memory at a time, same gradient (default: 0, the whole batch)")
+    group.add_argument("--keep_activations", action="store_true",
+                       help="faster, but more memory (default on a GPU: blocks are computed again in the backward pass)")
     group.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4; tiny: 1e-3)")
     group.add_argument("--wd", type=float, default=0.0, help="weight decay (default: %(default)s)")
     group.add_argument("--augment", choices=["none", "crop"],
@@ -98,7 +100,8 @@ def main():
     features = None
     if qwen.caches_features(model) and not trains_vision and args.augment == "none":
         features, begins, grids = qwen.image_features(model, processor, flowers, index, qwen_models.identity(model))
-    model = qwen_models.add_adapter(model, args.rank, args.alpha, args.also_train)
+    size = sum(p.numel() for p in model.parameters())
+    model = qwen_models.add_adapter(model, args.rank, args.alpha, args.also_train, device.type == "cuda" and not args.keep_activations)
     config = {"job": "qwen_train", "architecture": args.model, **{k: v for k, v in vars(args).items() if k not in ("name", "resume")},
               **qwen_models.versions()}
     if not args.resume:
@@ -123,7 +126,7 @@ def main():
     runs.write_lines(metrics_file, rows)
     tracker = runs.start_wandb(args.wandb, folder, config)
     print(f"{folder}: {args.model}, {len(index):,} images, {total:,} steps of {batch_size} on {device}; trainable {sum(p.numel() for p in trained.values()):,} "
-          f"of {sum(p.numel() for p in model.parameters()):,}; vision features {'once' if features is not None else 'in each step'}")
+          f"beside {size:,}; vision features {'once' if features is not None else 'in each step'}")
 
     def prepare(s: int) -> tuple[list[dict], list[list[str]]]:
         """Images and answers of step s, in chunks; drawn from seed and step alone, so that a resumed run sees the same."""
@@ -178,7 +181,7 @@ def main():
     last = np.mean([row["train/loss"] for row in rows[-steps_per_epoch:]])
     result = {"train/loss": round(float(last), 5), "train_seconds": round(seconds, 2), "train_images_per_s": round(total * batch_size / max(seconds, 1e-9), 1),
               "peak_memory_mb": runs.peak_memory_mb(), "trainable": sum(p.numel() for p in trained.values()),
-              "parameters": sum(p.numel() for p in model.parameters())}
+              "parameters": size}
     runs.finish(folder, {"name": folder.name, **result, **config})
     tracker.log(result)
     tracker.finish()

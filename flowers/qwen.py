@@ -162,8 +162,7 @@ def rank(model, tree: NameTree, inputs: dict[str, torch.Tensor], image: dict[str
     states = prompt[:, -1:]
     n, nodes = len(position), len(tree.tokens)
     if nodes:
-        seen = torch.cat([inputs["attention_mask"].bool()[:, None].expand(-1, nodes, -1), tree.sees.to(device).expand(n, -1, -1)], 2)[:, None]
-        mask = torch.zeros(seen.shape, dtype=prompt.dtype, device=device).masked_fill(~seen, torch.finfo(prompt.dtype).min)
+        mask = torch.cat([inputs["attention_mask"].bool()[:, None].expand(-1, nodes, -1), tree.sees.to(device).expand(n, -1, -1)], 2)[:, None]
         language_model = core.model.language_model
         packed = language_model(input_ids=tree.tokens.to(device).expand(n, -1), attention_mask=mask, use_cache=True,
                                 position_ids=(position[:, None] + tree.depths.to(device)).expand(3, -1, -1), **_cache(language_model, kv_cache))

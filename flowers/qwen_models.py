@@ -128,9 +128,9 @@ def base(model):
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
-def add_adapter(model, rank: int, alpha: float, also_train: Sequence[str] = ()):
-    """LoRA on the language model (Hu et al. 2022), the modules of `also_train` whole, all else frozen; what is trained is kept in fp32, and
-    blocks are computed again in the backward pass rather than kept. Raises UserError if there is no such module."""
+def add_adapter(model, rank: int, alpha: float, also_train: Sequence[str] = (), recompute: bool = False):
+    """LoRA on the language model (Hu et al. 2022), the modules of `also_train` whole, all else frozen; what is trained is kept in fp32.
+    recompute: blocks are computed again in the backward pass rather than kept. Raises UserError if there is no such module."""
     last = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     unknown = [name for name in also_train if name not in last]
     if unknown:
@@ -139,9 +139,9 @@ def add_adapter(model, rank: int, alpha: float, also_train: Sequence[str] = ()):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if model.device.type == "cuda":  # it saves memory for time
-        core = base(model)
-        (core.activation_checkpointing_enable if hasattr(core, "activation_checkpointing_enable") else core.gradient_checkpointing_enable)()
+    if recompute:
+        enable = getattr(base(model), "activation_checkpointing_enable", None) or base(model).gradient_checkpointing_enable  # the name up to 5.22
+        enable({"use_reentrant": False})
     return model
 
 

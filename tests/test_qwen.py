@@ -207,6 +207,29 @@ def test_loss_is_the_cross_entropy_of_exactly_the_answers_tokens(tiny):
     assert abs(loss.item() - by_hand.item()) < 1e-4 * tokens
 
 
+def test_recomputed_blocks_give_the_same_gradients():
+    gradients = []
+    for recompute in (False, True):
+        model, processor = qwen_models.load("tiny", "cpu")
+        torch.manual_seed(0)
+        model = qwen_models.add_adapter(model, 4, 8.0, ["merger"], recompute).train()
+        assert base_recomputes(model) == recompute
+        image = qwen.patches(processor, pictures((70, 90), (64, 64)))
+        loss, count = qwen.answer_loss(model, processor, qwen.encode(processor, BRIEF, image["image_grid_thw"]), image, ["rose", "tree mallow"])
+        (loss / count).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in gradients[0] if "lora_B" in n} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                                                                                               "down_proj"}
+    assert any("merger.modules_to_save" in n for n in gradients[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    assert all(g.abs().max() > 0 for n, g in gradients[0].items() if "lora_A" not in n)  # B starts at zero, so A has none yet
+
+
+def base_recomputes(model):
+    return all(layer.gradient_checkpointing for layer in qwen.base(model).model.language_model.layers)
+
+
 def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, monkeypatch):
     model, processor = tiny
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
