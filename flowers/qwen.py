@@ -87,16 +87,16 @@ def question_of(answer: str, class_names: Sequence[str] | None = None) -> str:
     return QUESTIONS[answer] + (f" Choose from: {', '.join(class_names)}." if class_names else "")
 
 
-def encode(processor, question: str, grids: torch.Tensor | None, begun: Sequence[str] | None = None, count: int = 1) -> dict[str, torch.Tensor]:
+def encode(processor, question: str, grids: torch.Tensor | None, begun: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask, mm_token_type_ids (B, L): the conversation up to the answer, padded on the left; `begun` are first parts of answers.
 
-    grids: (B, 3) of `patches`, or None for `count` questions without an image.
+    grids: (B, 3) of `patches`, or None for one question without an image.
     """
     parts = [{"type": "image"}] if grids is not None else []
     turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
     chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     merged = processor.image_processor.merge_size ** 2
-    sizes = (grids.prod(1) // merged).tolist() if grids is not None else [0] * count
+    sizes = (grids.prod(1) // merged).tolist() if grids is not None else [0]
     texts = [chat.replace(IMAGE, IMAGE * n) + first for n, first in zip(sizes, begun or itertools.repeat(""))]
     inputs = dict(processor.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt"))
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(IMAGE)).long()
