@@ -8,7 +8,6 @@
 Prints two tables, sorted by --sort, and saves figures/models.png (and figures/accuracy.png). A tool, not a test: the tests are in tests/.
 """
 import argparse
-import copy
 import json
 import resource
 import statistics
@@ -24,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flowers import UserError, command, figures, runs
-from flowers.evaluate import write_csv
 from flowers.models import CONTEXT, SHAPES, build, encode_images, load_model, towers
 from flowers.strategies import STRATEGIES, prepare, trainable
 
@@ -42,12 +40,9 @@ def describe(architecture: str, strategies: list[str], **options: int) -> dict:
     """
     if architecture in SHAPES:
         with torch.device("meta"):
-            fresh = lambda: build(architecture)
-            model = fresh()
+            model = build(architecture)
     else:
         model = load_model(architecture).to("meta")
-        untouched = copy.deepcopy(model)
-        fresh = lambda: copy.deepcopy(untouched)
     side, counts = model.visual.input_resolution, {k: sum(p.numel() for p in v) for k, v in towers(model).items()}
     vit = hasattr(model.visual, "transformer")
     stages = [] if vit else [len(getattr(model.visual, f"layer{i}")) for i in (1, 2, 3, 4)]
@@ -60,10 +55,7 @@ def describe(architecture: str, strategies: list[str], **options: int) -> dict:
            "patch": model.visual.conv1.kernel_size[0] if vit else "", "resolution": side, "embedding": model.text_projection.shape[1],
            "text_layers": len(model.transformer.resblocks), "text_width": model.text_projection.shape[0],
            "file_mb": sum(t.nbytes for t in model.state_dict().values()) / 1e6}
-    for strategy in strategies:
-        if sum(p.numel() for p in model.parameters()) != row["parameters"]:  # the strategy before added some
-            with torch.device("meta"):
-                model = fresh()
+    for strategy in sorted(strategies, key=lambda s: s in ("lora", "prompt")):  # last those that add parameters, which the others would train too
         prepare(model, strategy, **options)
         row[f"trainable_{strategy}"] = sum(trainable(model, strategy, CLASSES).values())
     return row
@@ -238,7 +230,7 @@ def main():
     saved = [draw_models(rows, args.output / "models.png", args.pdf)]
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(args.csv, [{key: row.get(key, "") for key in ["architecture", *COST, *SHAPE, *trained]} for row in rows])
+        runs.write_csv(args.csv, [{key: row.get(key, "") for key in ["architecture", *COST, *SHAPE, *trained]} for row in rows])
     if args.results:
         series = read_accuracies(args.results, names)
         saved.append(draw_accuracies(rows, series, args.output / "accuracy.png", args.pdf))

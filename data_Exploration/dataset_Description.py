@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn
 
-from flowers import command, figures
+from flowers import command, figures, runs
 from flowers.data import Flowers, add_data_arguments, open_flowers
-from flowers.evaluate import write_csv
 from flowers.pixels import load_pixels
 
 plt = figures.plt
@@ -133,7 +132,7 @@ def main():
     roles = {"tstid": "tstid (train if swapped, test if official)", "valid": "valid (train, or val)", "trnid": "trnid (test if swapped, train if official)"}
     saved = [draw_classes({roles[k]: v for k, v in counts.items()}, flowers.class_names, args.output / "classes.png", args.pdf, title)]
     if rows:
-        write_csv(args.output / "duplicates.csv", rows)
+        runs.write_csv(args.output / "duplicates.csv", rows)
         saved.append(args.output / "duplicates.csv")
     print("saved " + ", ".join(map(str, saved)))
     if args.show:

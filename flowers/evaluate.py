@@ -1,5 +1,4 @@
 """What a model makes of a split: zero-shot classification, per-class report, retrieval, intervals. Tensors in, dicts out."""
-import csv
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,9 @@ from scipy.stats import binomtest
 from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import label_ranking_average_precision_score, precision_recall_fscore_support, top_k_accuracy_score
 
-from flowers import UserError, figures
+from flowers import UserError, figures, runs
 from flowers.data import Flowers, base_classes
 from flowers.models import text_features
-from flowers.runs import atomic
 
 TEMPLATE = "an image of the {} flower"
 
@@ -132,17 +130,10 @@ def predictions(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray
 def save(folder: Path, probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray) -> None:
     """Leave predictions.csv, report.csv, confusion.png and mistakes.png of an evaluation in the run folder."""
     labels = flowers.labels[index]
-    write_csv(folder / "predictions.csv", predictions(probabilities, flowers, index))
-    write_csv(folder / "report.csv", per_class(probabilities, torch.from_numpy(labels), flowers.class_names))
+    runs.write_csv(folder / "predictions.csv", predictions(probabilities, flowers, index))
+    runs.write_csv(folder / "report.csv", per_class(probabilities, torch.from_numpy(labels), flowers.class_names))
     figures.confusion_matrix(probabilities, labels, flowers.class_names, folder / "confusion.png")
     figures.mistakes_sheet(figures.mistakes(probabilities, flowers, index), folder / "mistakes.png")
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    with atomic(path, "w") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -106,7 +106,7 @@ def label_points(axis, points: list[tuple[float, float, str]], fontsize: float =
             taken += [(*p, 1, 1) for p in np.linspace(point, edge, 10)]
 
 
-def training_curve(rows: list[dict], path: Path) -> Path:
+def training_curve(rows: list[dict], path: Path, loss_name: str = "InfoNCE loss (nats)") -> Path:
     """Loss a step with its running mean, and the evaluations, if any, on a second panel; rows are those of metrics.jsonl."""
     steps = [r for r in rows if "train/loss" in r]
     evaluations = [r for r in rows if "val/top1" in r]
@@ -118,7 +118,7 @@ def training_curve(rows: list[dict], path: Path) -> Path:
         mean = np.convolve(loss, np.ones(width) / width, "valid")
         axes[0, 0].plot(x[width - 1:], mean, color="#08519c", label=f"mean of {width} steps")
         axes[0, 0].legend(frameon=False)
-    axes[0, 0].set(xlabel="step", ylabel="InfoNCE loss (nats)", title="Training loss")
+    axes[0, 0].set(xlabel="step", ylabel=loss_name, title="Training loss")
     if evaluations:
         axes[0, 1].plot([r["epoch"] for r in evaluations], [r["val/top1"] for r in evaluations], marker="o", markersize=3, color="#08519c")
         axes[0, 1].set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="Held-out validation images")

@@ -9,6 +9,7 @@
     runs/<name>/result.json      all results, flat; the same line is appended to runs/results.jsonl
 """
 import contextlib
+import csv
 import importlib.metadata
 import json
 import netrc
@@ -110,6 +111,13 @@ def read_lines(path: Path) -> list[dict]:
 def write_lines(path: Path, rows: list[dict]) -> None:
     with atomic(path, "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with atomic(path, "w") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def peak_memory_mb() -> int:

@@ -14,12 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from clip.model import CLIP, ModifiedResNet
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.utils import parametrize
 
 from flowers import UserError
-from flowers.evaluate import zero_shot_head
 from flowers.models import CONTEXT_MARK, PLACEHOLDER, last_blocks, load_model, tokenize, towers
 from flowers.runs import load_file, seed_everything
 
@@ -106,6 +104,7 @@ def fit_linear(features: torch.Tensor, labels: torch.Tensor, zero_shot: tuple[to
     zero_shot: the head of the frozen model; it stays for classes that `labels` lacks. val: features and labels on which C is chosen
     from INVERSE_REGULARISATION; without, it is DEFAULT_C.
     """
+    from sklearn.linear_model import LogisticRegression  # two seconds, which test_models.py does without
     fits = [LogisticRegression(C=c, max_iter=1000).fit(features.numpy(), labels.numpy()) for c in (INVERSE_REGULARISATION if val else (DEFAULT_C,))]
     best = max(fits, key=lambda fit: fit.score(val[0].numpy(), val[1].numpy())) if val else fits[0]
     weight, bias = (x.clone() for x in zero_shot)
@@ -133,6 +132,7 @@ def load_head(architecture: str, model: CLIP, class_names: Sequence[str], templa
     templates: the user's own, which come before a learned prompt; None if there are none. Raises UserError if classifier.pt is
     damaged or of other classes.
     """
+    from flowers.evaluate import zero_shot_head  # imports scikit-learn too
     path = Path(architecture)
     path = (path if path.is_dir() else path.parent) / "classifier.pt"
     learned = load_file(path) if Path(architecture).exists() and path.exists() and templates is None else {}

@@ -15,7 +15,7 @@ from conftest import ROOT, error_line
 from PIL import Image
 from scipy.stats import gaussian_kde, norm
 
-from flowers import UserError, colour, evaluate
+from flowers import UserError, colour, runs
 from flowers.data import find_class, open_flowers
 from flowers.pixels import load_colours, read
 
@@ -249,13 +249,13 @@ def test_isomap_of_images_and_of_a_run(small, cli, tmp_path):
     flowers = open_flowers(small)
     rows = [{"file": flowers.files[i].name, "label": flowers.class_names[flowers.labels[i]], "top1": "rose"} for i in flowers.splits["test"]]
     (tmp_path / "run").mkdir()
-    evaluate.write_csv(tmp_path / "run" / "predictions.csv", rows)
+    runs.write_csv(tmp_path / "run" / "predictions.csv", rows)
     options = ("data_Exploration/isomap.py", "--data_root", small, "--level", "image", "--features", "hsv_hist", "--run", tmp_path / "run", "--output",
                tmp_path)
     code, out, err = cli(*options)
     assert code == 0 and f"{len(rows)} images, 256 features" in out, err
     rows[0]["label"] = "lily"
-    evaluate.write_csv(tmp_path / "run" / "predictions.csv", rows)
+    runs.write_csv(tmp_path / "run" / "predictions.csv", rows)
     assert "another dataset" in error_line(cli(*options))
     assert "predictions.csv" in error_line(cli(*options[:7], "--run", tmp_path))
 
