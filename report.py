@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowers import UserError, command, plots, runs, statistics
+from flowers import UserError, command, plots, statistics
 from flowers.comparable import Run, best_by_strategy, factorial, grouped, interval, load, mean, resolve
 from flowers.evaluate import wilson
 from flowers.models import SHAPES, build
-from flowers.runs import atomic, read_lines
+from flowers.runs import atomic, read_lines, write_csv
 
 FACTORS = {"lr": "learning rate", "temperature": "temperature at the start", "batch_size": "batch size (images)", "shots": "training images a class",
            "positives": "positives", "prompt_template": "prompt", "augment": "augmentation"}
@@ -167,7 +167,7 @@ def results(found: Sequence[Run], output: Path, name: str) -> str:
         flattery = ", chosen on these very images: flattering." if split == "val" else "."
         text.append(f"The best of {every} configurations by architecture and strategy{flattery}")
     if pairs:
-        runs.write_csv(output / f"{name}-pairs.csv", [
+        write_csv(output / f"{name}-pairs.csv", [
             {"a": label(a[0]), "b": label(b[0]), "seed": a[0].seed, "only a right": only_a, "only b right": only_b, "p": f"{p:.4g}", "holm": f"{h:.4g}"}
             for (a, b), (only_a, only_b, p), h in zip(pairs, tests, adjusted)])
         figure = plots.accuracies([(label(g[0]), g[0].strategy, *interval(g)) for g in groups], output / f"{name}.png", f"{split}, {n:,} images")
