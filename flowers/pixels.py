@@ -47,6 +47,11 @@ def decode(file: Path, resolution: int) -> torch.Tensor:
         image = decode_jpeg(read_file(str(file)), mode=ImageReadMode.RGB)
     except RuntimeError as error:
         raise UserError(f"{file} can't be decoded ({str(error).splitlines()[0]}): replace it by a fresh copy") from None
+    return fit(image, resolution)
+
+
+def fit(image: torch.Tensor, resolution: int) -> torch.Tensor:
+    """(3, H, W) uint8 -> (3, R, R): the second half of `decode`, for a picture that is no file of the dataset."""
     height, width = image.shape[1:]
     if width <= height:
         width, height = resolution, int(resolution * height / width)
