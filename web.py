@@ -9,56 +9,30 @@ The address of the page always opens the same view again. Nothing is written but
 import argparse
 import base64
 import random
-import sys
+import re
 from pathlib import Path
 
-import altair as alt
 import numpy as np
 import pandas as pd
 import streamlit as st
 from starlette.formparsers import MultiPartParser
 
-from flowers import UserError, command, gallery
+from flowers import UserError, command, gallery, panels
 from flowers.data import DEFAULT_ROOT, add_data_arguments, is_complete, open_flowers, read_captions
 
 PER_PAGE, NEIGHBOURS = 48, 12
-VIEWS, PARTS, SHOWS = ("browse", "runs", "search"), ("pictures", "classes", "confusion"), ("all", "right", "wrong", "changed", "mended", "broken")
+VIEWS, PARTS, ORDERS = ("browse", "runs", "search"), ("pictures", "classes", "confusion"), ("id", "confidence")
+SHOWS = ("all", "right", "wrong", "changed", "mended", "broken")
 # what a view is made of, and its value where the address says nothing; each is the key of a widget, too
 DEFAULTS = {"view": "browse", "class": None, "split": "all", "ids": "", "page": 1, "image": None, "run": None, "other": None,
-            "part": "pictures", "show": "all", "guess": None, "sure": False, "like": "colours", "q": ""}
+            "part": "pictures", "show": "all", "guess": None, "order": "id", "like": "colours", "q": ""}
 MultiPartParser.spool_max_size = gallery.MAX_BYTES + 1  # a visitor's picture stays in memory: it would go to a temporary file from 1 MB on
 S = st.session_state
-
-GRID_CSS = """
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 8px; font: 13px/1.3 var(--st-font); color: var(--st-text-color) }
-button { all: unset; cursor: pointer; border-radius: 6px; padding: 3px; border: 1px solid transparent; overflow: hidden; min-width: 0 }
-button:hover, button:focus-visible { border-color: var(--st-text-color) }
-img, .none { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 4px; display: block; background: var(--st-secondary-background-color) }
-.none { display: grid; place-items: center }
-p { margin: 2px 0 0; overflow-wrap: anywhere }
-"""
-GRID_JS = """
-export default function({ data, parentElement, setTriggerValue }) {
-    const grid = parentElement.querySelector(".grid");
-    grid.replaceChildren(...data.map(picture => {
-        const button = document.createElement("button");
-        const image = document.createElement(picture.src ? "img" : "div");
-        if (picture.src) { image.src = picture.src; image.alt = picture.lines[0] } else { image.className = "none"; image.textContent = "damaged" }
-        button.append(image, ...picture.lines.map(line => Object.assign(document.createElement("p"), { textContent: line })));
-        button.onclick = () => setTriggerValue("open", picture.id);
-        return button;
-    }));
-    grid.onkeydown = event => {  // arrows go from picture to picture, Enter opens
-        const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], all = [...grid.children];
-        if (step) { event.stopPropagation(); event.preventDefault(); all[all.indexOf(grid.getRootNode().activeElement) + step]?.focus() }
-    };
-}
-"""
 
 
 @st.cache_resource(show_spinner=False)
 def pictures_component():
-    return st.components.v2.component("pictures", html='<div class="grid"></div>', css=GRID_CSS, js=GRID_JS)
+    return st.components.v2.component("pictures", **panels.GRID)
 
 
 @st.cache_resource(show_spinner="opening the dataset; the sample is drawn the first time, which takes 20 s", max_entries=2)
@@ -100,23 +74,17 @@ def refilter() -> None:
     go(page=1, image=None)
 
 
-def read_address(options: dict) -> None:
+def read_address(choices: dict) -> None:
     """Take over the page's address when it is new: opened, or gone back to. What it says is checked against what there is."""
     address, acted = st.query_params.to_dict(), S.pop("_acted", False)
-    if "_address" in S and (acted or address == S["_address"]):
-        for key in DEFAULTS:
-            S[key] = S.get(key, DEFAULTS[key])  # streamlit forgets a widget that is not on the page: set, it stays
-        return
+    new = "_address" not in S or not acted and address != S["_address"]
     for key, default in DEFAULTS.items():
-        given, choices = address.get(key), options.get(key)
-        if isinstance(default, bool):
-            S[key] = given == "True"
-        elif key in ("page", "image"):
-            S[key] = int(given) if given and given.isascii() and given.isdigit() and len(given) < 10 else default
-        elif choices is None:
-            S[key] = (given or default)[:300]
-        else:
-            S[key] = given if given in choices else default
+        value = address.get(key, default) if new else S.get(key, default)  # streamlit forgets a widget that is not on the page: set, it stays
+        if key in choices:
+            value = value if value in choices[key] else default
+        elif isinstance(value, str) and key in ("page", "image"):
+            value = int(value) if re.fullmatch("[0-9]{1,9}", value) else default
+        S[key] = value[:300] if isinstance(value, str) and key in ("q", "ids") else value
 
 
 def write_address() -> None:
@@ -127,6 +95,11 @@ def write_address() -> None:
 
 
 # --- pieces of the page ---
+
+def plain(text: str) -> str:
+    """Text that markdown leaves as it is."""
+    return " ".join(text.split()).translate({ord(c): "\\" + c for c in "\\`*_{}[]()<>#$|:~!+-."})
+
 
 def picture_grid(data, index: np.ndarray, key: str, lines=lambda i: []) -> None:
     """Thumbnails that open their image; lines: what stands under the image's id and class."""
@@ -153,27 +126,10 @@ def pager(index: np.ndarray) -> np.ndarray:
     return part
 
 
-def bars(table: pd.DataFrame, x: str, y: str, title: str) -> alt.Chart:
-    return alt.Chart(table, height=110).mark_line(interpolate="monotone").encode(
-        alt.X(x, type="quantitative", title=title, axis=alt.Axis(tickCount=5)), alt.Y(y, type="quantitative", title="share (%)", axis=alt.Axis(tickCount=3)))
-
-
-def class_histogram(data, index: np.ndarray) -> None:
-    """Images of each class by split; a click on a bar filters, a second one takes the filter back."""
-    flowers, _, splits, _ = data
-    table = pd.DataFrame({"class": np.array(flowers.class_names)[flowers.labels[index]], "split": splits[index]}).value_counts().reset_index(name="images")
-    key = f"histogram {S['class']}"  # another chart for another choice: streamlit would keep the last click
-
-    def clicked():
-        if chosen := S[key]["selection"]["bar"]:
-            go(page=1, image=None, **{"class": None if chosen[0]["class"] == S["class"] else chosen[0]["class"]})
-
-    chart = alt.Chart(table, height=220).mark_bar().encode(
-        alt.X("class:N", sort="-y", axis=alt.Axis(labelAngle=-90, labelOverlap="greedy", labelLimit=110, title=None)),
-        alt.Y("images:Q"), alt.Color("split:N", legend=alt.Legend(orient="top", title=None)),
-        opacity=alt.condition(alt.datum["class"] == S["class"], alt.value(1.0), alt.value(0.35)) if S["class"] else alt.value(1.0),
-        tooltip=["class", "split", "images"]).add_params(alt.selection_point("bar", fields=["class"]))
-    st.altair_chart(chart, key=key, on_select=clicked, selection_mode="bar")
+def ranking(place, title: str, best: list[tuple[str, float]]) -> None:
+    """Names with their probabilities."""
+    place.dataframe(pd.DataFrame([(name, 100 * share) for name, share in best], columns=[title, "probability"]), hide_index=True,
+                    column_config={"probability": st.column_config.ProgressColumn(format="%.1f%%", min_value=0, max_value=100)})
 
 
 def one_image(data, i: int, order: np.ndarray, given: list, models: list[str], runs: Path) -> None:
@@ -184,11 +140,11 @@ def one_image(data, i: int, order: np.ndarray, given: list, models: list[str], r
     with st.container(horizontal=True, vertical_alignment="center"):
         st.button("Grid", on_click=go, kwargs={"image": None}, shortcut="Escape", key="to_grid")
         for label, step, shortcut in (("Previous", at - 1, "Left"), ("Next", at + 1, "Right")):
-            there = 0 <= step < len(order)
-            st.button(label, on_click=go, kwargs={"image": int(ids[order[step]]) if there else None}, disabled=not there, shortcut=shortcut, key=f"{label}_image")
+            beside = int(ids[order[step]]) if 0 <= step < len(order) else None
+            st.button(label, on_click=go, kwargs={"image": beside}, disabled=beside is None, shortcut=shortcut, key=f"{label}_image")
         st.button("Random", on_click=lambda: go(image=int(ids[random.choice(order)])), disabled=not len(order), shortcut="S", key="random_image")
         st.markdown(f"{at + 1:,} of {len(order):,}" if at >= 0 else f"not among these {len(order):,}", width="content")
-    left, right = st.columns([3, 2], gap="medium")
+    left, right = st.columns(2, gap="medium")
     file, name = flowers.files[i], flowers.class_names[flowers.labels[i]]
     try:
         jpeg = file.read_bytes()
@@ -197,27 +153,19 @@ def one_image(data, i: int, order: np.ndarray, given: list, models: list[str], r
         left.error(f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: python -m flowers.data")
         return
     left.image(jpeg, alt=name)
-    right.subheader(name, anchor=False)
-    right.markdown(f"class {flowers.labels[i] + 1} · image {ids[i]} · {splits[i]}  \n`{file.name}` · {pixels.shape[1]} x {pixels.shape[0]} pixels · {len(jpeg) / 1000:.0f} kB")
+    right.subheader(plain(name), anchor=False)
+    right.markdown(f"class {flowers.labels[i] + 1} · image {ids[i]} · {splits[i]}  \n`{file.name}` · {pixels.shape[1]} x {pixels.shape[0]} pixels · "
+                   f"{len(jpeg) / 1000:.0f} kB")
     for p in given:
         if p.top[i]:
-            right.dataframe(pd.DataFrame([{f"{p.name}": flowers.class_names[c], "probability": 100 * s, "": "✓" if c == flowers.labels[i] else ""} for c, s in p.top[i]]),
-                            hide_index=True, column_config={"probability": st.column_config.ProgressColumn(format="%.1f%%", min_value=0, max_value=100)})
-    right.html('<div style="display:flex;gap:2px;font:12px monospace">' + "".join(
-        f'<div style="flex:{max(share, 0.12):.3f}"><div style="height:36px;background:{colour}"></div>{colour}</div>' for colour, share in gallery.palette(pixels)) + "</div>")
-    hue, saturation, value = (100 * h for h in gallery.hsv_histograms(pixels, (72, 32, 32)))
-    angle = np.arange(2.5, 360, 5)
-    hues = pd.DataFrame({"hue": angle, "share": hue, "colour": [f"hsl({a:.0f} 85% 50%)" for a in angle]})
-    right.altair_chart(alt.Chart(hues, height=110).mark_bar(binSpacing=0).encode(
-        alt.X("hue:Q", bin=alt.Bin(step=5), title="hue (degrees)", axis=alt.Axis(values=[0, 60, 120, 180, 240, 300, 360])),
-        alt.Y("share:Q", title="share (%)", axis=alt.Axis(tickCount=3)), alt.Color("colour:N", scale=None)))
-    curves = pd.DataFrame({"level": np.tile((np.arange(32) + 0.5) / 32, 2), "share": np.r_[saturation, value], "of": ["saturation"] * 32 + ["value"] * 32})
-    right.altair_chart(bars(curves, "level", "share", "saturation, value (0 to 1)").encode(alt.Color("of:N", legend=alt.Legend(orient="top", title=None))))
+            ranking(right, p.name, [(("✓ " if c == flowers.labels[i] else "") + flowers.class_names[c], score) for c, score in p.top[i]])
+    right.html(panels.palette_html(pixels))
+    for chart in panels.hsv_curves(pixels):
+        right.altair_chart(chart)
     for path in (flowers.root / "captions.jsonl.gz", flowers.root / "captions.jsonl"):
         if path.is_file():
             try:
-                left.markdown("\n".join("- " + line.replace("\n", " ").translate({ord(c): "\\" + c for c in "\\`*_{}[]<>#$|:~"})
-                                        for line in captions(flowers, str(path), stamp(path))[i]))
+                left.markdown("\n".join("- " + plain(line) for line in captions(flowers, str(path), stamp(path))[i]))
             except UserError as error:
                 left.warning(str(error))
             break
@@ -248,31 +196,16 @@ def browse(data):
             st.warning(str(error).capitalize() + ".")
     if S["image"] is None:
         with st.expander("Images of each class: click a bar to see them", expanded=True):
-            class_histogram(data, np.flatnonzero(chosen))
+            key = f"histogram {S['class']}"  # another chart for another choice: streamlit would keep the last click
+
+            def clicked():
+                if bar := S[key]["selection"]["bar"]:
+                    go(page=1, image=None, **{"class": None if bar[0]["class"] == S["class"] else bar[0]["class"]})
+            chart = panels.class_histogram(flowers, splits, np.flatnonzero(chosen), S["class"])
+            st.altair_chart(chart, key=key, on_select=clicked, selection_mode="bar")
     if S["class"]:
         chosen &= flowers.labels == flowers.class_names.index(S["class"])
     return np.flatnonzero(chosen), lambda i: [], []
-
-
-def confusion(flowers, index: np.ndarray, run) -> None:
-    """Share of each class's images (row) that are given each name (column); a click on a cell opens them."""
-    cells = pd.DataFrame({"true": np.array(flowers.class_names)[flowers.labels[index]], "predicted": np.array(flowers.class_names)[run.guess[index]]})
-    cells = cells.value_counts().reset_index(name="images")
-    cells["share"] = 100 * cells["images"] / cells.groupby("true")["images"].transform("sum")
-    names = sorted(set(cells["true"]) | set(cells["predicted"]))
-
-    def clicked():
-        if cell := S["confusion"]["selection"]["cell"]:
-            go(part="pictures", show="all", page=1, guess=cell[0]["predicted"], **{"class": cell[0]["true"]})
-
-    axis = {"type": "nominal", "scale": alt.Scale(domain=names)}
-    chart = alt.Chart(cells, height=max(360, 11 * len(names))).mark_rect().encode(
-        alt.X("predicted", axis=alt.Axis(labelAngle=-90, labelOverlap="greedy", labelLimit=110), **axis),
-        alt.Y("true", axis=alt.Axis(labelOverlap="greedy", labelLimit=110), **axis),
-        alt.Color("share:Q", title="share of the true class (%)", legend=alt.Legend(orient="top"),
-                  scale=alt.Scale(scheme="blues", domain=[0, 100], reverse=st.context.theme.type == "dark")),
-        tooltip=["true", "predicted", "images", alt.Tooltip("share", format=".1f")]).add_params(alt.selection_point("cell", fields=["true", "predicted"]))
-    st.altair_chart(chart, key="confusion", on_select=clicked, selection_mode="cell")
 
 
 def compare(data, runs: Path, names: list[str]):
@@ -280,18 +213,20 @@ def compare(data, runs: Path, names: list[str]):
     if not names:
         st.info(f"No run in {runs} has predictions yet. Make one: python train.py --data_root {flowers.root} --architecture tiny --runs {runs}")
         return None
-    S["run"] = S["run"] or names[0]
+    S["run"] = S["run"] if S["run"] in names else names[0]
+    S["other"] = S["other"] if S["other"] != S["run"] else None
     with st.container(horizontal=True):
         st.selectbox("Run", names, key="run", on_change=refilter, width=240)
         st.selectbox("Compare with", [n for n in names if n != S["run"]], key="other", placeholder="no other run", on_change=refilter, width=240)
         st.segmented_control("Part", PARTS, key="part", on_change=go, required=True)
-    given = [predictions(flowers, str(runs / n), stamp(runs / n / "predictions.csv", flowers.root / "setid.mat")) for n in (S["run"], S["other"]) if n]
+    given = [predictions(flowers, str(runs / n), stamp(runs / n / "predictions.csv")) for n in (S["run"], S["other"]) if n]
     shown = gallery.outcomes(flowers.labels, *given)
     every = shown["all"]
     if not len(every):
         raise UserError(f"{S['run']} and {S['other']} predicted different images: choose two runs of one split")
-    st.markdown(" · ".join(f"{p.name}: **{100 * (p.guess[every] == flowers.labels[every]).mean():.2f}%**" for p in given) + f" of {len(every):,} images right"
-                + (f" · {len(shown['mended'])} mended, {len(shown['broken'])} broken by {S['other']}" if S["other"] else ""))
+    shares = [f"{plain(p.name)}: **{100 * (p.guess[every] == flowers.labels[every]).mean():.2f}%**" for p in given]
+    change = f" · {len(shown['mended'])} mended, {len(shown['broken'])} broken by {plain(S['other'])}" if S["other"] else ""
+    st.markdown(" · ".join(shares) + f" of {len(every):,} images right" + change)
     if S["part"] == "classes":
         def clicked():
             if rows := S["table"]["selection"]["rows"]:
@@ -302,22 +237,31 @@ def compare(data, runs: Path, names: list[str]):
                      column_config={k: st.column_config.NumberColumn(format="%.1f") for k in (*(p.name for p in given), "change")})
         return None
     if S["part"] == "confusion":
-        confusion(flowers, every, given[0])
+        def opened():
+            if cell := S["confusion"]["selection"]["cell"]:
+                go(part="pictures", show="all", page=1, guess=cell[0]["predicted"], **{"class": cell[0]["true"]})
+        names = np.array(flowers.class_names)
+        st.caption("Click on a cell to see its pictures.")
+        st.altair_chart(panels.confusion(names[flowers.labels[every]], names[given[0].guess[every]], st.context.theme.type == "dark"),
+                        key="confusion", on_select=opened, selection_mode="cell")
         return None
     if S["show"] not in shown:
         S["show"] = "all"
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.segmented_control("Show", list(shown), key="show", on_change=refilter, required=True)
+    with st.container(horizontal=True):
+        st.segmented_control("Show", list(shown), key="show", on_change=refilter, required=True, wrap=True)
         st.selectbox("True class", sorted(flowers.class_names), key="class", placeholder="all classes", on_change=refilter, width=200)
         st.selectbox("Predicted class", sorted(flowers.class_names), key="guess", placeholder="all classes", on_change=refilter, width=200)
-        st.checkbox("Most confident first", key="sure", on_change=refilter)
+        st.segmented_control("Order", ORDERS, key="order", on_change=refilter, required=True)
     index = shown[S["show"]]
     for key, value in (("class", flowers.labels), ("guess", given[0].guess)):
         if S[key]:
             index = index[value[index] == flowers.class_names.index(S[key])]
-    if S["sure"]:
+    if S["order"] == "confidence":
         index = index[np.argsort(-given[0].score[index], kind="stable")]
-    return index, lambda i: [f"{'✓' if p.guess[i] == flowers.labels[i] else '✗'} {flowers.class_names[p.guess[i]]} {100 * p.score[i]:.0f}%" for p in given], given
+
+    def answers(i):
+        return [f"{'✓' if p.guess[i] == flowers.labels[i] else '✗'} {flowers.class_names[p.guess[i]]} {100 * p.score[i]:.0f}%" for p in given]
+    return index, answers, given
 
 
 def search(data, runs: Path, models: list[str]):
@@ -336,12 +280,10 @@ def search(data, runs: Path, models: list[str]):
     if upload:
         picture = gallery.open_picture(upload.getvalue())
         feature = model.of_picture(picture)
-        ranking = model.ranking(feature)
+        shares = model.ranking(feature)
         left, right = st.columns([1, 3])
         left.image(picture, alt="your picture")
-        best = np.argsort(-ranking)[:5]
-        right.dataframe(pd.DataFrame({"class": [flowers.class_names[c] for c in best], "probability": 100 * ranking[best]}), hide_index=True,
-                        column_config={"probability": st.column_config.ProgressColumn(format="%.1f%%", min_value=0, max_value=100)})
+        ranking(right, "class", [(flowers.class_names[c], shares[c]) for c in np.argsort(-shares)[:5]])
     else:
         feature = model.of_text(S["q"])
     order, scores = gallery.nearest(model.features, feature)
@@ -359,6 +301,7 @@ def main():
         parser.parse_args()
         raise UserError("this is a page: start it with streamlit run web.py -- [--data_root PATH] [--runs PATH]")
     st.set_page_config("Flowers", page_icon="🌸", layout="wide")
+    st.html("<style>[data-testid=stMainBlockContainer] { padding-top: 3.5rem; padding-bottom: 3rem }</style>")
     try:
         page(parser)
     except (UserError, OSError) as error:
@@ -376,10 +319,13 @@ def page(parser: argparse.ArgumentParser) -> None:
         raise UserError(f"{DEFAULT_ROOT} is missing or incomplete. Fetch it: python -m flowers.data")
     root = Path("data/sample" if args.data_root == "sample" else args.data_root)
     files = [root / n for n in ("jpg", "images/jpg", "imagelabels.mat", "labels.npz", "setid.mat", "cat_to_name.json")]
-    data = dataset(tuple((k, v) for k, v in vars(args).items() if k != "runs"), stamp(*files, *([Path(args.splits_path)] if args.splits_path else [])))
+    try:
+        data = dataset(tuple((k, v) for k, v in vars(args).items() if k != "runs"), stamp(*files, Path(args.splits_path or root)))
+    except UserError as error:
+        raise UserError(f"{error}. Fetch the dataset with: python -m flowers.data; or look at the sample: streamlit run web.py -- --data_root sample") from None
     flowers, ids = data[:2]
     predicted, models = gallery.run_names(runs, "predictions.csv"), gallery.run_names(runs, "model.pt")
-    read_address({"view": VIEWS, "class": flowers.class_names, "guess": flowers.class_names, "split": ["all", *flowers.splits], "part": PARTS, "show": SHOWS,
+    read_address({"view": VIEWS, "class": flowers.class_names, "guess": flowers.class_names, "split": ["all", *{*data[2]}], "part": PARTS, "show": SHOWS, "order": ORDERS,
                   "run": {*predicted, *models}, "other": predicted, "like": ["colours", *models]})
     with st.container(horizontal=True, vertical_alignment="center"):
         st.segmented_control("View", VIEWS, key="view", format_func=str.title, on_change=refilter, required=True, label_visibility="collapsed")
@@ -396,7 +342,8 @@ def page(parser: argparse.ArgumentParser) -> None:
     elif listed is not None:
         index, lines, given = listed
         picture_grid(data, pager(index), "pictures", lines)
-        st.download_button("This list as CSV", lambda: gallery.export(flowers, index, given), "flowers.csv", "text/csv", on_click="ignore", disabled=not len(index))
+        st.download_button("This list as CSV", lambda: gallery.export(flowers, index, given), "flowers.csv", "text/csv", on_click="ignore",
+                           disabled=not len(index))
     write_address()
 
 

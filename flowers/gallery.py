@@ -123,10 +123,10 @@ def colour_features(pixels: np.ndarray) -> np.ndarray:
 
 
 def palette(pixels: np.ndarray, colours: int = 6) -> list[tuple[str, float]]:
-    """The most frequent colours after a median cut, as #rrggbb and share of the pixels, largest first."""
+    """The colours that stand for the picture, as #rrggbb and their shares of the pixels, largest first."""
     image = Image.fromarray(pixels)
     image.thumbnail((128, 128))
-    cut = image.quantize(colours, method=Image.Quantize.MEDIANCUT)
+    cut = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE)
     rgb, counts = cut.getpalette(), sorted(cut.getcolors(), reverse=True)
     return [("#" + bytes(rgb[3 * i:3 * i + 3]).hex(), n / (image.width * image.height)) for n, i in counts]
 
@@ -253,11 +253,9 @@ def class_changes(flowers: Flowers, index: np.ndarray, first: Predictions, secon
     rows = []
     for c in np.unique(flowers.labels[index]):
         own = index[flowers.labels[index] == c]
-        row = {"class": flowers.class_names[c], "images": len(own), first.name: 100 * float((first.guess[own] == c).mean())}
-        if second is not None:
-            row |= {second.name: 100 * float((second.guess[own] == c).mean())}
-            row["change"] = row[second.name] - row[first.name]
-        rows.append(row)
+        accuracy = {p.name: 100 * float((p.guess[own] == c).mean()) for p in (first, second) if p is not None}
+        change = {"change": accuracy[second.name] - accuracy[first.name]} if second is not None else {}
+        rows.append({"class": flowers.class_names[c], **change, "images": len(own), **accuracy})
     return sorted(rows, key=lambda row: -abs(row["change"]) if second is not None else row[first.name])
 
 
@@ -278,8 +276,9 @@ class Searcher:
             images = pixels.load_pixels(flowers, resolution)
             yield from (models.image_features(self.model, images, part).numpy() for part in torch.arange(n).split(256))
         self.features = cache.cached(cache.folder(flowers.root) / f"search-{name}.npy", key, (n, width), "<f4", rows)
-        templates = run_arguments(folder).get("prompt_template") or [evaluate.TEMPLATE]
-        self.classifier = evaluate.zero_shot_classifier(self.model, flowers.class_names, templates).numpy()
+        templates = run_arguments(folder).get("prompt_template")
+        templates = [t for t in templates if "{}" in str(t)] if isinstance(templates, list) else []
+        self.classifier = evaluate.zero_shot_classifier(self.model, flowers.class_names, templates or [evaluate.TEMPLATE]).numpy()
 
     def of_text(self, sentence: str) -> np.ndarray:
         """(D,) of length 1."""
