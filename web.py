@@ -39,7 +39,7 @@ def pictures_component():
 def dataset(arguments: tuple, stamp: tuple):
     """The index, its ids, splits and thumbnails; opened again when `stamp`, the times of its files, changes."""
     flowers = open_flowers(**dict(arguments))
-    return flowers, gallery.image_ids(flowers), gallery.split_of(flowers), gallery.Thumbnails(flowers)
+    return gallery.Data(flowers, gallery.image_ids(flowers), gallery.split_of(flowers), gallery.Thumbnails(flowers), (arguments, stamp))
 
 
 @st.cache_resource(show_spinner=False, max_entries=8)
@@ -96,14 +96,9 @@ def write_address() -> None:
 
 # --- pieces of the page ---
 
-def plain(text: str) -> str:
-    """Text that markdown leaves as it is."""
-    return " ".join(text.split()).translate({ord(c): "\\" + c for c in "\\`*_{}[]()<>#$|:~!+-."})
-
-
-def picture_grid(data, index: np.ndarray, key: str, lines=lambda i: []) -> None:
+def picture_grid(data: gallery.Data, index: np.ndarray, key: str, lines=lambda i: []) -> None:
     """Thumbnails that open their image; lines: what stands under the image's id and class."""
-    flowers, ids, _, thumbnails = data
+    flowers, ids, _, thumbnails, _ = data
     shown = []
     for i in index:
         jpeg = thumbnails[i]
@@ -132,9 +127,9 @@ def ranking(place, title: str, best: list[tuple[str, float]]) -> None:
                     column_config={"probability": st.column_config.ProgressColumn(format="%.1f%%", min_value=0, max_value=100)})
 
 
-def one_image(data, i: int, order: np.ndarray, given: list, models: list[str], runs: Path) -> None:
+def one_image(data: gallery.Data, i: int, order: np.ndarray, given: list, models: list[str], runs: Path) -> None:
     """The image at place i with all that is known of it; order: the list that it is in, to go on from it."""
-    flowers, ids, splits, thumbnails = data
+    flowers, ids, splits, thumbnails, _ = data
     place = np.flatnonzero(order == i)
     at = int(place[0]) if len(place) else -1
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -153,7 +148,7 @@ def one_image(data, i: int, order: np.ndarray, given: list, models: list[str], r
         left.error(f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: python -m flowers.data")
         return
     left.image(jpeg, alt=name)
-    right.subheader(plain(name), anchor=False)
+    right.subheader(panels.plain(name), anchor=False)
     right.markdown(f"class {flowers.labels[i] + 1} · image {ids[i]} · {splits[i]}  \n`{file.name}` · {pixels.shape[1]} x {pixels.shape[0]} pixels · "
                    f"{len(jpeg) / 1000:.0f} kB")
     for p in given:
@@ -165,13 +160,13 @@ def one_image(data, i: int, order: np.ndarray, given: list, models: list[str], r
     for path in (flowers.root / "captions.jsonl.gz", flowers.root / "captions.jsonl"):
         if path.is_file():
             try:
-                left.markdown("\n".join("- " + plain(line) for line in captions(flowers, str(path), stamp(path))[i]))
+                left.markdown("\n".join("- " + panels.plain(line) for line in captions(flowers, str(path), data.stamp + stamp(path))[i]))
             except UserError as error:
                 left.warning(str(error))
             break
     st.segmented_control("Nearest images by", ["colours", *models], key="like", on_change=go, required=True)
     if S["like"] != "colours":
-        features = searcher(flowers, str(runs / S["like"]), stamp(runs / S["like"] / "model.pt")).features
+        features = searcher(flowers, str(runs / S["like"]), data.stamp + stamp(runs / S["like"] / "model.pt")).features
     elif (features := thumbnails.features) is None:
         st.info(thumbnails.problem or "The colours of all images are being computed; this takes a few seconds, once.")
         st.button("Look again", key="again")
@@ -182,8 +177,8 @@ def one_image(data, i: int, order: np.ndarray, given: list, models: list[str], r
 
 # --- the three views; each returns the images that it lists, what stands under each, and the runs whose predictions belong to it ---
 
-def browse(data):
-    flowers, ids, splits, _ = data
+def browse(data: gallery.Data):
+    flowers, ids, splits, _, _ = data
     with st.container(horizontal=True):
         st.selectbox("Class", sorted(flowers.class_names), key="class", placeholder="all classes", on_change=refilter, width=240)
         st.segmented_control("Split", ["all", *(n for n, index in flowers.splits.items() if len(index))], key="split", on_change=refilter, required=True)
@@ -208,8 +203,8 @@ def browse(data):
     return np.flatnonzero(chosen), lambda i: [], []
 
 
-def compare(data, runs: Path, names: list[str]):
-    flowers = data[0]
+def compare(data: gallery.Data, runs: Path, names: list[str]):
+    flowers = data.flowers
     if not names:
         st.info(f"No run in {runs} has predictions yet. Make one: python train.py --data_root {flowers.root} --architecture tiny --runs {runs}")
         return None
@@ -219,13 +214,13 @@ def compare(data, runs: Path, names: list[str]):
         st.selectbox("Run", names, key="run", on_change=refilter, width=240)
         st.selectbox("Compare with", [n for n in names if n != S["run"]], key="other", placeholder="no other run", on_change=refilter, width=240)
         st.segmented_control("Part", PARTS, key="part", on_change=go, required=True)
-    given = [predictions(flowers, str(runs / n), stamp(runs / n / "predictions.csv")) for n in (S["run"], S["other"]) if n]
+    given = [predictions(flowers, str(runs / n), data.stamp + stamp(runs / n / "predictions.csv")) for n in (S["run"], S["other"]) if n]
     shown = gallery.outcomes(flowers.labels, *given)
     every = shown["all"]
     if not len(every):
         raise UserError(f"{S['run']} and {S['other']} predicted different images: choose two runs of one split")
-    shares = [f"{plain(p.name)}: **{100 * (p.guess[every] == flowers.labels[every]).mean():.2f}%**" for p in given]
-    change = f" · {len(shown['mended'])} mended, {len(shown['broken'])} broken by {plain(S['other'])}" if S["other"] else ""
+    shares = [f"{panels.plain(p.name)}: **{100 * (p.guess[every] == flowers.labels[every]).mean():.2f}%**" for p in given]
+    change = f" · {len(shown['mended'])} mended, {len(shown['broken'])} broken by {panels.plain(S['other'])}" if S["other"] else ""
     st.markdown(" · ".join(shares) + f" of {len(every):,} images right" + change)
     if S["part"] == "classes":
         def clicked():
@@ -264,8 +259,8 @@ def compare(data, runs: Path, names: list[str]):
     return index, answers, given
 
 
-def search(data, runs: Path, models: list[str]):
-    flowers = data[0]
+def search(data: gallery.Data, runs: Path, models: list[str]):
+    flowers = data.flowers
     if not models:
         st.info(f"Searching needs a run with a model in {runs}. Make one: python train.py --data_root {flowers.root} --architecture tiny --runs {runs}")
         return None
@@ -276,7 +271,7 @@ def search(data, runs: Path, models: list[str]):
     upload = st.file_uploader("or a picture of your own (JPEG, PNG or WebP; it is kept in memory only)", key="upload", on_change=refilter)
     if not upload and not S["q"].strip():
         return None
-    model = searcher(flowers, str(runs / S["run"]), stamp(runs / S["run"] / "model.pt"))
+    model = searcher(flowers, str(runs / S["run"]), data.stamp + stamp(runs / S["run"] / "model.pt"))
     if upload:
         picture = gallery.open_picture(upload.getvalue())
         feature = model.of_picture(picture)
@@ -319,13 +314,14 @@ def page(parser: argparse.ArgumentParser) -> None:
         raise UserError(f"{DEFAULT_ROOT} is missing or incomplete. Fetch it: python -m flowers.data")
     root = Path("data/sample" if args.data_root == "sample" else args.data_root)
     files = [root / n for n in ("jpg", "images/jpg", "imagelabels.mat", "labels.npz", "setid.mat", "cat_to_name.json")]
+    arguments = tuple((key, value) for key, value in vars(args).items() if key != "runs")
     try:
-        data = dataset(tuple((k, v) for k, v in vars(args).items() if k != "runs"), stamp(*files, Path(args.splits_path or root)))
+        data = dataset(arguments, stamp(*files, Path(args.splits_path or root)))
     except UserError as error:
-        raise UserError(f"{error}. Fetch the dataset with: python -m flowers.data; or look at the sample: streamlit run web.py -- --data_root sample") from None
-    flowers, ids = data[:2]
+        raise UserError(f"{error}. Fetch the dataset: python -m flowers.data; or see the sample: streamlit run web.py -- --data_root sample") from None
+    flowers, ids = data.flowers, data.ids
     predicted, models = gallery.run_names(runs, "predictions.csv"), gallery.run_names(runs, "model.pt")
-    read_address({"view": VIEWS, "class": flowers.class_names, "guess": flowers.class_names, "split": ["all", *{*data[2]}], "part": PARTS, "show": SHOWS, "order": ORDERS,
+    read_address({"view": VIEWS, "class": flowers.class_names, "guess": flowers.class_names, "split": ["all", *{*data.splits}], "part": PARTS, "show": SHOWS, "order": ORDERS,
                   "run": {*predicted, *models}, "other": predicted, "like": ["colours", *models]})
     with st.container(horizontal=True, vertical_alignment="center"):
         st.segmented_control("View", VIEWS, key="view", format_func=str.title, on_change=refilter, required=True, label_visibility="collapsed")

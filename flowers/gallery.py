@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -101,6 +102,16 @@ def open_picture(data: bytes) -> np.ndarray:
     except Exception as error:  # PIL raises a dozen kinds at damaged files
         raise UserError(f"this file can't be read as a picture ({type(error).__name__}): give a whole JPEG, PNG or WebP") from None
     raise UserError(f"this picture has {width} x {height} pixels: at most {MAX_PIXELS // 1_000_000} million are taken, and no strips")
+
+
+class Data(NamedTuple):
+    """A dataset that is open: its index, the number in each file's name, the name of each image's split, thumbnails;
+    stamp tells it from another, and from itself after a change."""
+    flowers: Flowers
+    ids: np.ndarray
+    splits: np.ndarray
+    thumbnails: Thumbnails
+    stamp: tuple
 
 
 # --- colours ---

@@ -35,6 +35,11 @@ GRID = {"html": '<div class="grid"></div>', "css": GRID_CSS, "js": GRID_JS}
 LABELS = {"labelOverlap": "greedy", "labelLimit": 110}  # on a narrow screen every second or third name
 
 
+def plain(text: str) -> str:
+    """Text that markdown leaves as it is."""
+    return " ".join(text.split()).translate({ord(c): "\\" + c for c in "\\`*_{}[]()<>#$|:~!+-."})
+
+
 def class_histogram(flowers: Flowers, splits: np.ndarray, index: np.ndarray, chosen: str | None) -> alt.Chart:
     """Images of each class at `index`, stacked by split; `chosen` stands out; the selection `bar` holds the class that was clicked."""
     table = pd.DataFrame({"class": np.array(flowers.class_names)[flowers.labels[index]], "split": splits[index]}).value_counts().reset_index(name="images")
