@@ -313,16 +313,16 @@ def page(parser: argparse.ArgumentParser) -> None:
     if args.data_root == DEFAULT_ROOT and not is_complete(Path(DEFAULT_ROOT)):
         raise UserError(f"{DEFAULT_ROOT} is missing or incomplete. Fetch it: python -m flowers.data")
     root = Path("data/sample" if args.data_root == "sample" else args.data_root)
-    files = [root / n for n in ("jpg", "images/jpg", "imagelabels.mat", "labels.npz", "setid.mat", "cat_to_name.json")]
+    files = [*(root / n for n in ("jpg", "images/jpg", "imagelabels.mat", "labels.npz", "cat_to_name.json")), Path(args.splits_path or root / "setid.mat")]
     arguments = tuple((key, value) for key, value in vars(args).items() if key != "runs")
     try:
-        data = dataset(arguments, stamp(*files, Path(args.splits_path or root)))
+        data = dataset(arguments, stamp(*files))
     except UserError as error:
         raise UserError(f"{error}. Fetch the dataset: python -m flowers.data; or see the sample: streamlit run web.py -- --data_root sample") from None
     flowers, ids = data.flowers, data.ids
     predicted, models = gallery.run_names(runs, "predictions.csv"), gallery.run_names(runs, "model.pt")
-    read_address({"view": VIEWS, "class": flowers.class_names, "guess": flowers.class_names, "split": ["all", *{*data.splits}], "part": PARTS, "show": SHOWS, "order": ORDERS,
-                  "run": {*predicted, *models}, "other": predicted, "like": ["colours", *models]})
+    read_address({"view": VIEWS, "class": flowers.class_names, "guess": flowers.class_names, "split": {"all", *data.splits.tolist()}, "part": PARTS,
+                  "show": SHOWS, "order": ORDERS, "run": {*predicted, *models}, "other": predicted, "like": ["colours", *models]})
     with st.container(horizontal=True, vertical_alignment="center"):
         st.segmented_control("View", VIEWS, key="view", format_func=str.title, on_change=refilter, required=True, label_visibility="collapsed")
         st.markdown(f"{len(ids):,} images of {len(flowers.class_names)} classes in `{flowers.root}`", width="content")

@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ SIDE, SLOT = 160, 10_240  # pixels of a thumbnail, and the bytes that are kept f
 FORMAT = 1  # raise it when the stored bytes change
 BINS = (36, 16, 16)  # of hue (10 degrees each), saturation and value
 MAX_BYTES, MAX_PIXELS, MAX_ASPECT = 10 << 20, 40_000_000, 20  # of a picture that a visitor brings
+LOCKS = defaultdict(threading.Lock)  # one for each cache file: two sessions are two threads, and temporary files are told apart by process
 
 
 # --- pictures ---
@@ -67,11 +69,10 @@ class Thumbnails:
             from flowers import cache
             names = hashlib.sha256("".join(f.name for f in self.files).encode()).hexdigest()[:8]
             key, folder, n = cache.key_of(FORMAT, SIDE, *self.files), cache.folder(self.root), len(self.files)
-            kept = cache.cached(folder / f"thumbnails-{names}.npy", key, (n, SLOT), "|u1", lambda: self._all(thumbnail, self.files))
-            self.kept = kept
-            features = cache.cached(folder / f"thumbnail-hsv-{names}.npy", key, (n, sum(BINS)), "<f4",
-                                    lambda: self._all(lambda i: colour_features(read_thumbnail(self[i])), range(n)))
-            self.features = np.array(features)
+            with LOCKS[folder / names]:
+                self.kept = cache.cached(folder / f"thumbnails-{names}.npy", key, (n, SLOT), "|u1", lambda: self._all(thumbnail, self.files))
+                self.features = np.array(cache.cached(folder / f"thumbnail-hsv-{names}.npy", key, (n, sum(BINS)), "<f4",
+                                                      lambda: self._all(lambda i: colour_features(read_thumbnail(self[i])), range(n))))
         except OSError as error:  # a full disk, a vanished file: the pages go on without
             self.problem = f"Thumbnails could not be kept ({error}): pages are slower."
 
@@ -284,9 +285,12 @@ class Searcher:
         key = cache.key_of(FORMAT, pixels.key(flowers, resolution), folder / "model.pt")
 
         def rows():
-            images = pixels.load_pixels(flowers, resolution)
+            with LOCKS[flowers.root / str(resolution)]:
+                images = pixels.load_pixels(flowers, resolution)
             yield from (models.image_features(self.model, images, part).numpy() for part in torch.arange(n).split(256))
-        self.features = cache.cached(cache.folder(flowers.root) / f"search-{name}.npy", key, (n, width), "<f4", rows)
+        path = cache.folder(flowers.root) / f"search-{name}.npy"
+        with LOCKS[path]:
+            self.features = cache.cached(path, key, (n, width), "<f4", rows)
         templates = run_arguments(folder).get("prompt_template")
         templates = [t for t in templates if "{}" in str(t)] if isinstance(templates, list) else []
         self.classifier = evaluate.zero_shot_classifier(self.model, flowers.class_names, templates or [evaluate.TEMPLATE]).numpy()
@@ -307,6 +311,6 @@ class Searcher:
 
     def ranking(self, feature: np.ndarray) -> np.ndarray:
         """(C,) probabilities of the classes at the model's temperature."""
-        logits = self.classifier @ feature * float(self.model.logit_scale.exp())
+        logits = self.classifier @ feature * self.model.logit_scale.exp().item()
         shares = np.exp(logits - logits.max())
         return shares / shares.sum()

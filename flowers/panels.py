@@ -68,7 +68,7 @@ def hsv_curves(pixels: np.ndarray) -> tuple[alt.Chart, alt.Chart]:
 def palette_html(pixels: np.ndarray) -> str:
     """The palette as a strip, each colour at least wide enough for its name."""
     return '<div style="display:flex;gap:2px;font:10px monospace">' + "".join(
-        f'<div style="flex:{max(share, 0.15):.3f}"><div style="height:36px;background:{colour}"></div>{colour}</div>'
+        f'<div style="flex:{max(share, 0.15):.3f}"><div style="height:36px;background:{colour};box-shadow:inset 0 0 0 1px #8888"></div>{colour}</div>'
         for colour, share in palette(pixels)) + "</div>"
 
 
