@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from flowers import UserError, command, evaluate, figures, runs
+from flowers import UserError, command, evaluate, figures, frozen, runs, strategies
 from flowers.data import add_data_arguments, open_flowers, read_captions
-from flowers.models import load_model
+from flowers.models import load_model, text_features
 from flowers.pixels import load_pixels, to_device
 
 
@@ -38,7 +38,6 @@ def main():
     parser.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
                         help="auto: online if logged in, else offline (default: %(default)s)")
     args = parser.parse_args()
-    args.prompt_template = args.prompt_template or [evaluate.TEMPLATE]
     earlier = {}
     for run in args.compare:
         path = Path(run) / "result.json"
@@ -54,12 +53,15 @@ def main():
         raise UserError(f"the {args.split} split is empty: val needs --holdout")
     captions = read_captions(args.captions, flowers.files) if args.captions else None
     model = load_model(args.architecture, device)
+    head, args.prompt_template = strategies.load_head(args.architecture, model, flowers.class_names, args.prompt_template, evaluate.TEMPLATE)
     pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
     config = {"job": "eval", **{k: v for k, v in vars(args).items() if k not in ("name", "compare")}}
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
     tracker = runs.start_wandb(args.wandb, folder, config)
     start = time.perf_counter()
-    metrics, probabilities = evaluate.evaluate(model, flowers, pixels, index, args.prompt_template, captions)
+    images = frozen.image_activations(model, flowers, pixels, torch.from_numpy(index.copy()))
+    sentences = text_features(model, [captions[i][0] for i in index]) if captions else None
+    metrics, probabilities = evaluate.evaluate(images, head, flowers.labels[index], sentences)
     seconds = time.perf_counter() - start
 
     evaluate.save(folder, probabilities, flowers, index)

@@ -2,6 +2,8 @@
 
     python train.py                                                    # ViT-B/32, 5 epochs, on one GPU
     python train.py --holdout --eval_every 1 --lr 3e-6                 # to choose settings: val is left out of training, test is not touched
+    python train.py --strategy last_blocks --blocks 2                  # flowers/strategies.py says what each strategy trains
+    torchrun --nproc_per_node=4 train.py                               # four GPUs: each batch is four times --batch_size
     python train.py --data_root sample --architecture tiny             # any machine, offline, from random weights
     python train.py --resume runs/NAME                                 # goes on after a kill, to the same result
 
@@ -16,10 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flowers import UserError, command, evaluate, figures, runs
-from flowers.data import add_data_arguments, open_flowers, read_captions
-from flowers.losses import backward_in_chunks, info_nce, same_class
-from flowers.models import RANDOM, encode_images, encode_texts, load_model, tokenize, towers
+from flowers import UserError, command, evaluate, figures, frozen, runs, strategies
+from flowers.data import add_data_arguments, open_flowers, read_captions, select
+from flowers.losses import average_gradients, backward_in_chunks, gather, info_nce, same_class
+from flowers.models import RANDOM, image_features, load_model, split_image_tower, split_text_tower, text_features, tokenize
 from flowers.pixels import batch, load_pixels, to_device
 
 WARMUP = 0.1  # share of the steps
@@ -40,6 +42,17 @@ def main():
                             f"'{evaluate.TEMPLATE}')")
     group.add_argument("--captions",
                        help="captions.jsonl[.gz]: train on a sentence of the image, drawn anew each epoch, instead of the prompt")
+    group = parser.add_argument_group("what is trained")
+    group.add_argument("--strategy", choices=strategies.STRATEGIES, default="full", help="see flowers/strategies.py (default: %(default)s)")
+    group.add_argument("--blocks", type=int, default=2, help="last_blocks: trained blocks of each tower (default: %(default)s)")
+    group.add_argument("--rank", type=int, default=8, help="lora: rank of the updates (default: %(default)s)")
+    group.add_argument("--context_tokens", type=int, default=4, help="prompt: learned vectors before the class name (default: %(default)s)")
+    group.add_argument("--classes", choices=["base", "new", "all"], default="all",
+                       help="train on the first half of the classes, the second, or all; evaluation tells them apart (default: %(default)s)")
+    group.add_argument("--shots", type=int, help="train on so many images a class, drawn by --seed (default: all)")
+    group.add_argument("--views", type=int, default=4, help="augmented views kept of each image, where a frozen part of the image tower is "
+                       "computed once and --augment is not none (default: %(default)s)")
+    group.add_argument("--no_cache", action="store_true", help="compute frozen parts again at every step, to see what keeping them gains")
     group = parser.add_argument_group("loss")
     group.add_argument("--positives", choices=["pair", "class"],
                        help="what matches in a batch: each image its own text, or every text of its class (default: class; with "
@@ -53,11 +66,11 @@ def main():
     group.add_argument("--chunk_size", type=int, default=0,
                        help="images in memory at a time, for a batch larger than the memory: same gradient, a third slower "
                             "(default: 0, the whole batch)")
-    group.add_argument("--lr", type=float, help="peak learning rate (default: 1e-5; tiny from random weights: 5e-4)")
+    group.add_argument("--lr", type=float, help="peak learning rate (default: by strategy, 1e-5 for full; tiny from random weights: 5e-4)")
     group.add_argument("--wd", type=float, default=0.1,
                        help="weight decay, not on biases, norms and the temperature (default: %(default)s)")
-    group.add_argument("--augment", choices=["none", "flip", "crop"], default="crop",
-                       help="none, mirror, or mirror and random crop (default: %(default)s)")
+    group.add_argument("--augment", choices=["none", "flip", "crop"],
+                       help="none, mirror, or mirror and random crop (default: crop; none where the image tower's start is frozen)")
     group.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation (default: %(default)s)")
     group.add_argument("--compile", action="store_true", help="torch.compile of the image tower (CUDA)")
     group = parser.add_argument_group("run")
@@ -80,33 +93,41 @@ def main():
             print(f"{folder} is finished: nothing to do")
             return
     from_random = args.architecture in RANDOM
-    args.prompt_template = args.prompt_template or [evaluate.TEMPLATE]
+    image_blocks, text_blocks = strategies.cuts(args.strategy, args.blocks)  # where the frozen part of each tower ends
+    if args.strategy == "prompt" and (args.captions or args.prompt_template):
+        raise UserError("--strategy prompt learns the prompt: leave out --captions and --prompt_template")
+    args.prompt_template = [strategies.template(args.context_tokens)] if args.strategy == "prompt" else args.prompt_template or [evaluate.TEMPLATE]
+    args.augment = args.augment or ("crop" if image_blocks is None else "none")
     args.positives = args.positives or ("pair" if args.captions else "class")
-    args.lr = args.lr if args.lr is not None else (5e-4 if from_random else 1e-5)
+    args.lr = args.lr if args.lr is not None else (5e-4 if from_random else strategies.LEARNING_RATES[args.strategy])
     args.tau_lr = args.tau_lr if args.tau_lr is not None else args.lr
-    args.epochs = args.epochs if args.epochs is not None else (19 if from_random else 5)
+    args.epochs = 0 if args.strategy == "linear" else args.epochs if args.epochs is not None else (19 if from_random else 5)
     if args.eval_every and not args.holdout:
         raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
-    if args.epochs < 0 or args.batch_size < 2 or args.lr <= 0 or (args.temperature is not None and args.temperature <= 0):
-        raise UserError("--epochs must be at least 0, --batch_size at least 2, --lr and --temperature above 0")
+    given = [v for v in (args.temperature, args.shots) if v is not None]
+    if args.epochs < 0 or args.batch_size < 2 or args.lr < 0 or args.views < 1 or any(v <= 0 for v in given):
+        raise UserError("--epochs and --lr must be at least 0, --batch_size at least 2, --views at least 1, --shots and --temperature above 0")
 
     # data and model
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world, device = runs.processes()  # one, unless torchrun started more; only rank 0 writes
     torch.set_float32_matmul_precision("high")
     runs.seed_everything(args.seed)
-    flowers = open_flowers(args.data_root, args.splits_path, args.splits, args.holdout, args.class_names)
-    captions = read_captions(args.captions, flowers.files) if args.captions else None
-    model = load_model(args.architecture, device)
+    with runs.rank_zero_first(rank, world):
+        flowers = open_flowers(args.data_root, args.splits_path, args.splits, args.holdout, args.class_names)
+        captions = read_captions(args.captions, flowers.files) if args.captions else None
+        model = load_model(args.architecture, device)
+        pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
+    strategies.prepare(model, args.strategy, args.blocks, args.rank, args.context_tokens)
     if args.temperature is not None:
         torch.nn.init.constant_(model.logit_scale, -math.log(args.temperature))
     model.logit_scale.requires_grad_(args.learn_temperature)
-    pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
-    config = {"job": "train", **{k: v for k, v in vars(args).items() if k not in ("name", "resume")}}
-    if not args.resume:
-        folder = runs.new_run(args.runs, args.name, config, flowers.splits)
-    train = torch.from_numpy(flowers.splits["train"].copy())
     labels = torch.from_numpy(flowers.labels.copy())
+    n_classes = len(flowers.class_names)
+    train = torch.from_numpy(select(flowers.splits["train"], flowers.labels, n_classes, args.classes, args.shots, args.seed))
     held = "val" if args.holdout else "test"
+    config = {"job": "train", **{k: v for k, v in vars(args).items() if k not in ("name", "resume")}, "processes": world}
+    if not args.resume and rank == 0:
+        folder = runs.new_run(args.runs, args.name, config, {**flowers.splits, "train": train})
 
     # the texts of image i are rows first[i] ... first[i] + count[i] - 1 of `texts`: prompts of its class, or its own captions
     if captions:
@@ -118,6 +139,24 @@ def main():
         count = torch.full_like(labels, len(args.prompt_template))
         first = labels * count
 
+    # what the frozen part of each tower makes of them does not change: it is computed once, or with --no_cache at every step
+    image_trunk, image_rest = split_image_tower(model, image_blocks)
+    text_trunk, text_rest = split_text_tower(model, text_blocks)
+    image_rest = torch.compile(image_rest) if args.compile else image_rest
+    ends, views, kept_texts = texts.argmax(1).to(device), None, None
+    with runs.rank_zero_first(rank, world):
+        if image_blocks is not None and not args.no_cache:
+            views = [to_device(frozen.image_activations(model, flowers, pixels, train, image_blocks, args.augment, args.seed, view), device)
+                     for view in range(1 if args.augment == "none" else args.views)]
+        if (text_blocks == 0 or text_blocks and not captions) and not args.no_cache:  # activations of every caption would not fit
+            kept_texts = frozen.text_activations(model, flowers, texts, text_blocks).to(device)
+
+    def encode_images(x):
+        return image_rest(image_trunk(x) if views is None else x)
+
+    def encode_texts(rows):
+        return text_rest(text_trunk(texts[rows.cpu()].to(device)) if kept_texts is None else kept_texts[rows], ends[rows])
+
     # optimiser
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n != "logit_scale"]
     decayed = [p for n, p in named if p.ndim >= 2]
@@ -125,32 +164,36 @@ def main():
     groups = [{"params": decayed, "weight_decay": args.wd, "peak": args.lr}, {"params": others, "weight_decay": 0.0, "peak": args.lr},
               {"params": [model.logit_scale], "weight_decay": 0.0, "peak": args.tau_lr}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    batch_size = min(args.batch_size, len(train))
+    per_process = min(args.batch_size, len(train) // world)
+    batch_size, own = per_process * world, slice(rank * per_process, (rank + 1) * per_process)
     steps_per_epoch = len(train) // batch_size
     total = args.epochs * steps_per_epoch
 
     epoch, seconds = 0, 0.0
+    start_key = frozen.fingerprint({n: t for n, t in model.state_dict(keep_vars=True).items() if not t.requires_grad}).hex()
     metrics_file, checkpoint_file = folder / "metrics.jsonl", folder / "checkpoint.pt"
     if args.resume and checkpoint_file.exists():
         checkpoint = runs.load_file(checkpoint_file)
-        model.load_state_dict(checkpoint["model"])
+        if checkpoint["start"] != start_key:
+            raise UserError(f"{checkpoint_file} was made from other weights than those of {args.architecture} now")
+        model.load_state_dict(checkpoint["model"], strict=False)
         optimizer.load_state_dict(checkpoint["optimizer"])
         epoch, seconds = checkpoint["epoch"], checkpoint["seconds"]
-        print(f"resuming {folder} after epoch {epoch} of {args.epochs}")
+        if rank == 0:
+            print(f"resuming {folder} after epoch {epoch} of {args.epochs}")
     rows = [row for row in runs.read_lines(metrics_file) if row["epoch"] <= epoch]  # what came after the checkpoint is done again
-    runs.write_lines(metrics_file, rows)
-    if args.compile:
-        model.visual.compile()
 
-    tracker = runs.start_wandb(args.wandb, folder, config)
-    counts = {name: sum(p.numel() for p in parameters if p.requires_grad) for name, parameters in towers(model).items()}
-    print(f"{folder}: {args.architecture}, {len(train):,} images, {total:,} steps of {batch_size} on {device}; trainable "
-          + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n))
+    tracker = runs.start_wandb(args.wandb if rank == 0 else "disabled", folder, config)
+    counts, parameters = strategies.trainable(model, args.strategy, n_classes), sum(p.numel() for p in model.parameters())
+    if rank == 0:
+        runs.write_lines(metrics_file, rows)
+        print(f"{folder}: {args.architecture}, {args.strategy}, {len(train):,} images, {total:,} steps of {batch_size} on {device}; trainable "
+              + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n) + f" of {parameters:,} parameters")
 
-    bar = tqdm(total=total, initial=epoch * steps_per_epoch, unit="step", desc="training")
+    bar = tqdm(total=total, initial=epoch * steps_per_epoch, unit="step", desc="training", disable=rank > 0 or not total)
     while epoch < args.epochs:
         draw = runs.generator(args.seed, epoch)
-        order = train[torch.randperm(len(train), generator=draw)]
+        order = torch.randperm(len(train), generator=draw)
         chosen = first + (torch.rand(len(first), generator=draw) * count).long()
         epoch_start = time.perf_counter()
         for i in range(steps_per_epoch):
@@ -160,22 +203,27 @@ def main():
             for g in optimizer.param_groups:
                 g["lr"] = g["peak"] * share
 
-            index = order[i * batch_size:(i + 1) * batch_size]
-            images = batch(pixels, index, device, args.augment, draw)
-            tokens, inverse = torch.unique(texts[chosen[index]], dim=0, return_inverse=True)  # a text that occurs twice is encoded once
-            tokens, inverse = tokens.to(device), inverse.to(device)
+            places = order[i * batch_size:(i + 1) * batch_size]
+            index = train[places]
+            if views is None:
+                images = batch(pixels, index, device, args.augment, draw, own)
+            else:
+                view = views[epoch % len(views)]
+                images = view[places[own].to(view.device)].to(device)
+            distinct, inverse = (x.to(device) for x in torch.unique(chosen[index[own]], return_inverse=True))  # a text that occurs twice is encoded once
             matches = same_class(labels[index].to(device)) if args.positives == "class" else None
 
             def loss_of(image_features, text_features):
-                return info_nce(image_features, text_features.index_select(0, inverse), model.logit_scale.exp(), matches)
+                return info_nce(gather(image_features), gather(text_features.index_select(0, inverse)), model.logit_scale.exp(), matches)
 
-            encoders = [lambda x: encode_images(model, x), lambda t: encode_texts(model, t)]
             if args.chunk_size:
-                loss = backward_in_chunks(encoders, [images, tokens], loss_of, args.chunk_size)
+                loss = backward_in_chunks([encode_images, encode_texts], [images, distinct], loss_of, args.chunk_size)
             else:
-                loss = loss_of(encoders[0](images), encoders[1](tokens))
+                loss = loss_of(encode_images(images), encode_texts(distinct))
                 loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], GRADIENT_NORM)
+            trained = [p for p in model.parameters() if p.grad is not None]
+            average_gradients(trained)
+            torch.nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
@@ -192,27 +240,48 @@ def main():
             bar.update()
         epoch += 1
         seconds += time.perf_counter() - epoch_start
+        if rank > 0:
+            continue
         if args.eval_every and (epoch % args.eval_every == 0 or epoch == args.epochs):
-            metrics, _ = evaluate.evaluate(model, flowers, pixels, flowers.splits["val"], args.prompt_template, captions)
+            index = flowers.splits["val"]
+            metrics, _ = evaluate.evaluate(image_features(model, pixels, torch.from_numpy(index.copy())),
+                                           evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template), flowers.labels[index])
             rows.append({"epoch": epoch, "step": epoch * steps_per_epoch, **{f"val/{k}": v for k, v in metrics.items()}})
             tracker.log(rows[-1])
             bar.write(f"epoch {epoch}: val top-1 {metrics['top1']:.2f}%")
         runs.write_lines(metrics_file, rows)
-        runs.save_tensors(checkpoint_file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch, "seconds": seconds})
+        runs.save_tensors(checkpoint_file, {"model": {n: p for n, p in model.named_parameters() if p.requires_grad}, "start": start_key,
+                                            "optimizer": optimizer.state_dict(), "epoch": epoch, "seconds": seconds})
     bar.close()
+    if rank > 0:
+        return
 
     # the last epoch is the result: val if it was held out, else test, once
-    runs.save_tensors(folder / "model.pt", model.state_dict())
+    state, classifier = strategies.export(model)
     start = time.perf_counter()
     index = flowers.splits[held]
-    metrics, probabilities = evaluate.evaluate(model, flowers, pixels, index, args.prompt_template, captions)
+    images = frozen.image_activations(model, flowers, pixels, torch.from_numpy(index.copy()))
+    head = evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template)
+    if args.strategy == "linear":
+        train_start = time.perf_counter()
+        features = torch.cat(views) if views else image_features(model, pixels, train)
+        val = (images, torch.from_numpy(flowers.labels[index])) if args.holdout else None
+        head, c, iterations = strategies.fit_linear(features.cpu(), labels[train].repeat(len(features) // len(train)), head, val)
+        classifier = {"weight": head[0], "bias": head[1], "class_names": list(flowers.class_names)}
+        seconds = time.perf_counter() - train_start
+        print(f"logistic regression with C = {c:g}{' (chosen on val)' if val else ''}, {iterations} iterations")
+    sentences = text_features(model, [captions[i][0] for i in index]) if captions else None
+    metrics, probabilities = evaluate.evaluate(images, head, flowers.labels[index], sentences)
+    runs.save_tensors(folder / "model.pt", state)
+    if classifier:
+        runs.save_tensors(folder / "classifier.pt", classifier)
     evaluate.save(folder, probabilities, flowers, index)
     if rows:
         figures.training_curve(rows, folder / "curve.png")
     result = {**{f"{held}/{k}": v for k, v in metrics.items()}, "train_seconds": round(seconds, 2),
-              "train_images_per_s": round(args.epochs * steps_per_epoch * batch_size / max(seconds, 1e-9), 1),
+              "train_images_per_s": round(max(args.epochs * steps_per_epoch * batch_size, len(train)) / max(seconds, 1e-9), 1),
               "eval_seconds": round(time.perf_counter() - start, 2), "peak_memory_mb": runs.peak_memory_mb(),
-              **{f"trainable_{name}": n for name, n in counts.items()}, "parameters": sum(p.numel() for p in model.parameters())}
+              **{f"trainable_{name}": n for name, n in counts.items()}, "parameters": parameters}
     runs.finish(folder, {"name": folder.name, **result, **config})
     tracker.log(result)
     runs.log_mistakes(tracker, figures.mistakes(probabilities, flowers, index))

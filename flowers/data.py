@@ -7,6 +7,7 @@ Source of the data: M.-E. Nilsback, A. Zisserman, Automated flower classificatio
 https://www.robots.ox.ac.uk/~vgg/data/flowers/102/. It calls its splits trnid (1,020 images), valid (1,020) and tstid (6,149).
 """
 import argparse
+import difflib
 import gzip
 import json
 import os
@@ -98,6 +99,34 @@ def open_flowers(data_root: str | Path = DEFAULT_ROOT, splits_path: str | Path |
     for array in (image_labels, *split_arrays.values()):
         array.setflags(write=False)
     return Flowers(root, tuple(folder / there[i] for i in every.tolist()), image_labels, tuple(names), split_arrays)
+
+
+def find_class(flowers: Flowers, given: str) -> int:
+    """The 0-based class of a name (upper or lower case) or of a 1-based number. Raises UserError if there is none, with similar names."""
+    names = [name.lower() for name in flowers.class_names]
+    if given.lower() in names:
+        return names.index(given.lower())
+    if given.isdecimal() and 1 <= int(given) <= len(names):
+        return int(given) - 1
+    similar = difflib.get_close_matches(given.lower(), names) + [name for name in names if given.lower() in name]
+    raise UserError(f"no class {given!r}: give a number from 1 to {len(names)} or a name"
+                    + (f"; did you mean {', '.join(dict.fromkeys(similar))}?" if similar else f", such as {names[0]}"))
+
+
+def base_classes(n_classes: int) -> int:
+    """How many of the classes are base classes: the first half (CoOp's base-to-new protocol); the others are new."""
+    return -(-n_classes // 2)
+
+
+def select(index: np.ndarray, labels: np.ndarray, n_classes: int, classes: str = "all", shots: int | None = None, seed: int = 0) -> np.ndarray:
+    """The images at `index` that are of the base, the new or all classes; with `shots`, so many of each class at most, drawn by `seed`."""
+    n_base = base_classes(n_classes)
+    index = index[{"all": labels[index] >= 0, "base": labels[index] < n_base, "new": labels[index] >= n_base}[classes]]
+    if shots is None:
+        return index
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(index[labels[index] == c])[:shots] for c in range(n_classes)]
+    return np.sort(np.concatenate(drawn))
 
 
 def is_complete(root: Path) -> bool:

@@ -12,8 +12,8 @@ from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import label_ranking_average_precision_score, precision_recall_fscore_support, top_k_accuracy_score
 
 from flowers import UserError, figures
-from flowers.data import Flowers
-from flowers.models import image_features, text_features
+from flowers.data import Flowers, base_classes
+from flowers.models import text_features
 from flowers.runs import atomic
 
 TEMPLATE = "an image of the {} flower"
@@ -33,26 +33,44 @@ def zero_shot_classifier(model, class_names: Sequence[str], templates: Sequence[
     return F.normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
 
 
-def evaluate(model, flowers: Flowers, pixels: torch.Tensor, index: np.ndarray, templates: Sequence[str],
-             captions: Sequence[Sequence[str]] | None = None) -> tuple[dict[str, float], torch.Tensor]:
-    """All metrics of the images at `index` (N,), and their class probabilities (N, C) at the model's temperature.
+def zero_shot_head(model, class_names: Sequence[str], templates: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The zero-shot classifier as weight (C, D) and bias (C,) of the logits, at the model's temperature."""
+    weight = model.logit_scale.exp().item() * zero_shot_classifier(model, class_names, templates)
+    return weight, torch.zeros(len(weight))
 
-    captions: the sentences of every image of the dataset; the first of each serves for the retrieval of image and sentence.
+
+def evaluate(images: torch.Tensor, head: tuple[torch.Tensor, torch.Tensor], labels: np.ndarray,
+             captions: torch.Tensor | None = None) -> tuple[dict[str, float], torch.Tensor]:
+    """All metrics of image features (N, D) under a head, weight (C, D) and bias (C,), and the class probabilities (N, C).
+
+    captions (N, D): the feature of one sentence for each image, for the retrieval of image and sentence.
     """
-    labels = torch.from_numpy(flowers.labels[index])
-    images = image_features(model, pixels, torch.from_numpy(np.array(index)))
-    cosines = images @ zero_shot_classifier(model, flowers.class_names, templates).t()
+    labels, scores = torch.from_numpy(np.array(labels)), images @ head[0].t() + head[1]
     present = labels.unique()
-    metrics = classification(cosines, labels)
-    metrics |= {f"i2t_{k}": v for k, v in retrieval(cosines, F.one_hot(labels, cosines.shape[1]).bool()).items()}
-    metrics |= {f"t2i_{k}": v for k, v in retrieval(cosines.t()[present], labels[None] == present[:, None]).items()}
+    metrics = classification(scores, labels) | base_to_new(scores, labels)
+    metrics |= {f"i2t_{k}": v for k, v in retrieval(scores, F.one_hot(labels, scores.shape[1]).bool()).items()}
+    metrics |= {f"t2i_{k}": v for k, v in retrieval(scores.t()[present], labels[None] == present[:, None]).items()}
     if captions is not None:
-        pairs = images @ text_features(model, [captions[i][0] for i in index]).t()
+        pairs = images @ captions.t()
         own, kin = torch.eye(len(labels), dtype=torch.bool), labels[:, None] == labels[None]
-        for way, scores in (("i2t", pairs), ("t2i", pairs.t())):
-            metrics |= {f"caption_{way}_{k}": v for k, v in retrieval(scores, own).items() if k != "mAP"}
-            metrics[f"caption_{way}_mAP"] = retrieval(scores, kin)["mAP"]
-    return metrics, (cosines * model.logit_scale.exp().item()).softmax(1)
+        for way, similarities in (("i2t", pairs), ("t2i", pairs.t())):
+            metrics |= {f"caption_{way}_{k}": v for k, v in retrieval(similarities, own).items() if k != "mAP"}
+            metrics[f"caption_{way}_mAP"] = retrieval(similarities, kin)["mAP"]
+    return metrics, scores.softmax(1)
+
+
+def base_to_new(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Top-1 among the base classes of their images, among the new ones of theirs, and the harmonic mean, in percent, with Wilson 95% intervals
+    (CoCoOp, Zhou et al. 2022: the base classes are the first half). Empty if either half has no image."""
+    n_base, metrics = base_classes(scores.shape[1]), {}
+    for name, mine, columns in (("base", labels < n_base, slice(0, n_base)), ("new", labels >= n_base, slice(n_base, None))):
+        n = int(mine.sum())
+        if not n:
+            return {}
+        correct = int((_first_of_best(scores[mine, columns]) + (columns.start or 0) == labels[mine].numpy()).sum())
+        metrics[f"{name}_top1"], (metrics[f"{name}_top1_low"], metrics[f"{name}_top1_high"]) = 100 * correct / n, wilson(correct, n)
+    base, new = metrics["base_top1"], metrics["new_top1"]
+    return metrics | {"harmonic_mean": 2 * base * new / (base + new) if base + new else 0.0}
 
 
 def classification(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """The pictures of a run, drawn into its folder: training curve, confusion matrix, contact sheet of mistakes."""
+import argparse
+import sys
 import textwrap
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageShow
 
 from flowers.data import Flowers
 from flowers.runs import atomic
@@ -28,6 +30,80 @@ def save(figure, path: Path, pdf: bool = False) -> Path:
             figure.savefig(file, format="pdf", metadata={"CreationDate": None, "Producer": None})
     plt.close(figure)
     return path
+
+
+def add_figure_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("figures")
+    group.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures (default: %(default)s)")
+    group.add_argument("--pdf", action="store_true", help="save each also as PDF")
+    group.add_argument("--show", action="store_true", help="open them in the system's picture viewer (default: no window)")
+
+
+def show(paths: list[Path]) -> None:
+    """Open saved pictures in the system's viewer; where there is none, say so."""
+    for path in paths:
+        with Image.open(path) as image:
+            if not ImageShow.show(image, title=path.name):
+                print(f"warning: no picture viewer here; see {path}", file=sys.stderr)
+
+
+def spread(centres: np.ndarray, sizes: np.ndarray, bounds: tuple[float, float, float, float], fixed: int = 0, steps: int = 2000) -> np.ndarray:
+    """Push boxes apart until none overlaps another, each as little as it must: new centres (n, 2).
+
+    centres, sizes: (n, 2), width and height; bounds: left, bottom, right, top that the boxes stay within; the first `fixed` boxes do not move.
+    If there is no room for all, some still overlap.
+    """
+    centres, sizes = np.array(centres, float), np.array(sizes, float)
+    low, high = np.array(bounds[:2]) + sizes / 2, np.array(bounds[2:]) - sizes / 2
+    movable = (np.arange(len(centres)) >= fixed)[:, None]
+    nudge = np.random.default_rng(0).normal(size=(len(centres), 2))
+    for _ in range(steps):
+        apart = centres[:, None] - centres[None]
+        overlap = (sizes[:, None] + sizes[None]) / 2 - abs(apart)
+        np.einsum("iik->ik", overlap)[:] = 0
+        hit = (overlap > 1e-6).all(-1)
+        if not hit.any():
+            break
+        axis = overlap.argmin(-1)[..., None] == np.arange(2)  # the shorter way out
+        way = np.where(apart == 0, nudge[:, None] - nudge[None], apart)
+        share = np.where(movable & movable.T, 0.5, 1.0)[..., None]  # of the way that a box makes itself
+        push = (np.sign(way) * (overlap + 1e-3) * axis * hit[..., None] * share).sum(1)
+        centres = np.where(movable, np.clip(centres + push, low, high), centres)
+    return centres
+
+
+def label_points(axis, points: list[tuple[float, float, str]], fontsize: float = 6.5) -> None:
+    """Write a name beside each point (x, y, name), off all points and other names, with a thin line where it had to move away.
+
+    A point without a name ("") is an obstacle only. Call it when the figure is otherwise finished: places are counted in its pixels.
+    """
+    figure = axis.figure
+    figure.draw_without_rendering()  # the layout decides where the axes are
+    figure.set_layout_engine("none")
+    axis.autoscale(False)
+    at, dot = axis.transData.transform([p[:2] for p in points]), 4 * figure.dpi / 72
+    left, bottom, right, top = axis.bbox.extents
+    taken = [(*p, dot, dot) for p in at]  # centre, half width, half height
+    directions = [(0, 1), (1, 0), (-1, 0), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+    for point, (x, y, name) in sorted(zip(at, points), key=lambda pair: pair[0].tolist()):
+        if not name:
+            continue
+        text = axis.text(x, y, name, fontsize=fontsize, ha="center", va="center")
+        half = text.get_window_extent().size / 2 + 1
+        places = [point + np.array(d) * (half + dot + far) for far in np.arange(5) * half[1] for d in directions]
+
+        def cost(i):
+            (x, y), boxes = places[i], np.array(taken)
+            over = np.clip(half + boxes[:, 2:] - abs(places[i] - boxes[:, :2]), 0, None).prod(1).sum()
+            outside = max(0, left + half[0] - x, x + half[0] - right, bottom + half[1] - y, y + half[1] - top)
+            return 3 * over + 1000 * outside + i
+        place = places[min(range(len(places)), key=cost)]
+        text.set_position(axis.transData.inverted().transform(place))
+        taken.append((*place, *half))
+        edge = np.clip(point, place - half, place + half)  # of the text, where it is nearest to its point
+        if (abs(edge - point) > 1.5 * dot).any():
+            axis.plot(*axis.transData.inverted().transform([point, edge]).T, color="grey", linewidth=0.5, zorder=0)
+            taken += [(*p, 1, 1) for p in np.linspace(point, edge, 10)]
 
 
 def training_curve(rows: list[dict], path: Path) -> Path:

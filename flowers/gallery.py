@@ -22,12 +22,11 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from flowers import UserError
+from flowers import UserError, colour
 from flowers.data import OPENAI_NAMES, Flowers
 
 SIDE, SLOT = 160, 10_240  # pixels of a thumbnail, and the bytes that are kept for each
 FORMAT = 1  # raise it when the stored bytes change
-BINS = (36, 16, 16)  # of hue (10 degrees each), saturation and value
 MAX_BYTES, MAX_PIXELS, MAX_ASPECT = 10 << 20, 40_000_000, 20  # of a picture that a visitor brings
 LOCKS = defaultdict(threading.Lock)  # one for each cache file: two sessions are two threads, and temporary files are told apart by process
 
@@ -53,7 +52,7 @@ def thumbnail(file: Path) -> bytes:
 class Thumbnails:
     """Thumbnails and colour features of the whole dataset, made once by a thread in the background and kept in the cache folder.
 
-    Until they are ready a thumbnail is made when it is asked for. `features`: (N, sum(BINS)) of length 1, or None as yet;
+    Until they are ready a thumbnail is made when it is asked for. `features`: (N, 256) of length 1, or None as yet;
     `problem`: why they could not be kept.
     """
     def __init__(self, flowers: Flowers):
@@ -68,10 +67,10 @@ class Thumbnails:
         try:
             from flowers import cache
             names = hashlib.sha256("".join(f.name for f in self.files).encode()).hexdigest()[:8]
-            key, folder, n = cache.key_of(FORMAT, SIDE, *self.files), cache.folder(self.root), len(self.files)
+            key, folder, n = cache.key_of(FORMAT, colour.FORMAT, SIDE, *self.files), cache.folder(self.root), len(self.files)
             with LOCKS[folder / names]:
                 self.kept = cache.cached(folder / f"thumbnails-{names}.npy", key, (n, SLOT), "|u1", lambda: self._all(thumbnail, self.files))
-                self.features = np.array(cache.cached(folder / f"thumbnail-hsv-{names}.npy", key, (n, sum(BINS)), "<f4",
+                self.features = np.array(cache.cached(folder / f"thumbnail-hsv-{names}.npy", key, (n, 256), "<f4",
                                                       lambda: self._all(lambda i: colour_features(read_thumbnail(self[i])), range(n))))
         except OSError as error:  # a full disk, a vanished file: the pages go on without
             self.problem = f"Thumbnails could not be kept ({error}): pages are slower."
@@ -117,21 +116,9 @@ class Data(NamedTuple):
 
 # --- colours ---
 
-def hsv_histograms(pixels: np.ndarray, bins: Sequence[int] = BINS) -> list[np.ndarray]:
-    """Shares of hue, saturation and value of (H, W, 3) uint8 RGB, each summing to 1.
-
-    Hue is an angle: its bins are smoothed around the circle, and a pixel counts by its chroma, as grey has no hue (a grey image: all 0).
-    """
-    hue, saturation, value = np.moveaxis(cv2.cvtColor(pixels.astype(np.float32) / 255, cv2.COLOR_RGB2HSV), -1, 0)
-    counts = [np.histogram(hue % 360, bins[0], (0, 360), weights=saturation * value)[0],
-              *(np.histogram(x, n, (0, 1))[0] for x, n in ((saturation, bins[1]), (value, bins[2])))]
-    counts[0] = (np.roll(counts[0], 1) + 2 * counts[0] + np.roll(counts[0], -1)) / 4
-    return [c / max(c.sum(), 1e-9) for c in counts]
-
-
-def colour_features(pixels: np.ndarray) -> np.ndarray:
-    """(sum(BINS),) float32: the product of two is the mean Bhattacharyya coefficient of their histograms, 1 for the same colours."""
-    return np.sqrt(np.concatenate(hsv_histograms(pixels)) / len(BINS)).astype(np.float32)
+def colour_features(rgb: np.ndarray) -> np.ndarray:
+    """(256,) float32 of a picture (H, W, 3): the product of two is the Bhattacharyya coefficient of their HSV histograms, 1 for the same colours."""
+    return colour.hsv_hist(colour.measure(rgb, "none")).astype(np.float32)
 
 
 def palette(pixels: np.ndarray, colours: int = 6) -> list[tuple[str, float]]:

@@ -2,7 +2,9 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 
 
 def info_nce(image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor | float,
@@ -52,3 +54,20 @@ def backward_in_chunks(encoders: Sequence[Callable], inputs: Sequence[torch.Tens
         for part, grad in zip(parts, feature.grad.split(chunk)):
             encode(part).backward(grad)
     return loss.detach()
+
+
+def gather(features: torch.Tensor) -> torch.Tensor:
+    """The features (B, D) of all processes as (processes * B, D), gradients included; with one process, the same features."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return features
+    return torch.cat(all_gather(features.contiguous()))
+
+
+def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Replace every gradient by its mean over all processes, in one exchange. As each process has the loss of the whole batch, and gather
+    sums what comes back to a feature, the mean is the gradient of one process with the whole batch; it works with chunks too."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters])
+        dist.all_reduce(flat)
+        for p, mean in zip(parameters, (flat / dist.get_world_size()).split([p.numel() for p in parameters])):
+            p.grad.copy_(mean.view_as(p))

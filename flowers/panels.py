@@ -3,8 +3,9 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from flowers import colour
 from flowers.data import Flowers
-from flowers.gallery import hsv_histograms, palette
+from flowers.gallery import palette
 
 GRID_CSS = """
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 8px; font: 13px/1.3 var(--st-font); color: var(--st-text-color) }
@@ -50,26 +51,29 @@ def class_histogram(flowers: Flowers, splits: np.ndarray, index: np.ndarray, cho
     ).add_params(alt.selection_point("bar", fields=["class"]))
 
 
-def hsv_curves(pixels: np.ndarray) -> tuple[alt.Chart, alt.Chart]:
-    """Shares of hue, over the hues themselves, and of saturation and value, of (H, W, 3) uint8 RGB."""
-    hue, saturation, value = (100 * h for h in hsv_histograms(pixels, (72, 32, 32)))
-    angle = np.arange(0, 360, 5)
-    hues = pd.DataFrame({"from": angle, "to": angle + 5, "share": hue, "colour": [f"hsl({a + 2.5} 85% 50%)" for a in angle]})
-    share = alt.Y("share:Q", title="share (%)", axis=alt.Axis(tickCount=4))
+def hsv_curves(rgb: np.ndarray) -> tuple[alt.Chart, alt.Chart]:
+    """Densities of hue, over the hues themselves, and of saturation and value, of a picture (H, W, 3)."""
+    row = colour.measure(rgb, "none")
+    angle, level = np.arange(0, 360, 3), np.linspace(0, 1, 65)
+    hue = colour.density(row, colour.HUE, (angle + 1.5) / 360) if row[colour.HUE].sum() else np.zeros(len(angle))  # grey has no hue
+    hues = pd.DataFrame({"from": angle, "to": angle + 3, "density": hue, "colour": [f"hsl({a + 1.5} 85% 50%)" for a in angle]})
+    density = alt.Y("density:Q", axis=alt.Axis(tickCount=4))
     first = alt.Chart(hues, height=170).mark_rect().encode(
         alt.X("from:Q", title="hue (degrees), by chroma", scale=alt.Scale(domain=[0, 360]), axis=alt.Axis(values=list(range(0, 361, 60)))), alt.X2("to"),
-        share, alt.Y2(datum=0), alt.Color("colour:N", scale=None))
-    levels = pd.DataFrame({"level": np.tile((np.arange(32) + 0.5) / 32, 2), "share": np.r_[saturation, value], "of": ["saturation"] * 32 + ["value"] * 32})
-    second = alt.Chart(levels, height=240).mark_line(interpolate="monotone").encode(
-        alt.X("level:Q", title="saturation, value (0 to 1)", axis=alt.Axis(tickCount=5)), share, alt.Color("of:N", legend=alt.Legend(orient="top", title=None)))
+        density, alt.Y2(datum=0), alt.Color("colour:N", scale=None))
+    curves = {"saturation": colour.SATURATION, "value": colour.VALUE}
+    levels = pd.concat([pd.DataFrame({"level": level, "density": colour.density(row, channel, level), "of": name}) for name, channel in curves.items()])
+    second = alt.Chart(levels, height=240).mark_line().encode(
+        alt.X("level:Q", title="saturation, value (0 to 1)", axis=alt.Axis(tickCount=5)), density,
+        alt.Color("of:N", legend=alt.Legend(orient="top", title=None)))
     return first, second
 
 
 def palette_html(pixels: np.ndarray) -> str:
     """The palette as a strip, each colour at least wide enough for its name."""
     return '<div style="display:flex;gap:2px;font:10px monospace">' + "".join(
-        f'<div style="flex:{max(share, 0.15):.3f}"><div style="height:36px;background:{colour};box-shadow:inset 0 0 0 1px #8888"></div>{colour}</div>'
-        for colour, share in palette(pixels)) + "</div>"
+        f'<div style="flex:{max(share, 0.15):.3f}"><div style="height:36px;background:{shade};box-shadow:inset 0 0 0 1px #8888"></div>{shade}</div>'
+        for shade, share in palette(pixels)) + "</div>"
 
 
 def confusion(true: np.ndarray, given: np.ndarray, dark: bool) -> alt.Chart:

@@ -7,7 +7,7 @@ about one value in ten million, which is two apart (benchmarks/pixels.py counts 
 """
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from tqdm import tqdm
 
-from flowers import UserError, cache
+from flowers import UserError, cache, colour
 from flowers.data import Flowers
 
 FORMAT = 2  # raise it when the stored bytes change, so that older caches are rebuilt
@@ -30,10 +30,15 @@ def load_pixels(flowers: Flowers, resolution: int) -> torch.Tensor:
     The cache lies in `.cache/` beside the data, or in the user's cache folder where the data is read-only. Raises UserError naming
     the file if an image can't be decoded.
     """
-    names = hashlib.sha256("".join(f.name for f in flowers.files).encode()).hexdigest()[:8]
-    path = cache.folder(flowers.root) / f"pixels-{resolution}-{names}.npy"
     shape = (len(flowers.files), 3, resolution, resolution)
-    return torch.from_numpy(cache.cached(path, key(flowers, resolution), shape, "|u1", lambda: _decode_all(flowers.files, resolution)))
+    return torch.from_numpy(cache.cached(_path(flowers, f"pixels-{resolution}"), key(flowers, resolution), shape, "|u1",
+                                         lambda: _each(flowers.files, lambda file: decode(file, resolution).numpy())))
+
+
+def load_colours(flowers: Flowers, mask: str) -> np.ndarray:
+    """The rows of colours (N, colour.WIDTH) float32 of all images under one of colour.MASKS, kept as the pixels are."""
+    return cache.cached(_path(flowers, f"hsv-{mask}"), cache.key_of(colour.FORMAT, mask, *flowers.files), (len(flowers.files), colour.WIDTH), "<f4",
+                        lambda: _each(flowers.files, lambda file: colour.measure(read(file).permute(1, 2, 0).numpy(), mask)))
 
 
 def key(flowers: Flowers, resolution: int) -> bytes:
@@ -41,13 +46,17 @@ def key(flowers: Flowers, resolution: int) -> bytes:
     return cache.key_of(FORMAT, resolution, *flowers.files)
 
 
-def decode(file: Path, resolution: int) -> torch.Tensor:
-    """One JPEG as (3, R, R) uint8: short side to R, centre crop, sizes rounded as torchvision's Resize and CenterCrop do."""
+def read(file: Path) -> torch.Tensor:
+    """One JPEG as (3, H, W) uint8. Raises UserError naming the file if it can't be decoded."""
     try:
-        image = decode_jpeg(read_file(str(file)), mode=ImageReadMode.RGB)
+        return decode_jpeg(read_file(str(file)), mode=ImageReadMode.RGB)
     except RuntimeError as error:
         raise UserError(f"{file} can't be decoded ({str(error).splitlines()[0]}): replace it by a fresh copy") from None
-    return fit(image, resolution)
+
+
+def decode(file: Path, resolution: int) -> torch.Tensor:
+    """One JPEG as (3, R, R) uint8: short side to R, centre crop, sizes rounded as torchvision's Resize and CenterCrop do."""
+    return fit(read(file), resolution)
 
 
 def fit(image: torch.Tensor, resolution: int) -> torch.Tensor:
@@ -63,21 +72,21 @@ def fit(image: torch.Tensor, resolution: int) -> torch.Tensor:
 
 
 def batch(pixels: torch.Tensor, index: torch.Tensor, device: torch.device | str, augmentation: str = "none",
-          generator: torch.Generator | None = None) -> torch.Tensor:
-    """The images at `index` (B,) as (B, 3, R, R) float32, augmented and normalised on the device.
+          generator: torch.Generator | None = None, rows: slice = slice(None)) -> torch.Tensor:
+    """The images at `index` (B,) as (B, 3, R, R) float32, augmented and normalised on the device; with `rows`, only those of the batch.
 
     augmentation: 'none'; 'flip' mirrors half of them; 'crop' also shifts them by up to an eighth of the side, reflected at the border.
-    Random numbers come from `generator` (CPU), so that a seed gives the same images on every device.
+    Random numbers come from `generator` (CPU) for the whole batch, so that a seed gives the same images on every device and rank.
     """
-    images = pixels[index.to(pixels.device)].to(device, non_blocking=True)
-    n, _, side, _ = images.shape
+    n, side = len(index), pixels.shape[-1]
+    images = pixels[index[rows].to(pixels.device)].to(device, non_blocking=True)
     if augmentation == "crop":
         reach = side // 8
-        offsets = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator).to(device) + torch.arange(side, device=device)
+        offsets = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator)[:, rows].to(device) + torch.arange(side, device=device)
         padded = F.pad(images.float(), (reach,) * 4, mode="reflect").to(images.dtype)  # reflection is not written for uint8
-        images = padded[torch.arange(n, device=device)[:, None, None], :, offsets[0][:, :, None], offsets[1][:, None, :]].movedim(-1, 1)
+        images = padded[torch.arange(len(images), device=device)[:, None, None], :, offsets[0][:, :, None], offsets[1][:, None, :]].movedim(-1, 1)
     if augmentation != "none":
-        mirrored = torch.randint(0, 2, (n, 1, 1, 1), generator=generator, dtype=torch.bool).to(device)
+        mirrored = torch.randint(0, 2, (n, 1, 1, 1), generator=generator, dtype=torch.bool)[rows].to(device)
         images = torch.where(mirrored, images.flip(-1), images)
     mean, std = (255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     return torch.addcmul(-mean / std, images.float(), 1 / std)
@@ -89,14 +98,19 @@ def to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pixels.to(device) if fits else pixels
 
 
-def _decode_all(files: tuple[Path, ...], resolution: int) -> Iterator[np.ndarray]:
+def _path(flowers: Flowers, title: str) -> Path:
+    names = hashlib.sha256("".join(f.name for f in flowers.files).encode()).hexdigest()[:8]
+    return cache.folder(flowers.root) / f"{title}-{names}.npy"
+
+
+def _each(files: tuple[Path, ...], read: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one image a thread beats many threads an image
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(files), desc="decoding", unit="img", leave=False) as bar:
             for i in range(0, len(files), 64):
-                for image in pool.map(decode, files[i:i + 64], [resolution] * 64):
-                    yield image.numpy()
+                for row in pool.map(read, files[i:i + 64]):
+                    yield row
                     bar.update()
     finally:
         torch.set_num_threads(threads)

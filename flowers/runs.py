@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from flowers import UserError
 
@@ -40,6 +41,28 @@ def seed_everything(seed: int) -> None:
 def generator(*numbers: int) -> torch.Generator:
     """Random numbers that depend on `numbers` (seed, epoch, ...) alone, so that a resumed run draws what an uninterrupted one draws."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+def processes() -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device: one process, unless torchrun started more (NCCL between GPUs, gloo between CPUs)."""
+    cuda = torch.cuda.is_available()
+    if not dist.is_torchelastic_launched():
+        return 0, 1, torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+@contextlib.contextmanager
+def rank_zero_first(rank: int, world: int):
+    """Let process 0 do the block before the others, so that it alone downloads and fills the caches."""
+    if world > 1 and rank > 0:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
 
 
 @contextlib.contextmanager

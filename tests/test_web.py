@@ -459,11 +459,14 @@ def test_palette_finds_the_colours_of_a_flag():
     assert sorted(colour for colour, _ in found) == ["#1428a0", "#c8141e", "#fafafa"] and sum(s for _, s in found) == pytest.approx(1, abs=0.03)
 
 
-def test_hue_is_a_circle():
-    import colorsys
-    def one(hue):
-        return np.full((8, 8, 3), [round(255 * c) for c in colorsys.hsv_to_rgb(hue / 360 % 1, 0.9, 0.8)], np.uint8)
-    red, beside, cyan = (gallery.colour_features(one(h)) for h in (-2, 3, 180))
-    assert red @ red == pytest.approx(1, abs=1e-5) and red @ beside > 0.85 > 0.7 > red @ cyan
-    assert all(h.sum() == pytest.approx(1) for h in gallery.hsv_histograms(one(40)))
-    assert gallery.hsv_histograms(np.full((4, 4, 3), 128, np.uint8))[0].sum() == 0  # grey has no hue
+def test_grey_and_single_colours_have_curves():
+    for level in (0, 128, 255):
+        grey = np.full((20, 30, 3), level, np.uint8)
+        hue, levels = (chart.data for chart in panels.hsv_curves(grey))
+        assert not hue["density"].any() and np.isfinite(levels["density"]).all()
+        value = levels[levels["of"] == "value"]
+        assert value["level"].iloc[int(value["density"].argmax())] == pytest.approx(level / 255, abs=0.02)
+    red = np.full((20, 30, 3), [200, 10, 14], np.uint8)  # a hue of 359: the density goes on at 0
+    hue = panels.hsv_curves(red)[0].data
+    assert hue["density"].iloc[0] > 0.5 * hue["density"].max() and hue["density"].iloc[-1] > 0.5 * hue["density"].max()
+    assert hue["density"].iloc[60] == pytest.approx(0, abs=1e-6)
