@@ -22,9 +22,9 @@ from flowers.data import DEFAULT_ROOT, add_data_arguments, is_complete, open_flo
 
 PER_PAGE, NEIGHBOURS = 48, 12
 VIEWS, PARTS, ORDERS = ("browse", "runs", "search"), ("pictures", "classes", "confusion"), ("id", "confidence")
-SHOWS = ("all", "right", "wrong", "changed", "mended", "broken")
+SHOWS, BARS = ("all", "right", "wrong", "changed", "mended", "broken"), ("hidden", "shown")
 # what a view is made of, and its value where the address says nothing; each is the key of a widget, too
-DEFAULTS = {"view": "browse", "class": None, "split": "all", "ids": "", "page": 1, "image": None, "run": None, "other": None,
+DEFAULTS = {"view": "browse", "class": None, "split": "all", "ids": "", "bars": "hidden", "page": 1, "image": None, "run": None, "other": None,
             "part": "pictures", "show": "all", "guess": None, "order": "id", "like": "colours", "q": ""}
 MultiPartParser.spool_max_size = gallery.MAX_BYTES + 1  # a visitor's picture stays in memory: it would go to a temporary file from 1 MB on
 S = st.session_state
@@ -183,14 +183,16 @@ def browse(data: gallery.Data):
         st.selectbox("Class", sorted(flowers.class_names), key="class", placeholder="all classes", on_change=refilter, width=240)
         st.segmented_control("Split", ["all", *(n for n, index in flowers.splits.items() if len(index))], key="split", on_change=refilter, required=True)
         st.text_input("File ids", key="ids", placeholder="7, 20-30", on_change=refilter, width=160)
+        st.segmented_control("Class histogram", BARS, key="bars", on_change=go, required=True)
     chosen = np.ones(len(ids), bool) if S["split"] == "all" else splits == S["split"]
     if S["ids"].strip():
         try:
             chosen &= np.any([(ids >= low) & (ids <= high) for low, high in gallery.parse_ids(S["ids"])] or [ids < 0], axis=0)
         except UserError as error:
             st.warning(str(error).capitalize() + ".")
-    if S["image"] is None:
-        with st.expander("Images of each class: click a bar to see them", expanded=True):
+    if S["image"] is None and S["bars"] == "shown":  # only when asked for: a browser takes a second to load the charts' code
+        with st.container(border=True):
+            st.caption("Images of each class. Click on a bar to see them, once more to see all.")
             key = f"histogram {S['class']}"  # another chart for another choice: streamlit would keep the last click
 
             def clicked():
@@ -322,7 +324,7 @@ def page(parser: argparse.ArgumentParser) -> None:
     flowers, ids = data.flowers, data.ids
     predicted, models = gallery.run_names(runs, "predictions.csv"), gallery.run_names(runs, "model.pt")
     read_address({"view": VIEWS, "class": flowers.class_names, "guess": flowers.class_names, "split": {"all", *data.splits.tolist()}, "part": PARTS,
-                  "show": SHOWS, "order": ORDERS, "run": {*predicted, *models}, "other": predicted, "like": ["colours", *models]})
+                  "show": SHOWS, "bars": BARS, "order": ORDERS, "run": {*predicted, *models}, "other": predicted, "like": ["colours", *models]})
     with st.container(horizontal=True, vertical_alignment="center"):
         st.segmented_control("View", VIEWS, key="view", format_func=str.title, on_change=refilter, required=True, label_visibility="collapsed")
         st.markdown(f"{len(ids):,} images of {len(flowers.class_names)} classes in `{flowers.root}`", width="content")

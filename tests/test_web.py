@@ -305,7 +305,7 @@ def test_good_pictures_of_all_kinds_open_upright():
 
 
 @pytest.mark.parametrize("address", [
-    {"class": "mallow", "split": "train", "ids": "1-90"}, {"page": "3"}, {"image": "17"}, {"image": "17", "like": "first", "split": "test"},
+    {"class": "mallow", "split": "train", "ids": "1-90"}, {"page": "3"}, {"bars": "shown", "split": "test"}, {"image": "17"}, {"image": "17", "like": "first", "split": "test"},
     {"view": "runs", "run": "second", "other": "first", "show": "changed", "order": "confidence"},
     {"view": "runs", "run": "first", "class": "rose", "guess": "rose"}, {"view": "runs", "run": "first", "part": "classes"},
     {"view": "runs", "run": "first", "part": "confusion"}, {"view": "search", "run": "first", "q": "a rose"}], ids=str)
@@ -328,7 +328,7 @@ HOSTILE = ["../../etc/passwd", "<script>alert(1)</script>", "\x00", "-1", "0", "
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda v: repr(v)[:24])
 def test_hostile_addresses_show_what_there_is(page, value):
-    keys = ["class", "split", "page", "image", "run", "other", "part", "show", "guess", "order", "like", "q", "ids"]
+    keys = ["class", "split", "bars", "page", "image", "run", "other", "part", "show", "guess", "order", "like", "q", "ids"]
     at = page(view=value, **dict.fromkeys(keys[:-1], value))
     assert len(shown(at)) == 48
     for view in ("runs", "search"):

@@ -112,6 +112,8 @@ def test_a_visit(page, server, tmp_path):
     box.press("Enter")
     wait(page, lambda: len(captions(page)) == 20 and all(c.endswith("tree mallow") for c in captions(page)))
     assert "class=tree+mallow" in page.url
+    page.get_by_text("shown", exact=True).click()
+    page.locator("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg").first.wait_for()
     bars = page.locator("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg").first
     width, height = (bars.bounding_box()[k] for k in ("width", "height"))
     for share in np.linspace(0.15, 0.95, 12):  # wherever the bars are: until one has been hit
@@ -177,7 +179,7 @@ def test_a_cell_of_the_confusion_matrix_opens_its_pictures(page, server):
 def test_nothing_is_cut_off_on_a_telephone(chromium, server, theme):
     context = chromium.new_context(viewport={"width": 400, "height": 800}, color_scheme=theme)
     page = context.new_page()
-    for address in ("", "?image=5", "?view=runs", "?view=runs&part=classes", "?view=runs&part=confusion", "?view=search&q=rose"):
+    for address in ("?bars=shown", "?image=5", "?view=runs", "?view=runs&part=classes", "?view=runs&part=confusion", "?view=search&q=rose"):
         page.goto(f"{server}/{address}")
         page.wait_for_selector(".grid button, [data-testid=stDataFrame], [data-testid=stVegaLiteChart]")
         page.wait_for_selector(IDLE)
