@@ -305,7 +305,8 @@ def test_good_pictures_of_all_kinds_open_upright():
 
 
 @pytest.mark.parametrize("address", [
-    {"class": "mallow", "split": "train", "ids": "1-90"}, {"page": "3"}, {"bars": "shown", "split": "test"}, {"image": "17"}, {"image": "17", "like": "first", "split": "test"},
+    {"class": "mallow", "split": "train", "ids": "1-90"}, {"page": "3"}, {"bars": "shown", "split": "test"}, {"image": "17"},
+    {"image": "17", "like": "first", "split": "test"},
     {"view": "runs", "run": "second", "other": "first", "show": "changed", "order": "confidence"},
     {"view": "runs", "run": "first", "class": "rose", "guess": "rose"}, {"view": "runs", "run": "first", "part": "classes"},
     {"view": "runs", "run": "first", "part": "confusion"}, {"view": "search", "run": "first", "q": "a rose"}], ids=str)

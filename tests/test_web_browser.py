@@ -130,7 +130,7 @@ def test_a_visit(page, server, tmp_path):
     wait(page, lambda: len(captions(page)) == 20)
     page.locator(".grid button").nth(2).click()
     wait(page, lambda: "image=13" in page.url and page.get_by_text("3 of 20").count() == 1)
-    wait(page, lambda: page.locator("[data-testid=stImage] img").evaluate("i => [i.naturalWidth, i.naturalHeight]") == [87, 75])  # its full size
+    wait(page, lambda: page.locator("[data-testid=stImage] img").evaluate("i => [i.naturalWidth, i.naturalHeight]") == [87, 76])  # its full size
     page.locator("[data-testid=stMain]").press("ArrowRight")
     wait(page, lambda: "image=19" in page.url and page.get_by_text("4 of 20").count() == 1)
     page.locator("[data-testid=stMain]").press("Escape")
