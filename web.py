@@ -65,7 +65,7 @@ def stamp(*paths: Path) -> tuple:
 # --- state: the address of the page, and the widgets ---
 
 def go(**changes) -> None:
-    """Change what is shown; every widget's callback."""
+    """Change what is shown. Every widget's callback comes here: the browser's address may lag behind, and is then no wish to go back."""
     S.update(changes)
     S["_acted"] = True
 
@@ -89,7 +89,7 @@ def read_address(choices: dict) -> None:
 
 def write_address() -> None:
     address = {key: str(S[key]) for key, default in DEFAULTS.items() if S.get(key, default) not in (default, None)}
-    if address != st.query_params.to_dict():
+    if address != st.query_params.to_dict() or address != S.get("_address"):
         st.query_params.from_dict(address)
     S["_address"] = address
 
@@ -196,6 +196,7 @@ def browse(data: gallery.Data):
             key = f"histogram {S['class']}"  # another chart for another choice: streamlit would keep the last click
 
             def clicked():
+                go()
                 if bar := S[key]["selection"]["bar"]:
                     go(page=1, image=None, **{"class": None if bar[0]["class"] == S["class"] else bar[0]["class"]})
             chart = panels.class_histogram(flowers, splits, np.flatnonzero(chosen), S["class"])
@@ -217,8 +218,7 @@ def compare(data: gallery.Data, runs: Path, names: list[str]):
         st.selectbox("Compare with", [n for n in names if n != S["run"]], key="other", placeholder="no other run", on_change=refilter, width=240)
         st.segmented_control("Part", PARTS, key="part", on_change=go, required=True)
     given = [predictions(flowers, str(runs / n), data.stamp + stamp(runs / n / "predictions.csv")) for n in (S["run"], S["other"]) if n]
-    shown = gallery.outcomes(flowers.labels, *given)
-    every = shown["all"]
+    every = (shown := gallery.outcomes(flowers.labels, *given))["all"]
     if not len(every):
         raise UserError(f"{S['run']} and {S['other']} predicted different images: choose two runs of one split")
     shares = [f"{panels.plain(p.name)}: **{100 * (p.guess[every] == flowers.labels[every]).mean():.2f}%**" for p in given]
@@ -226,6 +226,7 @@ def compare(data: gallery.Data, runs: Path, names: list[str]):
     st.markdown(" · ".join(shares) + f" of {len(every):,} images right" + change)
     if S["part"] == "classes":
         def clicked():
+            go()
             if rows := S["table"]["selection"]["rows"]:
                 go(part="pictures", show="all", page=1, guess=None, **{"class": table[rows[0]]["class"]})
         table = gallery.class_changes(flowers, every, *given)
@@ -235,6 +236,7 @@ def compare(data: gallery.Data, runs: Path, names: list[str]):
         return None
     if S["part"] == "confusion":
         def opened():
+            go()
             if cell := S["confusion"]["selection"]["cell"]:
                 go(part="pictures", show="all", page=1, guess=cell[0]["predicted"], **{"class": cell[0]["true"]})
         names = np.array(flowers.class_names)
@@ -275,8 +277,7 @@ def search(data: gallery.Data, runs: Path, models: list[str]):
         return None
     model = searcher(flowers, str(runs / S["run"]), data.stamp + stamp(runs / S["run"] / "model.pt"))
     if upload:
-        picture = gallery.open_picture(upload.getvalue())
-        feature = model.of_picture(picture)
+        feature = model.of_picture(picture := gallery.open_picture(upload.getvalue()))
         shares = model.ranking(feature)
         left, right = st.columns([1, 3])
         left.image(picture, alt="your picture")

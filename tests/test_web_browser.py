@@ -76,6 +76,7 @@ def page(chromium, server):
     page.set_default_timeout(20_000)
     trouble = []
     page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+    page.on("response", lambda response: trouble.append(f"{response.status} {response.url}") if response.status >= 400 else None)
     page.on("pageerror", lambda error: trouble.append(str(error)))
     own = (server, server.replace("http", "ws"), "data:", "blob:")
     page.on("request", lambda request: None if request.url.startswith(own) else trouble.append(request.url))
@@ -166,7 +167,8 @@ def test_a_cell_of_the_confusion_matrix_opens_its_pictures(page, server):
     box = chart.bounding_box()
     for x, y in [(x, y) for y in np.linspace(0.25, 0.7, 10) for x in np.linspace(0.15, 0.97, 8)]:
         chart.click(position={"x": box["width"] * x, "y": box["height"] * y})
-        page.wait_for_timeout(120)
+        page.wait_for_timeout(500)
+        page.wait_for_selector(IDLE)
         if "guess=" in page.url or not chart.is_visible():
             break
     wait(page, lambda: "guess=" in page.url and "part=" not in page.url and captions(page))
