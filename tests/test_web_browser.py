@@ -134,6 +134,8 @@ def test_a_visit(page, server, tmp_path):
     wait(page, lambda: page.locator("[data-testid=stImage] img").evaluate("i => [i.naturalWidth, i.naturalHeight]") == [87, 76])  # its full size
     page.locator("[data-testid=stMain]").press("ArrowRight")
     wait(page, lambda: "image=19" in page.url and page.get_by_text("4 of 20").count() == 1)
+    # who leaves before the picture has come gets a 404 for it in the console: streamlit forgets a picture with the page that showed it
+    wait(page, lambda: page.locator("[data-testid=stImage] img").evaluate("i => i.complete && i.naturalWidth") == 86)
     page.locator("[data-testid=stMain]").press("Escape")
     wait(page, lambda: "image=" not in page.url and len(captions(page)) == 20)
 
