@@ -56,7 +56,11 @@ def read(file: Path) -> torch.Tensor:
 
 def decode(file: Path, resolution: int) -> torch.Tensor:
     """One JPEG as (3, R, R) uint8: short side to R, centre crop, sizes rounded as torchvision's Resize and CenterCrop do."""
-    image = read(file)
+    return fit(read(file), resolution)
+
+
+def fit(image: torch.Tensor, resolution: int) -> torch.Tensor:
+    """(3, H, W) uint8 -> (3, R, R): the second half of `decode`, for a picture that is no file of the dataset."""
     height, width = image.shape[1:]
     if width <= height:
         width, height = resolution, int(resolution * height / width)
