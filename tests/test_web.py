@@ -18,7 +18,7 @@ from streamlit.testing.v1 import AppTest
 
 from flowers import UserError, gallery, models, panels
 from flowers.data import open_flowers
-from flowers.evaluate import write_csv
+from flowers.runs import write_csv
 
 N = 120  # images of `many`: three pages
 

@@ -15,7 +15,7 @@ from conftest import NAMES, ROOT, write_dataset
 from PIL import Image
 
 from flowers import models
-from flowers.evaluate import write_csv
+from flowers.runs import write_csv
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
