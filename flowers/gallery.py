@@ -265,22 +265,14 @@ class Searcher:
     def __init__(self, flowers: Flowers, folder: Path):
         import torch
 
-        from flowers import cache, evaluate, models, pixels
-        self.model = models.load_model(str(folder / "model.pt"))
-        resolution, n, width = self.model.visual.input_resolution, len(flowers.files), self.model.text_projection.shape[1]
-        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-        key = cache.key_of(FORMAT, pixels.key(flowers, resolution), folder / "model.pt")
-
-        def rows():
-            with LOCKS[flowers.root / str(resolution)]:
-                images = pixels.load_pixels(flowers, resolution)
-            yield from (models.image_features(self.model, images, part).numpy() for part in torch.arange(n).split(256))
-        path = cache.folder(flowers.root) / f"search-{name}.npy"
-        with LOCKS[path]:
-            self.features = cache.cached(path, key, (n, width), "<f4", rows)
+        from flowers import evaluate, frozen, models, pixels, strategies
+        self.model = models.load_model(str(folder))
+        with LOCKS[flowers.root]:
+            images = pixels.load_pixels(flowers, self.model.visual.input_resolution)
+            self.features = frozen.image_activations(self.model, flowers, images, torch.arange(len(flowers.files))).float().numpy()
         templates = run_arguments(folder).get("prompt_template")
-        templates = [t for t in templates if "{}" in str(t)] if isinstance(templates, list) else []
-        self.classifier = evaluate.zero_shot_classifier(self.model, flowers.class_names, templates or [evaluate.TEMPLATE]).numpy()
+        own = (folder / "classifier.pt").exists() or not isinstance(templates, list) or not all("{}" in str(t) for t in templates)
+        self.head, _ = strategies.load_head(str(folder), self.model, flowers.class_names, None if own else templates, evaluate.TEMPLATE)
 
     def of_text(self, sentence: str) -> np.ndarray:
         """(D,) of length 1."""
@@ -298,6 +290,6 @@ class Searcher:
 
     def ranking(self, feature: np.ndarray) -> np.ndarray:
         """(C,) probabilities of the classes at the model's temperature."""
-        logits = self.classifier @ feature * self.model.logit_scale.exp().item()
+        logits = self.head[0].numpy() @ feature + self.head[1].numpy()
         shares = np.exp(logits - logits.max())
         return shares / shares.sum()
