@@ -8,7 +8,6 @@
 Prints a table, and leaves runs/NAME/ with predictions.csv, report.csv, result.json, a confusion matrix and the mistakes.
 """
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -41,12 +40,7 @@ def main():
     parser.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
                         help="auto: online if logged in, else offline (default: %(default)s)")
     args = parser.parse_args()
-    earlier = {}
-    for run in args.compare:
-        path = Path(run) / "result.json"
-        if not path.is_file():
-            raise UserError(f"--compare {run}: there is no {path}")
-        earlier[Path(run).name] = {k.split("/", 1)[1]: v for k, v in json.loads(path.read_text()).items() if k.startswith(args.split + "/")}
+    earlier = {Path(run).name: runs.results_of(run, args.split) for run in args.compare}
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs.seed_everything(args.seed)

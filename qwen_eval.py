@@ -82,14 +82,10 @@ def main():
 
     if args.resume:
         folder = Path(args.resume)
-        if not (folder / "args.json").is_file():
-            raise UserError(f"nothing to resume in {folder}: there is no args.json")
-        stored = json.loads((folder / "args.json").read_text())
-        vars(args).update({k: v for k, v in stored.items() if k in vars(args) and k not in ("resume", "wandb", "runs", "compare")})
-        if (folder / "result.json").exists():
-            runs.register(folder)
-            print(f"{folder} is finished: nothing to do")
+        stored = runs.begun(folder)
+        if stored is None:
             return
+        vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
     trained = Path(args.adapter) / "args.json" if args.adapter else None
     trained = json.loads(trained.read_text()) if trained and trained.is_file() else {}
     for flag, usual in (("model", qwen_models.DEFAULT), ("max_pixels", 512 * 512), ("answer", "brief")):
@@ -99,12 +95,7 @@ def main():
         raise UserError(f"{args.adapter} was trained on the val images: --holdout needs an adapter that was trained with --holdout")
     if args.batch_size < 1 or args.images < 0 or args.most_tokens < 1:
         raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
-    earlier = {}
-    for run in args.compare:
-        path = Path(run) / "result.json"
-        if not path.is_file():
-            raise UserError(f"--compare {run}: there is no {path}")
-        earlier[Path(run).name] = {k.split("/", 1)[1]: v for k, v in json.loads(path.read_text()).items() if k.startswith(args.split + "/")}
+    earlier = {Path(run).name: runs.results_of(run, args.split) for run in args.compare}
 
     # data and model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

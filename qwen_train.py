@@ -10,7 +10,6 @@ computed once, unless --also_train names it. tiny has random weights: LoRA on a 
 is trained whole.
 """
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -65,14 +64,10 @@ def main():
 
     if args.resume:
         folder = Path(args.resume)
-        if not (folder / "args.json").is_file():
-            raise UserError(f"nothing to resume in {folder}: there is no args.json")
-        stored = json.loads((folder / "args.json").read_text())
-        vars(args).update({k: v for k, v in stored.items() if k in vars(args) and k not in ("resume", "wandb", "runs")})
-        if (folder / "result.json").exists():
-            runs.register(folder)
-            print(f"{folder} is finished: nothing to do")
+        stored = runs.begun(folder)
+        if stored is None:
             return
+        vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
     tiny = args.model == "tiny"
     for flag, usual, for_tiny in (("rank", 8, 16), ("also_train", [], ["visual"]), ("epochs", 3, 12), ("batch_size", 16, 32), ("lr", 1e-4, 1e-3)):
         if getattr(args, flag) is None:

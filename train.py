@@ -10,7 +10,6 @@
 Everything is left in runs/NAME/ (flowers/runs.py lists the files); `python baseline_eval.py --architecture runs/NAME` repeats the number.
 """
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -84,14 +83,10 @@ def main():
 
     if args.resume:
         folder = Path(args.resume)
-        if not (folder / "args.json").is_file():
-            raise UserError(f"nothing to resume in {folder}: there is no args.json")
-        stored = json.loads((folder / "args.json").read_text())
-        vars(args).update({k: v for k, v in stored.items() if k in vars(args) and k not in ("resume", "wandb", "runs")})
-        if (folder / "result.json").exists():
-            runs.register(folder)
-            print(f"{folder} is finished: nothing to do")
+        stored = runs.begun(folder)
+        if stored is None:
             return
+        vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
     from_random = args.architecture in RANDOM
     image_blocks, text_blocks = strategies.cuts(args.strategy, args.blocks)  # where the frozen part of each tower ends
     if args.strategy == "prompt" and not args.resume and (args.captions or args.prompt_template):
@@ -110,6 +105,8 @@ def main():
 
     # data and model
     rank, world, device = runs.processes()  # one, unless torchrun started more; only rank 0 writes
+    if args.resume and stored["processes"] != world:
+        raise UserError(f"{folder} was begun with {stored['processes']} processes: go on with as many, for the same result")
     torch.set_float32_matmul_precision("high")
     runs.seed_everything(args.seed)
     with runs.rank_zero_first(rank, world):
@@ -124,6 +121,8 @@ def main():
     labels = torch.from_numpy(flowers.labels.copy())
     n_classes = len(flowers.class_names)
     train = torch.from_numpy(select(flowers.splits["train"], flowers.labels, n_classes, args.classes, args.shots, args.seed))
+    if len(train) < 2 * world:
+        raise UserError(f"{len(train)} training images are left by --classes {args.classes}: training needs two for each process")
     held = "val" if args.holdout else "test"
     config = {"job": "train", **{k: v for k, v in vars(args).items() if k not in ("name", "resume")}, "processes": world}
     if not args.resume:

@@ -138,6 +138,30 @@ def new_run(runs: str | Path, name: str | None, config: dict, splits: dict[str, 
     return folder
 
 
+def begun(folder: Path) -> dict | None:
+    """The arguments of a run to go on with, or None, saying so, if it is finished. Raises UserError if there is no run."""
+    try:
+        stored = json.loads((folder / "args.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"nothing to resume in {folder}: there is no args.json") from None
+    except ValueError:
+        raise UserError(f"nothing to resume in {folder}: its args.json is damaged") from None
+    if not (folder / "result.json").exists():
+        return {k: v for k, v in stored.items() if k not in ("resume", "wandb", "runs", "compare")}
+    register(folder)
+    print(f"{folder} is finished: nothing to do")
+    return None
+
+
+def results_of(run: str | Path, split: str) -> dict:
+    """The metrics of a finished run on a split, without its name before each. Raises UserError if there are none."""
+    try:
+        result = json.loads((Path(run) / "result.json").read_text())
+        return {k.split("/", 1)[1]: v for k, v in result.items() if k.startswith(split + "/")}
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"--compare {run}: there is no whole {Path(run) / 'result.json'}") from None
+
+
 def environment() -> dict:
     """What a result may depend on besides the arguments: commit, versions, device."""
     try:
