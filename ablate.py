@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -229,7 +230,7 @@ def run(points: Sequence[Point], folder: Path, slots: Sequence[dict], environmen
                     ended.append(process.returncode == 0 and (folder / p.name / "result.json").exists())
                     if not ended[-1]:
                         log = (folder / p.name / "log.txt").read_text(errors="replace").splitlines() or [""]
-                        error = next((line for line in reversed(log) if line.startswith("error: ")), log[-1])
+                        error = next((line for line in reversed(log) if re.match(r"error: |\w+(Error|Exception)\b", line)), log[-1])
                         runs.append_line(folder / "failed.jsonl", {"name": p.name, "code": process.returncode, "error": error, "arguments": p.arguments})
                     print(f"{'finished' if ended[-1] else 'FAILED'} {p.name} ({len(ended)} of {len(points)})" + ("" if ended[-1] else f": {error}"), flush=True)
     finally:

@@ -52,7 +52,10 @@ def backward_in_chunks(encoders: Sequence[Callable], inputs: Sequence[torch.Tens
     loss.backward()
     for encode, parts, feature in zip(encoders, chunks, features):
         for part, grad in zip(parts, feature.grad.split(chunk)):
-            encode(part).backward(grad)
+            encoded = encode(part)
+            if not encoded.requires_grad:
+                break  # a frozen encoder has nothing to learn
+            encoded.backward(grad)
     return loss.detach()
 
 

@@ -74,6 +74,8 @@ def test_each_strategy(strategy, start, small, tmp_path, cli):
         assert cli(*common, "--name", "plain", "--no_cache")[0] == 0
         assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "run"), abs=2e-4)
         assert losses(tmp_path / "run")[-1] != losses(tmp_path / "run")[0]
+        assert cli(*common, "--name", "chunks", "--chunk_size", 5)[0] == 0
+        assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "run"), abs=2e-4)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-rn"])
