@@ -102,7 +102,9 @@ def main():
     common = Common(Path(args.runs), data, tuple(rest), args.start_epochs)
     given = {"architecture": args.architecture, "strategy": args.strategy, "times": args.times, "seed": args.seeds}
     given = {key: tuple(levels) for key, levels in given.items() if levels}
-    jobs = args.jobs or len(args.gpus or [0])
+    jobs = args.jobs if args.jobs is not None else len(args.gpus or [0])
+    if jobs < 1:
+        raise UserError("--jobs must be at least 1")
     slots = [{"CUDA_VISIBLE_DEVICES": args.gpus[i % len(args.gpus)]} if args.gpus else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
              for i in range(jobs)]
     if args.sweep:

@@ -64,7 +64,7 @@ def main():
 
     if args.resume:
         folder = Path(args.resume)
-        stored = runs.begun(folder)
+        stored = runs.begun(folder, "qwen_train")
         if stored is None:
             return
         vars(args).update({k: v for k, v in stored.items() if k in vars(args)})

@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ FACTORS = {"lr": "learning rate", "temperature": "temperature at the start", "ba
            "positives": "positives", "prompt_template": "prompt", "augment": "augmentation"}
 NUMERIC = ("lr", "temperature", "batch_size", "shots")
 GRID_OF = {"lr": "learning_rate", "prompt_template": "prompt"}  # of ablate.py, where it bears another name
+MADE = ("answer", "results", "factors", "base-to-new", "cost", "learning", "classes", "worst", "confusions", "wise-ft")  # files of a report begin so
 TEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "{": r"\{", "}": r"\}", "<": "$<$"}
 
 
@@ -50,8 +52,9 @@ def main():
     if not found:
         raise UserError(f"no finished run in {', '.join(args.runs)}: run train.py, baseline_eval.py or ablate.py first")
     output.mkdir(parents=True, exist_ok=True)
-    for old in (path for pattern in ("*.png", "*.pdf", "*.tex", "*.csv") for path in output.glob(pattern)):
-        old.unlink()
+    for old in output.iterdir():
+        if re.fullmatch(rf"({'|'.join(MADE)})(-.*)?\.(png|pdf|tex|csv)", old.name):
+            old.unlink()
 
     protocols: dict[tuple, list[Run]] = {}
     for run in found:
@@ -164,8 +167,7 @@ def results(found: Sequence[Run], output: Path, name: str) -> str:
                f"training, peak memory; p: exact McNemar against {label(top[0])}, lowest seed, Holm's correction (pairs: {len(pairs)})")
     text = [f"### {title(found[0])}", table(output, name, rows, caption)]
     if (every := len(grouped(found))) > len(groups):
-        flattery = ", chosen on these very images: flattering." if split == "val" else "."
-        text.append(f"The best of {every} configurations by architecture and strategy{flattery}")
+        text.append(f"The best of {every} configurations by architecture and strategy, chosen on these very images: flattering.")
     if pairs:
         write_csv(output / f"{name}-pairs.csv", [
             {"a": label(a[0]), "b": label(b[0]), "seed": a[0].seed, "only a right": only_a, "only b right": only_b, "p": f"{p:.4g}", "holm": f"{h:.4g}"}
@@ -275,8 +277,8 @@ def closer_look(found: Sequence[Run], output: Path, missing: list[str]) -> str:
         text.append(picture(figure, f"From {labels[0]} to {labels[1]}, means over seeds"))
     if len(groups) > 1:
         if len(groups) > 14:  # more would not fit on a page: the untrained and the best of each architecture
-            trained = {g[0].architecture: g for g in sorted(groups, key=mean) if g[0].strategy != "none"}
-            groups = [g for g in groups if g[0].strategy == "none" or g is trained[g[0].architecture]][:30]
+            trained = {g[0].architecture: g for g in sorted(groups, key=lambda g: (g is best, mean(g))) if g[0].strategy != "none"}
+            groups = sorted((g for g in groups if g[0].strategy == "none" or g is trained[g[0].architecture]), key=lambda g: g is not best)[:30]
             accuracy = {id(g): accuracy[id(g)] for g in groups}
         k = min(20, max(1, len(names) // 3))
         worst = {i: [names[c] for c in np.argsort(values, kind="stable")[:k]] for i, values in accuracy.items()}

@@ -138,15 +138,17 @@ def draw_models(rows: list[dict], path: Path, pdf: bool) -> Path:
 def read_accuracies(path: Path, architectures: list[str]) -> dict[str, dict[str, list[float]]]:
     """Test top-1 (%) of the finished runs in results.jsonl: series -> architecture -> one value a run.
 
-    A series is zero-shot or a strategy, and what else sets a run apart from others (split, classes, shots). Raises UserError if there is none.
+    A series is zero-shot or a strategy, and what else sets a run apart: split, classes, shots, dataset. Raises UserError if there is none.
     """
-    series = {}
-    for row in runs.read_lines(path):
-        if row.get("architecture") in architectures and "test/top1" in row:
-            parts = ["zero-shot" if row.get("job") == "eval" else row.get("strategy", "full")]
-            parts += [f"{row['splits']} split"] * (row.get("splits", "swapped") != "swapped") + [f"{row.get('shots')} shots"] * bool(row.get("shots"))
-            parts += [f"{row.get('classes')} classes"] * (row.get("classes") not in (None, "all"))
-            series.setdefault(", ".join(parts), {}).setdefault(row["architecture"], []).append(row["test/top1"])
+    series, rows = {}, [row for row in runs.read_lines(path) if row.get("architecture") in architectures and "test/top1" in row]
+    roots = {row.get("data_root") for row in rows}
+    for row in rows:
+        untrained = row.get("job") == "eval" or (row.get("epochs") == 0 and row.get("strategy") != "linear")
+        parts = ["zero-shot" if untrained else row.get("strategy", "full")]
+        parts += [f"{row['splits']} split"] * (row.get("splits", "swapped") != "swapped") + [f"{row.get('shots')} shots"] * bool(row.get("shots"))
+        parts += [f"{row.get('classes')} classes"] * (row.get("classes") not in (None, "all") and not untrained)
+        parts += [Path(str(row.get("data_root"))).name] * (len(roots) > 1)
+        series.setdefault(", ".join(parts), {}).setdefault(row["architecture"], []).append(row["test/top1"])
     if not series:
         raise UserError(f"{path} has no test result of {', '.join(architectures)}: evaluate some with baseline_eval.py or train.py")
     return dict(sorted(series.items()))

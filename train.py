@@ -83,7 +83,7 @@ def main():
 
     if args.resume:
         folder = Path(args.resume)
-        stored = runs.begun(folder)
+        stored = runs.begun(folder, "train")
         if stored is None:
             return
         vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
@@ -100,8 +100,10 @@ def main():
     if args.eval_every and not args.holdout:
         raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
     given = [v for v in (args.temperature, args.shots) if v is not None]
-    if args.epochs < 0 or args.batch_size < 2 or args.lr < 0 or args.views < 1 or any(v <= 0 for v in given):
-        raise UserError("--epochs and --lr must be at least 0, --batch_size at least 2, --views at least 1, --shots and --temperature above 0")
+    if args.epochs < 0 or args.batch_size < 2 or args.lr < 0 or args.views < 1 or args.chunk_size < 0 or any(v <= 0 for v in given):
+        raise UserError("--epochs, --lr and --chunk_size must be at least 0, --batch_size at least 2, --views at least 1, --shots and --temperature above 0")
+    if args.strategy == "linear" and args.no_cache:
+        raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
 
     # data and model
     rank, world, device = runs.processes()  # one, unless torchrun started more; only rank 0 writes
@@ -124,6 +126,11 @@ def main():
     if len(train) < 2 * world:
         raise UserError(f"{len(train)} training images are left by --classes {args.classes}: training needs two for each process")
     held = "val" if args.holdout else "test"
+    held_index = flowers.splits[held]
+    held_places = torch.from_numpy(held_index.copy())
+    if not len(held_index):
+        raise UserError("the splits list no image for val: --holdout has nothing to hold out")
+    prompts = evaluate.prompts(flowers.class_names, args.prompt_template)
     config = {"job": "train", **{k: v for k, v in vars(args).items() if k not in ("name", "resume")}, "processes": world}
     if not args.resume:
         folder = Path(args.runs) if rank else runs.new_run(args.runs, args.name, config, {**flowers.splits, "train": train})
@@ -134,7 +141,7 @@ def main():
         count = torch.tensor([len(own) for own in captions])
         first = count.cumsum(0) - count
     else:
-        texts = tokenize(evaluate.prompts(flowers.class_names, args.prompt_template))
+        texts = tokenize(prompts)
         count = torch.full_like(labels, len(args.prompt_template))
         first = labels * count
 
@@ -157,9 +164,6 @@ def main():
 
     def encode_texts(rows):
         return text_rest(text_trunk(texts[rows.cpu()].to(device)) if kept_texts is None else kept_texts[rows], ends[rows])
-
-    held_index = flowers.splits[held]
-    held_places = torch.from_numpy(held_index.copy())
 
     def evaluation(head):
         sentences = text_features(model, [captions[i][0] for i in held_index]) if captions else None
@@ -234,8 +238,9 @@ def main():
             torch.nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=math.log(MAX_SCALE))
+            if args.learn_temperature:
+                with torch.no_grad():
+                    model.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
             value = loss.item()
             if not math.isfinite(value):
@@ -282,7 +287,7 @@ def main():
     if rows:
         figures.training_curve(rows, folder / "curve.png")
     result = {**{f"{held}/{k}": v for k, v in metrics.items()}, "frozen_seconds": round(frozen_seconds, 2), "train_seconds": round(seconds, 2),
-              "train_images_per_s": round(max(args.epochs * steps_per_epoch * batch_size, len(train)) / max(seconds, 1e-9), 1),
+              **({"train_images_per_s": round(max(args.epochs * steps_per_epoch * batch_size, len(train)) / seconds, 1)} if seconds else {}),
               "eval_seconds": round(time.perf_counter() - start, 2), "peak_memory_mb": runs.peak_memory_mb(),
               **{f"trainable_{name}": n for name, n in counts.items()}, "parameters": parameters}
     runs.finish(folder, {"name": folder.name, **result, **config})

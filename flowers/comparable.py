@@ -59,6 +59,8 @@ def load(folder: Path) -> tuple[list[Run], list[str]]:
     for path in sorted(folder.glob("*/result.json")):
         try:
             result, settings = (json.loads((path.parent / name).read_text()) for name in ("result.json", "args.json"))
+            if settings.get("batch_size") and settings.get("processes"):
+                settings["batch_size"] *= settings["processes"]  # of all together
             split = next((s for s in ("test", "val", "train") if f"{s}/top1" in result), None)
             if split is None:
                 continue  # it was trained, and is evaluated by another run
@@ -91,15 +93,21 @@ def resolve(found: Sequence[Run]) -> tuple[list[Run], list[Run]]:
             origin = up
         if run.settings.get("job") == "eval" and (of := parent(run)) and of.name not in origins:
             trained = of
-            if of.images == run.images and not run.settings.get("wise_ft"):
+            if of.images == run.images and run.settings.get("prompt_template") == of.settings.get("prompt_template") and not run.settings.get("wise_ft"):
                 continue
-        strategy = trained.settings.get("strategy") or "full"
+            own = {k: run.settings.get(k) for k in ("job", "splits", "holdout", "class_names", "prompt_template", "wise_ft")}
+            run = replace(run, settings=of.settings | own)  # its seed, and what else it was trained with
+        strategy, name = trained.settings.get("strategy") or "full", str(origin.settings.get("architecture"))
         if run.settings.get("job") == "qwen_eval":
             strategy = f"{'lora' if run.settings.get('adapter') else 'zero-shot'} ({run.settings.get('protocol')})"
+        elif trained.settings.get("job") == "eval" and Path(name).name == "model.pt":
+            strategy = "unknown"  # a run that is not here
         elif not trained.settings.get("epochs") and strategy != "linear":
             strategy = "none"
-        name = str(origin.settings.get("architecture"))
-        name = name if name in SHAPES and run.settings.get("job") != "qwen_eval" else f"Qwen {name}" if name in SHAPES else Path(name.removesuffix(".pt")).name
+        if run.settings.get("job") == "qwen_eval":
+            name = f"Qwen {name}" if name in SHAPES else Path(name).name
+        elif name not in SHAPES:
+            name = Path(name.removesuffix("/model.pt").removesuffix(".pt")).name
         trained_on = trained.settings.get("classes") or "all"
         named.append(replace(run, architecture=name, strategy=strategy, trained_on="all" if strategy == "none" else trained_on))
     return [r for r in named if r.name not in origins], [r for r in named if r.name in origins]

@@ -144,7 +144,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
         interval = f" [{metrics[key + '_low']:.1f}, {metrics[key + '_high']:.1f}]" if key + "_low" in metrics else ""
         return f"{metrics[key]:,}" if key == "n" else f"{metrics[key]:.2f}{interval}"
 
-    keys = [k for k in next(iter(results.values())) if not k.endswith(("_low", "_high"))]
+    keys = [k for k in dict.fromkeys(k for metrics in results.values() for k in metrics) if not k.endswith(("_low", "_high"))]
     rows = [["", *results]] + [["images" if k == "n" else k, *(cell(metrics, k) for metrics in results.values())] for k in keys]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in rows)

@@ -62,7 +62,7 @@ def load_model(architecture: str, device: torch.device | str = "cpu") -> CLIP:
         model = _download(architecture)
     elif not path.exists():
         raise UserError(f"no model {architecture}: give a path, or one of {', '.join([*RANDOM, *clip.available_models()])}")
-    elif zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):  # TorchScript, which holds code
+    elif _is_torchscript(path):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not any(digest in url for url in clip.clip._MODELS.values()):
@@ -216,6 +216,15 @@ def text_features(model: CLIP, texts: Sequence[str], batch_size: int = 512) -> t
     """Features (P, D) on the CPU of the sentences."""
     device = next(model.parameters()).device
     return torch.cat([encode_texts(model, part.to(device)).cpu() for part in tokenize(texts).split(batch_size)])
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, which holds code."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def _download(name: str) -> CLIP:

@@ -31,7 +31,9 @@ from flowers import UserError
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch; on a CPU also refuse operations whose result depends on the threads."""
+    """Seed Python, numpy and torch; on a CPU also refuse operations whose result depends on the threads. Raises UserError for an odd seed."""
+    if not 0 <= seed < 2 ** 32:
+        raise UserError(f"--seed {seed}: it must be between 0 and {2 ** 32 - 1}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -71,10 +73,10 @@ def atomic(path: str | Path, mode: str = "wb"):
     """Open a temporary file beside `path`, and rename it to `path` when the block ends well: readers see the old file or the new one."""
     path = Path(path)
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-        pid = left.suffixes[-2][1:]
-        if not (pid.isdigit() and _alive(int(pid))):
+        host, _, pid = left.name[len(path.name) + 2:-4].rpartition("-")
+        if host == platform.node() and pid.isdigit() and not _alive(int(pid)):
             left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
             yield file
@@ -132,20 +134,23 @@ def new_run(runs: str | Path, name: str | None, config: dict, splits: dict[str, 
     name = name or f"{Path(config['architecture']).stem.replace('/', '-')}-{config['job']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(runs) / name
     if (folder / "args.json").exists():
-        raise UserError(f"{folder} is a run already: choose another --name, or go on with train.py --resume {folder}")
+        again = "" if config["job"] == "eval" else f", or go on with --resume {folder}"
+        raise UserError(f"{folder} is a run already: choose another --name{again}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "args.json", {**config, "name": name, "split_sizes": {k: len(v) for k, v in splits.items()}, **environment()})
     return folder
 
 
-def begun(folder: Path) -> dict | None:
-    """The arguments of a run to go on with, or None, saying so, if it is finished. Raises UserError if there is no run."""
+def begun(folder: Path, job: str) -> dict | None:
+    """The arguments of a run to go on with, or None, saying so, if it is finished. Raises UserError if there is no run, or one of another job."""
     try:
         stored = json.loads((folder / "args.json").read_text())
     except FileNotFoundError:
         raise UserError(f"nothing to resume in {folder}: there is no args.json") from None
     except ValueError:
         raise UserError(f"nothing to resume in {folder}: its args.json is damaged") from None
+    if stored.get("job") != job:
+        raise UserError(f"nothing to resume in {folder}: it is a run of another script")
     if not (folder / "result.json").exists():
         return {k: v for k, v in stored.items() if k not in ("resume", "wandb", "runs", "compare")}
     register(folder)
@@ -157,9 +162,12 @@ def results_of(run: str | Path, split: str) -> dict:
     """The metrics of a finished run on a split, without its name before each. Raises UserError if there are none."""
     try:
         result = json.loads((Path(run) / "result.json").read_text())
-        return {k.split("/", 1)[1]: v for k, v in result.items() if k.startswith(split + "/")}
+        found = {k.split("/", 1)[1]: v for k, v in result.items() if k.startswith(split + "/")}
     except (OSError, ValueError, AttributeError):
         raise UserError(f"--compare {run}: there is no whole {Path(run) / 'result.json'}") from None
+    if not found:
+        raise UserError(f"--compare {run}: it was not evaluated on the {split} images")
+    return found
 
 
 def environment() -> dict:

@@ -44,6 +44,7 @@ def test_the_grids_are_what_they_say(cli, tmp_path):
     a, b = dry("shots", "--seeds", 0, "--epochs", 3), dry("shots", "--seeds", 0, "--epochs", 4)
     assert a[0][:2] == ["--epochs", "3"] and not {value(c, "--name")[0] for c in a} & {value(c, "--name")[0] for c in b}, "other flags, other points"
     assert "--times" in error_line(cli("ablate.py", "shots", "--lr", "1e-3"))
+    assert "--jobs" in error_line(cli("ablate.py", "shots", "--jobs", -1))
     assert not list(tmp_path.iterdir())
 
 

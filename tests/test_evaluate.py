@@ -110,3 +110,15 @@ def test_predictions_of_the_run_folder_give_its_numbers(small, tmp_path, cli):
     assert cli("baseline_eval.py", *common)[0] == 0  # without a name, it gets one
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[2])["name"].startswith("tiny-eval-")
     assert "no {}" in error_line(cli("baseline_eval.py", *common, "--name", "c", "--prompt_template", "a flower"))
+
+
+def test_a_table_shows_what_any_of_its_runs_has():
+    text = evaluate.table({"earlier": {"top1": 50.0}, "now": {"top1": 60.0, "top3": 70.0}})
+    assert [line.split() for line in text.splitlines()] == [["earlier", "now"], ["top1", "50.00", "60.00"], ["top3", "70.00"]]
+
+
+def test_a_run_on_other_images_is_not_compared(small, tmp_path, cli):
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "result.json").write_text('{"val/top1": 50.0}')
+    assert "not evaluated on the test images" in error_line(cli("baseline_eval.py", "--data_root", small, "--architecture", "tiny", "--runs", tmp_path,
+                                                                "--compare", tmp_path / "held", "--wandb", "disabled"))

@@ -118,6 +118,8 @@ def test_wrong_models_end_with_one_line(small, tmp_path, cli):
     assert "not the state dict of a CLIP" in evaluate(tmp_path / "other.pt")
     torch.save({"model": {}, "optimizer": {}}, tmp_path / "checkpoint.pt")
     assert "give model.pt" in evaluate(tmp_path / "checkpoint.pt")
+    (tmp_path / "zip.pt").write_bytes(b"PK\x05\x06" + 18 * b"\xff")
+    assert "zip.pt" in evaluate(tmp_path / "zip.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     assert "list" in evaluate(tmp_path / "list.pt")
     assert not (tmp_path / "runs").exists()

@@ -133,13 +133,14 @@ def test_the_report_of_a_study(study, report):
 
 
 def test_the_same_runs_give_the_same_bytes(study, report, tmp_path, cli):
-    """Elsewhere, in another process, in a folder that holds an older report."""
+    """Elsewhere, in another process, in a folder that holds an older report and somebody's own files, which stay."""
     shutil.copytree(study, tmp_path / "copy")
     (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "old.png").write_text("")
+    for name in ("results-old.png", "main.tex"):
+        (tmp_path / "again" / name).write_text("")
     assert cli("report.py", "--runs", tmp_path / "copy", "--output", tmp_path / "again", "--bootstrap", 100)[0] == 0
     a, b = ({p.name: p.read_bytes() for p in folder.iterdir()} for folder in (report, tmp_path / "again"))
-    assert a == b and len(a) > 15
+    assert b.pop("main.tex") == b"" and a == b and len(a) > 15
 
 
 def test_any_subset_works_and_what_is_missing_is_said(study, tmp_path, cli):
@@ -199,3 +200,35 @@ def test_incomplete_grids_lose_the_level_that_lacks_cells(study, tmp_path):
     for path in runs.glob("factorial-tiny-rn-*"):
         shutil.rmtree(path)
     assert comparable.factorial(comparable.resolve(comparable.load(runs)[0])[0]) is None
+
+
+def test_evaluations_of_runs_are_those_runs_and_processes_are_part_of_a_batch(tmp_path):
+    """Three seeds evaluated on test are one configuration with three seeds; four processes of 16 images are a batch of 64."""
+    from flowers.comparable import grouped, load, resolve
+    options = {"architecture": "tiny", "holdout": True}
+    for seed in (0, 1, 2):
+        write_run(tmp_path, f"trained-{seed}", 0.5, seed=seed, **options)
+        write_run(tmp_path, f"evaluated-{seed}", 0.5, "test", job="eval", seed=0, **options | {"architecture": f"runs/trained-{seed}/model.pt"})
+    write_run(tmp_path, "stranger", 0.5, "test", job="eval", **options | {"architecture": "elsewhere/other/model.pt", "epochs": None, "strategy": None})
+    found, starts = resolve(load(tmp_path)[0])
+    assert not starts and sorted(len(g) for g in grouped(found)) == [1, 3, 3]
+    by_name = {r.name: r for r in found}
+    assert [by_name[f"evaluated-{s}"].seed for s in (0, 1, 2)] == [0, 1, 2]
+    assert (by_name["stranger"].architecture, by_name["stranger"].strategy) == ("other", "unknown")
+    for name, processes, batch_size in (("one", 1, 64), ("four", 4, 16), ("large", 4, 64)):
+        write_run(tmp_path, name, 0.5, processes=processes, batch_size=batch_size, seed=5 + processes, **options)
+    groups = [{r.name for r in g} for g in grouped(resolve(load(tmp_path)[0])[0])]
+    assert {"one", "four"} <= next(g for g in groups if "one" in g) and not any({"one", "large"} <= g for g in groups)
+
+
+def test_many_models_that_tie_at_the_top(tmp_path, cli):
+    for architecture in ("tiny", "tiny-rn"):
+        for i in range(8):
+            folder = tmp_path / "runs" / f"{architecture}-{i}"
+            write_run(tmp_path / "runs", folder.name, 0.5, architecture=architecture, strategy=f"strategy{i}")
+            rows = (tmp_path / "runs" / "tiny-0" / "predictions.csv").read_text()
+            (folder / "predictions.csv").write_text(rows)
+            result = json.loads((folder / "result.json").read_text())
+            (folder / "result.json").write_text(json.dumps(result | {"val/top1": 50.0}))
+    code, _, err = cli("report.py", "--runs", tmp_path / "runs", "--output", tmp_path / "report", "--bootstrap", 20)
+    assert code == 0 and (tmp_path / "report" / "worst.png").exists(), err

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and W&B that never costs a run."""
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -22,10 +23,11 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
 def test_atomic_removes_what_a_killed_process_left(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / f".a.json.{dead.pid}.tmp").write_text("half")
-    (tmp_path / f".a.json.{os.getppid()}.tmp").write_text("another's, alive")
+    here, alive, elsewhere = (f".a.json.{tag}.tmp" for tag in (f"{platform.node()}-{dead.pid}", f"{platform.node()}-{os.getppid()}", f"other-host-{dead.pid}"))
+    for name in (here, alive, elsewhere):
+        (tmp_path / name).write_text("half")
     runs.write_json(tmp_path / "a.json", {})
-    assert sorted(os.listdir(tmp_path)) == [f".a.json.{os.getppid()}.tmp", "a.json"]
+    assert sorted(os.listdir(tmp_path)) == sorted([alive, elsewhere, "a.json"]), "what is not known to be dead stays"
 
 
 def test_append_after_a_line_that_was_cut_off(tmp_path):

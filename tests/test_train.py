@@ -138,7 +138,9 @@ def test_options_of_the_loss(small, tmp_path, cli):
     warm, tau = losses("warm", "--temperature", 0.2, "--learn_temperature", "--tau_lr", 0.05)
     assert warm[0] != plain[0] and tau != pytest.approx(0.2, abs=1e-4)
     _, tau = losses("cold", "--temperature", 0.002)
-    assert tau == pytest.approx(0.01, rel=1e-4)  # clamped
+    assert tau == pytest.approx(0.002, rel=1e-4)  # fixed
+    _, tau = losses("clamped", "--temperature", 0.002, "--learn_temperature")
+    assert tau == pytest.approx(0.01, rel=1e-4)  # as CLIP's was
     assert losses("captions", "--captions", captions)[0] != plain
     assert "caption_t2i_R@1" in str(json.loads((tmp_path / "captions" / "result.json").read_text()).keys())
     assert losses("flip", "--augment", "flip")[0] != plain
@@ -149,6 +151,17 @@ def test_mistakes_end_with_one_line(small, tmp_path, cli):
     assert "--holdout" in error_line(cli("train.py", *common, "--eval_every", 1))
     assert "args.json" in error_line(cli("train.py", "--resume", tmp_path))
     assert "--batch_size" in error_line(cli("train.py", *common, "--batch_size", 1))
+    assert "--seed -1" in error_line(cli("train.py", *common, "--seed", -1))
+    assert "--chunk_size" in error_line(cli("train.py", *common, "--chunk_size", -5))
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps({"file": f.name, "captions": ["red"]}) + "\n" for f in (small / "jpg").iterdir()))
+    assert "no {}" in error_line(cli("train.py", *common, "--captions", captions, "--prompt_template", "a flower"))
+    raw = {k: v.ravel().tolist() for k, v in scipy.io.loadmat(small / "setid.mat").items() if not k.startswith("_")}
+    (tmp_path / "no_val.json").write_text(json.dumps(raw | {"tstid": raw["tstid"] + raw["valid"], "valid": []}))
+    assert "no image for val" in error_line(cli("train.py", *common, "--splits_path", tmp_path / "no_val.json", "--holdout"))
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "args.json").write_text('{"job": "eval"}')
+    assert "another script" in error_line(cli("train.py", "--resume", tmp_path / "eval"))
     assert "no captions" in error_line(cli("train.py", *common, "--captions", tmp_path / "none.jsonl"))
     assert "--lr" in error_line(cli("train.py", *common, "--lr", 1e30, "--name", "diverged", "--epochs", 3))
     assert not any((tmp_path / "runs").glob("tiny*"))
