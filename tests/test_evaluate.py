@@ -93,10 +93,13 @@ def test_predictions_of_the_run_folder_give_its_numbers(small, tmp_path, cli):
     common = ("--data_root", small, "--architecture", "tiny", "--runs", tmp_path, "--wandb", "disabled")
     code, out, _ = cli("baseline_eval.py", *common, "--name", "a", "--captions", captions)
     assert code == 0 and "caption_t2i_R@1" in out
-    code, out, _ = cli("baseline_eval.py", *common, "--name", "b", "--compare", tmp_path / "a", "--split", "train", "--prompt_template", "{}")
+    code, out, _ = cli("baseline_eval.py", *common, "--name", "b", "--split", "train", "--prompt_template", "{}")
     assert code == 0
+    code, out, _ = cli("baseline_eval.py", *common, "--name", "c", "--compare", tmp_path / "a")
+    shown = next(line for line in out.splitlines() if line.startswith("top5")).split()
+    assert code == 0 and len(shown) == 3 and shown[1] == shown[2], "the same model, beside itself"
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [r["name"] for r in lines] == ["a", "b"] and lines[1]["train/n"] == 36
+    assert [r["name"] for r in lines] == ["a", "b", "c"] and lines[1]["train/n"] == 36
     rows = list(csv.DictReader((tmp_path / "a" / "predictions.csv").open()))
     assert len(rows) == 12 and {r["file"] for r in rows} == {flowers.files[i].name for i in flowers.splits["test"]}
     truth = {f.name: flowers.class_names[label] for f, label in zip(flowers.files, flowers.labels)}
@@ -108,8 +111,8 @@ def test_predictions_of_the_run_folder_give_its_numbers(small, tmp_path, cli):
     assert "another --name" in error_line(cli("baseline_eval.py", *common, "--name", "a"))
     assert "val needs --holdout" in error_line(cli("baseline_eval.py", *common, "--split", "val"))
     assert cli("baseline_eval.py", *common)[0] == 0  # without a name, it gets one
-    assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[2])["name"].startswith("tiny-eval-")
-    assert "no {}" in error_line(cli("baseline_eval.py", *common, "--name", "c", "--prompt_template", "a flower"))
+    assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[3])["name"].startswith("tiny-eval-")
+    assert "no {}" in error_line(cli("baseline_eval.py", *common, "--name", "d", "--prompt_template", "a flower"))
 
 
 def test_a_table_shows_what_any_of_its_runs_has():

@@ -140,7 +140,7 @@ def test_options_of_the_loss(small, tmp_path, cli):
     _, tau = losses("cold", "--temperature", 0.002)
     assert tau == pytest.approx(0.002, rel=1e-4)  # fixed
     _, tau = losses("clamped", "--temperature", 0.002, "--learn_temperature")
-    assert tau == pytest.approx(0.01, rel=1e-4)  # as CLIP's was
+    assert 0.01 * (1 - 1e-6) < tau < 0.0102  # clamped as CLIP's was, and learned from there
     assert losses("captions", "--captions", captions)[0] != plain
     assert "caption_t2i_R@1" in str(json.loads((tmp_path / "captions" / "result.json").read_text()).keys())
     assert losses("flip", "--augment", "flip")[0] != plain
