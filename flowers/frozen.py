@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from clip.model import CLIP
-from tqdm import tqdm
 
 from flowers import UserError, cache, pixels, runs
 from flowers.data import Flowers
-from flowers.models import split_image_tower, split_text_tower
+from flowers.models import in_parts, split_image_tower, split_text_tower
 
 MOST_BYTES = 50 << 30  # kept in one cache folder; beyond it what was used least recently goes
 
@@ -37,7 +36,7 @@ def image_activations(model: CLIP, flowers: Flowers, images: torch.Tensor, index
 
     def compute():
         draw = runs.generator(seed, view)
-        for part in _parts(index, "encoding images"):
+        for part in in_parts(index, "encoding images"):
             yield trunk(pixels.batch(images, part, device, augment, draw))
     return _kept(flowers.root, key, len(index), lambda: trunk(pixels.batch(images, index[:1], device)), compute)
 
@@ -49,7 +48,7 @@ def text_activations(model: CLIP, flowers: Flowers, tokens: torch.Tensor, blocks
     frozen = {n: t for n, t in model.state_dict(keep_vars=True).items() if not n.startswith("visual.") and (blocks == 0 or not t.requires_grad)}
     key = cache.key_of("texts", fingerprint(frozen), fingerprint({"tokens": tokens}), blocks, device.type)
     return _kept(flowers.root, key, len(tokens), lambda: trunk(tokens[:1].to(device)),
-                 lambda: (trunk(part.to(device)) for part in _parts(tokens, "encoding texts")))
+                 lambda: (trunk(part.to(device)) for part in in_parts(tokens, "encoding texts")))
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> bytes:
@@ -59,10 +58,6 @@ def fingerprint(state: dict[str, torch.Tensor]) -> bytes:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.digest()
-
-
-def _parts(items: torch.Tensor, title: str, size: int = 256):
-    return tqdm(items.split(size), desc=title, unit_scale=size, unit="", leave=False)
 
 
 @torch.inference_mode()

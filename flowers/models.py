@@ -7,7 +7,7 @@ import hashlib
 import math
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -203,19 +203,26 @@ def autocast(device: torch.device | str):
     return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
 
 
+def in_parts(items: torch.Tensor, title: str, size: int = 256) -> Iterator[torch.Tensor]:
+    """The rows of a tensor, `size` at a time, with a progress bar."""
+    with tqdm(total=len(items), desc=title, leave=False) as bar:
+        for part in items.split(size):
+            yield part
+            bar.update(len(part))
+
+
 @torch.inference_mode()
-def image_features(model: CLIP, pixels: torch.Tensor, index: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+def image_features(model: CLIP, pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Features (N, D) on the CPU of the images at `index` (N,), with a progress bar."""
-    device = next(model.parameters()).device
-    return torch.cat([encode_images(model, batch(pixels, part, device)).cpu()
-                      for part in tqdm(index.split(batch_size), desc="encoding images", unit_scale=batch_size, unit="img", leave=False)])
+    device = model.logit_scale.device
+    return torch.cat([encode_images(model, batch(pixels, part, device)).cpu() for part in in_parts(index, "encoding images")])
 
 
 @torch.inference_mode()
-def text_features(model: CLIP, texts: Sequence[str], batch_size: int = 512) -> torch.Tensor:
+def text_features(model: CLIP, texts: Sequence[str]) -> torch.Tensor:
     """Features (P, D) on the CPU of the sentences."""
-    device = next(model.parameters()).device
-    return torch.cat([encode_texts(model, part.to(device)).cpu() for part in tokenize(texts).split(batch_size)])
+    device = model.logit_scale.device
+    return torch.cat([encode_texts(model, part.to(device)).cpu() for part in in_parts(tokenize(texts), "encoding texts", 512)])
 
 
 def _is_torchscript(path: Path) -> bool:
