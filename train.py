@@ -20,7 +20,7 @@ from tqdm import tqdm
 from flowers import UserError, command, evaluate, figures, frozen, runs, strategies
 from flowers.data import add_data_arguments, open_flowers, read_captions, select
 from flowers.losses import average_gradients, backward_in_chunks, gather, info_nce, same_class
-from flowers.models import RANDOM, image_features, load_model, split_image_tower, split_text_tower, text_features, tokenize
+from flowers.models import RANDOM, image_features, load_model, split_image_tower, split_text_tower, text_features, tokenize, towers
 from flowers.pixels import batch, load_pixels, to_device
 
 WARMUP = 0.1  # share of the steps
@@ -199,8 +199,10 @@ def main():
     counts, parameters = strategies.trainable(model, args.strategy, n_classes), sum(p.numel() for p in model.parameters())
     if rank == 0:
         runs.write_lines(metrics_file, rows)
+        size = {name: sum(p.numel() for p in own) for name, own in towers(model).items()}
         print(f"{folder}: {args.architecture}, {args.strategy}, {len(train):,} images, {total:,} steps of {batch_size} on {device}; trainable "
-              + ", ".join(f"{name} {n:,}" for name, n in counts.items() if n) + f" of {parameters:,} parameters")
+              + ", ".join(f"{name} {n:,}" + (f" of {size[name]:,}" if name in size else "") for name, n in counts.items() if n or name in ("image", "text"))
+              + f"; {parameters:,} parameters")
 
     bar = tqdm(total=total, initial=epoch * steps_per_epoch, unit="step", desc="training", disable=rank > 0 or not total)
     while epoch < args.epochs:

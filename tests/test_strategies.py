@@ -64,7 +64,8 @@ def test_each_strategy(strategy, start, small, tmp_path, cli):
     if strategy not in ("lora", "linear", "prompt"):
         named = sum(p.numel() for n, p in models.from_state_dict(before).named_parameters() if n.startswith(NAMED[strategy]) and n != "logit_scale")
         assert run["trainable_image"] + run["trainable_text"] == named
-    assert f"of {run['parameters']:,} parameters" in out and (tmp_path / "run" / "classifier.pt").exists() == (strategy in ("linear", "prompt"))
+    assert f"image {run['trainable_image']:,} of " in out and f"; {run['parameters']:,} parameters" in out
+    assert (tmp_path / "run" / "classifier.pt").exists() == (strategy in ("linear", "prompt"))
 
     code, _, err = cli("baseline_eval.py", "--data_root", small, "--architecture", tmp_path / "run" / "model.pt", "--runs", tmp_path, "--name", "e",
                        "--wandb", "disabled")
