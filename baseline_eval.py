@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from flowers import UserError, command, evaluate, figures, runs, strategies
+from flowers import UserError, command, evaluate, figures, plots, runs, strategies
 from flowers.data import add_data_arguments, open_flowers, read_captions
 from flowers.models import image_features, load_model, text_features
 from flowers.pixels import load_pixels, to_device
@@ -33,12 +33,7 @@ def main():
     parser.add_argument("--wise_ft", type=float, action="append", default=[], metavar="ALPHA",
                         help="also evaluate (1 - ALPHA) * the weights a run started from + ALPHA * its own (WiSE-FT); repeat it for a curve")
     parser.add_argument("--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)")
-    parser.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--name", help="name of this run (default: architecture and time)")
-    parser.add_argument("--compare", action="append", default=[], metavar="RUN",
-                        help="show an earlier run's results beside these; repeatable")
-    parser.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
-                        help="auto: online if logged in, else offline (default: %(default)s)")
+    runs.add_run_arguments(parser, compare=True)
     args = parser.parse_args()
     earlier = {Path(run).name: runs.results_of(run, args.split) for run in args.compare}
 
@@ -80,7 +75,8 @@ def main():
         earlier[f"alpha {alpha:g}"] = along
     if rows:
         runs.write_lines(folder / "metrics.jsonl", rows)
-        figures.wise_ft_curve(rows, args.split, folder / "wise_ft.png")
+        curve = [{k.removeprefix(f"{args.split}/"): v for k, v in row.items()} for row in sorted(rows, key=lambda row: row["alpha"])]
+        plots.wise_ft({f"{folder.name} ({args.split})": curve}, folder / "wise_ft.png")
     tracker.finish()
     print(evaluate.table({**earlier, folder.name: metrics}))
     print(f"{len(index):,} images in {seconds:.1f} s; results and pictures in {folder}/")

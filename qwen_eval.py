@@ -72,12 +72,7 @@ def main():
     group.add_argument("--describe", action="store_true", help="write descriptions.jsonl, one generated sentence an image, and evaluate nothing")
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=int, default=8, help="images at a time (default: %(default)s)")
-    group.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
-    group.add_argument("--name", help="name of this run (default: model and time)")
-    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
-    group.add_argument("--compare", action="append", default=[], metavar="RUN", help="show an earlier run's results beside these; repeatable")
-    group.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
-                       help="auto: online if logged in, else offline (default: %(default)s)")
+    runs.add_run_arguments(group, resume=True, compare=True)
     args = parser.parse_args()
 
     if args.resume:

@@ -55,11 +55,7 @@ def main():
     group.add_argument("--seed", type=int, default=0, help="of adapter, order and augmentation (default: %(default)s)")
     group = parser.add_argument_group("run")
     group.add_argument("--save_every", type=int, default=100, help="steps from checkpoint to checkpoint (default: %(default)s)")
-    group.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
-    group.add_argument("--name", help="name of this run (default: model and time)")
-    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
-    group.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
-                       help="auto: online if logged in, else offline (default: %(default)s)")
+    runs.add_run_arguments(group, resume=True)
     args = parser.parse_args()
 
     if args.resume:

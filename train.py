@@ -74,11 +74,7 @@ def main():
     group.add_argument("--compile", action="store_true", help="torch.compile of the image tower (CUDA)")
     group = parser.add_argument_group("run")
     group.add_argument("--eval_every", type=int, default=0, help="evaluate val every so many epochs; needs --holdout (default: 0, never)")
-    group.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
-    group.add_argument("--name", help="name of this run (default: architecture and time)")
-    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
-    group.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
-                       help="auto: online if logged in, else offline (default: %(default)s)")
+    runs.add_run_arguments(group, resume=True)
     args = parser.parse_args()
 
     if args.resume:

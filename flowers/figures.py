@@ -127,22 +127,6 @@ def training_curve(rows: list[dict], path: Path, loss_name: str = "InfoNCE loss 
     return save(figure, path)
 
 
-def wise_ft_curve(rows: list[dict], split: str, path: Path) -> Path:
-    """Top-1 over the share of the fine-tuned weights: all classes with its 95% interval, base, new; rows have `alpha` and the metrics."""
-    rows = sorted(rows, key=lambda r: r["alpha"])
-    figure, axis = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
-    alphas = [r["alpha"] for r in rows]
-    axis.fill_between(alphas, [r[f"{split}/top1_low"] for r in rows], [r[f"{split}/top1_high"] for r in rows], color=PALETTE[0], alpha=0.2, linewidth=0)
-    for key, label, marker, colour in (("top1", "all classes", "o", PALETTE[0]), ("base_top1", "base among base", "s", PALETTE[1]),
-                                       ("new_top1", "new among new", "^", PALETTE[2])):
-        if f"{split}/{key}" in rows[0]:
-            axis.plot(alphas, [r[f"{split}/{key}"] for r in rows], marker=marker, markersize=4, color=colour, label=label)
-    axis.set(xlabel="share of the fine-tuned weights (alpha)", ylabel="top-1 accuracy (%)", title=f"Weights between start and fine-tuned, {split} images")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    return save(figure, path)
-
-
 def confusion_matrix(probabilities: torch.Tensor, labels: np.ndarray, class_names: tuple[str, ...], path: Path) -> Path:
     """Share of each class's images (row) that are given each name (column)."""
     predicted, n = probabilities.argmax(1).numpy(), len(class_names)

@@ -45,7 +45,8 @@ def text_activations(model: CLIP, flowers: Flowers, tokens: torch.Tensor, blocks
     """The same for texts (P, L): what enters the last `blocks` blocks of the text tower, (P, L, width), or with 0 the features (P, D)."""
     device = model.logit_scale.device
     trunk, _ = split_text_tower(model, blocks)
-    frozen = {n: t for n, t in model.state_dict(keep_vars=True).items() if not n.startswith("visual.") and (blocks == 0 or not t.requires_grad)}
+    frozen = {n: t for n, t in model.state_dict(keep_vars=True).items()
+              if not n.startswith("visual.") and n != "logit_scale" and (blocks == 0 or not t.requires_grad)}
     key = cache.key_of("texts", fingerprint(frozen), fingerprint({"tokens": tokens}), blocks, device.type)
     return _kept(flowers.root, key, len(tokens), lambda: trunk(tokens[:1].to(device)),
                  lambda: (trunk(part.to(device)) for part in in_parts(tokens, "encoding texts")))

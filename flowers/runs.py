@@ -129,6 +129,18 @@ def peak_memory_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
+def add_run_arguments(parser, resume: bool = False, compare: bool = False) -> None:
+    """The flags of every script that leaves a run behind; with `resume` and `compare`, those of scripts that can do these."""
+    parser.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--name", help="name of this run (default: model and time)")
+    if resume:
+        parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with its own arguments")
+    if compare:
+        parser.add_argument("--compare", action="append", default=[], metavar="RUN", help="show an earlier run's results beside these; repeatable")
+    parser.add_argument("--wandb", choices=["auto", "online", "offline", "disabled"], default="auto",
+                        help="auto: online if logged in, else offline (default: %(default)s)")
+
+
 def new_run(runs: str | Path, name: str | None, config: dict, splits: dict[str, np.ndarray]) -> Path:
     """Make runs/<name>/ with args.json; without a name, one from the architecture and the time. Raises UserError if it is taken."""
     name = name or f"{Path(config['architecture']).stem.replace('/', '-')}-{config['job']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
