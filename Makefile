@@ -1,4 +1,4 @@
-# make demo: the whole story on a drawn dataset, on any machine.   make test: the tests.   Both make .venv when it is missing.
+# make demo: the whole story on a drawn dataset, on any machine.   make test: the tests (test-all: the slow ones too).   All make .venv when it is missing.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -14,6 +14,9 @@ demo: .venv/ready
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -q
 
+test-all: .venv/ready-dev
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
 
@@ -26,4 +29,4 @@ lint: .venv/ready-dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test test-all lint
