@@ -164,7 +164,7 @@ def begun(folder: Path, job: str) -> dict | None:
     if stored.get("job") != job:
         raise UserError(f"nothing to resume in {folder}: it is a run of another script")
     if not (folder / "result.json").exists():
-        return {k: v for k, v in stored.items() if k not in ("resume", "wandb", "runs", "compare")}
+        return {k: v for k, v in stored.items() if k not in ("resume", "wandb", "compare")} | {"runs": str(folder.parent)}
     register(folder)
     print(f"{folder} is finished: nothing to do")
     return None
