@@ -16,6 +16,7 @@ import netrc
 import os
 import platform
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -72,9 +73,9 @@ def rank_zero_first(rank: int, world: int):
 def atomic(path: str | Path, mode: str = "wb"):
     """Open a temporary file beside `path`, and rename it to `path` when the block ends well: readers see the old file or the new one."""
     path = Path(path)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-        host, _, pid = left.name[len(path.name) + 2:-4].rpartition("-")
-        if host == platform.node() and pid.isdigit() and not _alive(int(pid)):
+    for left in path.parent.glob(".*.tmp"):  # of a process that was killed
+        of = re.fullmatch(rf".*\.{re.escape(platform.node())}-(\d+)\.tmp", left.name)
+        if of and not _alive(int(of[1])):
             left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
@@ -142,10 +143,18 @@ def add_run_arguments(parser, resume: bool = False, compare: bool = False) -> No
 
 
 def new_run(runs: str | Path, name: str | None, config: dict, splits: dict[str, np.ndarray]) -> Path:
-    """Make runs/<name>/ with args.json; without a name, one from the architecture and the time. Raises UserError if it is taken."""
+    """Make runs/<name>/ with args.json; without a name, one from the architecture and the time. Raises UserError if it is taken.
+
+    An evaluation that was killed is begun anew; other runs are gone on with by --resume.
+    """
     name = name or f"{Path(config['architecture']).stem.replace('/', '-')}-{config['job']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(runs) / name
-    if (folder / "args.json").exists():
+    taken = (folder / "result.json").exists()
+    if taken:
+        register(folder)  # a kill may have come before
+    elif (folder / "args.json").exists():
+        taken = config["job"] != "eval" or '"job": "eval"' not in (folder / "args.json").read_text()
+    if taken:
         again = "" if config["job"] == "eval" else f", or go on with --resume {folder}"
         raise UserError(f"{folder} is a run already: choose another --name{again}")
     folder.mkdir(parents=True, exist_ok=True)

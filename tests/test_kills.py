@@ -133,8 +133,8 @@ class Story:
                 assert now.pop(name) == content, f"{name} differs from that of the undisturbed run"
         assert not now, f"{list(now)} are left over"
         assert not temporary(self.folders), "half-written files of killed processes stay for ever"
-        if not self.again and not self.alone:
-            assert out == self.out or "images_per_s" in self.out or "results and pictures" in out
+        if self.command[0].startswith("data_Exploration"):  # the others print times
+            assert out == self.out
         self.finished += 1
         self.clear()
 
@@ -173,7 +173,7 @@ def stories(forks, tmp_path):
 def test_a_few_kills(forks, tmp_path):
     kills, story = stories(forks, tmp_path)["training, full, val each epoch"]
     story.kill_often(4, random.Random(1))
-    assert story.finished and story.kills == 4
+    assert story.finished and story.kills == 4 and story.half_written
 
 
 @pytest.mark.slow
@@ -203,7 +203,8 @@ def test_kills_of_an_evaluation(forks, tmp_path, tally):
 def test_kills_of_an_ablation(forks, tmp_path, tally):
     """Of ablate.py and its children, and of ablate.py alone, whose children go on: each point ends once."""
     write_dataset(tmp_path / "data", per_class=8)
-    forks.run("train.py", "--data_root", tmp_path / "data", "--wandb", "disabled", "--architecture", "tiny", "--epochs", 0, "--runs", tmp_path / "models", "--name", "m")
+    forks.run("train.py", "--data_root", tmp_path / "data", "--wandb", "disabled", "--architecture", "tiny", "--epochs", 0,
+              "--runs", tmp_path / "models", "--name", "m")
     story = Story(forks, tmp_path, ("ablate.py", "positives", "--architecture", tmp_path / "models" / "m" / "model.pt", "--data_root", tmp_path / "data",
                                     "--runs", tmp_path / "runs", "--wandb", "disabled", "--seeds", 0, "--batch_size", 12, "--epochs", 2), alone=True)
     story.kill_often(8, random.Random(10))
