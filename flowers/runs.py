@@ -84,8 +84,10 @@ def atomic(path: str | Path, mode: str = "wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error.filename = str(path)  # a full disk does not say where
         raise
 
 
@@ -208,8 +210,8 @@ def save_tensors(path: Path, state: dict) -> None:
     with atomic(path) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch's writer has its own word for a full disk
-            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
+        except RuntimeError as error:  # torch's writer hides what the file system said
+            raise error.__context__ or error from None
 
 
 def load_file(path: Path) -> dict:

@@ -50,7 +50,7 @@ def read(path: Path):
     elif path.suffix == ".pdf":
         assert data.startswith(b"%PDF") and data.rstrip().endswith(b"%%EOF"), f"{path} is not whole"
     else:
-        raise AssertionError(f"what is {path}?")
+        assert path.suffix in (".tex", ".md") and data.endswith(b"\n"), f"what is {path}?"
     return data
 
 
