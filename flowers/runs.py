@@ -70,6 +70,17 @@ def rank_zero_first(rank: int, world: int):
 
 
 @contextlib.contextmanager
+def naming(path: str | Path):
+    """Add the file to an OSError that does not name it, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic(path: str | Path, mode: str = "wb"):
     """Open a temporary file beside `path`, and rename it to `path` when the block ends well: readers see the old file or the new one."""
     path = Path(path)
@@ -79,15 +90,13 @@ def atomic(path: str | Path, mode: str = "wb"):
             left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        with naming(path), open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            error.filename = str(path)  # a full disk does not say where
         raise
 
 
@@ -98,7 +107,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def append_line(path: Path, row: dict) -> None:
     """Append one JSON line in one write, so that two processes never mix theirs; a line cut off by a kill is closed first."""
-    with path.open("a+b") as file:
+    with naming(path), path.open("a+b") as file:
         if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")
         file.write(json.dumps(row).encode() + b"\n")

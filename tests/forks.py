@@ -98,7 +98,8 @@ def serve() -> None:
     import flowers.frozen
     import flowers.plots
     import flowers.strategies  # noqa: F401  (what the scripts import)
-    for package in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors", "scipy.fft", "torchvision.io"):
+    # the encodings are those of PDF: another user may not be able to read Python's own files
+    for package in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors", "scipy.fft", "torchvision.io", "encodings.utf_16_be", "encodings.utf_32_be"):
         __import__(package)
     torch.set_num_threads(1)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork copies one thread only"

@@ -130,3 +130,116 @@ def test_a_full_disk(forks, small, model, tmp_path, script, tally):
                 command = ["train.py", "--resume", disk / "runs" / "it", "--wandb", "disabled"]
     assert outcome[0] == 0 and failed > 1, (failed, outcome)
     tally(f"full disk: {script}", failed, failed, "one line that names the file, nothing half-written; then finished where there was room")
+
+
+@pytest.mark.parametrize("most", [300, 5000, 1_000_000])
+def test_files_that_may_not_grow(forks, small, model, tmp_path, most):
+    """The same by a limit of the process, for which one need not be root: the cache, args.json, model.pt, a figure."""
+    for script in ("train", "colours"):
+        command = commands(small, model, tmp_path)[script]
+        outcome = forks.run(*command, file_size=most)
+        if script == "colours" and most == 1_000_000:
+            assert outcome[0] == 0
+        else:
+            assert "File too large" in error_line(outcome) and "'/" in error_line(outcome)
+    assert all(Path(name).name in ("args.json", "metrics.jsonl") for name in whole(tmp_path / "runs"))
+    code, out, err = forks.run("train.py", "--resume", tmp_path / "runs" / "it") if (tmp_path / "runs/it/args.json").exists() else forks.run(*commands(
+        small, model, tmp_path)["train"])
+    assert code == 0, err
+
+
+def test_a_line_of_results_that_was_cut_off_is_written_again(forks, small, model, tmp_path):
+    line = (model.parent / "results.jsonl").read_bytes()
+    shutil.copytree(model, tmp_path / "m")
+    other = json.dumps({"name": "x" * 1000}).encode() + b"\n"
+    (tmp_path / "results.jsonl").write_bytes(other)
+    assert "results.jsonl" in error_line(forks.run("train.py", "--resume", tmp_path / "m", file_size=len(other) + 100))
+    assert (tmp_path / "results.jsonl").read_bytes() == other + line[:100]
+    for _ in range(2):
+        assert forks.run("train.py", "--resume", tmp_path / "m")[0] == 0
+        assert read_lines(tmp_path / "results.jsonl") == [json.loads(other), json.loads(line)]
+
+
+# ---------------------------------------------------------------- permission
+
+def test_read_only_data(forks, small, copy, model, tmp_path):
+    """On a read-only mount the caches go to the user's folder, and nothing else changes."""
+    env = {"XDG_CACHE_HOME": str(tmp_path / "home")}
+    before = sorted(p.relative_to(copy) for p in copy.rglob("*"))
+    with mounted(tmp_path / "mount", "--bind", copy) as place:
+        subprocess.run(["mount", "-o", "remount,ro,bind", place], check=True)
+        with pytest.raises(OSError):
+            (place / "x").write_text("x")
+        for script in ("linear", "colours"):
+            code, _, err = forks.run(*[place if x == small else x for x in commands(small, model, tmp_path)[script]], env=env)
+            assert code == 0, err
+    assert sorted(p.relative_to(copy) for p in copy.rglob("*")) == before
+    assert {p.name.split("-")[0] for p in (tmp_path / "home").rglob("*.npy")} == {"pixels", "frozen", "hsv"}
+
+
+def test_another_user_s_data_runs_and_cache(forks, small, model, open_folder, copy):
+    """What root has made and others may only read: data, its cache, a run."""
+    shutil.copytree(copy, open_folder / "data")
+    shutil.copytree(model, open_folder / "m")
+    (open_folder / "mine").mkdir()
+    (open_folder / "mine").chmod(0o777)
+    mine, theirs = {"HOME": str(open_folder / "mine"), "XDG_CACHE_HOME": ""}, {"uid": NOBODY, "cwd": str(open_folder)}
+    command = lambda script, place: [open_folder / ("data" if x == small else "m") if x in (small, model) else x for x in commands(small, model, place)[script]]
+    for script in ("linear", "evaluation", "isomap"):  # a cache of one's own
+        code, _, err = forks.run(*command(script, open_folder / "mine" / script), env=mine, **theirs)
+        assert code == 0, err
+    assert not (open_folder / "data" / ".cache").exists()
+    forbidden = {"HOME": "/nowhere", "XDG_CACHE_HOME": ""}
+    assert "Permission denied: '/nowhere" in error_line(forks.run(*command("train", open_folder / "mine"), env=forbidden, **theirs))
+
+    (open_folder / "data").chmod(0o777)  # a shared folder, whose cache root makes: others use it, and make what is missing of their own
+    assert forks.run(*command("linear", open_folder / "root"))[0] == 0
+    made = {p: p.stat().st_mtime_ns for p in (open_folder / "data" / ".cache").iterdir()}
+    for i, mode in enumerate((0o755, 0o777)):
+        (open_folder / "data" / ".cache").chmod(mode)
+        for script in ("linear", "colours"):
+            code, _, err = forks.run(*command(script, open_folder / "mine" / str(i)), env=mine, **theirs)
+            assert code == 0, err
+    assert all(p.stat().st_mtime_ns == t for p, t in made.items())
+
+    (open_folder / "data").chmod(0o755)
+    for script in SCRIPTS[:-1]:  # runs and figures that may not be written
+        outcome = forks.run(*command(script, open_folder / "root"), env=mine, **theirs)
+        assert "Permission denied" in error_line(outcome) or "is a run already" in error_line(outcome), script
+    (open_folder / "m" / "result.json").unlink()
+    outcome = forks.run("train.py", "--resume", open_folder / "m", env=mine, **theirs)
+    assert "Permission denied" in error_line(outcome)
+
+
+def test_files_that_may_not_be_read(forks, small, model, open_folder, copy):
+    data, run = shutil.copytree(copy, open_folder / "data"), shutil.copytree(model, open_folder / "m")
+    (open_folder / "captions.jsonl").write_text("{}")
+    (open_folder / "mine").mkdir()
+    (open_folder / "mine").chmod(0o777)
+    command = ("baseline_eval.py", "--data_root", data, "--architecture", run, "--compare", run, "--wise_ft", 0.5, "--captions", open_folder / "captions.jsonl",
+               "--runs", open_folder / "mine", "--wandb", "disabled")
+    theirs = {"uid": NOBODY, "cwd": str(open_folder), "env": {"HOME": str(open_folder / "mine"), "XDG_CACHE_HOME": ""}}
+    tried = (data / "jpg" / "image_00009.jpg", data / "jpg", data / "imagelabels.mat", data / "setid.mat", data / "cat_to_name.json", run / "model.pt",
+             run / "result.json", run / "args.json", open_folder / "captions.jsonl", run, data)
+    for path in tried:
+        mode = path.stat().st_mode
+        path.chmod(0)
+        options = command if "captions" in path.name else [x for x in command if x not in ("--captions", open_folder / "captions.jsonl")]
+        outcome = forks.run(*options, **theirs)
+        assert outcome[0] and (str(path) if path != run / "args.json" else "args.json") in error_line(outcome), (path, outcome)
+        path.chmod(mode)
+    assert forks.run(*options, **theirs)[0] == 0
+    (run / "args.json").chmod(0)
+    assert "Permission denied" in error_line(forks.run("train.py", "--resume", run, **theirs))
+
+
+def test_folders_that_are_files(forks, small, model, tmp_path):
+    place = tmp_path / "file"
+    place.write_text("keep me")
+    for script in SCRIPTS:
+        assert str(place) in error_line(forks.run(*commands(small, model, place)[script])), script
+        into = [place if x in (place / "runs", place / "figures") else x for x in commands(small, model, place)[script]]
+        assert str(place) in error_line(forks.run(*into)), script
+    assert "no finished run" in error_line(forks.run("report.py", "--runs", place, "--output", tmp_path / "report"))
+    assert str(place) in error_line(forks.run("ablate.py", "positives", "--architecture", model / "model.pt", "--data_root", small, "--runs", place))
+    assert place.read_text() == "keep me"
