@@ -113,7 +113,7 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, seconds = checkpoint["step"], checkpoint["seconds"]
         print(f"resuming {folder} after step {step} of {total}")
-    rows = [row for row in runs.read_lines(metrics_file) if row["step"] <= step]  # what came after the checkpoint is done again
+    rows = [row for row in runs.read_lines(metrics_file, "step") if row["step"] <= step]  # what came after the checkpoint is done again
     runs.write_lines(metrics_file, rows)
     tracker = runs.start_wandb(args.wandb, folder, config)
     print(f"{folder}: {args.model}, {len(index):,} images, {total:,} steps of {batch_size} on {device}; trainable {sum(p.numel() for p in trained.values()):,} "

@@ -30,7 +30,8 @@ FACTORS = {"lr": "learning rate", "temperature": "temperature at the start", "ba
 NUMERIC = ("lr", "temperature", "batch_size", "shots")
 GRID_OF = {"lr": "learning_rate", "prompt_template": "prompt"}  # of ablate.py, where it bears another name
 MADE = ("answer", "results", "factors", "base-to-new", "cost", "learning", "classes", "worst", "confusions", "wise-ft")  # files of a report begin so
-TEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "{": r"\{", "}": r"\}", "<": "$<$"}
+TEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "{": r"\{", "}": r"\}", "<": "$<$", ">": "$>$", "$": r"\$", "\\": r"\textbackslash{}",
+       "^": r"\^{}", "~": r"\~{}"}
 
 
 @command
@@ -44,7 +45,7 @@ def main():
     for folder in map(Path, args.runs):
         loaded, damaged = load(folder)
         done = {run.name for run in loaded}
-        failures = {row["name"]: row for row in read_lines(folder / "failed.jsonl") if row["name"] not in done}
+        failures = {row["name"]: row for row in read_lines(folder / "failed.jsonl", "name", "error") if row["name"] not in done}
         found, notes = found + loaded, notes + damaged + [f"{name} failed: {row['error']}" for name, row in sorted(failures.items())]
     found, starts = resolve(found)
     along = [run for run in found if run.settings.get("wise_ft")]
@@ -233,7 +234,8 @@ def wise_ft(found: Sequence[Run], output: Path, missing: list[str]) -> str:
     """Accuracy between the weights at the start and the fine-tuned ones; a panel for each evaluation."""
     panels = {}
     for run in found:
-        rows = [{k.removeprefix(f"{run.split}/"): v for k, v in row.items()} for row in read_lines(run.folder / "metrics.jsonl")]
+        needed = ("alpha", *(f"{run.split}/top1{part}" for part in ("", "_low", "_high")))
+        rows = [{k.removeprefix(f"{run.split}/"): v for k, v in row.items()} for row in read_lines(run.folder / "metrics.jsonl", *needed)]
         if rows:
             panels[f"{label(run)} ({run.split})"] = sorted(rows, key=lambda row: row["alpha"])
     if not panels:
@@ -255,7 +257,7 @@ def closer_look(found: Sequence[Run], output: Path, missing: list[str]) -> str:
 
     curves = []
     for g in groups:
-        losses = [[row["train/loss"] for row in read_lines(r.folder / "metrics.jsonl") if "train/loss" in row] for r in g]
+        losses = [[row["train/loss"] for row in read_lines(r.folder / "metrics.jsonl", "train/loss")] for r in g]
         steps = min(map(len, losses))
         if steps > 1 and steps == max(map(len, losses)):
             width = max(1, steps // 20)

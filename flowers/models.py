@@ -88,7 +88,9 @@ def from_state_dict(state: dict[str, torch.Tensor], origin: str = "state dict") 
         model = CLIP(state["text_projection"].shape[1], resolution, layers, width, patch, context, state["token_embedding.weight"].shape[0],
                      text_width, text_width // 64, _count(state, "transformer.resblocks."))
         model.load_state_dict(state)
-    except (KeyError, RuntimeError, AttributeError, IndexError, ValueError, ZeroDivisionError, TypeError) as error:
+        if broken := next((name for name, t in state.items() if not torch.isfinite(t).all()), None):
+            raise ValueError(f"{broken} is not finite")
+    except Exception as error:  # torch raises many kinds at what is no state dict of a CLIP
         hint = " (it looks like a checkpoint to resume from: give model.pt)" if "optimizer" in state else ""
         raise UserError(f"{origin} is not the state dict of a CLIP{hint}: {type(error).__name__} {str(error).splitlines()[0]}") from None
     return model.eval()
