@@ -226,13 +226,16 @@ def save_tensors(path: Path, state: dict) -> None:
 
 
 def load_file(path: Path) -> dict:
-    """Read a checkpoint or state dict, plain tensors only. Raises UserError if it is missing, damaged, or not a dict. Checksums are compared."""
+    """Read a checkpoint or state dict, plain tensors only. Raises UserError if it is missing, damaged (checksums are
+    compared, numbers finite), or not a dict."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch compares no checksums, and unpacks what is compressed, which it never writes itself
                 if sum(info.file_size for info in archive.infolist()) > path.stat().st_size or archive.testzip():
                     raise ValueError("its checksum or size is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        if not _plain(state):
+            raise ValueError("a tensor is sparse, complex, not finite, or larger than its numbers")
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -240,6 +243,14 @@ def load_file(path: Path) -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
     return state
+
+
+def _plain(value) -> bool:
+    """Whether all tensors in nested dicts and lists are dense, real and finite, and none is a few numbers that claim to be many."""
+    if isinstance(value, torch.Tensor):
+        dense = value.layout == torch.strided and not value.is_complex() and value.nbytes <= value.untyped_storage().nbytes()
+        return dense and bool(value.isfinite().all())
+    return all(map(_plain, value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()))
 
 
 def finish(folder: Path, result: dict) -> None:

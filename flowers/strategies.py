@@ -138,7 +138,7 @@ def load_head(architecture: str, model: CLIP, class_names: Sequence[str], templa
 
     def holds(key: str, *shape: int) -> bool:
         value = learned.get(key)
-        return isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.shape == shape and bool(value.isfinite().all())
+        return isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.shape == shape
 
     if learned is not None:
         width, embedding = model.text_projection.shape

@@ -3,7 +3,8 @@ import json
 import random
 import re
 
-STRANGE = [None, True, -1, 0, 2.5, 10 ** 30, 1e308, float("nan"), float("inf"), "", "text", "1", "\x00", "é\u202e😀", "a" * 5000, [], {}, [[]], {"a": 1}, [None] * 100]
+STRANGE = [None, True, -1, 0, 2.5, 10 ** 30, 1e308, float("nan"), float("inf"), "", "text", "1", "\x00", "é\u202e😀", "a" * 5000, [], {}, [[]], {"a": 1},
+           [None] * 100]
 FOREIGN = [b"", b"\x00" * 1000, b"\xff\xfe\x00t\x00e", b"hello", b"{}", b"[]", b"null", b"7", b"[" * 100_000, b'{"a":' * 100_000, b'"' + b"9" * 10_000,
            b"9" * 10_000, b"PK\x03\x04" + b"\x00" * 60, b"PK\x05\x06" + b"\x00" * 18, b"\x93NUMPY\x01\x00", b"\x80\x04.", b"\x80\x02csomething\nelse\n.",
            b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xd9", b"\x1f\x8b\x08\x00", b"<html>", b"a,b,c\n1,2,3\n", b"\n" * 1000]
@@ -100,7 +101,8 @@ def numbers(data, rng):
     if not found:
         return data
     place = rng.choice(found)
-    other = rng.choice([b"-1", b"0", b"999999999999999999999", b"1e999", b"-1e-999", b"nan", b"NaN", b"Infinity", b"0.5", b"1" * 5000, b"0x10", b"\xd9\xa3", b"true", b""])
+    other = rng.choice([b"-1", b"0", b"999999999999999999999", b"1e999", b"-1e-999", b"nan", b"NaN", b"Infinity", b"0.5", b"1" * 5000, b"0x10",
+                        b"\xd9\xa3", b"true", b""])
     return data[:place.start()] + other + data[place.end():]
 
 
