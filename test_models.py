@@ -146,7 +146,7 @@ def read_accuracies(path: Path, architectures: list[str]) -> dict[str, dict[str,
     for row in rows:
         untrained = row.get("job") == "eval" or (row.get("epochs") == 0 and row.get("strategy") != "linear")
         parts = ["zero-shot" if untrained else row.get("strategy", "full")]
-        parts += [f"{row['splits']} split"] * (row.get("splits", "swapped") != "swapped") + [f"{row.get('shots')} shots"] * bool(row.get("shots"))
+        parts += [f"{row.get('splits')} split"] * (row.get("splits", "swapped") != "swapped") + [f"{row.get('shots')} shots"] * bool(row.get("shots"))
         parts += [f"{row.get('classes')} classes"] * (row.get("classes") not in (None, "all") and not untrained)
         parts += [Path(str(row.get("data_root"))).name] * (len(roots) > 1)
         series.setdefault(", ".join(parts), {}).setdefault(row["architecture"], []).append(row["test/top1"])

@@ -82,7 +82,7 @@ def main():
         stored = runs.begun(folder, "train")
         if stored is None:
             return
-        vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
+        parser.parse_args(runs.as_flags({k: v for k, v in stored.items() if k in vars(args)}), args)
     from_random = args.architecture in RANDOM
     image_blocks, text_blocks = strategies.cuts(args.strategy, args.blocks)  # where the frozen part of each tower ends
     if args.strategy == "prompt" and not args.resume and (args.captions or args.prompt_template):

@@ -208,18 +208,20 @@ def read_predictions(folder: Path, flowers: Flowers) -> Predictions:
     classes = {name: c for c, name in enumerate(flowers.class_names)}
     classes |= {b: classes[a] for a, b in OPENAI_NAMES.items() if a in classes and b not in classes}
     mend = f"make it anew: python baseline_eval.py --architecture {folder} --data_root {flowers.root}"
-    top, foreign = [()] * len(places), 0
+    top, foreign, odd = [()] * len(places), 0, 0
     try:
         with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 pairs = [(row[f"top{k}"], float(row[f"score{k}"])) for k in range(1, 6) if row.get(f"top{k}")]
                 i = places.get(row["file"])
                 if i is None or classes.get(row["label"]) != flowers.labels[i] or not all(name in classes for name, _ in pairs):
-                    foreign += 1
-                elif pairs and np.isfinite([score for _, score in pairs]).all():
+                    foreign, odd = foreign + 1, odd + (i is not None)
+                elif pairs and not top[i] and all(1 >= a >= b >= 0 for (_, a), (_, b) in zip(pairs, pairs[1:] + pairs[-1:])):
                     top[i] = tuple((classes[name], score) for name, score in pairs)
                 else:
                     raise ValueError("no prediction")
+        if odd and any(top):
+            raise ValueError("names that are not those of these images")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{folder / 'predictions.csv'} is damaged ({type(error).__name__}): {mend}") from None
     if not any(top):

@@ -110,9 +110,9 @@ def append_line(path: Path, row: dict) -> None:
 def read_lines(path: Path, *keys: str) -> list[dict]:
     """The rows of a .jsonl file that have all of `keys`; lines that were cut off or damaged are left out, with a warning."""
     rows, damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            rows += [checked(parse_json(line))] if line else []
+            rows += [checked(parse_json(line.decode()))] if line else []
         except ValueError:
             damaged += 1
     if damaged:
@@ -125,7 +125,7 @@ def checked(row: dict) -> dict:
     for key, value in row.items():
         percent = "/" in key and not key.startswith("train/") and not key.endswith("/n")
         if percent or "/" in key or key in NUMBERS or key.startswith("trainable_"):
-            fits = type(value) in (int, float) and abs(value) <= (100.001 if percent else 1e15)
+            fits = type(value) in (int, float) and (0 <= value <= 100.001 if percent else abs(value) < 1e15)
         else:
             fits = value is None or key not in (*TEXTS, *SETTINGS) or isinstance(value, str if key in TEXTS else (int, float)) and value == value
         if not fits:
@@ -191,6 +191,12 @@ def begun(folder: Path, job: str) -> dict | None:
     register(folder)
     print(f"{folder} is finished: nothing to do")
     return None
+
+
+def as_flags(stored: dict) -> list[str]:
+    """The command line that says the same, so that what a file holds is checked as what a user types."""
+    return [flag for key, value in stored.items() if value not in (None, False)
+            for flag in ([f"--{key}"] if value is True else [f"--{key}={v}" for v in (value if isinstance(value, list) else [value])])]
 
 
 def results_of(run: str | Path, split: str) -> dict:

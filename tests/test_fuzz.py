@@ -1,4 +1,5 @@
 """Damaged and hostile inputs, 1,000 for each reader (30 without the slow marker): a right result, or one clear line; in bounded time and memory."""
+import csv
 import gzip
 import io
 import json
@@ -20,15 +21,16 @@ import pytest
 import scipy.io
 import torch
 from clip.model import CLIP
-from conftest import ROOT
+from conftest import NAMES, ROOT, error_line
 from damage import damaged
 from PIL import Image
 from test_report import write_run
 
-from flowers import UserError, cache, gallery, models, pixels, runs, strategies
+from flowers import UserError, cache, comparable, gallery, models, pixels, runs, strategies
 from flowers.data import open_flowers, read_captions
 
 counts = pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and numpy, on what they are given
 MOST_MB, MOST_SECONDS = 700, 10
 
 
@@ -487,8 +489,131 @@ def test_the_cache(count, tmp_path, tally, capsys):
 @pytest.fixture
 def two_runs(tmp_path):
     folder = tmp_path / "runs"
-    write_run(folder, "one", 0.5)
-    write_run(folder, "two", 0.7, lr=1e-2, strategy="text")
-    (folder / "results.jsonl").write_text("".join(json.dumps(json.loads((folder / n / "result.json").read_text()) | {"test/top1": t}) + "\n"
-                                                  for n, t in (("one", 50.5), ("two", 70.25))))
+    write_run(folder, "one", 0.5, split="test")
+    write_run(folder, "two", 0.7, split="test", lr=1e-2, strategy="text")
     return folder
+
+
+@counts
+@pytest.mark.parametrize("name", ["result.json", "args.json", "predictions.csv"])
+def test_runs_in_a_report(survive, count, two_runs, tmp_path, cli, name):
+    """A run is left out with a line that says why, or what is compared are the numbers of its files; where they changed, a report is made of them."""
+    path = two_runs / "one" / name
+    whole, reports = path.read_bytes(), []
+
+    def read(data):
+        path.write_bytes(data)
+        found, notes = comparable.load(two_runs)
+        if notes:
+            raise UserError(*notes)
+        found, _ = comparable.resolve(found)
+        comparable.best_by_strategy(found)
+        comparable.factorial(found)
+        return next((run for run in found if run.name == "one"), None)
+
+    def right(run, data):
+        if data != whole and name != "predictions.csv" and json.loads(data) != json.loads(whole) and len(reports) < max(3, count // 40):
+            outcome = cli("report.py", "--runs", two_runs, "--output", tmp_path / "report", "--bootstrap", 10)
+            reports.append(outcome)
+            assert outcome[0] == 0 and "Traceback" not in outcome[2], outcome[2]
+        if run is None:  # it has no result on any split, or is the start of the other
+            return "test/top1" not in json.loads(data) or name == "args.json"
+        rows = list(csv.DictReader(io.StringIO((data if name == "predictions.csv" else (two_runs / "one" / "predictions.csv").read_bytes()).decode(), "")))
+        told = json.loads((two_runs / "one" / "result.json").read_text())
+        accuracy = 100 * np.mean([row["label"] == row["top1"] for row in rows])
+        return len(run.labels) == len(rows) == len({row["file"] for row in rows}) and abs(run.top1 - accuracy) < 0.01 and run.top1 == told["test/top1"]
+    survive(f"{name}: comparable.load", (damaged(f"run {name}", i, whole, text=True) for i in range(count)), read, right)
+    assert reports or name == "predictions.csv"
+
+
+@counts
+def test_metrics(survive, count, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    whole = "".join(json.dumps({"epoch": 1 + i // 5, "step": i + 1, "train/loss": 3 / (i + 1), "train/lr": 1e-3, "val/top1": 4.0 * i}) + "\n"
+                    for i in range(20)).encode()
+
+    def read(data):
+        path.write_bytes(data)
+        capsys.readouterr()
+        rows = runs.read_lines(path, "train/loss")
+        if warning := capsys.readouterr().err:
+            assert re.fullmatch(r"warning: \d+ damaged lines? of \S+ left out\n", warning)
+            raise UserError(warning)
+        return rows
+
+    def right(rows, data):
+        told = [json.loads(line) for line in data.decode().split("\n") if line]
+        return rows == [row for row in told if "train/loss" in row] and all(np.isfinite(row["train/loss"]) for row in rows)
+    survive("metrics.jsonl: runs.read_lines", (damaged("metrics", i, whole, text=True) for i in range(count)), read, right)
+
+
+@counts
+def test_results(survive, count, two_runs, tmp_path, capsys):
+    path, read_accuracies = tmp_path / "results.jsonl", runpy.run_path(str(ROOT / "test_models.py"), run_name="test_models")["read_accuracies"]
+    whole = b"".join(json.dumps(json.loads((two_runs / n / "result.json").read_text())).encode() + b"\n" for n in ("one", "two"))
+
+    def read(data):
+        path.write_bytes(data)
+        capsys.readouterr()
+        series = read_accuracies(path, ["tiny"])
+        if warning := capsys.readouterr().err:
+            raise UserError(warning)
+        return series
+
+    def right(series, data):
+        told = {row["name"]: row["test/top1"] for row in map(json.loads, filter(None, data.decode().split("\n")))
+                if row.get("architecture") == "tiny" and {"name", "test/top1"} <= set(row)}
+        return sorted(v for by in series.values() for values in by.values() for v in values) == sorted(told.values())
+    survive("results.jsonl: test_models.read_accuracies", (damaged("results", i, whole, text=True) for i in range(count)), read, right)
+
+
+@counts
+def test_what_a_run_is_resumed_or_compared_by(survive, count, two_runs):
+    """args.json goes through the parser of the script again; result.json holds percentages."""
+    args, result = (two_runs / "one" / name for name in ("args.json", "result.json"))
+    whole = {args: args.read_bytes(), result: result.read_bytes()}
+
+    def read(item):
+        path, data = item
+        path.write_bytes(data)
+        if path == result:
+            return runs.results_of(two_runs / "one", "test")
+        result.unlink(missing_ok=True)
+        stored = runs.begun(two_runs / "one", "train")
+        return runs.as_flags(stored)
+
+    def right(got, item):
+        path, data = item
+        told = json.loads(data)
+        if path == result:
+            return got == {k[5:]: v for k, v in told.items() if k.startswith("test/")} and all(0 <= v <= 100 for k, v in got.items() if k != "n")
+        said = [f"--{k}" if v is True else f"--{k}={v}" for k, v in told.items() if v not in (None, False) and not isinstance(v, list)]
+        return told["job"] == "train" and set(said) - set(got) <= {f"--{k}={told.get(k)}" for k in ("runs", "wandb", "resume", "compare")}
+    survive("args.json, result.json: runs.begun, results_of",
+            ((path, damaged("resumed", i, whole[path], text=True)) for i in range(count) for path in [(args, result)[i % 2]]), read, right)
+
+
+@counts
+def test_predictions_on_the_page(survive, count, small, tmp_path):
+    """A row that is missing can't be noticed: a run may have evaluated any images."""
+    flowers, rng = open_flowers(small), np.random.default_rng(0)
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    writer.writerow(["file", "label", *(f"{what}{k}" for k in range(1, 4) for what in ("top", "score"))])
+    for i in flowers.splits["test"]:
+        order, scores = rng.permutation(NAMES), -np.sort(-rng.dirichlet(np.ones(3)))
+        writer.writerow([flowers.files[i].name, NAMES[flowers.labels[i]], *(v for k in range(3) for v in (order[k], round(scores[k], 6)))])
+    whole, places = out.getvalue().encode(), {f.name: i for i, f in enumerate(flowers.files)}
+
+    def read(data):
+        (tmp_path / "predictions.csv").write_bytes(data)
+        return gallery.read_predictions(tmp_path, flowers)
+
+    def right(got, data):
+        rows = [row for row in csv.DictReader(io.StringIO(data.decode(), "")) if row["file"] in places]
+        for row in rows:
+            pairs = [(NAMES.index(row[f"top{k}"]), float(row[f"score{k}"])) for k in range(1, 6) if row.get(f"top{k}")]
+            if row["label"] != NAMES[flowers.labels[places[row["file"]]]] or got.top[places[row["file"]]] != tuple(pairs) or not 0 <= pairs[0][1] <= 1:
+                return False
+        return len(rows) == len(got.index) == len({row["file"] for row in rows})
+    survive("predictions.csv: gallery.read_predictions", (damaged("predictions", i, whole, text=True) for i in range(count)), read, right)
