@@ -88,8 +88,9 @@ def table(output: Path, name: str, rows: list[dict], caption: str) -> str:
     keys = list(rows[0])
     numeric = {k: all(str(r[k])[:1] in "0123456789-+<[" for r in rows) for k in keys}  # or empty
     lines = [keys, ["---:" if numeric[k] else "---" for k in keys], *([r[k] for k in keys] for r in rows)]
-    markdown = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-    lines = [" & ".join("".join(TEX.get(c, c) for c in str(cell)) for cell in line) + r" \\" for line in [keys, *lines[2:]]]
+    lines = [[" ".join(str(cell).split()) for cell in line] for line in lines]
+    markdown = "\n".join("| " + " | ".join(re.sub(r"<(?=[a-zA-Z/!])", "&lt;", cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [" & ".join("".join(TEX.get(c, c) for c in cell) for cell in line) + r" \\" for line in [keys, *lines[2:]]]
     tex = [f"% {caption}; needs \\usepackage{{booktabs}}", r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}",
            r"\begin{tabular}{@{}" + "".join("r" if numeric[k] else "l" for k in keys) + "@{}}",
            r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", r"\endgroup"]
@@ -290,7 +291,8 @@ def closer_look(found: Sequence[Run], output: Path, missing: list[str]) -> str:
         figure = plots.worst_overlap(shared[..., 0].astype(int), np.minimum(p, p.T), [label(g[0]) for g in groups], k, output / "worst.png")
         text += [picture(figure, f"How many of their {k} worst classes two models share; chance gives {shared[0, 0, 1]:.1f}; * more than that, "
                                  f"hypergeometric test, p < 0.05 after Holm's correction (pairs: {len(upper[0])})"),
-                 f"The {k} worst classes of {label(best[0])}: {', '.join(worst[id(best)])}."]
+                 f"The {k} worst classes of {label(best[0])}: "
+                 + ", ".join(re.sub(r"([\\`*_{}\[\]<>#|$~])", r"\\\1", " ".join(name.split())) for name in worst[id(best)]) + "."]
     wrong = Counter(pair for r in best for pair in zip(r.labels[~r.correct].tolist(), r.predicted[~r.correct].tolist()))
     size = Counter(label_ for r in best for label_ in r.labels.tolist())
     pairs = [(true, given, 100 * n / size[true]) for (true, given), n in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:12]]

@@ -21,7 +21,7 @@ import pytest
 import scipy.io
 import torch
 from clip.model import CLIP
-from conftest import NAMES, ROOT, error_line
+from conftest import NAMES, ROOT, write_dataset
 from damage import damaged
 from PIL import Image
 from test_report import write_run
@@ -43,7 +43,7 @@ def memory(key: str) -> int:
 @pytest.fixture
 def survive(tally, request):
     """survive(name, inputs, read, right): for every input, right(read(input), input) holds, or read ends in a UserError of one line."""
-    def run(name, inputs, read, right):
+    def run(name, inputs, read, right, refuses=True):
         if sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
         before, slowest, refused, failures = memory("VmRSS"), 0.0, 0, []
@@ -64,7 +64,7 @@ def survive(tally, request):
         tally(name, i + 1, i + 1 - len(failures), f"{refused:,} refused in a line, {accepted:,} read right, slowest {slowest:.2f} s, at most +{grown} MB")
         assert not failures, f"{len(failures)} of {i + 1}:\n" + "\n".join(failures[:6])
         assert slowest < MOST_SECONDS and grown < MOST_MB
-        assert refused and accepted
+        assert accepted and bool(refused) == refuses
     return run
 
 
@@ -617,3 +617,159 @@ def test_predictions_on_the_page(survive, count, small, tmp_path):
                 return False
         return len(rows) == len(got.index) == len({row["file"] for row in rows})
     survive("predictions.csv: gallery.read_predictions", (damaged("predictions", i, whole, text=True) for i in range(count)), read, right)
+
+
+# --- the page ---
+
+OPENED = []  # every file that this process opens while it is a list that is looked at
+sys.addaudithook(lambda event, arguments: OPENED.append(str(arguments[0])) if event == "open" else None)
+ADDRESS = {"view": ["browse", "runs", "search"], "class": NAMES, "split": ["all", "train", "test"], "ids": ["7, 20-30", "1-9"], "bars": ["hidden", "shown"],
+           "page": ["1", "2"], "image": ["7", "48"], "run": ["one", "two"], "other": ["one", "two"], "part": ["pictures", "classes", "confusion"],
+           "show": ["all", "right", "wrong", "changed", "mended", "broken"], "guess": NAMES, "order": ["id", "confidence"], "like": ["colours"], "q": ["a rose"]}
+HOSTILE = ["../secret", "../../secret/predictions.csv", "one/../../secret", "/etc/passwd", "file:///etc/passwd", "..%2fsecret", "<script>alert(1)</script>", "\x00", "-1",
+           "0", "9" * 400, "٣", "nan", "None", "1e999", "", "a" * 10_000, "\u202e😀", "'; --", "{}", "[" * 500, "$x$", "1-999999999", "-", ",,,", "0x7"]
+
+
+@counts
+def test_addresses(survive, count, small, tmp_path, monkeypatch):
+    """The page of any address has no error but one sentence, shows only images of the dataset, and opens no file beside data and runs."""
+    import random
+
+    from streamlit.testing.v1 import AppTest
+    flowers, folder = open_flowers(small), tmp_path / "runs"
+    for seed, name in enumerate(("one", "two")):
+        rng = np.random.default_rng(seed)
+        (folder / name).mkdir(parents=True)
+        runs.write_csv(folder / name / "predictions.csv", [
+            {"file": flowers.files[i].name, "label": NAMES[flowers.labels[i]], "top1": NAMES[rng.integers(6)], "score1": 0.5} for i in flowers.splits["test"]])
+    shutil.copytree(folder / "one", tmp_path / "secret")
+    monkeypatch.setattr(sys, "argv", ["web.py", "--data_root", str(small), "--runs", str(folder)])
+
+    def address(i):
+        rng = random.Random(f"address {i}")
+        found = {}
+        for key in rng.sample(list(ADDRESS), rng.choice([1, 2, 4, len(ADDRESS)])):
+            value = rng.choice(ADDRESS[key])
+            how = rng.random()
+            found[key] = value if how < 0.4 else rng.choice(HOSTILE) if how < 0.8 else damaged(f"address {key}", i, value.encode(), True).decode("latin-1")[:20_000]
+        if rng.random() < 0.1:
+            found[rng.choice(["run", "class", "page", "unknown", "__proto__"])] = [rng.choice(HOSTILE), "b"]
+        return found
+
+    def read(address):
+        at = AppTest.from_file(str(ROOT / "web.py"), default_timeout=60)
+        at.query_params.update(address)
+        OPENED.clear()
+        at.run()
+        assert not at.exception, at.exception
+        if at.error:
+            raise UserError(*(e.value for e in at.error))
+        return at
+
+    def right(at, address):
+        pictures = [picture for e in at.get("bidi_component") for picture in json.loads(e.proto.json)]
+        again = {k: str(np.ravel(v)[0]) for k, v in at.query_params.items()}
+        return (all(1 <= p["id"] <= 48 for p in pictures) and not any("secret" in Path(path).resolve().parts or path.startswith("/etc/passwd") for path in OPENED)
+                and all(again[k] in ADDRESS[k] or k in ("ids", "q", "image", "page") for k in again))
+    survive("addresses: web.py", map(address, range(count)), read, right, refuses=False)
+
+
+# --- names ---
+
+ODD = ['rose "Peace", pink', "l'été; d'Or", "ünïcode 花 🌸 \u202e", "{} {0} {name} %s", "50% a_b & c #1 $x$ $\\frac ~^\\", "=1+1|' `x`", "<b>bold</b> [x](http://a.b)",
+       "../up/and *away*", "two\nlines\ttab", "\u2028,\",\\\""]
+TEMPLATES = ['a {photo} of "{}", 50% $5$', "one_{{}}_{} & <i>\\x|y</i> #~^\n,two"]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("odd") / "data", names=ODD)
+
+
+def read_csv(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, strict=True))
+
+
+@pytest.fixture(scope="module")
+def odd_runs(odd):
+    """Two runs that differ in the template alone, and the evaluation of the first."""
+    folder = odd.parent / "runs"
+    common = ["--data_root", str(odd), "--runs", str(folder), "--wandb", "disabled"]
+    for i, template in enumerate(TEMPLATES):
+        assert run_script("train.py", *common, "--architecture", "tiny", "--epochs", "1", "--name", f"t{i}", "--prompt_template", template) == ""
+    assert run_script("baseline_eval.py", *common, "--architecture", str(folder / "t0"), "--name", "e", "--prompt_template", TEMPLATES[0],
+                      "--prompt_template", TEMPLATES[1]) == ""
+    return folder
+
+
+def run_script(name, *arguments):
+    """What a script says after it failed; nothing after it did not."""
+    done = subprocess.run([sys.executable, ROOT / name, *arguments], capture_output=True, text=True)
+    return done.stderr[-2000:] if done.returncode else ""
+
+
+def test_odd_names_and_templates_go_through_training_and_evaluation(odd, odd_runs):
+    flowers = open_flowers(odd)
+    assert flowers.class_names == tuple(ODD)
+    for run in ("t0", "t1", "e"):
+        rows = read_csv(odd_runs / run / "predictions.csv")
+        assert {row["label"] for row in rows} == set(ODD) and all(row[f"top{k}"] in ODD for row in rows for k in range(1, 6))
+        assert {row["class"] for row in read_csv(odd_runs / run / "report.csv")} == set(ODD)
+        assert len(gallery.read_predictions(odd_runs / run, flowers).index) == len(rows) == len(flowers.splits["test"])
+    assert [json.loads((odd_runs / run / "args.json").read_text())["prompt_template"] for run in ("t0", "t1", "e")] == [TEMPLATES[:1], TEMPLATES[1:], TEMPLATES]
+    from flowers.evaluate import prompts
+    assert prompts(["{} {0}"], TEMPLATES) == ['a {photo} of "{} {0}", 50% $5$', "one_{{} {0}}_{} {0} & <i>\\x|y</i> #~^\n,two"]
+
+
+def test_odd_names_and_templates_in_a_report(odd_runs, tmp_path, cli):
+    code, _, err = cli("report.py", "--runs", odd_runs, "--output", tmp_path, "--bootstrap", 10)
+    assert code == 0, err
+    text = (tmp_path / "report.md").read_text()
+    table, = (p for p in tmp_path.glob("factors-*.tex"))
+    body = [line for line in table.read_text().splitlines() if line.endswith(r"\\")]
+    back = {v: k for k, v in {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "{": r"\{", "}": r"\}", "<": "$<$", ">": "$>$", "$": r"\$",
+                              "\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}.items()}
+    cells = {}
+    for line in body[1:]:
+        row = re.split(r"(?<!\\) & ", line.removesuffix(r" \\"))
+        pattern = re.compile("|".join(map(re.escape, sorted(back, key=len, reverse=True))))
+        assert not re.search(r"[%_&#{}$~^\\<>]", pattern.sub("", row[3]))
+        cells[pattern.sub(lambda m: back[m[0]], row[3])] = len(row)
+    assert cells == {" ".join(t.split()): 7 for t in TEMPLATES}
+    rows = [line for line in text.splitlines() if line.startswith("| prompt")]
+    assert len(rows) == 2 and all(len(re.findall(r"(?<!\\)\|", row)) == 8 for row in rows) and "<i>" not in text and "<b>" not in text
+    assert "worst classes of" not in text or not re.search(r"(?<!\\)[*`<]", text[text.index("worst classes of"):].split("\n")[0])
+
+
+def test_odd_names_in_the_exploration_scripts(odd, odd_runs, tmp_path, cli):
+    for script, *arguments in (["dataset_Description.py"], ["class_distribution.py", "--all"], ["class_distribution.py", *(x for n in ODD[2:] for x in ("--class", n))],
+                               *(["class_distribution.py", "--class", name] for name in ODD[4:8:3]), ["isomap.py", "--labels"],
+                               ["isomap.py", "--level", "image", "--run", odd_runs / "t0"]):
+        code, out, err = cli(f"data_Exploration/{script}", "--data_root", odd, "--output", tmp_path / "figures", *arguments)
+        assert code == 0, err
+    assert {p.parent for p in tmp_path.rglob("*.png")} == {tmp_path / "figures"} and len(list(tmp_path.rglob("*.png"))) == 7
+
+
+def test_odd_names_on_the_page(odd, odd_runs, monkeypatch):
+    from streamlit.testing.v1 import AppTest
+    monkeypatch.setattr(sys, "argv", ["web.py", "--data_root", str(odd), "--runs", str(odd_runs)])
+
+    def page(**address):
+        at = AppTest.from_file(str(ROOT / "web.py"), default_timeout=60)
+        at.query_params.update(address)
+        at.run()
+        assert not at.exception and not at.error
+        return at
+    flowers = open_flowers(odd)
+    for c, name in enumerate(ODD):
+        at = page(**{"class": name, "bars": "shown"})
+        pictures, = (json.loads(e.proto.json) for e in at.get("bidi_component"))
+        assert [p["lines"] for p in pictures] == [[f"{i + 1} {name}"] for i in np.flatnonzero(flowers.labels == c)]
+        plain = page(image=str(int(np.flatnonzero(flowers.labels == c)[0]) + 1)).subheader[0].value
+        assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", plain) == " ".join(name.split()) and not re.search(r"(?<!\\)[*_`\[<$]", plain.replace("\\\\", ""))
+    for part in ("pictures", "classes", "confusion"):
+        page(view="runs", run="t0", other="t1", part=part)
+    first = gallery.read_predictions(odd_runs / "t0", flowers)
+    rows = list(csv.DictReader(io.StringIO(gallery.export(flowers, first.index, [first]), ""), strict=True))
+    assert [(row["class"], row["t0 prediction"]) for row in rows] == [(ODD[flowers.labels[i]], ODD[first.guess[i]]) for i in first.index]
