@@ -31,6 +31,7 @@ from flowers.runs import read_lines
 NOBODY = 65534
 FEW = ("--batch_size", 12, "--wandb", "disabled")
 TINY = ("--architecture", "tiny", *FEW)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_a_full_disk(forks, small, model, tmp_path, script, tally):
     tally(f"full disk: {script}", failed, failed, "one line that names the file, nothing half-written; then finished where there was room")
 
 
-@pytest.mark.parametrize("most", [300, 5000, 1_000_000])
+@pytest.mark.parametrize("most", [slow(300), 5000, slow(1_000_000)])
 def test_files_that_may_not_grow(forks, small, model, tmp_path, most):
     """The same by a limit of the process, for which one need not be root: the cache, args.json, model.pt, a figure."""
     for script in ("train", "colours"):
@@ -177,6 +178,7 @@ def test_read_only_data(forks, small, copy, model, tmp_path):
     assert {p.name.split("-")[0] for p in (tmp_path / "home").rglob("*.npy")} == {"pixels", "frozen", "hsv"}
 
 
+@pytest.mark.slow
 def test_another_user_s_data_runs_and_cache(forks, small, model, open_folder, copy):
     """What root has made and others may only read: data, its cache, a run."""
     shutil.copytree(copy, open_folder / "data")
@@ -295,14 +297,14 @@ MOODS = ("cut", "stalls", "no length", "other bytes", "error page", "loop", "404
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder that is served, and its address; a silent server is waited for one second."""
+    """A folder that is served, and its address; a silent server is waited for 0.4 s."""
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "page.html").write_text("<html>Service unavailable</html>")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Liar, directory=folder))
     server.handle_error = lambda *_: None  # of those who hang up
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(data, "PATIENCE", 1)
+    monkeypatch.setattr(data, "PATIENCE", 0.4)
     yield folder, f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
     server.server_close()
@@ -496,9 +498,6 @@ def test_a_model_that_has_become_nan(small, tmp_path, cli, lr):
 def shell(line: str, **environment) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("LANG", "LC_ALL", "PYTHONUTF8")} | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, env=env, cwd=ROOT, timeout=120)
-
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("redirection, code", [("| true", 1), slow("2>&1 | true", 1), slow(">&-", 0), slow("2>&-", 0), slow("<&-", 0),
