@@ -17,6 +17,7 @@ from flowers import UserError, command, evaluate, figures, plots, runs, strategi
 from flowers.data import add_data_arguments, open_flowers, read_captions
 from flowers.models import image_features, load_model, text_features
 from flowers.pixels import load_pixels, to_device
+from flowers.tracking import log_mistakes, start_wandb
 
 
 @command
@@ -51,7 +52,7 @@ def main():
     pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
     config = {"job": "eval", **{k: v for k, v in vars(args).items() if k not in ("name", "compare")}}
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
-    tracker = runs.start_wandb(args.wandb, folder, config)
+    tracker = start_wandb(args.wandb, folder, config)
     start = time.perf_counter()
     places = torch.from_numpy(index.copy())
     images = image_features(model, pixels, places)
@@ -75,7 +76,7 @@ def main():
         plots.wise_ft({f"{folder.name} ({args.split})": curve}, folder / "wise_ft.png")
     runs.finish(folder, {"name": folder.name, **result, **config})  # at the end: a run with a result is whole
     tracker.log(result)
-    runs.log_mistakes(tracker, figures.mistakes(probabilities, flowers, index))
+    log_mistakes(tracker, figures.mistakes(probabilities, flowers, index))
     tracker.finish()
     print(evaluate.table({**earlier, folder.name: metrics}))
     print(f"{len(index):,} images in {seconds:.1f} s; results and pictures in {folder}/")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from flowers import UserError, command, evaluate, figures, qwen, qwen_models, runs
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.models import autocast
+from flowers.tracking import log_mistakes, start_wandb
 
 OUTSIDE = "(outside the list)"  # the name of the answers that are no class name
 SCORES = ("sum", "token", "calibrated")
@@ -198,9 +199,9 @@ def main():
     answer_sheet(predictions, told or [row["top1"] for row in predictions], flowers, index, folder / "answers.png")
     result = {**{f"{args.split}/{k}": v for k, v in metrics.items()}, **result}
     runs.finish(folder, {"name": folder.name, **result, **config})
-    tracker = runs.start_wandb(args.wandb, folder, config)
+    tracker = start_wandb(args.wandb, folder, config)
     tracker.log(result)
-    runs.log_mistakes(tracker, figures.mistakes(probabilities, flowers, index))
+    log_mistakes(tracker, figures.mistakes(probabilities, flowers, index))
     tracker.finish()
     print(evaluate.table({**earlier, folder.name: metrics}))
     print(f"{len(index):,} images, {result['eval_images_per_s']} images/s; results and pictures in {folder}/")

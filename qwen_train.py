@@ -21,6 +21,7 @@ from tqdm import tqdm
 from flowers import UserError, command, figures, qwen, qwen_models, runs
 from flowers.data import add_data_arguments, open_flowers, read_captions
 from flowers.models import autocast
+from flowers.tracking import start_wandb
 
 WARMUP = 0.05  # share of the steps
 GRADIENT_NORM = 1.0
@@ -115,7 +116,7 @@ def main():
         print(f"resuming {folder} after step {step} of {total}")
     rows = [row for row in runs.read_lines(metrics_file, "step") if row["step"] <= step]  # what came after the checkpoint is done again
     runs.write_lines(metrics_file, rows)
-    tracker = runs.start_wandb(args.wandb, folder, config)
+    tracker = start_wandb(args.wandb, folder, config)
     print(f"{folder}: {args.model}, {len(index):,} images, {total:,} steps of {batch_size} on {device}; trainable {sum(p.numel() for p in trained.values()):,} "
           f"beside {size:,}; vision features {'once' if features is not None else 'in each step'}")
 

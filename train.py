@@ -22,6 +22,7 @@ from flowers.data import add_data_arguments, open_flowers, read_captions, select
 from flowers.losses import average_gradients, backward_in_chunks, gather, info_nce, same_class
 from flowers.models import RANDOM, image_features, load_model, split_image_tower, split_text_tower, text_features, tokenize, towers
 from flowers.pixels import batch, load_pixels, to_device
+from flowers.tracking import log_mistakes, start_wandb
 
 WARMUP = 0.1  # share of the steps
 GRADIENT_NORM = 1.0
@@ -186,7 +187,7 @@ def main():
             print(f"resuming {folder} after epoch {epoch} of {args.epochs}")
     rows = [row for row in runs.read_lines(metrics_file, "epoch") if row["epoch"] <= epoch]  # what came after the checkpoint is done again
 
-    tracker = runs.start_wandb(args.wandb if rank == 0 else "disabled", folder, config)
+    tracker = start_wandb(args.wandb if rank == 0 else "disabled", folder, config)
     counts, parameters = strategies.trainable(model, args.strategy, n_classes), sum(p.numel() for p in model.parameters())
     if rank == 0:
         runs.write_lines(metrics_file, rows)
@@ -285,7 +286,7 @@ def main():
               **{f"trainable_{name}": n for name, n in counts.items()}, "parameters": parameters}
     runs.finish(folder, {"name": folder.name, **result, **config})
     tracker.log(result)
-    runs.log_mistakes(tracker, figures.mistakes(probabilities, flowers, held_index))
+    log_mistakes(tracker, figures.mistakes(probabilities, flowers, held_index))
     tracker.finish()
     print(evaluate.table({f"{folder.name} ({held})": metrics}))
     print(f"frozen parts {frozen_seconds:.0f} s, training {seconds:.0f} s, peak memory {result['peak_memory_mb']:,} MB; results and pictures in {folder}/")

@@ -18,20 +18,27 @@ def command(main):
     def wrapped():
         if sys.stdout:
             sys.stdout.reconfigure(errors="backslashreplace")  # a name or degree sign that the terminal can't show is no reason to fail
+        code = 0
         try:
             main()
             if sys.stdout:
                 sys.stdout.flush()
         except BrokenPipeError:  # the reader of a pipe has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end, and complains
-            sys.exit(1)
+            code = 1
         except (UserError, OSError) as error:
             for bar in list(getattr(tqdm, "_instances", ())):
                 bar.close()  # the error has a line of its own
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            sys.exit(2)
+            code = 2
         except KeyboardInterrupt:
-            sys.exit(130)
+            code = 130
+        if code:
+            try:
+                if sys.stdout:
+                    sys.stdout.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end, and complains
+            sys.exit(code)
     return wrapped
 
 

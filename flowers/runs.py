@@ -12,7 +12,6 @@ import contextlib
 import csv
 import importlib.metadata
 import json
-import netrc
 import os
 import platform
 import random
@@ -23,7 +22,6 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -291,54 +289,6 @@ def register(folder: Path) -> None:
         raise UserError(f"{folder / 'result.json'} is damaged ({error}): remove it, and go on with --resume {folder}") from None
     if not any(row.get("name") == result.get("name") for row in read_lines(table)):
         append_line(table, result)
-
-
-class NoTracker:
-    """Stands in for a W&B run when there is none."""
-    def log(self, *_, **__): pass
-    def finish(self, *_, **__): pass
-
-
-def start_wandb(mode: str, folder: Path, config: dict):
-    """A W&B run, or one that does nothing: 'auto' is online if a key is set, else offline. Never asks, never costs the run.
-
-    Its files are kept in the run folder; its group is WANDB_RUN_GROUP, if set. A failure to reach the server becomes an offline run with a warning.
-    """
-    if mode == "disabled":
-        return NoTracker()
-    try:
-        import wandb
-    except ImportError:
-        print("warning: wandb is not installed; results are in the run folder only", file=sys.stderr)
-        return NoTracker()
-    if mode == "auto":
-        mode = "online" if _logged_in() else "offline"
-    settings = wandb.Settings(init_timeout=15, silent=True, console="off", x_disable_stats=True)
-    for attempt in dict.fromkeys((mode, "offline")):
-        try:
-            return wandb.init(project="flowers-102", dir=folder, name=folder.name, config=config, job_type=config["job"],
-                              mode=attempt, settings=settings)
-        except Exception as error:  # network, key, permission: whatever it is, the run matters more
-            print(f"warning: W&B {attempt} failed ({str(error).splitlines()[0]})", file=sys.stderr)
-    return NoTracker()
-
-
-def log_mistakes(tracker, rows: Sequence[tuple[Path, str, str, float]], most: int = 64) -> None:
-    """A W&B table of the most confident mistakes, with pictures; rows: file, true name, given name, probability."""
-    if isinstance(tracker, NoTracker):
-        return
-    import wandb
-    tracker.log({"mistakes": wandb.Table(["picture", "file", "label", "prediction", "probability"],
-                                         [[wandb.Image(str(file)), file.name, *rest] for file, *rest in rows[:most]])})
-
-
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-        return netrc.netrc().authenticators(host) is not None
-    return False
 
 
 def _alive(pid: int) -> bool:

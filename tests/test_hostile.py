@@ -403,33 +403,68 @@ def test_an_archive_that_climbs_out_of_its_folder(small, site, tmp_path, monkeyp
     assert all(p.is_relative_to("place/data/flowers-102") for p in written), written
 
 
+def with_wandb(small, tmp_path, *options, **environment) -> tuple[list, dict]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"} | environment
+    return [sys.executable, ROOT / "train.py", "--data_root", small, *map(str, TINY[:4]), "--runs", tmp_path, "--name", "w", *options], env
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mood", ["silent", "404"])
+@pytest.mark.parametrize("mood", ["silent", "404", "dies"])
 def test_wandb_that_never_answers(small, tmp_path, mood):
-    """A server that takes the connection and says nothing, or says that there is nothing: the run is kept offline, and ends."""
+    """A server that takes the connection and says nothing, that says there is nothing, or that takes the run and then nothing more: the run ends."""
     class Server(http.server.BaseHTTPRequestHandler):
+        dead = mood != "dies"
+
         def log_message(self, *_):
             pass
 
         def do_POST(self):
-            if mood == "silent":
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if mood == "404":
+                return self.send_error(404)
+            if Server.dead:
                 time.sleep(300)
-            self.send_error(404)
+            Server.dead = b"mutation UpsertBucket" in body
+            project = {"id": "p", "name": "flowers-102", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "b", "name": "w", "displayName": "w", "config": "{}", "project": project}
+            answer = json.dumps({"data": {"viewer": {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}},
+                                          "serverInfo": {"features": []}, "upsertBucket": {"bucket": bucket, "inserted": True}}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
 
         do_GET = do_HEAD = do_POST
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    env |= {"HOME": str(tmp_path), "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+    command, env = with_wandb(small, tmp_path, "--epochs", "1", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}")
     start = time.time()
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--data_root", small, *map(str, TINY[:4]), "--epochs", "1", "--runs", tmp_path, "--name", "w"],
-                          env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=200)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=200)
     assert done.returncode == 0 and (tmp_path / "w" / "result.json").exists(), done.stderr
-    assert "warning: W&B" in done.stderr and "Traceback" not in done.stderr and time.time() - start < 90, done.stderr
-    assert list((tmp_path / "w" / "wandb").glob("offline-run-*")), "kept offline"
+    assert "Traceback" not in done.stderr and time.time() - start < 120, done.stderr
+    if mood == "dies":
+        assert list((tmp_path / "w" / "wandb").glob("run-*/run-*.wandb")), "what was not sent is there, for wandb sync"
+    else:
+        assert "warning: W&B" in done.stderr and list((tmp_path / "w" / "wandb").glob("offline-run-*")), "kept offline"
     server.shutdown()
     server.server_close()
+
+
+@pytest.mark.slow
+def test_wandb_s_own_process_is_killed(small, tmp_path):
+    """As when memory runs out: training goes on without it."""
+    command, env = with_wandb(small, tmp_path, "--epochs", "8", "--wandb", "offline")
+    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until = time.time() + 60
+    while time.time() < until and not (tmp_path / "w" / "checkpoint.pt").exists():
+        time.sleep(0.02)
+    children = [p for p in Path("/proc").glob("[0-9]*") if (p / "comm").read_text().strip() == "wandb-core"
+                and f"PPid:\t{process.pid}\n" in (p / "status").read_text()]
+    assert len(children) == 1
+    os.kill(int(children[0].name), 9)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and (tmp_path / "w" / "result.json").exists(), err
+    assert err.count("warning: W&B failed") == 1
 
 
 # ---------------------------------------------------------------- others at the same time
@@ -496,7 +531,7 @@ def test_a_model_that_has_become_nan(small, tmp_path, cli, lr):
 # ---------------------------------------------------------------- terminals
 
 def shell(line: str, **environment) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k not in ("LANG", "LC_ALL", "PYTHONUTF8")} | {"PYTHONPATH": str(ROOT)} | environment
+    env = {k: v for k, v in os.environ.items() if k not in ("LANG", "LC_ALL", "PYTHONUTF8", "PYTHONUNBUFFERED")} | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, env=env, cwd=ROOT, timeout=120)
 
 
