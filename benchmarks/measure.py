@@ -13,6 +13,8 @@ from flowers import UserError, runs
 
 TABLE = ["| | against | theirs | ours | times as fast [least, most] | physical limit |", "|---|---|---|---|---|---|"]
 
+MATRICES = "counted FLOPs at the rate of a matrix product"  # a limit
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds after one that is not counted (default: %(default)s)")
