@@ -246,6 +246,15 @@ def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, mo
     assert qwen_models.identity(model) == qwen_models.identity(qwen_models.load("tiny", "cpu")[0])
 
 
+def test_kept_features_of_a_bf16_model_do_not_overflow(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, processor = qwen_models.build("tiny", torch.bfloat16)
+    with torch.no_grad():
+        model.model.visual.merger.mlp[2].bias += 1e5  # beyond what fp16 can hold
+    features, *_ = qwen.image_features(model, processor, open_flowers(small), np.arange(3), "large", batch_size=2)
+    assert features.dtype == torch.bfloat16 and features.isfinite().all() and features.max() > 9e4
+
+
 def test_a_matched_answer_is_the_whole_name():
     names = ["rose", "lenten rose", "globe-flower", "colt's foot", "prince of wales feathers"]
     for answer, c in (("Rose.", 0), ("A rose", 0), ("lenten rose", 1), ("Globe flower", 2), ("globe-flower!", 2), ("Colt\u2019s Foot", 3),
