@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from flowers import UserError, runs
 
@@ -71,13 +70,6 @@ def line(row: dict) -> str:
 def duration(spent: float) -> str:
     unit, scale = next(((u, s) for u, s in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if spent * s >= 1), ("ns", 1e9))
     return f"{spent * scale:.3g} {unit}"
-
-
-def flops(work: Callable) -> float:
-    """Counted floating-point operations, a multiply-add as two."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def peak_flops(device: torch.device | str = "cpu") -> float:

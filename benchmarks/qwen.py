@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import MATRICES, add_arguments, alternate, flops, peak_flops, report, seconds
+from measure import MATRICES, add_arguments, alternate, peak_flops, report, seconds
 from PIL import Image
 
 from flowers import command, qwen, qwen_models
-from flowers.models import autocast
+from flowers.models import autocast, flops
 
 FILLER = " Look closely at the petals, the centre, the leaves and the stem before you answer."
 

@@ -9,22 +9,23 @@ prints how far our loss and gradients are from those of the plain recipe.
 """
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import clip
 import torch
 import torch.nn.functional as F
-from measure import MATRICES, add_arguments, alternate, flops, peak_flops, report
+from measure import MATRICES, add_arguments, alternate, peak_flops, report
 from peers import Pictures, clip_transform, open_clip_model, open_clip_transform, transformers_model, transformers_tokenizer, transformers_transform
 from torch.utils.data import DataLoader
 
 from flowers import command, evaluate, models
 from flowers.data import add_data_arguments, open_flowers
 from flowers.losses import info_nce
-from flowers.pixels import batch, load_pixels
+from flowers.pixels import batch, load_pixels, to_device
 
 
-def step_of(loss_of, model, **options):
+def step_of(loss_of: Callable, model: torch.nn.Module, **options) -> Callable:
     """A true step of AdamW at learning rate 0, which leaves the weights alone."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, **options)
 
@@ -85,7 +86,7 @@ def main():
         losses.append(step(images, labels))
         gradients.append([p.grad.clone() for p in model.parameters()])
     apart = max(((a - b).norm() / a.norm().clamp_min(1e-12)).item() for a, b in zip(*gradients))
-    operations = flops(lambda: ours(images, labels))
+    operations = models.flops(lambda: ours(images, labels))
 
     if not flowers:
         spent = alternate({name: lambda step=step: step(images, labels) for name, step in ways.items()}, args.rounds)
@@ -93,7 +94,7 @@ def main():
     else:
         train = flowers.splits["train"][:: max(1, len(flowers.splits["train"]) // args.epoch_images)][:args.epoch_images]
         files, classes = [flowers.files[i] for i in train], torch.from_numpy(flowers.labels[train])
-        pixels, places = load_pixels(flowers, side), torch.from_numpy(train.copy())
+        pixels, places = to_device(load_pixels(flowers, side), device), torch.from_numpy(train.copy())
         loaders = {name: DataLoader(Pictures(files, classes, transform(side)), args.batch_size, shuffle=True, num_workers=2, persistent_workers=True)
                    for name, transform in zip(ways, (clip_transform, open_clip_transform, transformers_transform))}
 

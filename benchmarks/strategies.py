@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import MATRICES, add_arguments, alternate, flops, peak_flops, report
+from measure import MATRICES, add_arguments, alternate, peak_flops, report
 from peers import Pictures, clip_transform
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
@@ -97,7 +97,7 @@ def main():
             else:
                 part = everything[:args.batch_size]
                 losses = plain(batch(pixels, part, "cpu"), labels[part]), ours(part)
-                limit = flops(lambda: ours(part)) * len(index) / args.batch_size / peak_flops(device)
+                limit = models.flops(lambda: ours(part)) * len(index) / args.batch_size / peak_flops(device)
                 spent = alternate(works, args.rounds)
                 print(f"{strategy}: loss {losses[0]:.4f} (plain recipe) and {losses[1]:.4f} (ours), frozen part once {first:.1f} s")
             report(args.rows, what, spent, limit, MATRICES)

@@ -13,7 +13,7 @@ from pathlib import Path
 import clip
 import torch
 import torch.nn.functional as F
-from measure import MATRICES, add_arguments, alternate, flops, peak_flops, report
+from measure import MATRICES, add_arguments, alternate, peak_flops, report
 from peers import Pictures, open_clip_model, open_clip_transform, transformers_model, transformers_tokenizer
 from torch.utils.data import DataLoader
 
@@ -72,7 +72,7 @@ def main():
     spent = alternate({"CLIP_benchmark's recipe with open_clip": clip_benchmark, "transformers pipeline": transformers_pipeline,
                        "baseline_eval.py, no cache": ours_anew, "baseline_eval.py": ours}, args.rounds)
     n = {name: args.pipeline_images if "pipeline" in name else len(flowers.files) for name in spent}
-    limit = flops(ours) / len(flowers.files) / peak_flops(device)
+    limit = models.flops(ours) / len(flowers.files) / peak_flops(device)
     spent = {name: [t / n[name] for t in times] for name, times in spent.items()}
     again = spent.pop("baseline_eval.py")
     what = f"zero-shot evaluation, {args.architecture}, an image of {len(flowers.files)}"
