@@ -61,10 +61,6 @@ def main():
 
     evaluate.save(folder, probabilities, flowers, index)
     result = {**{f"{args.split}/{k}": v for k, v in metrics.items()}, "eval_seconds": round(seconds, 3), "eval_images_per_s": round(len(index) / seconds, 1)}
-    runs.finish(folder, {"name": folder.name, **result, **config})
-    tracker.log(result)
-    runs.log_mistakes(tracker, figures.mistakes(probabilities, flowers, index))
-
     rows = []
     for alpha in args.wise_ft:
         strategies.interpolate(model, start_state, tuned_state, alpha)
@@ -77,6 +73,9 @@ def main():
         runs.write_lines(folder / "metrics.jsonl", rows)
         curve = [{k.removeprefix(f"{args.split}/"): v for k, v in row.items()} for row in sorted(rows, key=lambda row: row["alpha"])]
         plots.wise_ft({f"{folder.name} ({args.split})": curve}, folder / "wise_ft.png")
+    runs.finish(folder, {"name": folder.name, **result, **config})  # at the end: a run with a result is whole
+    tracker.log(result)
+    runs.log_mistakes(tracker, figures.mistakes(probabilities, flowers, index))
     tracker.finish()
     print(evaluate.table({**earlier, folder.name: metrics}))
     print(f"{len(index):,} images in {seconds:.1f} s; results and pictures in {folder}/")

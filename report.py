@@ -51,9 +51,7 @@ def main():
     if not found:
         raise UserError(f"no finished run in {', '.join(args.runs)}: run train.py, baseline_eval.py or ablate.py first")
     output.mkdir(parents=True, exist_ok=True)
-    for old in output.iterdir():
-        if re.fullmatch(rf"({'|'.join(MADE)})(-.*)?\.(png|pdf|tex|csv)", old.name):
-            old.unlink()
+    earlier = {p: p.stat().st_ino for p in output.iterdir() if re.fullmatch(rf"({'|'.join(MADE)})(-.*)?\.(png|pdf|tex|csv)", p.name)}
 
     protocols: dict[tuple, list[Run]] = {}
     for run in found:
@@ -68,6 +66,9 @@ def main():
     parts += ["## What is missing", "\n".join(f"- {line}" for line in [*missing, *notes]) or "Nothing."]
     with atomic(output / "report.md", "w") as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
+    for path, inode in earlier.items():
+        if path.stat().st_ino == inode:  # it was not made anew
+            path.unlink()
     print(f"{len(found)} runs, {len(ordered)} protocols, {len(missing) + len(notes)} things missing: {output / 'report.md'}")
 
 

@@ -1,6 +1,9 @@
 """What the scripts must agree on: where the images are, how they become pixels, models, losses and results."""
 import functools
+import os
 import sys
+
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -11,9 +14,18 @@ def command(main):
     """Wrap a script's `main`: a user's mistake, or a file system that refuses, ends with one line on stderr and exit code 2."""
     @functools.wraps(main)
     def wrapped():
+        if sys.stdout:
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name or degree sign that the terminal can't show is no reason to fail
         try:
             main()
+            if sys.stdout:
+                sys.stdout.flush()
+        except BrokenPipeError:  # the reader of a pipe has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end, and complains
+            sys.exit(1)
         except (UserError, OSError) as error:
+            for bar in list(getattr(tqdm, "_instances", ())):
+                bar.close()  # the error has a line of its own
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:

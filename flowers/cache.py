@@ -13,10 +13,10 @@ from flowers.runs import atomic
 
 
 def folder(root: Path) -> Path:
-    """`.cache/` in the data folder; where that is read-only (by its mode, so for the superuser too), a folder of its own in ~/.cache."""
-    if root.stat().st_mode & 0o222 and os.access(root, os.W_OK):
-        path = root / ".cache"
-    else:
+    """`.cache/` in the data folder; where either is read-only (by its mode, so for the superuser too), a folder of its own in ~/.cache."""
+    path = root / ".cache"
+    place = path if path.exists() else root
+    if not (place.stat().st_mode & 0o222 and os.access(place, os.W_OK)):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         path = home / "flowers-102" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     path.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 A kept array has the precision that the model computes in (fp32 on a CPU, bf16 under autocast), so that training from it gives the
 losses and gradients of training without it.
 """
+import contextlib
 import errno
 import hashlib
 import os
@@ -74,7 +75,8 @@ def _kept(root: Path, key: bytes, n: int, one: Callable[[], torch.Tensor], compu
         if error.errno != errno.ENOSPC:
             raise
         raise UserError(f"{path.parent} has no room for {np.prod(shape) / 2 ** 30:.1f} GiB: free some, or use --no_cache") from None
-    os.utime(path)
+    with contextlib.suppress(PermissionError):  # of another user's file
+        os.utime(path)
     return torch.from_numpy(data).view(row.dtype)
 
 

@@ -16,6 +16,7 @@ import netrc
 import os
 import platform
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -69,16 +70,27 @@ def rank_zero_first(rank: int, world: int):
 
 
 @contextlib.contextmanager
+def naming(path: str | Path):
+    """Add the file to an OSError that does not name it, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic(path: str | Path, mode: str = "wb"):
     """Open a temporary file beside `path`, and rename it to `path` when the block ends well: readers see the old file or the new one."""
     path = Path(path)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-        host, _, pid = left.name[len(path.name) + 2:-4].rpartition("-")
-        if host == platform.node() and pid.isdigit() and not _alive(int(pid)):
+    for left in path.parent.glob(".*.tmp"):  # of a process that was killed
+        of = re.fullmatch(rf".*\.{re.escape(platform.node())}-(\d+)\.tmp", left.name)
+        if of and not _alive(int(of[1])):
             left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        with naming(path), open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -95,7 +107,7 @@ def write_json(path: Path, value: dict) -> None:
 
 def append_line(path: Path, row: dict) -> None:
     """Append one JSON line in one write, so that two processes never mix theirs; a line cut off by a kill is closed first."""
-    with path.open("a+b") as file:
+    with naming(path), path.open("a+b") as file:
         if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")
         file.write(json.dumps(row).encode() + b"\n")
@@ -142,10 +154,18 @@ def add_run_arguments(parser, resume: bool = False, compare: bool = False) -> No
 
 
 def new_run(runs: str | Path, name: str | None, config: dict, splits: dict[str, np.ndarray]) -> Path:
-    """Make runs/<name>/ with args.json; without a name, one from the architecture and the time. Raises UserError if it is taken."""
+    """Make runs/<name>/ with args.json; without a name, one from the architecture and the time. Raises UserError if it is taken.
+
+    An evaluation that was killed is begun anew; other runs are gone on with by --resume.
+    """
     name = name or f"{Path(config['architecture']).stem.replace('/', '-')}-{config['job']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(runs) / name
-    if (folder / "args.json").exists():
+    taken = (folder / "result.json").exists()
+    if taken:
+        register(folder)  # a kill may have come before
+    elif (folder / "args.json").exists():
+        taken = config["job"] != "eval" or '"job": "eval"' not in (folder / "args.json").read_text()
+    if taken:
         again = "" if config["job"] == "eval" else f", or go on with --resume {folder}"
         raise UserError(f"{folder} is a run already: choose another --name{again}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +184,7 @@ def begun(folder: Path, job: str) -> dict | None:
     if stored.get("job") != job:
         raise UserError(f"nothing to resume in {folder}: it is a run of another script")
     if not (folder / "result.json").exists():
-        return {k: v for k, v in stored.items() if k not in ("resume", "wandb", "runs", "compare")}
+        return {k: v for k, v in stored.items() if k not in ("resume", "wandb", "compare")} | {"runs": str(folder.parent)}
     register(folder)
     print(f"{folder} is finished: nothing to do")
     return None
@@ -199,8 +219,8 @@ def save_tensors(path: Path, state: dict) -> None:
     with atomic(path) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch's writer has its own word for a full disk
-            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
+        except RuntimeError as error:  # torch's writer hides what the file system said
+            raise error.__context__ or error from None
 
 
 def load_file(path: Path) -> dict:

@@ -68,6 +68,22 @@ def cli(monkeypatch, capfd):
     return run
 
 
+TALLY = []
+
+
+@pytest.fixture
+def tally():
+    """tally(name, tried, survived, note): a row of the table at the end of the session, of inputs, kills, faults tried and survived."""
+    return lambda name, tried, survived, note="": TALLY.append((name, f"{tried:,}", f"{survived:,}", note))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if TALLY:
+        terminalreporter.write_line("\n| what | tried | survived | |\n|---|---|---|---|")
+    for row in TALLY:
+        terminalreporter.write_line(f"| {' | '.join(row)} |")
+
+
 def error_line(outcome) -> str:
     """The one line that a user's mistake ends with."""
     code, _, err = outcome

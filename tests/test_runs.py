@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from flowers import runs
+from flowers import UserError, runs
 
 
 def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
@@ -24,7 +24,7 @@ def test_atomic_removes_what_a_killed_process_left(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     here, alive, elsewhere = (f".a.json.{tag}.tmp" for tag in (f"{platform.node()}-{dead.pid}", f"{platform.node()}-{os.getppid()}", f"other-host-{dead.pid}"))
-    for name in (here, alive, elsewhere):
+    for name in (here, here.replace("a.json", "b[1].npy"), alive, elsewhere):  # also of another file, which may never be written again
         (tmp_path / name).write_text("half")
     runs.write_json(tmp_path / "a.json", {})
     assert sorted(os.listdir(tmp_path)) == sorted([alive, elsewhere, "a.json"]), "what is not known to be dead stays"
@@ -35,6 +35,20 @@ def test_append_after_a_line_that_was_cut_off(tmp_path):
     path.write_bytes(b'{"a": 1}\n{"b": ')
     runs.append_line(path, {"c": 3})
     assert runs.read_lines(path) == [{"a": 1}, {"c": 3}]
+
+
+def test_a_killed_evaluation_is_begun_anew_and_nothing_else_overwritten(tmp_path):
+    config = {"job": "eval", "architecture": "tiny"}
+    for name in ("killed", "ended"):
+        runs.new_run(tmp_path, name, config, {})
+    runs.write_json(tmp_path / "ended" / "result.json", {"name": "ended"})  # and then killed
+    runs.new_run(tmp_path, "training", config | {"job": "train"}, {})
+    assert runs.new_run(tmp_path, "killed", config | {"seed": 1}, {}) == tmp_path / "killed"
+    assert json.loads((tmp_path / "killed" / "args.json").read_text())["seed"] == 1
+    for name, job in (("ended", "eval"), ("training", "eval"), ("training", "train"), ("killed", "train")):
+        with pytest.raises(UserError, match="is a run already"):
+            runs.new_run(tmp_path, name, config | {"job": job}, {})
+    assert runs.read_lines(tmp_path / "results.jsonl") == [{"name": "ended"}], "its line was missing"
 
 
 def test_generator_depends_on_all_numbers():
