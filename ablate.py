@@ -191,7 +191,7 @@ def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str], dict]
     scores: dict[tuple, list[float]] = {}
     for p in (p for p in points if p.settings.get("epochs") != 0):
         path = folder / p.name / "result.json"
-        score = json.loads(path.read_text())["val/top1"] if path.exists() else math.nan
+        score = runs.results_of(path.parent, "val")["top1"] if path.exists() else math.nan
         scores.setdefault((p.settings["architecture"], p.settings["strategy"], p.settings["times"]), []).append(score)
     best: dict[tuple[str, str], tuple] = {}
     for key, values in scores.items():

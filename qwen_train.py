@@ -63,7 +63,7 @@ def main():
         stored = runs.begun(folder, "qwen_train")
         if stored is None:
             return
-        vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
+        parser.parse_args(runs.as_flags({k: v for k, v in stored.items() if k in vars(args)}), args)
     tiny = args.model == "tiny"
     for flag, usual, for_tiny in (("rank", 8, 16), ("also_train", [], ["visual"]), ("epochs", 3, 12), ("batch_size", 16, 32), ("lr", 1e-4, 1e-3)):
         if getattr(args, flag) is None:
@@ -113,7 +113,7 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, seconds = checkpoint["step"], checkpoint["seconds"]
         print(f"resuming {folder} after step {step} of {total}")
-    rows = [row for row in runs.read_lines(metrics_file) if row["step"] <= step]  # what came after the checkpoint is done again
+    rows = [row for row in runs.read_lines(metrics_file, "step") if row["step"] <= step]  # what came after the checkpoint is done again
     runs.write_lines(metrics_file, rows)
     tracker = runs.start_wandb(args.wandb, folder, config)
     print(f"{folder}: {args.model}, {len(index):,} images, {total:,} steps of {batch_size} on {device}; trainable {sum(p.numel() for p in trained.values()):,} "

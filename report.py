@@ -29,7 +29,8 @@ FACTORS = {"lr": "learning rate", "temperature": "temperature at the start", "ba
 NUMERIC = ("lr", "temperature", "batch_size", "shots")
 GRID_OF = {"lr": "learning_rate", "prompt_template": "prompt"}  # of ablate.py, where it bears another name
 MADE = ("answer", "results", "factors", "base-to-new", "cost", "learning", "classes", "worst", "confusions", "wise-ft")  # files of a report begin so
-TEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "{": r"\{", "}": r"\}", "<": "$<$"}
+TEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "{": r"\{", "}": r"\}", "<": "$<$", ">": "$>$", "$": r"\$", "\\": r"\textbackslash{}",
+       "^": r"\^{}", "~": r"\~{}"}
 
 
 @command
@@ -43,7 +44,7 @@ def main():
     for folder in map(Path, args.runs):
         loaded, damaged = load(folder)
         done = {run.name for run in loaded}
-        failures = {row["name"]: row for row in read_lines(folder / "failed.jsonl") if row["name"] not in done}
+        failures = {row["name"]: row for row in read_lines(folder / "failed.jsonl", "name", "error") if row["name"] not in done}
         found, notes = found + loaded, notes + damaged + [f"{name} failed: {row['error']}" for name, row in sorted(failures.items())]
     found, starts = resolve(found)
     along = [run for run in found if run.settings.get("wise_ft")]
@@ -87,8 +88,9 @@ def table(output: Path, name: str, rows: list[dict], caption: str) -> str:
     keys = list(rows[0])
     numeric = {k: all(str(r[k])[:1] in "0123456789-+<[" for r in rows) for k in keys}  # or empty
     lines = [keys, ["---:" if numeric[k] else "---" for k in keys], *([r[k] for k in keys] for r in rows)]
-    markdown = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-    lines = [" & ".join("".join(TEX.get(c, c) for c in str(cell)) for cell in line) + r" \\" for line in [keys, *lines[2:]]]
+    lines = [[" ".join(str(cell).split()) for cell in line] for line in lines]
+    markdown = "\n".join("| " + " | ".join(re.sub(r"<(?=[a-zA-Z/!])", "&lt;", cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [" & ".join("".join(TEX.get(c, c) for c in cell) for cell in line) + r" \\" for line in [keys, *lines[2:]]]
     tex = [f"% {caption}; needs \\usepackage{{booktabs}}", r"\begingroup\footnotesize\setlength{\tabcolsep}{3pt}",
            r"\begin{tabular}{@{}" + "".join("r" if numeric[k] else "l" for k in keys) + "@{}}",
            r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}", r"\endgroup"]
@@ -233,7 +235,8 @@ def wise_ft(found: Sequence[Run], output: Path, missing: list[str]) -> str:
     """Accuracy between the weights at the start and the fine-tuned ones; a panel for each evaluation."""
     panels = {}
     for run in found:
-        rows = [{k.removeprefix(f"{run.split}/"): v for k, v in row.items()} for row in read_lines(run.folder / "metrics.jsonl")]
+        needed = ("alpha", *(f"{run.split}/top1{part}" for part in ("", "_low", "_high")))
+        rows = [{k.removeprefix(f"{run.split}/"): v for k, v in row.items()} for row in read_lines(run.folder / "metrics.jsonl", *needed)]
         if rows:
             panels[f"{label(run)} ({run.split})"] = sorted(rows, key=lambda row: row["alpha"])
     if not panels:
@@ -255,7 +258,7 @@ def closer_look(found: Sequence[Run], output: Path, missing: list[str]) -> str:
 
     curves = []
     for g in groups:
-        losses = [[row["train/loss"] for row in read_lines(r.folder / "metrics.jsonl") if "train/loss" in row] for r in g]
+        losses = [[row["train/loss"] for row in read_lines(r.folder / "metrics.jsonl", "train/loss")] for r in g]
         steps = min(map(len, losses))
         if steps > 1 and steps == max(map(len, losses)):
             width = max(1, steps // 20)
@@ -288,7 +291,8 @@ def closer_look(found: Sequence[Run], output: Path, missing: list[str]) -> str:
         figure = plots.worst_overlap(shared[..., 0].astype(int), np.minimum(p, p.T), [label(g[0]) for g in groups], k, output / "worst.png")
         text += [picture(figure, f"How many of their {k} worst classes two models share; chance gives {shared[0, 0, 1]:.1f}; * more than that, "
                                  f"hypergeometric test, p < 0.05 after Holm's correction (pairs: {len(upper[0])})"),
-                 f"The {k} worst classes of {label(best[0])}: {', '.join(worst[id(best)])}."]
+                 f"The {k} worst classes of {label(best[0])}: "
+                 + ", ".join(re.sub(r"([\\`*_{}\[\]<>#|$~])", r"\\\1", " ".join(name.split())) for name in worst[id(best)]) + "."]
     wrong = Counter(pair for r in best for pair in zip(r.labels[~r.correct].tolist(), r.predicted[~r.correct].tolist()))
     size = Counter(label_ for r in best for label_ in r.labels.tolist())
     pairs = [(true, given, 100 * n / size[true]) for (true, given), n in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:12]]

@@ -133,12 +133,13 @@ def read_accuracies(path: Path, architectures: list[str]) -> dict[str, dict[str,
 
     A series is zero-shot or a strategy, and what else sets a run apart: split, classes, shots, dataset. Raises UserError if there is none.
     """
-    series, rows = {}, [row for row in runs.read_lines(path) if row.get("architecture") in architectures and "test/top1" in row]
+    rows = {row["name"]: row for row in runs.read_lines(path, "name", "test/top1") if row.get("architecture") in architectures}.values()
+    series: dict[str, dict] = {}
     roots = {row.get("data_root") for row in rows}
     for row in rows:
         untrained = row.get("job") == "eval" or (row.get("epochs") == 0 and row.get("strategy") != "linear")
         parts = ["zero-shot" if untrained else row.get("strategy", "full")]
-        parts += [f"{row['splits']} split"] * (row.get("splits", "swapped") != "swapped") + [f"{row.get('shots')} shots"] * bool(row.get("shots"))
+        parts += [f"{row.get('splits')} split"] * (row.get("splits", "swapped") != "swapped") + [f"{row.get('shots')} shots"] * bool(row.get("shots"))
         parts += [f"{row.get('classes')} classes"] * (row.get("classes") not in (None, "all") and not untrained)
         parts += [Path(str(row.get("data_root"))).name] * (len(roots) > 1)
         series.setdefault(", ".join(parts), {}).setdefault(row["architecture"], []).append(row["test/top1"])

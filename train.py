@@ -82,7 +82,7 @@ def main():
         stored = runs.begun(folder, "train")
         if stored is None:
             return
-        vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
+        parser.parse_args(runs.as_flags({k: v for k, v in stored.items() if k in vars(args)}), args)
     from_random = args.architecture in RANDOM
     image_blocks, text_blocks = strategies.cuts(args.strategy, args.blocks)  # where the frozen part of each tower ends
     if args.strategy == "prompt" and not args.resume and (args.captions or args.prompt_template):
@@ -181,15 +181,10 @@ def main():
     start_key = frozen.fingerprint({n: t for n, t in model.state_dict(keep_vars=True).items() if not t.requires_grad}).hex()
     metrics_file, checkpoint_file = folder / "metrics.jsonl", folder / "checkpoint.pt"
     if args.resume and checkpoint_file.exists():
-        checkpoint = runs.load_file(checkpoint_file)
-        if checkpoint["start"] != start_key:
-            raise UserError(f"{checkpoint_file} was made from other weights than those of {args.architecture} now")
-        model.load_state_dict(checkpoint["model"], strict=False)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        epoch, seconds = checkpoint["epoch"], checkpoint["seconds"]
+        epoch, seconds = restore(checkpoint_file, start_key, model, optimizer)
         if rank == 0:
             print(f"resuming {folder} after epoch {epoch} of {args.epochs}")
-    rows = [row for row in runs.read_lines(metrics_file) if row["epoch"] <= epoch]  # what came after the checkpoint is done again
+    rows = [row for row in runs.read_lines(metrics_file, "epoch") if row["epoch"] <= epoch]  # what came after the checkpoint is done again
 
     tracker = runs.start_wandb(args.wandb if rank == 0 else "disabled", folder, config)
     counts, parameters = strategies.trainable(model, args.strategy, n_classes), sum(p.numel() for p in model.parameters())
@@ -294,6 +289,21 @@ def main():
     tracker.finish()
     print(evaluate.table({f"{folder.name} ({held})": metrics}))
     print(f"frozen parts {frozen_seconds:.0f} s, training {seconds:.0f} s, peak memory {result['peak_memory_mb']:,} MB; results and pictures in {folder}/")
+
+
+def restore(path: Path, start_key: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Give model and optimizer what a checkpoint holds; returns its epochs and seconds. Raises UserError if it is damaged, or of another run."""
+    checkpoint = runs.load_file(path)
+    try:
+        if set(checkpoint["model"]) != {n for n, p in model.named_parameters() if p.requires_grad}:
+            raise ValueError("it trains other parameters")
+        if checkpoint["start"] != start_key:
+            raise ValueError("it started from other weights")
+        model.load_state_dict(checkpoint["model"], strict=False)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return int(checkpoint["epoch"]), float(checkpoint["seconds"])
+    except Exception as error:  # torch raises many kinds at what it did not expect
+        raise UserError(f"{path} is not of this run: {type(error).__name__} {str(error).splitlines()[0]}") from None
 
 
 if __name__ == "__main__":

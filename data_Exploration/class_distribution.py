@@ -8,6 +8,7 @@ Hue is an angle, so its density wraps around; pixels weigh by chroma, since grey
 (5,868 images: half a minute on two cores, with grabcut two) and kept beside the data. Saves figures/colours_<classes>.png or figures/colours_all.png.
 """
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def draw_classes(rows: dict[str, np.ndarray], path: Path, pdf: bool, title: str)
         axis.imshow(band(channel, hue), extent=(0, unit, -0.09 * top, -0.02 * top), aspect="auto", zorder=0)
         axis.set(xlim=(0, unit), ylim=(-0.09 * top, 1.08 * top), xlabel=label, ylabel=f"density (1/{'degree' if unit == 360 else '%'})")
         axis.set_xticks(np.linspace(0, unit, 5))
-        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
@@ -109,7 +110,8 @@ def main():
     else:
         images = sum((flowers.labels == c).sum() for c in chosen)
         title = f"Colours of {'the ' + next(iter(rows)) if len(rows) == 1 else f'{len(rows)} classes'}, in {under} of {images} images"
-        path = draw_classes(rows, args.output / f"colours_{'_'.join(name.replace(' ', '-') for name in rows)}.png", args.pdf, title)
+        names = "_".join(re.sub(r"[^\w.]+", "-", name)[:24] for name in rows)
+        path = draw_classes(rows, args.output / f"colours_{names}.png", args.pdf, title)
     print(f"saved {path}")
     if args.show:
         figures.show([path])

@@ -116,7 +116,7 @@ def main():
     fewest, most = total.argmin(), total.argmax()
     print(f"images per class: {total[fewest]} ({flowers.class_names[fewest]}) to {total[most]} ({flowers.class_names[most]}), ratio "
           f"{total[most] / max(total[fewest], 1):.1f}; mean {total.mean():.1f}, median {np.median(total):.0f}")
-    sizes = []
+    pixels, sizes = load_pixels(flowers, 32).numpy(), []  # every file can be decoded, then
     for file in flowers.files:
         with Image.open(file) as image:  # reads the header only
             sizes.append(image.size)
@@ -124,7 +124,7 @@ def main():
     common, times = Counter(sizes).most_common(1)[0]
     print(f"sizes: width {width.min()} to {width.max()}, height {height.min()} to {height.max()} pixels; {len(set(sizes))} different, most often "
           f"{common[0]} x {common[1]} ({100 * times / len(sizes):.0f}%)")
-    pairs = duplicates(load_pixels(flowers, 32).numpy(), args.hash_bits, args.levels)
+    pairs = duplicates(pixels, args.hash_bits, args.levels)
     print(f"{len(pairs)} pairs of near-duplicates (64-bit perceptual hash within {args.hash_bits} bits, pixels within {args.levels:g} levels)")
     rows = report_duplicates(pairs, flowers, part)
 

@@ -9,7 +9,6 @@ A class is shown by its medoid, the image with the least total distance to the o
 trustworthiness; saves figures/isomap_<level>_<features>.png.
 """
 import argparse
-import csv
 import sys
 import warnings
 from pathlib import Path
@@ -24,6 +23,7 @@ from sklearn.manifold import Isomap, trustworthiness
 from sklearn.neighbors import kneighbors_graph
 
 from flowers import UserError, colour, command, figures, frozen
+from flowers.comparable import answers
 from flowers.data import Flowers, add_data_arguments, find_class, open_flowers
 from flowers.models import load_model
 from flowers.pixels import load_colours, load_pixels, to_device
@@ -117,12 +117,14 @@ def read_run(run: Path, flowers: Flowers) -> tuple[np.ndarray, np.ndarray]:
     """The images of a run's predictions.csv, as places in `files`, and which were named rightly. Raises UserError if they are of other data."""
     if not (run / "predictions.csv").is_file():
         raise UserError(f"there is no {run / 'predictions.csv'}: give the folder of a finished run")
-    with (run / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        rows = answers(run)
+    except ValueError as error:
+        raise UserError(f"{run}: {error}") from None
     place = {file.name: i for i, file in enumerate(flowers.files)}
-    if not rows or any(row["file"] not in place or row["label"] != flowers.class_names[flowers.labels[place[row["file"]]]] for row in rows):
+    if any(file not in place or label != flowers.class_names[flowers.labels[place[file]]] for file, label, _ in rows):
         raise UserError(f"{run / 'predictions.csv'} is of another dataset than {flowers.root}, or of other class names")
-    return np.array([place[row["file"]] for row in rows]), np.array([row["top1"] == row["label"] for row in rows])
+    return np.array([place[file] for file, *_ in rows]), np.array([label == given for _, label, given in rows])
 
 
 @command

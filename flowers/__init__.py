@@ -1,7 +1,9 @@
 """What the scripts must agree on: where the images are, how they become pixels, models, losses and results."""
 import functools
+import json
 import os
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -31,3 +33,19 @@ def command(main):
         except KeyboardInterrupt:
             sys.exit(130)
     return wrapped
+
+
+def parse_json(text: str) -> dict:
+    """A JSON object. Raises ValueError for anything else, however deeply it is nested."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__}, not an object")
+    return value
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError if it holds anything else, OSError if there is no such file."""
+    return parse_json(path.read_text(encoding="utf-8"))

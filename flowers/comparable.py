@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flowers import statistics
+from flowers import read_json, statistics
 from flowers.evaluate import wilson
 from flowers.models import SHAPES
+from flowers.runs import checked
 
 # of args.json, what may differ between runs of one configuration
 NOT_SETTINGS = {"name", "seed", "runs", "wandb", "eval_every", "resume", "compile", "chunk_size", "no_cache", "data_root", "split_sizes", "commit", "python",
@@ -58,19 +59,32 @@ def load(folder: Path) -> tuple[list[Run], list[str]]:
     found, notes = [], []
     for path in sorted(folder.glob("*/result.json")):
         try:
-            result, settings = (json.loads((path.parent / name).read_text()) for name in ("result.json", "args.json"))
+            result, settings = (checked(read_json(path.parent / name)) for name in ("result.json", "args.json"))
             if settings.get("batch_size") and settings.get("processes"):
                 settings["batch_size"] *= settings["processes"]  # of all together
             split = next((s for s in ("test", "val", "train") if f"{s}/top1" in result), None)
             if split is None:
                 continue  # it was trained, and is evaluated by another run
-            with (path.parent / "predictions.csv").open(encoding="utf-8", newline="") as file:
-                files, labels, predicted = zip(*sorted((row["file"], row["label"], row["top1"]) for row in csv.DictReader(file)))
+            files, labels, predicted = zip(*sorted(answers(path.parent)))
+            if abs(100 * np.mean(np.array(labels) == predicted) - result[f"{split}/top1"]) > 0.01:
+                raise ValueError("predictions.csv and result.json disagree")
             images = hashlib.sha256(json.dumps([files, labels]).encode()).hexdigest()[:12]
             found.append(Run(path.parent.name, path.parent, result, settings, split, np.array(labels), np.array(predicted), images))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             notes.append(f"{path.parent.name} can't be read: {type(error).__name__} {str(error).replace(str(path.parent), '')}".rstrip())
     return found, notes
+
+
+def answers(folder: Path) -> list[tuple[str, str, str]]:
+    """File, true name and first of the predicted names of each row of a run's predictions.csv. Raises ValueError if it is damaged."""
+    try:
+        with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
+            rows = [(row["file"], row["label"], row["top1"]) for row in csv.DictReader(file, strict=True)]
+    except (csv.Error, KeyError) as error:
+        raise ValueError(f"predictions.csv is damaged ({type(error).__name__} {error})") from None
+    if not rows or not all(map(all, rows)) or len({file for file, *_ in rows}) < len(rows):
+        raise ValueError("predictions.csv lacks answers, or lists an image twice")
+    return rows
 
 
 def resolve(found: Sequence[Run]) -> tuple[list[Run], list[Run]]:
@@ -88,9 +102,10 @@ def resolve(found: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     origins = {p.name for run in found if run.settings.get("job") == "train" and (p := parent(run))}
     named = []
     for run in found:
-        origin, trained = run, run
-        while up := parent(origin):
+        origin, trained, seen = run, run, {run.name}
+        while (up := parent(origin)) and up.name not in seen:  # two damaged runs may each name the other
             origin = up
+            seen.add(up.name)
         if run.settings.get("job") == "eval" and (of := parent(run)) and of.name not in origins:
             trained = of
             if of.images == run.images and run.settings.get("prompt_template") == of.settings.get("prompt_template") and not run.settings.get("wise_ft"):

@@ -9,21 +9,27 @@ https://www.robots.ox.ac.uk/~vgg/data/flowers/102/. It calls its splits trnid (1
 import argparse
 import difflib
 import gzip
-import json
+import io
+import math
 import os
 import re
 import socket
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 
-from flowers import UserError, command
+from flowers import UserError, command, parse_json, read_json
 
 DEFAULT_ROOT = "data/flowers-102"
 OXFORD_IDS = ("trnid", "valid", "tstid")
+MOST_BYTES = 1 << 26  # of labels, splits or captions once unpacked, more than a dataset of flowers has: what claims more is a bomb, or damaged
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 # CLIP's authors use another name for four classes (openai/CLIP, data/prompts.md); some copies of cat_to_name.json say "lotus lotus".
 OPENAI_NAMES = {"globe-flower": "globe flower", "pink-yellow dahlia": "pink and yellow dahlia", "lotus lotus": "lotus", "ball moss": "air plant"}
 
@@ -164,16 +170,76 @@ def read_captions(path: str | Path, files: tuple[Path, ...]) -> list[list[str]]:
     if not path.is_file():
         raise UserError(f"no captions at {path}")
     try:
-        with (gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")) as lines:
-            for line in lines:
-                row = json.loads(line)
-                by_name[row["file"]] = [str(caption) for caption in row["captions"]]
-    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile) as error:
+        with (gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES >> 20} MB")
+        for row in map(parse_json, text.decode("utf-8").removesuffix("\n").split("\n")):
+            by_name[row["file"]] = row["captions"]
+            if not isinstance(row["captions"], list) or not all(isinstance(c, str) and c.strip() for c in row["captions"]):
+                raise ValueError("captions are a list of sentences")
+    except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged after {len(by_name)} lines ({type(error).__name__}: {error})") from None
     silent = [file.name for file in files if not by_name.get(file.name)]
     if silent:
         raise UserError(f"{path} has no caption for {silent[0]} (and {len(silent) - 1} more)")
     return [by_name[file.name] for file in files]
+
+
+def read_mat(path: Path) -> dict[str, np.ndarray]:
+    """The real numeric matrices of a MATLAB file by name. Raises ValueError or zlib.error if it is damaged, as far as that shows: what is
+    compressed has a checksum. scipy's reader takes the process down with it at one damaged file in a few hundred.
+
+    Source: MathWorks, MAT-File Format (Level 5), R2024b.
+    """
+    if path.stat().st_size > MOST_BYTES or (data := path.read_bytes())[126:128] not in (b"IM", b"MI"):
+        raise ValueError("no MATLAB 5 file")
+    order, found = "<" if data[126:128] == b"IM" else ">", {}
+
+    def elements(data: bytes) -> Iterator[tuple[int, bytes]]:
+        at = 0
+        while at < len(data):
+            kind, size = struct.unpack_from(order + "II", data, at)
+            short, at = kind >> 16, at + (4 if kind >> 16 else 8)  # up to four bytes stand within the tag itself
+            kind, size = (kind & 0xFFFF, short) if short else (kind, size)
+            if size > (4 if short else len(data) - at):
+                raise ValueError("cut off")
+            yield kind, data[at:at + size]
+            at += 4 if short else size + (-size % 8 if kind != 15 else 0)
+
+    left = MOST_BYTES
+    for kind, content in elements(data[128:]):
+        if kind == 15:
+            unpack = zlib.decompressobj()
+            content = unpack.decompress(content, left)
+            left -= len(content)
+            if not unpack.eof or left <= 0:
+                raise ValueError("cut off, or too large")
+            kind, content = next(elements(content), (0, b""))
+        if kind != 14:
+            continue
+        (_, flags), (_, shape), (_, name), (kind, values), *_ = [*elements(content), *[(0, b"")] * 4]
+        if len(flags) == 8 and 6 <= struct.unpack(order + "II", flags)[0] & 0xFF <= 15:  # double to uint64; no cells, structures, text
+            shape = np.frombuffer(shape, order + "i4").tolist()
+            values = np.frombuffer(values, order + MAT_TYPES.get(kind, "no number"))
+            if math.prod(shape) != len(values) or min(shape, default=-1) < 0:
+                raise ValueError("a matrix is not of its own shape")
+            found[name.decode("ascii")] = values.reshape(shape, order="F")
+    return found
+
+
+def _read_npz(path: Path) -> np.ndarray:
+    """`arr_0` of an .npz, whose checksum zipfile compares."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        return np.lib.format.read_array(io.BytesIO(file.read(MOST_BYTES)), allow_pickle=False)
+
+
+def _whole(values) -> np.ndarray:
+    """(n,) int64 of whole numbers in any shape. Raises ValueError for anything else."""
+    values = np.asarray(values).ravel()
+    if values.dtype.kind not in "iuf" or not (abs(values) < 2 ** 31).all() or (values != np.floor(values)).any():
+        raise ValueError("these are not whole numbers")
+    return values.astype(np.int64)
 
 
 def _read_labels(root: Path) -> np.ndarray:
@@ -182,11 +248,10 @@ def _read_labels(root: Path) -> np.ndarray:
     if path is None:
         raise UserError(f"{root} has neither imagelabels.mat nor labels.npz")
     try:
-        raw = scipy.io.loadmat(path)["labels"] if path.suffix == ".mat" else np.load(path, allow_pickle=False)["arr_0"]
-        labels = np.asarray(raw).ravel().astype(np.int64)
-        if not len(labels) or not np.array_equal(labels, np.asarray(raw).ravel()):
-            raise ValueError("labels are not whole numbers")
-    except Exception as error:  # scipy and numpy raise many kinds for a damaged file
+        labels = _whole(read_mat(path)["labels"] if path.suffix == ".mat" else _read_npz(path))
+        if not len(labels):
+            raise ValueError("no labels")
+    except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from None
     if labels.min() < 1:
         raise UserError(f"{path} holds a label below 1: labels are 1-based")
@@ -198,11 +263,8 @@ def _read_ids(path: Path, count: int) -> dict[str, np.ndarray]:
     if not path.exists():
         raise UserError(f"no splits at {path}: give --splits_path a setid.mat, or a JSON with {', '.join(OXFORD_IDS)}")
     try:
-        raw = json.loads(path.read_text()) if path.suffix == ".json" else scipy.io.loadmat(path)
-        ids = {name: np.asarray(raw[name]).ravel() for name in OXFORD_IDS}
-        whole = {name: i.astype(np.int64) for name, i in ids.items()}
-        if not all(np.array_equal(ids[name], whole[name]) for name in OXFORD_IDS):
-            raise ValueError("ids are not whole numbers")
+        raw = read_json(path) if path.suffix == ".json" else read_mat(path)
+        whole = {name: _whole(raw[name]) for name in OXFORD_IDS}
     except Exception as error:
         raise UserError(f"{path} can't be read: {type(error).__name__}: {error}") from None
     every = np.concatenate(list(whole.values()))
@@ -221,12 +283,12 @@ def _read_names(root: Path, n_classes: int) -> list[str]:
     if not path.exists():
         path = Path(__file__).with_name("cat_to_name.json")
     try:
-        names = {int(key): str(name) for key, name in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError) as error:
+        names = {int(key): name for key, name in read_json(path).items()}
+    except ValueError as error:
         raise UserError(f"{path} can't be read: {error}") from None
-    unnamed = [i for i in range(1, max(n_classes, len(names)) + 1) if not names.get(i, "").strip()]
+    unnamed = next((i for i in range(1, max(n_classes, len(names)) + 1) if not isinstance(names.get(i), str) or not names[i].strip()), None)
     if unnamed:
-        raise UserError(f"{path} has no name for class {unnamed[0]}")
+        raise UserError(f"{path} has no name for class {unnamed}")
     if len(set(names.values())) < len(names):
         raise UserError(f"{path} gives two classes the same name")
     return [names[i] for i in range(1, len(names) + 1)]

@@ -15,6 +15,8 @@ from flowers.runs import atomic
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: no window, also where there is no screen)
 
+matplotlib.rcParams["text.parse_math"] = False  # a name may hold dollar signs
+
 # Okabe and Ito's palette: told apart by colour-blind readers and in print; in the order in which to use it
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
 

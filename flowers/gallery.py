@@ -27,7 +27,7 @@ from flowers.data import OPENAI_NAMES, Flowers
 
 SIDE, SLOT = 160, 10_240  # pixels of a thumbnail, and the bytes that are kept for each
 FORMAT = 1  # raise it when the stored bytes change
-MAX_BYTES, MAX_PIXELS, MAX_ASPECT = 10 << 20, 40_000_000, 20  # of a picture that a visitor brings
+MAX_BYTES, MAX_PIXELS, MAX_ASPECT, MAX_SCANS = 10 << 20, 40_000_000, 20, 100  # of a picture that a visitor brings
 LOCKS = defaultdict(threading.Lock)  # one for each cache file: two sessions are two threads, and temporary files are told apart by process
 
 
@@ -97,11 +97,12 @@ def open_picture(data: bytes) -> np.ndarray:
             warnings.simplefilter("ignore")  # PIL's own word on large pictures; ours follows
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
                 width, height = image.size  # known from the header, before anything is decoded
-                if width * height <= MAX_PIXELS and max(width, height) <= MAX_ASPECT * min(width, height):
+                scans = data.count(b"\xff\xda") if image.format == "JPEG" else 1  # each decodes all pixels anew
+                if width * height <= MAX_PIXELS and max(width, height) <= MAX_ASPECT * min(width, height) and scans <= MAX_SCANS:
                     return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # PIL raises a dozen kinds at damaged files
         raise UserError(f"this file can't be read as a picture ({type(error).__name__}): give a whole JPEG, PNG or WebP") from None
-    raise UserError(f"this picture has {width} x {height} pixels: at most {MAX_PIXELS // 1_000_000} million are taken, and no strips")
+    raise UserError(f"this picture has {width} x {height} pixels: at most {MAX_PIXELS // 1_000_000} million are taken, in {MAX_SCANS} scans, and no strips")
 
 
 class Data(NamedTuple):
@@ -207,18 +208,20 @@ def read_predictions(folder: Path, flowers: Flowers) -> Predictions:
     classes = {name: c for c, name in enumerate(flowers.class_names)}
     classes |= {b: classes[a] for a, b in OPENAI_NAMES.items() if a in classes and b not in classes}
     mend = f"make it anew: python baseline_eval.py --architecture {folder} --data_root {flowers.root}"
-    top, foreign = [()] * len(places), 0
+    top, foreign, odd = [()] * len(places), 0, 0
     try:
         with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 pairs = [(row[f"top{k}"], float(row[f"score{k}"])) for k in range(1, 6) if row.get(f"top{k}")]
                 i = places.get(row["file"])
                 if i is None or classes.get(row["label"]) != flowers.labels[i] or not all(name in classes for name, _ in pairs):
-                    foreign += 1
-                elif pairs and np.isfinite([score for _, score in pairs]).all():
+                    foreign, odd = foreign + 1, odd + (i is not None)
+                elif pairs and not top[i] and all(1 >= a >= b >= 0 for (_, a), (_, b) in zip(pairs, pairs[1:] + pairs[-1:])):
                     top[i] = tuple((classes[name], score) for name, score in pairs)
                 else:
                     raise ValueError("no prediction")
+        if odd and any(top):
+            raise ValueError("names that are not those of these images")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{folder / 'predictions.csv'} is damaged ({type(error).__name__}): {mend}") from None
     if not any(top):
@@ -231,7 +234,7 @@ def run_arguments(folder: Path) -> dict:
     """args.json of a run; empty where it is missing or damaged."""
     try:
         arguments = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return arguments if isinstance(arguments, dict) else {}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ from flowers import UserError, cache, colour
 from flowers.data import Flowers
 
 FORMAT = 2  # raise it when the stored bytes change, so that older caches are rebuilt
+MAX_PIXELS, MAX_SCANS = 80_000_000, 100  # of an image; a few bytes of header may claim 4,000 million, and each scan decodes them all anew
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP, clip/clip.py
 
 
@@ -47,11 +49,18 @@ def key(flowers: Flowers, resolution: int) -> bytes:
 
 
 def read(file: Path) -> torch.Tensor:
-    """One JPEG as (3, H, W) uint8. Raises UserError naming the file if it can't be decoded."""
+    """One JPEG as (3, H, W) uint8. Raises UserError naming the file if it can't be decoded, or is too large.
+
+    JPEG has no checksum: of damage within the compressed data only what breaks the code shows.
+    """
     try:
-        return decode_jpeg(read_file(str(file)), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        raise UserError(f"{file} can't be decoded ({str(error).splitlines()[0]}): replace it by a fresh copy") from None
+        with Image.open(file, formats=["JPEG"]) as image:  # reads the header only
+            data = read_file(str(file))
+            if image.width * image.height > MAX_PIXELS or data.numpy().tobytes().count(b"\xff\xda") > MAX_SCANS:
+                raise ValueError(f"{image.width} x {image.height} pixels: at most {MAX_PIXELS // 1_000_000} million are taken, in {MAX_SCANS} scans")
+        return decode_jpeg(data, mode=ImageReadMode.RGB)
+    except Exception as error:  # PIL raises a dozen kinds at damaged files
+        raise UserError(f"{file} can't be decoded ({(str(error) or type(error).__name__).splitlines()[0]}): replace it by a fresh copy") from None
 
 
 def decode(file: Path, resolution: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ COLUMN, PAGE = 3.3, 7.0  # inches
 COLOURS = dict(zip(("full", "last_blocks", "text", "lora", "prompt", "image", "linear"), PALETTE[:6] + PALETTE[7:])) | {"none": "#888888"}
 MARKERS = "os^Dv<>Ph*X"
 STYLE = {"font.size": 7, "axes.titlesize": 7.5, "axes.labelsize": 7, "legend.fontsize": 6.5, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5,
-         "lines.linewidth": 1, "lines.markersize": 3.5,
+         "text.parse_math": False, "lines.linewidth": 1, "lines.markersize": 3.5,
          "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "pdf.fonttype": 42}
 
 
@@ -186,7 +186,7 @@ def wise_ft(panels: dict[str, list[dict]], path: Path) -> Path:
         axis.fill_between(at("alpha"), at("top1_low"), at("top1_high"), color=PALETTE[0], alpha=0.2, linewidth=0)
         for key, line, marker, fill in (("top1", "all classes", "o", PALETTE[0]), ("base_top1", "base among base", "s", PALETTE[1]),
                                         ("new_top1", "new among new", "^", PALETTE[2])):
-            if key in points[0]:
+            if all(key in point for point in points):
                 axis.plot(at("alpha"), at(key), marker=marker, color=fill, label=line)
         axis.set(xlabel="share of the fine-tuned weights (alpha)", ylabel="top-1 accuracy (%)", title=name)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

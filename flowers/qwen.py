@@ -66,7 +66,7 @@ def open_images(files: Sequence[Path], draw: torch.Generator | None = None) -> l
         try:
             with Image.open(file) as image:
                 images.append(image.convert("RGB"))
-        except OSError as error:
+        except Exception as error:  # PIL raises a dozen kinds at damaged files
             raise UserError(f"{file} can't be decoded ({error}): replace it by a fresh copy") from None
         if draw is not None:
             mirror, cut, x, y = torch.rand(4, generator=draw).tolist()

@@ -21,6 +21,7 @@ import resource
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flowers import UserError
+from flowers import UserError, parse_json, read_json
+
+# what `checked` expects: numbers, and in arguments, where None stands for a default, numbers and texts
+NUMBERS = ("alpha", "epoch", "step", "parameters", "peak_memory_mb", "frozen_seconds", "train_seconds", "eval_seconds")
+SETTINGS = ("lr", "tau_lr", "temperature", "seed", "epochs", "batch_size", "processes", "shots")
+TEXTS = ("name", "job", "architecture", "strategy", "classes", "splits", "class_names", "data_root", "protocol", "positives", "augment", "error")
 
 
 def seed_everything(seed: int) -> None:
@@ -113,13 +119,30 @@ def append_line(path: Path, row: dict) -> None:
         file.write(json.dumps(row).encode() + b"\n")
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The whole rows of a .jsonl file; a line that was cut off is left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+def read_lines(path: Path, *keys: str) -> list[dict]:
+    """The rows of a .jsonl file that have all of `keys`; lines that were cut off or damaged are left out, with a warning."""
+    rows, damaged = [], 0
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            rows += [checked(parse_json(line.decode()))] if line else []
+        except ValueError:
+            damaged += 1
+    if damaged:
+        print(f"warning: {damaged} damaged line{'s' * (damaged > 1)} of {path} left out", file=sys.stderr)
+    return [row for row in rows if all(key in row for key in keys)]
+
+
+def checked(row: dict) -> dict:
+    """A row of arguments, metrics or results, as it is. Raises ValueError naming a key whose value is of another kind: the file was damaged."""
+    for key, value in row.items():
+        percent = "/" in key and not key.startswith("train/") and not key.endswith("/n")
+        if percent or "/" in key or key in NUMBERS or key.startswith("trainable_"):
+            fits = type(value) in (int, float) and (0 <= value <= 100.001 if percent else abs(value) < 1e15)
+        else:
+            fits = value is None or key not in (*TEXTS, *SETTINGS) or isinstance(value, str if key in TEXTS else (int, float)) and value == value
+        if not fits:
+            raise ValueError(f"{key} is {str(value)[:40]!r}")
+    return row
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -176,7 +199,7 @@ def new_run(runs: str | Path, name: str | None, config: dict, splits: dict[str, 
 def begun(folder: Path, job: str) -> dict | None:
     """The arguments of a run to go on with, or None, saying so, if it is finished. Raises UserError if there is no run, or one of another job."""
     try:
-        stored = json.loads((folder / "args.json").read_text())
+        stored = checked(read_json(folder / "args.json"))
     except FileNotFoundError:
         raise UserError(f"nothing to resume in {folder}: there is no args.json") from None
     except ValueError:
@@ -190,15 +213,20 @@ def begun(folder: Path, job: str) -> dict | None:
     return None
 
 
+def as_flags(stored: dict) -> list[str]:
+    """The command line that says the same, so that what a file holds is checked as what a user types."""
+    return [flag for key, value in stored.items() if value not in (None, False)
+            for flag in ([f"--{key}"] if value is True else [f"--{key}={v}" for v in (value if isinstance(value, list) else [value])])]
+
+
 def results_of(run: str | Path, split: str) -> dict:
     """The metrics of a finished run on a split, without its name before each. Raises UserError if there are none."""
     try:
-        result = json.loads((Path(run) / "result.json").read_text())
-        found = {k.split("/", 1)[1]: v for k, v in result.items() if k.startswith(split + "/")}
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"--compare {run}: there is no whole {Path(run) / 'result.json'}") from None
-    if not found:
-        raise UserError(f"--compare {run}: it was not evaluated on the {split} images")
+        found = {k.split("/", 1)[1]: v for k, v in checked(read_json(Path(run) / "result.json")).items() if k.startswith(split + "/")}
+    except (OSError, ValueError) as error:
+        raise UserError(f"there is no whole {Path(run) / 'result.json'} ({error})") from None
+    if "top1" not in found:
+        raise UserError(f"{run} was not evaluated on the {split} images")
     return found
 
 
@@ -224,16 +252,31 @@ def save_tensors(path: Path, state: dict) -> None:
 
 
 def load_file(path: Path) -> dict:
-    """Read a checkpoint or state dict, plain tensors only. Raises UserError if it is missing, damaged, or not a dict."""
+    """Read a checkpoint or state dict, plain tensors only. Raises UserError if it is missing, damaged (checksums are
+    compared, numbers finite), or not a dict."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch compares no checksums, and unpacks what is compressed, which it never writes itself
+                if sum(info.file_size for info in archive.infolist()) > path.stat().st_size or archive.testzip():
+                    raise ValueError("its checksum or size is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        if not _plain(state):
+            raise ValueError("a tensor is sparse, complex, not finite, or larger than its numbers")
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path} can't be read as tensors: {str(error).splitlines()[0] or type(error).__name__}") from None
+        raise UserError(f"{path} can't be read as tensors: {(str(error) or type(error).__name__).splitlines()[0][:200]}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
     return state
+
+
+def _plain(value) -> bool:
+    """Whether all tensors in nested dicts and lists are dense, real and finite, and none is a few numbers that claim to be many."""
+    if isinstance(value, torch.Tensor):
+        dense = value.layout == torch.strided and not value.is_complex() and value.nbytes <= value.untyped_storage().nbytes()
+        return dense and bool(value.isfinite().all())
+    return all(map(_plain, value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()))
 
 
 def finish(folder: Path, result: dict) -> None:
@@ -244,8 +287,11 @@ def finish(folder: Path, result: dict) -> None:
 
 def register(folder: Path) -> None:
     """Make sure that a finished run has its line in results.jsonl."""
-    result, table = json.loads((folder / "result.json").read_text()), folder.parent / "results.jsonl"
-    if not any(row.get("name") == result["name"] for row in read_lines(table)):
+    try:
+        result, table = read_json(folder / "result.json"), folder.parent / "results.jsonl"
+    except ValueError as error:
+        raise UserError(f"{folder / 'result.json'} is damaged ({error}): remove it, and go on with --resume {folder}") from None
+    if not any(row.get("name") == result.get("name") for row in read_lines(table)):
         append_line(table, result)
 
 

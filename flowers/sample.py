@@ -15,10 +15,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from scipy.io import loadmat, savemat
+from scipy.io import savemat
 from tqdm import tqdm
 
 from flowers import UserError, command
+from flowers.data import read_mat
 from flowers.draw import KINDS, draw_flower
 
 MARKER = {"drawn_by": "flowers/sample.py", "version": 1}  # in sample.json; raise the version when the pictures change
@@ -32,13 +33,13 @@ def is_complete(root: Path) -> bool:
     count = len(KINDS) * PER_KIND
     try:
         names = json.loads((root / "cat_to_name.json").read_text())
-        splits = loadmat(root / "setid.mat")
+        splits = read_mat(root / "setid.mat")
         jpegs = [(root / "jpg" / f"image_{i:05d}.jpg").read_bytes() for i in range(1, count + 1)]
         return (all(jpeg.endswith(b"\xff\xd9") for jpeg in jpegs)  # the last bytes of a whole JPEG
                 and json.loads((root / "sample.json").read_text()) == MARKER and list(names.values()) == list(KINDS)
-                and loadmat(root / "imagelabels.mat")["labels"].shape == (1, count)
+                and read_mat(root / "imagelabels.mat")["labels"].shape == (1, count)
                 and sorted(np.hstack([splits[name][0] for name in PER_SPLIT])) == list(range(1, count + 1)))
-    except Exception:  # scipy and json raise a dozen kinds of error at damaged files; whatever it is, the sample is not whole
+    except Exception:  # numpy and json raise a dozen kinds of error at damaged files; whatever it is, the sample is not whole
         return False
 
 

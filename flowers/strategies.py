@@ -7,7 +7,6 @@
     lora         low-rank updates of q, k, v, out and MLP weights in both towers (of a ResNet's image tower: its attention pool)
     prompt       learned context vectors before the class name, everything else frozen
 """
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from clip.model import CLIP, ModifiedResNet
 from torch import nn
 from torch.nn.utils import parametrize
 
-from flowers import UserError
+from flowers import UserError, read_json
 from flowers.models import CONTEXT_MARK, PLACEHOLDER, last_blocks, load_model, tokenize, towers
 from flowers.runs import load_file, seed_everything
 
@@ -135,15 +134,22 @@ def load_head(architecture: str, model: CLIP, class_names: Sequence[str], templa
     from flowers.evaluate import zero_shot_head  # imports scikit-learn too
     path = Path(architecture)
     path = (path if path.is_dir() else path.parent) / "classifier.pt"
-    learned = load_file(path) if Path(architecture).exists() and path.exists() and templates is None else {}
-    if "context" in learned:
-        attach_context(model, learned["context"].to(model.token_embedding.weight.device))
-        templates = [template(len(learned["context"]))]
+    learned = load_file(path) if Path(architecture).exists() and path.exists() and templates is None else None
+
+    def holds(key: str, *shape: int) -> bool:
+        value = learned.get(key)
+        return isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.shape == shape
+
+    if learned is not None:
+        width, embedding = model.text_projection.shape
+        if context := next((m for m in range(1, model.context_length // 2 + 1) if holds("context", m, width)), 0):
+            attach_context(model, learned["context"].to(model.token_embedding.weight.device))
+            templates = [template(context)]
+        elif holds("weight", len(class_names), embedding) and holds("bias", len(class_names)) and learned.get("class_names") == list(class_names):
+            return (learned["weight"], learned["bias"]), [default]
+        else:
+            raise UserError(f"{path} is damaged, or a classifier of other classes: give --prompt_template to evaluate by prompts instead")
     templates = templates or [default]
-    if "weight" in learned:
-        if learned.get("class_names") != list(class_names) or learned["weight"].shape != (len(class_names), model.text_projection.shape[1]):
-            raise UserError(f"{path} is a classifier of other classes: give --prompt_template to evaluate by prompts instead")
-        return (learned["weight"], learned["bias"]), templates
     return zero_shot_head(model, class_names, templates), templates
 
 
@@ -151,7 +157,7 @@ def start_of(run: str) -> dict[str, torch.Tensor]:
     """The weights that a run of train.py started from. Raises UserError if `run` is none, or left the weights as they were."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     try:
-        args = json.loads((folder / "args.json").read_text())
+        args = read_json(folder / "args.json")
         origin, strategy, seed = args["architecture"], args["strategy"], args["seed"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder} is no run of train.py: its args.json says where the weights started") from None

@@ -1,5 +1,6 @@
 """What the tests share: a small drawn dataset, the real images where they are, and the real scripts run in this process."""
 import importlib
+import json
 import os
 import runpy
 import sys
@@ -39,7 +40,7 @@ def write_dataset(root: Path, per_class: int = 8, names=NAMES) -> Path:
     ids = np.arange(1, n + 1)
     scipy.io.savemat(root / "imagelabels.mat", {"labels": labels[None].astype(np.uint8)})
     scipy.io.savemat(root / "setid.mat", {"trnid": ids[quarter == 0][None], "valid": ids[quarter == 1][None], "tstid": ids[quarter > 1][None]})
-    (root / "cat_to_name.json").write_text(str({str(i): n for i, n in enumerate(names, 1)}).replace("'", '"'))
+    (root / "cat_to_name.json").write_text(json.dumps(dict(enumerate(names, 1)), ensure_ascii=False), encoding="utf-8")
     return root
 
 
