@@ -17,7 +17,7 @@ test: .venv/ready-dev
 test-all: .venv/ready-dev
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 
-# one table of ratios against the peers, an hour on two cores that do nothing else
+# one table of ratios against the peers, half an hour on two cores that do nothing else
 DATA_ROOT ?= sample
 bench: .venv/ready-dev
 	$(BIN)/python benchmarks/table.py --data_root $(DATA_ROOT)

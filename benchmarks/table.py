@@ -1,6 +1,6 @@
 """Run the benchmarks one after the other and print one table of ratios; it is also written to benchmarks/results.md, with date, commit and machine.
 
-    make bench DATA_ROOT=data/flowers-102      # about an hour on two cores that do nothing else
+    make bench DATA_ROOT=data/flowers-102      # half an hour on two cores that do nothing else
     python benchmarks/table.py --data_root sample --only pixels colour
 
 Each row is measured in one run, the ways taking turns; the ratio is the median of the rounds, with the least and the greatest.
@@ -19,9 +19,10 @@ from flowers import UserError, command, runs
 
 HERE = Path(__file__).resolve().parent
 DATA = "--data_root"
-BENCHMARKS = {"pixels": ["pixels.py", DATA], "zeroshot": ["zeroshot.py", DATA], "step": ["step.py"],
-              "epoch": ["step.py", "--architecture", "tiny", "--epoch_images", "1024", DATA], "strategies": ["strategies.py", DATA],
-              "architectures": ["architectures.py"], "colour": ["colour.py", DATA], "qwen": ["qwen.py"], "web": ["web.py", DATA]}
+BENCHMARKS = {"pixels": ["pixels.py", DATA], "zeroshot": ["zeroshot.py", "--images", "64", DATA], "step": ["step.py", "--batch_size", "32"],
+              "epoch": ["step.py", "--architecture", "tiny", "--epoch_images", "1024", DATA],
+              "strategies": ["strategies.py", "--images", "32", "--batch_size", "32", DATA], "architectures": ["architectures.py"],
+              "colour": ["colour.py", DATA], "qwen": ["qwen.py"], "web": ["web.py", DATA]}
 
 
 @command
