@@ -236,9 +236,9 @@ def main():
                     model.logit_scale.clamp_(max=math.log(MAX_SCALE))
 
             value = loss.item()
-            if not math.isfinite(value):
+            if not math.isfinite(value) or i == steps_per_epoch - 1 and not all(p.isfinite().all() for p in trained):  # no such checkpoint
                 bar.close()
-                raise UserError(f"the loss is {value} at step {step}: lower --lr; the last whole epoch is in {checkpoint_file}")
+                raise UserError(f"the loss is {value} at step {step}, or a weight no number after it: lower --lr; the last whole epoch is in {checkpoint_file}")
             rows.append({"epoch": epoch + 1, "step": step + 1, "train/loss": value, "train/lr": args.lr * share,
                          "train/tau": math.exp(-model.logit_scale.item()), "train/images_per_s": batch_size / (time.perf_counter() - step_start)})
             tracker.log(rows[-1])

@@ -7,6 +7,7 @@ Source of the data: M.-E. Nilsback, A. Zisserman, Automated flower classificatio
 https://www.robots.ox.ac.uk/~vgg/data/flowers/102/. It calls its splits trnid (1,020 images), valid (1,020) and tstid (6,149).
 """
 import argparse
+import contextlib
 import difflib
 import gzip
 import io
@@ -15,6 +16,7 @@ import os
 import re
 import socket
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -27,6 +29,8 @@ import numpy as np
 from flowers import UserError, command, parse_json, read_json
 
 DEFAULT_ROOT = "data/flowers-102"
+UNFINISHED = ".downloading"  # beside the files while they are fetched: a part of one may look like a whole one
+PATIENCE = 60  # seconds, with a server that says nothing
 OXFORD_IDS = ("trnid", "valid", "tstid")
 MOST_BYTES = 1 << 26  # of labels, splits or captions once unpacked, more than a dataset of flowers has: what claims more is a bomb, or damaged
 MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
@@ -136,8 +140,20 @@ def select(index: np.ndarray, labels: np.ndarray, n_classes: int, classes: str =
 
 
 def is_complete(root: Path) -> bool:
-    """Whether a download has finished: torchvision fetches setid.mat and imagelabels.mat after the images."""
-    return all((root / name).exists() for name in ("jpg", "imagelabels.mat", "setid.mat")) or (root / "images" / "jpg").is_dir()
+    """Whether a download has finished."""
+    whole = all((root / name).exists() for name in ("jpg", "imagelabels.mat", "setid.mat")) and not (root / UNFINISHED).exists()
+    return whole or (root / "images" / "jpg").is_dir()
+
+
+@contextlib.contextmanager
+def patience():
+    """Wait for a silent server for PATIENCE seconds; torchvision and clip would for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def download(data_root: str | Path = DEFAULT_ROOT) -> Path:
@@ -149,15 +165,17 @@ def download(data_root: str | Path = DEFAULT_ROOT) -> Path:
     root = Path(data_root)
     if root.name != "flowers-102":
         raise UserError(f"the download goes to a folder named flowers-102, not {root}: give --data_root PARENT/flowers-102")
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # seconds; torchvision itself would wait for a silent server for ever
+    # nothing is unpacked outside of the folder, were MD5 ever deceived; Python does so by itself from 3.14 on, and can since 3.11.4
+    tarfile.TarFile.extraction_filter = staticmethod(getattr(tarfile, "data_filter", lambda member, path: member))
+    root.mkdir(parents=True, exist_ok=True)
+    (root / UNFINISHED).touch()
     try:
-        Flowers102(str(root.parent), download=True)
-    except (OSError, RuntimeError, EOFError, HTTPException) as error:
+        with patience():
+            Flowers102(str(root.parent), download=True)
+    except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError) as error:
         raise UserError(f"the download of Oxford Flowers 102 failed ({error}): run again to go on, or fetch 102flowers.tgz, imagelabels.mat and "
                         f"setid.mat from {Flowers102._download_url_prefix} into {root}, or use --data_root sample") from None
-    finally:
-        socket.setdefaulttimeout(patience)
+    (root / UNFINISHED).unlink()
     return root
 
 

@@ -41,9 +41,11 @@ def evaluate(images: torch.Tensor, head: tuple[torch.Tensor, torch.Tensor], labe
              captions: torch.Tensor | None = None) -> tuple[dict[str, float], torch.Tensor]:
     """All metrics of image features (N, D) under a head, weight (C, D) and bias (C,), and the class probabilities (N, C).
 
-    captions (N, D): the feature of one sentence for each image, for the retrieval of image and sentence.
+    captions (N, D): the feature of one sentence for each image, for the retrieval of image and sentence. Raises UserError for a model that diverged.
     """
     labels, scores = torch.from_numpy(np.array(labels)), images @ head[0].t() + head[1]
+    if not scores.isfinite().all():
+        raise UserError("the model's scores are not numbers: it diverged; train it again with a lower --lr")
     present = labels.unique()
     metrics = classification(scores, labels) | base_to_new(scores, labels)
     metrics |= {f"i2t_{k}": v for k, v in retrieval(scores, F.one_hot(labels, scores.shape[1]).bool()).items()}

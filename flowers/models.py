@@ -8,6 +8,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flowers import UserError
+from flowers.data import patience
 from flowers.pixels import batch
 from flowers.runs import load_file
 
@@ -247,8 +249,9 @@ def _is_torchscript(path: Path) -> bool:
 def _download(name: str) -> CLIP:
     url, folder = clip.clip._MODELS[name], Path.home() / ".cache" / "clip"
     try:
-        return clip.load(name, device="cpu")[0]
-    except (OSError, RuntimeError) as error:
+        with patience():
+            return clip.load(name, device="cpu")[0]
+    except (OSError, RuntimeError, HTTPException, TypeError) as error:  # TypeError: of a server that does not say how long the file is
         raise UserError(f"{name} could not be downloaded ({error}): fetch {url} and put it at {folder / url.rsplit('/', 1)[1]}, "
                         "or use --architecture tiny, which needs no download") from None
 

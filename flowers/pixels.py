@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm import tqdm
 
 from flowers import UserError, cache, colour
@@ -55,10 +55,10 @@ def read(file: Path) -> torch.Tensor:
     """
     try:
         with Image.open(file, formats=["JPEG"]) as image:  # reads the header only
-            data = read_file(str(file))
-            if image.width * image.height > MAX_PIXELS or data.numpy().tobytes().count(b"\xff\xda") > MAX_SCANS:
+            data = bytearray(file.read_bytes())  # torchvision's read_file takes no path outside of UTF-8
+            if image.width * image.height > MAX_PIXELS or data.count(b"\xff\xda") > MAX_SCANS:
                 raise ValueError(f"{image.width} x {image.height} pixels: at most {MAX_PIXELS // 1_000_000} million are taken, in {MAX_SCANS} scans")
-        return decode_jpeg(data, mode=ImageReadMode.RGB)
+        return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
     except Exception as error:  # PIL raises a dozen kinds at damaged files
         raise UserError(f"{file} can't be decoded ({(str(error) or type(error).__name__).splitlines()[0]}): replace it by a fresh copy") from None
 

@@ -20,6 +20,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def atomic(path: str | Path, mode: str = "wb"):
         of = re.fullmatch(rf".*\.{re.escape(platform.node())}-(\d+)\.tmp", left.name)
         if of and not _alive(int(of[1])):
             left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{threading.get_ident()}.{platform.node()}-{os.getpid()}.tmp")
     try:
         with naming(path), open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
             yield file
@@ -183,17 +184,14 @@ def new_run(runs: str | Path, name: str | None, config: dict, splits: dict[str, 
     """
     name = name or f"{Path(config['architecture']).stem.replace('/', '-')}-{config['job']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(runs) / name
-    taken = (folder / "result.json").exists()
-    if taken:
+    if (folder / "result.json").exists():
         register(folder)  # a kill may have come before
-    elif (folder / "args.json").exists():
-        taken = config["job"] != "eval" or '"job": "eval"' not in (folder / "args.json").read_text()
-    if taken:
-        again = "" if config["job"] == "eval" else f", or go on with --resume {folder}"
-        raise UserError(f"{folder} is a run already: choose another --name{again}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "args.json", {**config, "name": name, "split_sizes": {k: len(v) for k, v in splits.items()}, **environment()})
-    return folder
+    elif not (folder / "args.json").exists() or config["job"] == "eval" and '"job": "eval"' in (folder / "args.json").read_text():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "args.json", {**config, "name": name, "split_sizes": {k: len(v) for k, v in splits.items()}, **environment()})
+        return folder
+    again = "" if config["job"] == "eval" else f", or go on with --resume {folder}"
+    raise UserError(f"{folder} is a run already: choose another --name{again}")
 
 
 def begun(folder: Path, job: str) -> dict | None:
@@ -346,8 +344,6 @@ def _logged_in() -> bool:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True

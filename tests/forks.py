@@ -99,7 +99,8 @@ def serve() -> None:
     import flowers.plots
     import flowers.strategies  # noqa: F401  (what the scripts import)
     # the encodings are those of PDF: another user may not be able to read Python's own files
-    for package in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors", "scipy.fft", "torchvision.io", "encodings.utf_16_be", "encodings.utf_32_be"):
+    for package in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors", "scipy.fft", "torchvision.io",
+                    "encodings.utf_16_be", "encodings.utf_32_be"):
         __import__(package)
     torch.set_num_threads(1)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork copies one thread only"
