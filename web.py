@@ -133,6 +133,13 @@ def pager(index: np.ndarray) -> np.ndarray:
     return part
 
 
+@st.fragment(run_every=1)
+def wait_for_colours(thumbnails: gallery.Thumbnails) -> None:
+    if thumbnails.features is not None:
+        st.rerun()
+    st.info(thumbnails.problem or "The colours of all images are being computed; this takes a few seconds, once.")
+
+
 def one_image(data: gallery.Data, i: int, order: np.ndarray, given: list, models: list[str], runs: Path) -> None:
     """The image at place i with all that is known of it; order: the list that it is in, to go on from it."""
     flowers, ids, splits, thumbnails, _ = data
@@ -160,14 +167,13 @@ def one_image(data: gallery.Data, i: int, order: np.ndarray, given: list, models
                 st.warning(str(error))
     facts = [f"class {flowers.labels[i] + 1} · image {ids[i]} · {splits[i]}",
              f"{file.name} · {pixels.shape[1]} x {pixels.shape[0]} pixels · {len(jpeg) / 1000:.0f} kB"]
-    rankings = [(p.name, [("✓ " * (c == flowers.labels[i]) + flowers.class_names[c], score) for c, score in p.top[i]]) for p in given if p.top[i]]
+    rankings = [(p.name, [("✓ " * bool(c == flowers.labels[i]) + flowers.class_names[c], score) for c, score in p.top[i]]) for p in given if p.top[i]]
     draw(panels.image(jpeg, pixels, name, facts, told, rankings), "image")
     buttons("Nearest images by", ["colours", *models], "like", go)
     if S["like"] != "colours":
         features = searcher(flowers, str(runs / S["like"]), data.stamp + stamp(runs / S["like"] / "model.pt")).features
     elif (features := thumbnails.features) is None:
-        st.info(thumbnails.problem or "The colours of all images are being computed; this takes a few seconds, once.")
-        st.button("Look again", key="again")
+        wait_for_colours(thumbnails)
         return
     near, scores = gallery.nearest(features, features[i], leave_out=i)
     picture_grid(data, near[:NEIGHBOURS], "neighbours", lambda j: [f"{scores[np.flatnonzero(near == j)[0]]:.3f}"])
@@ -177,11 +183,12 @@ def one_image(data: gallery.Data, i: int, order: np.ndarray, given: list, models
 
 def browse(data: gallery.Data):
     flowers, ids, splits, _, _ = data
-    with st.container(horizontal=True):
-        pick("Class", sorted(flowers.class_names), "class")
-        buttons("Split", ["all", *(n for n, index in flowers.splits.items() if len(index))], "split")
-        st.text_input("File ids", key="ids", placeholder="7, 20-30", on_change=refilter, width=160)
-        buttons("Class histogram", BARS, "bars")
+    if S["image"] is None:
+        with st.container(horizontal=True):
+            pick("Class", sorted(flowers.class_names), "class")
+            buttons("Split", ["all", *(n for n, index in flowers.splits.items() if len(index))], "split")
+            st.text_input("File ids", key="ids", placeholder="7, 20-30", on_change=refilter, width=160)
+            buttons("Class histogram", BARS, "bars")
     chosen = np.ones(len(ids), bool) if S["split"] == "all" else splits == S["split"]
     if S["ids"].strip():
         try:
@@ -235,11 +242,12 @@ def compare(data: gallery.Data, runs: Path, names: list[str]):
         return None
     if S["show"] not in shown:
         S["show"] = "all"
-    with st.container(horizontal=True):
-        buttons("Show", list(shown), "show")
-        pick("True class", sorted(flowers.class_names), "class")
-        pick("Predicted class", sorted(flowers.class_names), "guess")
-        buttons("Order", ORDERS, "order")
+    if S["image"] is None:
+        with st.container(horizontal=True):
+            buttons("Show", list(shown), "show")
+            pick("True class", sorted(flowers.class_names), "class")
+            pick("Predicted class", sorted(flowers.class_names), "guess")
+            buttons("Order", ORDERS, "order")
     index = shown[S["show"]]
     for key, value in (("class", flowers.labels), ("guess", given[0].guess)):
         if S[key]:
