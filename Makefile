@@ -17,6 +17,11 @@ test: .venv/ready-dev
 test-all: .venv/ready-dev
 	$(BIN)/python -m pytest -q -m "slow or not slow"
 
+# one table of ratios against the peers, half an hour on two cores that do nothing else
+DATA_ROOT ?= sample
+bench: .venv/ready-dev
+	$(BIN)/python benchmarks/table.py --data_root $(DATA_ROOT)
+
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
 
@@ -29,4 +34,4 @@ lint: .venv/ready-dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all bench lint

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from flowers import UserError, command, plots, statistics
 from flowers.comparable import Run, best_by_strategy, factorial, grouped, interval, load, mean, resolve
 from flowers.evaluate import wilson
-from flowers.models import SHAPES, build
+from flowers.models import SHAPES, build, flops
 from flowers.runs import atomic, read_lines, write_csv
 
 FACTORS = {"lr": "learning rate", "temperature": "temperature at the start", "batch_size": "batch size (images)", "shots": "training images a class",
@@ -305,12 +304,11 @@ def closer_look(found: Sequence[Run], output: Path, missing: list[str]) -> str:
 
 @functools.cache
 def gflops(architecture: str) -> float:
-    """Operations of the image tower for one image, in 10^9, a multiplication and an addition being two; counted on shapes alone."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    """Operations of the image tower for one image, in 10^9, counted on shapes alone."""
+    with torch.device("meta"):
         model = build(architecture)
-        side = model.visual.input_resolution
-        model.encode_image(torch.empty(1, 3, side, side))
-    return counter.get_total_flops() / 1e9
+        images = torch.empty(1, 3, *[model.visual.input_resolution] * 2)
+    return flops(lambda: model.encode_image(images)) / 1e9
 
 
 def stand_ins(starts: Sequence[Run]) -> str:

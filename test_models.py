@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flowers import UserError, command, figures, runs
-from flowers.models import CONTEXT, SHAPES, build, encode_images, load_model, towers
+from flowers.models import CONTEXT, SHAPES, build, encode_images, flops, load_model, towers
 from flowers.strategies import STRATEGIES, prepare, trainable
 
 plt = figures.plt
@@ -48,8 +47,8 @@ def describe(architecture: str, strategies: list[str], **options: int) -> dict:
     stages = [] if vit else [len(getattr(model.visual, f"layer{i}")) for i in (1, 2, 3, 4)]
     row = {"architecture": architecture, "family": "ViT" if vit else "ResNet", "parameters": sum(counts.values()),
            "image_parameters": counts["image"], "text_parameters": counts["text"],
-           "gflops_image": _flops(model.encode_image, torch.empty(1, 3, side, side, device="meta")) / 1e9,
-           "gflops_text": _flops(model.encode_text, torch.zeros(1, CONTEXT, dtype=torch.long, device="meta")) / 1e9,
+           "gflops_image": flops(lambda: model.encode_image(torch.empty(1, 3, side, side, device="meta"))) / 1e9,
+           "gflops_text": flops(lambda: model.encode_text(torch.zeros(1, CONTEXT, dtype=torch.long, device="meta"))) / 1e9,
            "image_layers": str(len(model.visual.transformer.resblocks)) if vit else "+".join(map(str, stages)),
            "image_width": model.visual.conv1.out_channels if vit else model.visual.layer1[0].conv1.out_channels,
            "patch": model.visual.conv1.kernel_size[0] if vit else "", "resolution": side, "embedding": model.text_projection.shape[1],
@@ -59,12 +58,6 @@ def describe(architecture: str, strategies: list[str], **options: int) -> dict:
         prepare(model, strategy, **options)
         row[f"trainable_{strategy}"] = sum(trainable(model, strategy, CLASSES).values())
     return row
-
-
-def _flops(encode, inputs: torch.Tensor) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        encode(inputs)
-    return counter.get_total_flops()
 
 
 def measure(architecture: str, batch_size: int) -> dict:

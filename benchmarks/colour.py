@@ -1,18 +1,17 @@
 """How much faster colour densities and HSV features are than the usual recipes, and how far they are from them.
 
-    python benchmarks/colour.py --data_root data/flowers-102      # about three minutes; ratios are of alternating rounds in one run
+    python benchmarks/colour.py --data_root data/flowers-102      # two minutes
 
 Densities: gaussian_kde on the pixels of a class (matplotlib's rgb_to_hsv, weights for hue) against histogram first, 361 places each.
 Features: PIL and matplotlib's rgb_to_hsv with numpy histograms, against flowers.pixels.read and flowers.colour, one core.
 """
 import argparse
-import statistics
-import time
 
 import cv2
 import numpy as np
 import torch
 from matplotlib.colors import rgb_to_hsv
+from measure import add_arguments, alternate, bandwidth, report
 from PIL import Image
 from scipy.stats import gaussian_kde
 
@@ -39,10 +38,10 @@ def wrapped(kde, circular, shift):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
+    add_arguments(parser)
     parser.add_argument("--class", dest="name", default="rose", help="whose pixels (default: %(default)s)")
     parser.add_argument("--pixels", type=int, default=330_000, help="of the class, evenly taken (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=200, help="for the features (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, default=60, help="for the features (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -56,47 +55,42 @@ def main():
     direction = np.angle(chroma @ np.exp(2j * np.pi * hsv[:, 0])) / (2 * np.pi)
     shifts = [0.5 - direction, 0.0, 0.0]  # the cut of the circle goes opposite to the mean hue
     values = [(hsv[:, 0] + shifts[0]) % 1, hsv[:, 1], hsv[:, 2]]
-    ratios, seconds = [], {"raw": [], "ours": []}
-    for _ in range(args.rounds):
-        start = time.perf_counter()
-        kdes = [gaussian_kde(v, weights=chroma if i == 0 else None) for i, v in enumerate(values)]
-        for kde in kdes:
+    found = {}
+
+    def plain_densities():
+        found["kdes"] = [gaussian_kde(v, weights=chroma if i == 0 else None) for i, v in enumerate(values)]
+        for kde in found["kdes"]:
             kde(GRID)  # the plain recipe's own work; wrapping below is not counted
-        seconds["raw"].append(time.perf_counter() - start)
-        start = time.perf_counter()
+
+    def our_densities():
         row = colour.measure(rgb, "none")
-        ours = [colour.density(row, channel, GRID) for channel in (colour.HUE, colour.SATURATION, colour.VALUE)]
-        seconds["ours"].append(time.perf_counter() - start)
-        ratios.append(seconds["raw"][-1] / seconds["ours"][-1])
-    print(f"densities of {rgb.shape[1]:,} pixels: gaussian_kde {statistics.median(seconds['raw']):.2f} s, histogram first "
-          f"{1000 * statistics.median(seconds['ours']):.1f} ms (conversion included): {statistics.median(ratios):,.0f} times as fast "
-          f"(rounds: {min(ratios):,.0f} to {max(ratios):,.0f})")
-    for i, (name, kde, curve) in enumerate(zip(("hue", "saturation", "value"), kdes, ours)):
+        found["ours"] = [colour.density(row, channel, GRID) for channel in (colour.HUE, colour.SATURATION, colour.VALUE)]
+    spent = alternate({"gaussian_kde on the pixels": plain_densities, "histogram first": our_densities}, args.rounds)
+    report(args.rows, f"densities of H, S, V, {rgb.shape[1]:,} pixels, one core", spent, rgb.nbytes / bandwidth(), "reading the pixels")
+    for i, (name, kde, curve) in enumerate(zip(("hue", "saturation", "value"), found["kdes"], found["ours"])):
         exact = wrapped(kde, i == 0, shifts[i])
         print(f"  {name}: greatest difference of the curves {100 * abs(curve - exact).max() / exact.max():.2f}% of the peak")
 
     files = flowers.files[::max(1, len(flowers.files) // args.images)][:args.images]
-    seconds, apart = {"plain": [], "ours": []}, []
-    for i in range(args.rounds):
-        start = time.perf_counter()
-        plain = []
+
+    def plain_features():
         for file in files:
             h, s, v = raw_hsv(file).reshape(-1, 3).T
-            plain.append([np.histogram(h, colour.LEVELS, (0, 1), weights=s * v)[0], np.histogram(s, colour.LEVELS, (0, 1))[0],
-                          np.histogram(v, colour.LEVELS, (0, 1))[0], np.histogramdd((h, s, v), colour.JOINT, ((0, 1),) * 3)[0]])
-        seconds["plain"].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        rows = np.stack([colour.measure(read(file).permute(1, 2, 0).numpy(), "none") for file in files])
-        seconds["ours"].append(time.perf_counter() - start)
-        if i == 0:
-            for file, point in zip(files, colour.cone(rows)):
-                h, s, v = raw_hsv(file).reshape(-1, 3).T
-                exact = np.mean([s * v * np.cos(2 * np.pi * h), s * v * np.sin(2 * np.pi * h), v], axis=1)
-                apart.append(abs(exact - point).max())
-    ratios = [a / b for a, b in zip(seconds["plain"], seconds["ours"])]
-    print(f"features of {len(files)} images, one core: PIL + matplotlib + numpy {len(files) / statistics.median(seconds['plain']):.1f} images/s, ours "
-          f"{len(files) / statistics.median(seconds['ours']):.0f} images/s: {statistics.median(ratios):.1f} times as fast "
-          f"(rounds: {min(ratios):.1f} to {max(ratios):.1f})")
+            found["plain"] = [np.histogram(h, colour.LEVELS, (0, 1), weights=s * v)[0], np.histogram(s, colour.LEVELS, (0, 1))[0],
+                              np.histogram(v, colour.LEVELS, (0, 1))[0], np.histogramdd((h, s, v), colour.JOINT, ((0, 1),) * 3)[0]]
+
+    def our_features():
+        found["rows"] = np.stack([colour.measure(read(file).permute(1, 2, 0).numpy(), "none") for file in files])
+    spent = alternate({"PIL + matplotlib's rgb_to_hsv + numpy": plain_features, "decoding alone": lambda: [read(file) for file in files],
+                       "flowers.colour": our_features}, args.rounds)
+    limit = sorted(spent.pop("decoding alone"))[args.rounds // 2]
+    report(args.rows, "HSV features of an image (Isomap), one core", {k: [t / len(files) for t in v] for k, v in spent.items()}, limit / len(files),
+           "decoding (libjpeg-turbo)")
+    apart = []
+    for file, point in zip(files, colour.cone(found["rows"])):
+        h, s, v = raw_hsv(file).reshape(-1, 3).T
+        exact = np.mean([s * v * np.cos(2 * np.pi * h), s * v * np.sin(2 * np.pi * h), v], axis=1)
+        apart.append(abs(exact - point).max())
     print(f"  mean points in the HSV cone: greatest difference {max(apart):.4f} of 1, mean {np.mean(apart):.5f}")
 
 

@@ -1,46 +1,30 @@
-"""How much faster images become batches than with PIL + clip's transform in a DataLoader, and how far the pixels are from it.
+"""How images become batches: ours against PIL with clip's transform, open_clip's, and torchvision's Flowers102, each in a DataLoader.
 
-    python benchmarks/pixels.py --data_root data/flowers-102      # a minute; ratios are medians of alternating rounds in one run
+    python benchmarks/pixels.py --data_root data/flowers-102      # two minutes
 
-First pass: JPEG files to batches of 64, on one core, against a DataLoader in the same process. Epoch: ready float batches of 64 from the
-cache, against a two-worker DataLoader.
+First pass: JPEG files to batches of 64, on one core, in this process. Epoch: ready float batches of 64 from the cache, against DataLoaders with two
+workers that decode again. Torchvision's layout is needed, as its own class reads it. Afterwards it counts how far our pixels are from clip's.
 """
 import argparse
 import os
-import statistics
 import tempfile
-import time
-import warnings
+from pathlib import Path
 
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from measure import add_arguments, alternate, bandwidth, report
+from peers import Pictures, clip_transform, open_clip_transform
+from torch.utils.data import DataLoader, Subset
+from torchvision.datasets import Flowers102
 
 from flowers import command
 from flowers.data import add_data_arguments, open_flowers
-from flowers.pixels import CLIP_STD, batch, decode, load_pixels
-
-warnings.simplefilter("ignore")
-from clip.clip import _transform  # noqa: E402
+from flowers.pixels import CLIP_STD, batch, decode, load_pixels, read
 
 
-class Plain(Dataset):
-    """The usual recipe: open, convert, clip's preprocess."""
-    def __init__(self, files, resolution):
-        self.files, self.transform = files, _transform(resolution)
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        with Image.open(self.files[i]) as image:
-            return self.transform(image)
-
-
-def rate(n, work):
-    start = time.perf_counter()
-    work()
-    return n / (time.perf_counter() - start)
+class AnyPart(Flowers102):
+    """torchvision's dataset, also of a part of Oxford's images, whose setid.mat has another checksum."""
+    def _check_integrity(self):
+        return True
 
 
 def consume(batches):
@@ -48,46 +32,60 @@ def consume(batches):
         pass
 
 
+def one_thread(work):
+    """The work, on one core."""
+    def run():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        work()
+        torch.set_num_threads(threads)
+    return run
+
+
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
-    parser.add_argument("--images", type=int, default=300, help="images a round (default: %(default)s)")
+    add_arguments(parser)
+    parser.add_argument("--images", type=int, default=256, help="images a round (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=224, help="pixels (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default: %(default)s)")
     args = parser.parse_args()
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
     flowers = open_flowers(args.data_root, args.splits_path, args.splits)
-    files = flowers.files[::max(1, len(flowers.files) // args.images)][:args.images]
-    plain, index = Plain(files, args.resolution), torch.arange(len(files))
+    parent = Path(tempfile.mkdtemp())
+    (parent / "flowers-102").symlink_to(flowers.root.resolve())
+    theirs = AnyPart(parent, split="test", transform=clip_transform(args.resolution))
+    chosen = range(0, len(theirs), max(1, len(theirs) // args.images))[:args.images]
+    files = [theirs._image_files[i] for i in chosen]
+    labels = [0] * len(files)
+    plain = Pictures(files, labels, clip_transform(args.resolution))
+    sets = {"PIL + clip's transform, DataLoader": plain,
+            "open_clip's transform, DataLoader": Pictures(files, labels, open_clip_transform(args.resolution)),
+            "torchvision Flowers102, DataLoader": Subset(theirs, chosen)}
+
+    index, n = torch.arange(len(files)), len(files)
+    first_pass = lambda: consume(torch.stack([decode(files[i], args.resolution) for i in part]) for part in index.split(64))
+    spent = alternate({**{name: one_thread(lambda s=s: consume(DataLoader(s, batch_size=64))) for name, s in sets.items()},
+                       "decoding alone": one_thread(lambda: [read(file) for file in files]),
+                       "flowers.pixels": one_thread(first_pass)}, args.rounds)
+    limit = sorted(spent.pop("decoding alone"))[args.rounds // 2] / n
+    report(args.rows, f"first pass over JPEGs, one core, an image to {args.resolution} px", {k: [t / n for t in v] for k, v in spent.items()},
+           limit, "decoding (libjpeg-turbo)")
+
     pixels = load_pixels(flowers, args.resolution)
-    loader = DataLoader(plain, batch_size=64, num_workers=2, persistent_workers=True)
-    alone = DataLoader(plain, batch_size=64)
-    list(loader)  # workers start before the clock does
-    measured = {"first pass, one core: PIL + clip transform, DataLoader": [], "first pass, one core: ours": [],
-                "epoch: PIL + clip transform, DataLoader, 2 workers": [], "epoch: ours, from the cache": []}
-    for _ in range(args.rounds):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        works = [lambda: consume(alone), lambda: consume(torch.stack([decode(files[i], args.resolution) for i in part]) for part in index.split(64)),
-                 lambda: consume(loader), lambda: consume(batch(pixels, part, "cpu") for part in index.split(64))]
-        for i, (rates, work) in enumerate(zip(measured.values(), works)):
-            torch.set_num_threads(1 if i < 2 else threads)
-            rates.append(rate(len(files), work))
-        torch.set_num_threads(threads)
-    for name, rates in measured.items():
-        print(f"{name:52s} {statistics.median(rates):8.0f} images/s")
-    rates = list(measured.values())
-    for name, a, b in (("first pass", 0, 1), ("epoch", 2, 3)):
-        ratios = [y / x for x, y in zip(rates[a], rates[b])]
-        print(f"{name}: {statistics.median(ratios):.1f} times as fast (rounds: {min(ratios):.1f} to {max(ratios):.1f})")
+    loaders = {name: DataLoader(s, batch_size=64, num_workers=2, persistent_workers=True) for name, s in sets.items()}
+    spent = alternate({**{name + ", 2 workers": lambda x=loader: consume(x) for name, loader in loaders.items()},
+                       "from the cache": lambda: consume(batch(pixels, part, "cpu") for part in index.split(64))}, args.rounds)
+    moved = 3 * args.resolution ** 2 * (1 + 4)  # bytes that can't be spared: uint8 read, fp32 written
+    report(args.rows, f"feed of a later epoch, 2 cores, an image of {args.resolution} px", {k: [t / n for t in v] for k, v in spent.items()},
+           moved / bandwidth(), "memory bandwidth")
 
     std = torch.tensor(CLIP_STD).view(3, 1, 1)
     levels = torch.zeros(256, dtype=torch.long)
     for i, file in enumerate(files):
         ours = batch(decode(file, args.resolution)[None], torch.tensor([0]), "cpu")[0]
-        levels += ((plain[i] - ours) * std * 255).abs().round().long().flatten().bincount(minlength=256)
-    print(f"values compared {levels.sum():,}: " + ", ".join(f"{n:,} differ by {k}" for k, n in enumerate(levels.tolist()) if n and k))
+        levels += ((plain[i][0] - ours) * std * 255).abs().round().long().flatten().bincount(minlength=256)
+    print(f"values compared with clip's {levels.sum():,}: " + ", ".join(f"{n:,} differ by {k}" for k, n in enumerate(levels.tolist()) if n and k))
 
 
 if __name__ == "__main__":

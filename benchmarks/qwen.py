@@ -4,33 +4,23 @@
     python benchmarks/qwen.py --model random-2b          # the shape of Qwen2-VL-2B with random weights; needs a GPU
 
 Plain: image, question and name through the model, once a name; pixels and prompt tokens are ready, logits only where they count. In batches: the same
-in rows of --rows names, padded. Ours: flowers/qwen.py. Ratios are medians of alternating rounds in one run. On a GPU it goes on to images/s of both
+in rows of --names names, padded. Ours: flowers/qwen.py. Ratios are medians of alternating rounds in one run. On a GPU it goes on to images/s of both
 protocols, seconds a training step, and peak memory.
 """
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from measure import MATRICES, add_arguments, alternate, peak_flops, report, seconds
 from PIL import Image
 
 from flowers import command, qwen, qwen_models
-from flowers.models import autocast
+from flowers.models import autocast, flops
 
 FILLER = " Look closely at the petals, the centre, the leaves and the stem before you answer."
-
-
-def clock(work):
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
 
 
 @torch.inference_mode()
@@ -52,9 +42,9 @@ def plain(model, image, inputs, suffixes, rows, pad):
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     parser.add_argument("--model", default="tiny", help="tiny, random-2b, a name on the hub, or a folder (default: %(default)s)")
-    parser.add_argument("--rows", type=int, default=34, help="names at a time, for the plain way in batches (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds after one that is not counted (default: %(default)s)")
+    parser.add_argument("--names", type=int, default=34, help="names at a time, for the plain way in batches (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="images at a time, for ours in batches and on a GPU (default: %(default)s)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,34 +57,33 @@ def main():
     one, many = (qwen.to(qwen.patches(processor, part), device) for part in (images[:1], images))
 
     question = qwen.question_of("brief")
-    length = qwen.encode(processor, question, one["image_grid_thw"].cpu())["input_ids"].shape[1]
     longer = question
     while qwen.encode(processor, longer, one["image_grid_thw"].cpu())["input_ids"].shape[1] < 240:
         longer += FILLER
     for text in dict.fromkeys((question, longer)):
         inputs, batch = (qwen.to(qwen.encode(processor, text, part["image_grid_thw"].cpu()), device) for part in (one, many))
-        ways = {"plain, one name at a time": lambda: plain(model, one, inputs, suffixes, 1, 0),
-                f"plain, {args.rows} names at a time": lambda: plain(model, one, inputs, suffixes, args.rows, 0),
-                "ours": lambda: qwen.rank(model, tree, inputs, one)[0],
-                f"ours, {args.batch_size} images at a time": lambda: qwen.rank(model, tree, batch, many)[0]}
-        seconds, found = {way: [] for way in ways}, {}
-        for _ in range(args.rounds + 1):
-            for way, work in ways.items():
-                spent, found[way] = clock(work)
-                seconds[way].append(spent / (args.batch_size if way.endswith("images at a time") else 1))
-        length = inputs["input_ids"].shape[1]
-        first = next(iter(ways))
-        print(f"\n{args.model} on {device}, {torch.get_num_threads()} threads: {len(names)} names, prompt of {length} tokens; {len(tree.tokens)} packed tokens "
-              f"for {tree.lengths.sum()}")
-        for way in ways:
-            ratios = [a / b for a, b in zip(seconds[first][1:], seconds[way][1:])]
-            print(f"{way:28s} {1000 * statistics.median(seconds[way][1:]):9.1f} ms an image, {statistics.median(ratios):6.1f} times as fast "
-                  f"({min(ratios):.1f} to {max(ratios):.1f}); greatest difference {(found[way] - found[first]).abs().max():.1e}")
+        found, what = {}, f"ranking {len(names)} names, Qwen2-VL shape {args.model}, prompt of {inputs['input_ids'].shape[1]} tokens, an image"
+
+        def keep(name, work):
+            def run():
+                found[name] = work()
+            return run
+        ways = {"one forward a name": lambda: plain(model, one, inputs, suffixes, 1, 0),
+                f"forwards of {args.names} names": lambda: plain(model, one, inputs, suffixes, args.names, 0),
+                f"ours, {args.batch_size} images at a time": lambda: qwen.rank(model, tree, batch, many)[0],
+                "flowers.qwen.rank": lambda: qwen.rank(model, tree, inputs, one)[0]}
+        spent = alternate({name: keep(name, work) for name, work in ways.items()}, args.rounds)
+        many_s = sorted(spent.pop(f"ours, {args.batch_size} images at a time"))[args.rounds // 2] / args.batch_size
+        report(args.rows, what, spent, flops(ways["flowers.qwen.rank"]) / peak_flops(device), MATRICES)
+        reference = found["one forward a name"]
+        apart = ", ".join(f"{name} {(scores - reference).abs().max():.1e}" for name, scores in found.items())
+        print(f"greatest difference of a score: {apart}; {args.batch_size} images at a time {1000 * many_s:.1f} ms an image; "
+              f"{len(tree.tokens)} packed tokens for {tree.lengths.sum()}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         inputs = qwen.to(qwen.encode(processor, question, many["image_grid_thw"].cpu()), device)
         for name, work in (("rank", lambda: qwen.rank(model, tree, inputs, many)), ("generate", lambda: qwen.generate(model, processor, inputs, many, 16))):
-            spent = statistics.median(clock(work)[0] for _ in range(args.rounds))
+            spent = statistics.median(seconds(work) for _ in range(args.rounds))
             print(f"{name}: {args.batch_size / spent:.1f} images/s, peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
         model = qwen_models.add_adapter(model, 8, 16.0).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -105,7 +94,7 @@ def main():
             (loss / count).backward()
             optimizer.step()
             optimizer.zero_grad()
-        spent = statistics.median(clock(step)[0] for _ in range(args.rounds + 1))
+        spent = statistics.median(seconds(step) for _ in range(args.rounds + 1))
         print(f"training: {spent:.3f} s a step of {args.batch_size}, peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 

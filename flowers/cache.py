@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flowers.runs import atomic
-
 
 def folder(root: Path) -> Path:
     """`.cache/` in the data folder; where either is read-only (by its mode, so for the superuser too), a folder of its own in ~/.cache."""
@@ -44,6 +42,7 @@ def cached(path: Path, key: bytes, shape: tuple[int, ...], dtype: str, rows: Cal
         if problem:
             print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
     if not path.exists() or problem:
+        from flowers.runs import atomic  # and with it torch, 2 s: who only reads does not wait for it
         crc = 0
         with atomic(path) as out:
             np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import threading
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +37,10 @@ LOCKS = defaultdict(threading.Lock)  # one for each cache file: two sessions are
 def thumbnail(file: Path) -> bytes:
     """The centre of an image as a JPEG of at most SLOT bytes, SIDE x SIDE; no bytes if the file can't be decoded."""
     try:
-        with Image.open(file) as image:
+        data = file.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > 2 * MAX_PIXELS or data.count(b"\xff\xda") > MAX_SCANS:
+                return b""
             image.draft("RGB", (SIDE, SIDE))  # the decoder itself goes to 1/2, 1/4 or 1/8: three times as fast
             square = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE))
     except Exception:  # PIL raises a dozen kinds at damaged files; whatever it is, there is no picture
@@ -68,8 +72,11 @@ class Thumbnails:
             from flowers import cache
             names = hashlib.sha256("".join(f.name for f in self.files).encode()).hexdigest()[:8]
             key, folder, n = cache.key_of(FORMAT, colour.FORMAT, SIDE, *self.files), cache.folder(self.root), len(self.files)
+            path = folder / f"thumbnails-{names}.npy"
+            if not path.exists():
+                time.sleep(1)  # the first page first
             with LOCKS[folder / names]:
-                self.kept = cache.cached(folder / f"thumbnails-{names}.npy", key, (n, SLOT), "|u1", lambda: self._all(thumbnail, self.files))
+                self.kept = cache.cached(path, key, (n, SLOT), "|u1", lambda: self._all(thumbnail, self.files))
                 self.features = np.array(cache.cached(folder / f"thumbnail-hsv-{names}.npy", key, (n, 256), "<f4",
                                                       lambda: self._all(lambda i: colour_features(read_thumbnail(self[i])), range(n))))
         except OSError as error:  # a full disk, a vanished file: the pages go on without
@@ -97,7 +104,7 @@ def open_picture(data: bytes) -> np.ndarray:
             warnings.simplefilter("ignore")  # PIL's own word on large pictures; ours follows
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
                 width, height = image.size  # known from the header, before anything is decoded
-                scans = data.count(b"\xff\xda") if image.format == "JPEG" else 1  # each decodes all pixels anew
+                scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 1  # each decodes all pixels anew
                 if width * height <= MAX_PIXELS and max(width, height) <= MAX_ASPECT * min(width, height) and scans <= MAX_SCANS:
                     return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # PIL raises a dozen kinds at damaged files

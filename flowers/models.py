@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flowers import UserError
@@ -205,6 +206,13 @@ def split_text_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callabl
 def autocast(device: torch.device | str):
     """bf16 on CUDA, nothing on a CPU."""
     return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
+
+
+def flops(work: Callable) -> int:
+    """Floating-point operations of work(), a multiply-add as two; on the meta device nothing is computed to count them."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def in_parts(items: torch.Tensor, title: str, size: int = 256) -> Iterator[torch.Tensor]:

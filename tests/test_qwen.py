@@ -4,7 +4,6 @@ import json
 import os
 import runpy
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ pytest.importorskip("transformers")
 
 from flowers import qwen, qwen_models, runs  # noqa: E402
 from flowers.data import open_flowers, read_captions  # noqa: E402
+from flowers.models import flops  # noqa: E402
 
 with open(qwen_models.__file__.replace("qwen_models.py", "cat_to_name.json")) as file:
     OXFORD = list(json.load(file).values())
@@ -167,25 +167,26 @@ def test_text_only_questions_rank_as_a_plain_forward(tiny):
         assert abs(sum(logs[t - 1, ids[t]] for t in range(len(prompt), len(ids))) - value) < 1e-4
 
 
-@pytest.mark.parametrize("extra, ratio", [("", 15), (" Look at the petals, the leaves and the stamens." * 8, 25)])
-def test_ranking_is_fast(tiny, extra, ratio):
+@pytest.mark.parametrize("extra, ratio", [("", 35), (" Look at the petals, the leaves and the stamens." * 8, 50)])
+def test_ranking_takes_few_operations(tiny, extra, ratio):
+    """Counted, not timed: image and question once, and two forwards of the language model, against one a name (benchmarks/qwen.py has the clock)."""
     model, processor = tiny
     images, tree = pictures((64, 64)), qwen.NameTree(processor, OXFORD)
     image = qwen.patches(processor, images)
     inputs = qwen.encode(processor, BRIEF + extra, image["image_grid_thw"])
     assert not extra or 200 < inputs["input_ids"].shape[1] < 300
-    ratios = []
-    for _ in range(2):
-        start = time.perf_counter()
+
+    def plain():
         with torch.inference_mode():
-            for name in OXFORD:  # the cheapest plain way: pixels and prompt are ready, logits only where needed
+            for name in OXFORD:
                 ids = torch.tensor([processor.tokenizer(name + "<|im_end|>")["input_ids"]])
                 model(**image, input_ids=torch.cat([inputs["input_ids"], ids], 1), mm_token_type_ids=torch.cat([inputs["mm_token_type_ids"], 0 * ids], 1),
-                      logits_to_keep=ids.shape[1] + 1).logits.log_softmax(-1)
-        middle = time.perf_counter()
-        qwen.rank(model, tree, inputs, image)
-        ratios.append((middle - start) / (time.perf_counter() - middle))
-    assert max(ratios) >= ratio, ratios
+                      logits_to_keep=ids.shape[1] + 1)
+    calls = []
+    hook = model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+    ours = flops(lambda: qwen.rank(model, tree, inputs, image))
+    hook.remove()
+    assert len(calls) == 2 and flops(plain) / ours >= ratio
 
 
 def test_loss_is_the_cross_entropy_of_exactly_the_answers_tokens(tiny):
@@ -244,6 +245,15 @@ def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, mo
         kept, _ = qwen.hidden_states(model, inputs, {"features": features, "image_grid_thw": grids})
     torch.testing.assert_close(kept[:, -1], pixels[:, -1], rtol=0, atol=1e-4)
     assert qwen_models.identity(model) == qwen_models.identity(qwen_models.load("tiny", "cpu")[0])
+
+
+def test_kept_features_of_a_bf16_model_do_not_overflow(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, processor = qwen_models.build("tiny", torch.bfloat16)
+    with torch.no_grad():
+        model.model.visual.merger.mlp[2].bias += 1e5  # beyond what fp16 can hold
+    features, *_ = qwen.image_features(model, processor, open_flowers(small), np.arange(3), "large", batch_size=2)
+    assert features.dtype == torch.bfloat16 and features.isfinite().all() and features.max() > 9e4
 
 
 def test_a_matched_answer_is_the_whole_name():
