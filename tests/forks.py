@@ -97,7 +97,8 @@ def serve() -> None:
     import flowers.comparable
     import flowers.frozen
     import flowers.plots
-    import flowers.strategies  # noqa: F401  (what the scripts import)
+    import flowers.strategies
+    import flowers.tracking  # noqa: F401  (what the scripts import)
     # the encodings are those of PDF: another user may not be able to read Python's own files
     for package in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors", "scipy.fft", "torchvision.io",
                     "encodings.utf_16_be", "encodings.utf_32_be"):

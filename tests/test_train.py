@@ -73,7 +73,8 @@ def test_resume_with_another_seed_on_the_command_line_keeps_the_run_s_own(traine
     (copy / "model.pt").unlink()
     code, out, _ = cli("train.py", "--resume", copy, "--seed", 9, "--wandb", "disabled")
     assert code == 0 and "after epoch 12 of 12" in out and equal(weights(copy), weights(trained))
-    assert json.loads((copy / "result.json").read_text())["seed"] == 0
+    result = json.loads((copy / "result.json").read_text())
+    assert result["seed"] == 0 and result["runs"] == str(copy.parent), "where it lies now"
 
 
 def test_holdout_evaluates_val_and_leaves_test_alone(small, tmp_path, cli):
