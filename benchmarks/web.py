@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 import torch
+from measure import add_arguments, report
 
 from flowers import UserError, command, models
 from flowers.data import Flowers, add_data_arguments, open_flowers
@@ -103,7 +104,7 @@ def waited(page, act, pictures: int) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=7, help="alternating rounds (default: %(default)s)")
+    add_arguments(parser)
     parser.add_argument("--images", type=int, default=0, help="measure on so many, the dataset's own again and again (default: 0, the dataset as it is)")
     parser.add_argument("--chromium", default="/usr/bin/chromium", help="the browser (default: %(default)s)")
     args = parser.parse_args()
@@ -123,6 +124,8 @@ def main():
     environment = {**os.environ, "XDG_CACHE_HOME": str(work / "cache")}
     identity = [int(flowers.files[i].stem[6:]) for i in range(0, len(flowers.files), max(1, len(flowers.files) // args.rounds))]
     rows: dict[str, dict[str, list[float]]] = {}
+    (work / "static.html").write_text("".join(f'<img src="{file.resolve().as_uri()}" width=160>' for file in flowers.files[:48]))
+    static: list[float] = []  # what the browser alone takes for 48 pictures
     servers = []
     try:
         plain = start(str(work / "plain.py"), [str(flowers.root)], environment)
@@ -161,6 +164,12 @@ def main():
                     measure("first page", way, address, 48)
                     measure("page flip", way, address, 48, flip)
                     measure("single image by its address", way, f"{address}?image={identity[i]}", 13 if way == "web.py" else 1)
+                page = browser.new_page(viewport={"width": 1440, "height": 900})
+                begin = time.perf_counter()
+                page.goto((work / "static.html").as_uri())
+                page.wait_for_function("() => [...document.images].every(p => p.complete && p.naturalWidth)", polling=10)
+                static.append(time.perf_counter() - begin)
+                page.close()
                 measure("single image from the grid", "web.py", ours[1], 13, look)
                 measure("filter by split", "web.py", ours[1], 48, choose)
                 measure("search", "web.py", search, 48, sentence)
@@ -170,6 +179,10 @@ def main():
             process.terminate()
             process.wait()
         shutil.rmtree(work)
+    for name in ("first page", "page flip", "single image by its address"):
+        spent = {"st.image(path) of the originals": rows[name]["plain"], "web.py": rows[name]["web.py"]}
+        limit = (statistics.median(static), "the same files as a static page") if "single" not in name else ()
+        report(args.rows, f"web page of 48 in a browser, {name}" if limit else f"web page, {name} (web.py: and 12 neighbours)", spent, *limit)
     print(f"\n{len(flowers.files):,} images, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f} at the end")
     print(f"{'seconds, median [least, most]':38s}{'plain':>20s}{'web.py':>20s}{'plain / web.py':>16s}")
     for name, ways in rows.items():
