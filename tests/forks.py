@@ -3,6 +3,7 @@
 `python tests/forks.py` is that process: it reads a JSON request a line, answers with the child's pid, and, when it has ended, with its exit code.
 It has one thread and has computed nothing when it forks, so a child is as good as a process of its own. `Forks` speaks to it.
 """
+import contextlib
 import json
 import os
 import resource
@@ -51,8 +52,9 @@ class Forks:
         return self.wait(patience)
 
     def kill(self, group: bool = True) -> None:
-        """SIGKILL, to the child and its own children or to it alone."""
-        (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
+        """SIGKILL, to the child and its own children or to it alone; it may just have ended."""
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
         self.ended(30)
 
     def close(self) -> None:

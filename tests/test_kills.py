@@ -110,11 +110,11 @@ class Story:
             while time.time() < until + (5 if writes < 1000 else 0) and len(seen) < writes and not self.forks.ended(0.001):
                 before, now = now, temporary(self.folders)
                 seen |= {(p, time.time()) for p in now - before}
-            if self.forks.ended():  # it was faster: the truth is reached, and the story begins anew
-                assert self.forks.code == 0, self.forks.wait()[2]
+            if not self.forks.ended():
+                self.forks.kill(group=not self.alone or self.kills % 3 > 0)
+            if self.forks.code != -9:  # it was faster: the truth is reached, and the story begins anew
                 self.finish()
                 continue
-            self.forks.kill(group=not self.alone or self.kills % 3 > 0)
             self.kills += 1
             self.half_written += bool(temporary(self.folders) - left)
             self.check()
