@@ -42,11 +42,16 @@ def memory(key: str) -> int:
 
 @pytest.fixture
 def survive(tally, request):
-    """survive(name, inputs, read, right): for every input, right(read(input), input) holds, or read ends in a UserError of one line."""
+    """survive(name, inputs, read, right): for every input, right(read(input), input) holds, or read ends in a UserError of one line.
+
+    The first input is whole, must be read, and does not count.
+    """
     def run(name, inputs, read, right, refuses=True):
         if sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
         before, slowest, refused, failures = memory("VmRSS"), 0.0, 0, []
+        inputs = iter(inputs)
+        assert right(read(first := next(inputs)), first)
         for i, data in enumerate(inputs):
             start = time.perf_counter()
             try:
@@ -64,7 +69,7 @@ def survive(tally, request):
         tally(name, i + 1, i + 1 - len(failures), f"{refused:,} refused in a line, {accepted:,} read right, slowest {slowest:.2f} s, at most +{grown} MB")
         assert not failures, f"{len(failures)} of {i + 1}:\n" + "\n".join(failures[:6])
         assert slowest < MOST_SECONDS and grown < MOST_MB
-        assert accepted and bool(refused) == refuses
+        assert bool(refused) == refuses
     return run
 
 
@@ -98,7 +103,7 @@ def test_jpegs(survive, count, tmp_path):
     def read(data):
         file.write_bytes(data)
         return pixels.read(file).permute(1, 2, 0).numpy()
-    survive("JPEG: pixels.read", (damaged("jpeg", i, JPEGS[i % len(JPEGS)]) for i in range(count)), read,
+    survive("JPEG: pixels.read", (damaged("jpeg", i, JPEGS[i % len(JPEGS)]) for i in range(count + 1)), read,
             lambda got, data: abs(got - by_pil(data)).max() <= 3)
 
 
@@ -108,7 +113,7 @@ def test_uploads(survive, count):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return got.dtype == np.uint8 and got.shape[0] * got.shape[1] <= gallery.MAX_PIXELS and np.array_equal(got, by_pil(data))
-    survive("uploads: gallery.open_picture", (damaged("upload", i, PICTURES[i % len(PICTURES)]) for i in range(count)), gallery.open_picture, right)
+    survive("uploads: gallery.open_picture", (damaged("upload", i, PICTURES[i % len(PICTURES)]) for i in range(count + 1)), gallery.open_picture, right)
 
 
 @counts
@@ -125,7 +130,7 @@ def test_thumbnails(survive, count, tmp_path):
     def right(got, data):  # a thumbnail has an eighth of the detail
         whole = Image.open(io.BytesIO(data)).convert("RGB")
         return got.shape == (160, 160, 3) and abs(got.mean((0, 1)) - np.asarray(whole).mean((0, 1))).max() < 40
-    survive("JPEG: gallery.thumbnail", (damaged("thumbnail", i, JPEGS[i % len(JPEGS)]) for i in range(count)), read, right)
+    survive("JPEG: gallery.thumbnail", (damaged("thumbnail", i, JPEGS[i % len(JPEGS)]) for i in range(count + 1)), read, right)
 
 
 def claims(data, width, height):
@@ -144,18 +149,21 @@ BOMBS = {"65,000 x 65,000": claims(JPEGS[0], 65000, 65000), "20,000 x 20,000": c
          "20,000 scans": many_scans(encoded("JPEG", size=(2000, 2000), progressive=True), 20_000)}
 
 
-@pytest.mark.parametrize("name", BOMBS)
-def test_a_picture_that_claims_too_much_is_refused_before_it_takes_memory_or_time(name, tmp_path):
-    """In a process that may have 3 GB of address space, most of which its libraries take; the picture would take 12.7 GB, or minutes."""
-    (tmp_path / "image_00001.jpg").write_bytes(BOMBS[name])
-    code = """import resource, sys, time; from pathlib import Path; from flowers import UserError, gallery, pixels
-        before, start, file = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter(), Path(sys.argv[1])
-        for read in (pixels.read, lambda f: gallery.open_picture(f.read_bytes())):
-            try: read(file); sys.exit("it was read")
-            except UserError as error: assert "pixels" in str(error) or "scans" in str(error), error
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000 and time.perf_counter() - start < 5"""
-    done = subprocess.run([sys.executable, "-c", re.sub("^ {8}", "", code, flags=re.M), str(tmp_path / "image_00001.jpg")], cwd=ROOT, capture_output=True,
-                          text=True, timeout=60)
+def test_pictures_that_claim_too_much_are_refused_before_they_take_memory_or_time(tmp_path):
+    """The first would take 12.7 GB, the last minutes."""
+    for i, data in enumerate(BOMBS.values()):
+        (tmp_path / f"image_{i:05d}.jpg").write_bytes(data)
+    code = """
+import resource, sys, time; from pathlib import Path; from flowers import UserError, gallery, pixels
+peak, start = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before = peak()
+for file in sorted(Path(sys.argv[1]).glob("*.jpg")):
+    for read in (pixels.read, lambda f: gallery.open_picture(f.read_bytes())):
+        try: read(file); sys.exit(f"{file} was read")
+        except UserError as error: assert any(word in str(error) for word in ("pixels", "scans", "DecompressionBomb")), error
+    assert gallery.thumbnail(file) == b"" or file.name == "image_00002.jpg"
+assert peak() - before < 50_000 and time.perf_counter() - start < 8"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
 
@@ -211,7 +219,7 @@ def test_mat(survive, small, tmp_path, name, kind, count):
         if name == "imagelabels.mat":
             return bytes(got[1]) in data and (got[0], *got[2:]) == (expected[0], *expected[2:])
         return all(np.array(sorted(ids), value["trnid"].dtype).tobytes() in data for ids in (got[3]["test"],))
-    survive(f"{name}, {kind}", (damaged(f"{name} {kind}", i, whole) for i in range(count)), reader(root, name), right)
+    survive(f"{name}, {kind}", (damaged(f"{name} {kind}", i, whole) for i in range(count + 1)), reader(root, name), right)
 
 
 @pytest.fixture
@@ -241,7 +249,7 @@ def test_the_original_layout(survive, original, name, count):
         first = min(map(min, filter(None, ids)))  # 0 or 1
         trnid, *rest = ([i + (first == 0) for i in own] for own in ids)
         return {k: [int(got[0][i - 1][6:11]) for i in v] for k, v in got[3].items()} == {"train": sorted(sum(rest, [])), "val": [], "test": sorted(trnid)}
-    survive(name, (damaged(name, i, whole, text=name.endswith("json")) for i in range(count)), reader(original, name, original / "split.json"), right)
+    survive(name, (damaged(name, i, whole, text=name.endswith("json")) for i in range(count + 1)), reader(original, name, original / "split.json"), right)
 
 
 @counts
@@ -261,7 +269,7 @@ def test_captions(survive, small, tmp_path, name, count):
             return got == expected
         told = {row["file"]: row["captions"] for row in map(json.loads, data.decode().rstrip("\n").split("\n"))}
         return got == [told[f.name] for f in files] and all(isinstance(s, str) for own in got for s in own)
-    survive(name, (damaged(name, i, whole, text=name.endswith("l")) for i in range(count)), read, right)
+    survive(name, (damaged(name, i, whole, text=name.endswith("l")) for i in range(count + 1)), read, right)
 
 
 def npy_claiming(shape):
@@ -289,12 +297,12 @@ LINE = b'{"file": "a", "captions": ["' + b"a" * (1 << 20) + b'"]}\n'
 
 
 @pytest.mark.parametrize("name, data", [
-    ("labels.npz", lambda: zipped("arr_0.npy", [npy_claiming((10 ** 9,)), *[MB] * 1000])),
+    ("labels.npz", lambda: zipped("arr_0.npy", [npy_claiming((10 ** 9,)), *[MB] * 300])),
     ("labels.npz", lambda: zipped("arr_0.npy", [npy_claiming((10 ** 13,))])),
-    ("imagelabels.mat", lambda: mat_claiming(300 << 20)), ("captions.jsonl.gz", lambda: gzip.compress(MB * 1000)),
-    ("captions.jsonl.gz", lambda: gzip.compress(LINE * 1000)), ("model.pt", lambda: zipped("model/data.pkl", [MB] * 1000)),
-], ids=["npz of 1 GB", "npz of nothing that claims 80 TB", "mat of 300 MB", "gzip of 1 GB of zeros", "gzip of 1 GB of lines", "zip of 1 GB as tensors"])
-def test_a_file_that_unpacks_to_too_much_is_refused_in_little_memory(original, name, data, tmp_path):
+    ("imagelabels.mat", lambda: mat_claiming(300 << 20)), ("captions.jsonl.gz", lambda: gzip.compress(MB * 300)),
+    ("captions.jsonl.gz", lambda: gzip.compress(LINE * 300, 1)), ("model.pt", lambda: zipped("model/data.pkl", [MB] * 300)),
+], ids=["npz", "npz of nothing that claims 80 TB", "mat", "gzip of zeros", "gzip of lines", "zip as tensors"])
+def test_a_file_that_unpacks_to_300_mb_is_refused_in_little_memory(original, name, data, tmp_path):
     path = (original if name != "model.pt" else tmp_path) / name
     if name == "imagelabels.mat":
         (original / "labels.npz").unlink()
@@ -364,7 +372,7 @@ def strange_tensor(t, rng):
 def damaged_state(name, i, state):
     """The bytes of a state dict in which something is missing, renamed or replaced; every second time its file is damaged instead."""
     rng = np.random.default_rng([i, zlib.crc32(name.encode())])
-    if i % 2:
+    if i % 2 or not i:
         return damaged(name, i, saved(state))
     state = dict(state)
     for _ in range(rng.choice([1, 1, 2])):
@@ -396,7 +404,7 @@ def test_state_dicts(survive, count, tmp_path):
         told = torch.load(io.BytesIO(data), weights_only=True)
         return got.keys() == told.keys() and all(torch.equal(got[k], told[k].float()) and torch.isfinite(got[k]).all() for k in got) and (
             not data.startswith(b"PK") or zipfile.ZipFile(io.BytesIO(data)).testzip() is None)
-    survive("model.pt: models.load_model", (damaged_state("model", i, state) for i in range(count)), read, right)
+    survive("model.pt: models.load_model", (damaged_state("model", i, state) for i in range(count + 1)), read, right)
 
 
 @counts
@@ -420,7 +428,7 @@ def test_classifiers(survive, count, tmp_path, kind):
         if kind == "prompt":
             return torch.equal(context, told["context"]) and templates == [strategies.template(len(context))]
         return torch.equal(head[0], told["weight"]) and torch.equal(head[1], told["bias"]) and templates == ["a {}"]
-    survive(f"classifier.pt, {kind}: strategies.load_head", (damaged_state(kind, i, state) for i in range(count)), read, right)
+    survive(f"classifier.pt, {kind}: strategies.load_head", (damaged_state(kind, i, state) for i in range(count + 1)), read, right)
 
 
 @counts
@@ -433,7 +441,7 @@ def test_checkpoints(survive, count, tmp_path):
              "seconds": 2.5}
 
     def inputs():
-        for i in range(count):
+        for i in range(count + 1):
             part = i % 4 == 2
             inner = {"model": dict(state["model"])}
             if part:
@@ -512,7 +520,7 @@ def test_runs_in_a_report(survive, count, two_runs, tmp_path, cli, name):
         return next((run for run in found if run.name == "one"), None)
 
     def right(run, data):
-        if data != whole and name != "predictions.csv" and json.loads(data) != json.loads(whole) and len(reports) < max(3, count // 40):
+        if data != whole and name != "predictions.csv" and json.loads(data) != json.loads(whole) and len(reports) < max(1, count // 40):
             outcome = cli("report.py", "--runs", two_runs, "--output", tmp_path / "report", "--bootstrap", 10)
             reports.append(outcome)
             assert outcome[0] == 0 and "Traceback" not in outcome[2], outcome[2]
@@ -522,7 +530,7 @@ def test_runs_in_a_report(survive, count, two_runs, tmp_path, cli, name):
         told = json.loads((two_runs / "one" / "result.json").read_text())
         accuracy = 100 * np.mean([row["label"] == row["top1"] for row in rows])
         return len(run.labels) == len(rows) == len({row["file"] for row in rows}) and abs(run.top1 - accuracy) < 0.01 and run.top1 == told["test/top1"]
-    survive(f"{name}: comparable.load", (damaged(f"run {name}", i, whole, text=True) for i in range(count)), read, right)
+    survive(f"{name}: comparable.load", (damaged(f"run {name}", i, whole, text=True) for i in range(count + 1)), read, right)
     assert reports or name == "predictions.csv"
 
 
@@ -544,7 +552,7 @@ def test_metrics(survive, count, tmp_path, capsys):
     def right(rows, data):
         told = [json.loads(line) for line in data.decode().split("\n") if line]
         return rows == [row for row in told if "train/loss" in row] and all(np.isfinite(row["train/loss"]) for row in rows)
-    survive("metrics.jsonl: runs.read_lines", (damaged("metrics", i, whole, text=True) for i in range(count)), read, right)
+    survive("metrics.jsonl: runs.read_lines", (damaged("metrics", i, whole, text=True) for i in range(count + 1)), read, right)
 
 
 @counts
@@ -564,7 +572,7 @@ def test_results(survive, count, two_runs, tmp_path, capsys):
         told = {row["name"]: row["test/top1"] for row in map(json.loads, filter(None, data.decode().split("\n")))
                 if row.get("architecture") == "tiny" and {"name", "test/top1"} <= set(row)}
         return sorted(v for by in series.values() for values in by.values() for v in values) == sorted(told.values())
-    survive("results.jsonl: test_models.read_accuracies", (damaged("results", i, whole, text=True) for i in range(count)), read, right)
+    survive("results.jsonl: test_models.read_accuracies", (damaged("results", i, whole, text=True) for i in range(count + 1)), read, right)
 
 
 @counts
@@ -590,7 +598,7 @@ def test_what_a_run_is_resumed_or_compared_by(survive, count, two_runs):
         said = [f"--{k}" if v is True else f"--{k}={v}" for k, v in told.items() if v not in (None, False) and not isinstance(v, list)]
         return told["job"] == "train" and set(said) - set(got) <= {f"--{k}={told.get(k)}" for k in ("runs", "wandb", "resume", "compare")}
     survive("args.json, result.json: runs.begun, results_of",
-            ((path, damaged("resumed", i, whole[path], text=True)) for i in range(count) for path in [(args, result)[i % 2]]), read, right)
+            ((path, damaged("resumed", i, whole[path], text=True)) for i in range(count + 1) for path in [(args, result)[i % 2]]), read, right)
 
 
 @counts
@@ -616,18 +624,19 @@ def test_predictions_on_the_page(survive, count, small, tmp_path):
             if row["label"] != NAMES[flowers.labels[places[row["file"]]]] or got.top[places[row["file"]]] != tuple(pairs) or not 0 <= pairs[0][1] <= 1:
                 return False
         return len(rows) == len(got.index) == len({row["file"] for row in rows})
-    survive("predictions.csv: gallery.read_predictions", (damaged("predictions", i, whole, text=True) for i in range(count)), read, right)
+    survive("predictions.csv: gallery.read_predictions", (damaged("predictions", i, whole, text=True) for i in range(count + 1)), read, right)
 
 
 # --- the page ---
 
 OPENED = []  # every file that this process opens while it is a list that is looked at
 sys.addaudithook(lambda event, arguments: OPENED.append(str(arguments[0])) if event == "open" else None)
-ADDRESS = {"view": ["browse", "runs", "search"], "class": NAMES, "split": ["all", "train", "test"], "ids": ["7, 20-30", "1-9"], "bars": ["hidden", "shown"],
-           "page": ["1", "2"], "image": ["7", "48"], "run": ["one", "two"], "other": ["one", "two"], "part": ["pictures", "classes", "confusion"],
-           "show": ["all", "right", "wrong", "changed", "mended", "broken"], "guess": NAMES, "order": ["id", "confidence"], "like": ["colours"], "q": ["a rose"]}
-HOSTILE = ["../secret", "../../secret/predictions.csv", "one/../../secret", "/etc/passwd", "file:///etc/passwd", "..%2fsecret", "<script>alert(1)</script>", "\x00", "-1",
-           "0", "9" * 400, "٣", "nan", "None", "1e999", "", "a" * 10_000, "\u202e😀", "'; --", "{}", "[" * 500, "$x$", "1-999999999", "-", ",,,", "0x7"]
+ADDRESS = {"view": ["browse", "runs", "search"], "class": NAMES, "split": ["all", "train", "test"], "ids": ["7, 20-30", "1-9"],
+           "page": ["1", "2"], "bars": ["hidden", "shown"], "image": ["7", "48"], "run": ["one", "two"], "other": ["one", "two"],
+           "part": ["pictures", "classes", "confusion"], "show": ["all", "right", "wrong", "changed", "mended", "broken"],
+           "guess": NAMES, "order": ["id", "confidence"], "like": ["colours"], "q": ["a rose"]}
+HOSTILE = ["../secret", "../../secret/predictions.csv", "one/../../secret", "/etc/passwd", "file:///etc/passwd", "..%2fsecret", "\x00",
+           "<script>alert(1)</script>", "-1", "0", "9" * 400, "٣", "nan", "None", "1e999", "", "a" * 10_000, "\u202e😀", "'; --", "{}", "[" * 500, "$x$", "1-999999999", "-", ",,,", "0x7"]
 
 
 @counts
@@ -646,12 +655,14 @@ def test_addresses(survive, count, small, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["web.py", "--data_root", str(small), "--runs", str(folder)])
 
     def address(i):
-        rng = random.Random(f"address {i}")
-        found = {}
+        rng, found = random.Random(f"address {i}"), {}
+        if not i:
+            return found
         for key in rng.sample(list(ADDRESS), rng.choice([1, 2, 4, len(ADDRESS)])):
             value = rng.choice(ADDRESS[key])
             how = rng.random()
-            found[key] = value if how < 0.4 else rng.choice(HOSTILE) if how < 0.8 else damaged(f"address {key}", i, value.encode(), True).decode("latin-1")[:20_000]
+            strange = damaged(f"address {key}", i, value.encode(), text=True).decode("latin-1")[:20_000]
+            found[key] = value if how < 0.4 else rng.choice(HOSTILE) if how < 0.8 else strange
         if rng.random() < 0.1:
             found[rng.choice(["run", "class", "page", "unknown", "__proto__"])] = [rng.choice(HOSTILE), "b"]
         return found
@@ -669,9 +680,10 @@ def test_addresses(survive, count, small, tmp_path, monkeypatch):
     def right(at, address):
         pictures = [picture for e in at.get("bidi_component") for picture in json.loads(e.proto.json)]
         again = {k: str(np.ravel(v)[0]) for k, v in at.query_params.items()}
-        return (all(1 <= p["id"] <= 48 for p in pictures) and not any("secret" in Path(path).resolve().parts or path.startswith("/etc/passwd") for path in OPENED)
+        outside = [path for path in OPENED if path.startswith("/etc/passwd") or "\0" not in path and "secret" in Path(path).resolve().parts]
+        return (all(1 <= p["id"] <= 48 for p in pictures) and not outside
                 and all(again[k] in ADDRESS[k] or k in ("ids", "q", "image", "page") for k in again))
-    survive("addresses: web.py", map(address, range(count)), read, right, refuses=False)
+    survive("addresses: web.py", map(address, range(count + 1)), read, right, refuses=False)
 
 
 # --- names ---
@@ -683,7 +695,7 @@ TEMPLATES = ['a {photo} of "{}", 50% $5$', "one_{{}}_{} & <i>\\x|y</i> #~^\n,two
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("odd") / "data", names=ODD)
+    return write_dataset(tmp_path_factory.mktemp("odd") / "data", per_class=4, names=ODD)
 
 
 def read_csv(path):
@@ -695,18 +707,13 @@ def read_csv(path):
 def odd_runs(odd):
     """Two runs that differ in the template alone, and the evaluation of the first."""
     folder = odd.parent / "runs"
-    common = ["--data_root", str(odd), "--runs", str(folder), "--wandb", "disabled"]
-    for i, template in enumerate(TEMPLATES):
-        assert run_script("train.py", *common, "--architecture", "tiny", "--epochs", "1", "--name", f"t{i}", "--prompt_template", template) == ""
-    assert run_script("baseline_eval.py", *common, "--architecture", str(folder / "t0"), "--name", "e", "--prompt_template", TEMPLATES[0],
-                      "--prompt_template", TEMPLATES[1]) == ""
+    common = ["--data_root", str(odd), "--runs", str(folder), "--wandb", "disabled", "--architecture"]
+    scripts = [["train.py", *common, "tiny", "--epochs", "1", "--name", f"t{i}", "--prompt_template", template] for i, template in enumerate(TEMPLATES)]
+    for script in [*scripts, ["baseline_eval.py", *common, str(folder / "t0"), "--name", "e", *(x for t in TEMPLATES for x in ("--prompt_template", t))]]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", script)
+            runpy.run_path(str(ROOT / script[0]), run_name="__main__")
     return folder
-
-
-def run_script(name, *arguments):
-    """What a script says after it failed; nothing after it did not."""
-    done = subprocess.run([sys.executable, ROOT / name, *arguments], capture_output=True, text=True)
-    return done.stderr[-2000:] if done.returncode else ""
 
 
 def test_odd_names_and_templates_go_through_training_and_evaluation(odd, odd_runs):
@@ -743,9 +750,10 @@ def test_odd_names_and_templates_in_a_report(odd_runs, tmp_path, cli):
 
 
 def test_odd_names_in_the_exploration_scripts(odd, odd_runs, tmp_path, cli):
-    for script, *arguments in (["dataset_Description.py"], ["class_distribution.py", "--all"], ["class_distribution.py", *(x for n in ODD[2:] for x in ("--class", n))],
+    for script, *arguments in (["dataset_Description.py"], ["class_distribution.py", "--all"],
+                               ["class_distribution.py", *(x for n in ODD[2:] for x in ("--class", n))],
                                *(["class_distribution.py", "--class", name] for name in ODD[4:8:3]), ["isomap.py", "--labels"],
-                               ["isomap.py", "--level", "image", "--run", odd_runs / "t0"]):
+                               ["isomap.py", "--level", "image", "--n_neighbors", "4", "--run", odd_runs / "t0"]):
         code, out, err = cli(f"data_Exploration/{script}", "--data_root", odd, "--output", tmp_path / "figures", *arguments)
         assert code == 0, err
     assert {p.parent for p in tmp_path.rglob("*.png")} == {tmp_path / "figures"} and len(list(tmp_path.rglob("*.png"))) == 7
@@ -766,8 +774,11 @@ def test_odd_names_on_the_page(odd, odd_runs, monkeypatch):
         at = page(**{"class": name, "bars": "shown"})
         pictures, = (json.loads(e.proto.json) for e in at.get("bidi_component"))
         assert [p["lines"] for p in pictures] == [[f"{i + 1} {name}"] for i in np.flatnonzero(flowers.labels == c)]
+        if c not in (4, 5, 6):
+            continue
         plain = page(image=str(int(np.flatnonzero(flowers.labels == c)[0]) + 1)).subheader[0].value
-        assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", plain) == " ".join(name.split()) and not re.search(r"(?<!\\)[*_`\[<$]", plain.replace("\\\\", ""))
+        assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", plain) == " ".join(name.split())
+        assert not re.search(r"(?<!\\)[*_`\[<$]", plain.replace("\\\\", ""))
     for part in ("pictures", "classes", "confusion"):
         page(view="runs", run="t0", other="t1", part=part)
     first = gallery.read_predictions(odd_runs / "t0", flowers)
