@@ -188,7 +188,7 @@ def read_captions(path: str | Path, files: tuple[Path, ...]) -> list[list[str]]:
 
 def read_mat(path: Path) -> dict[str, np.ndarray]:
     """The real numeric matrices of a MATLAB file by name. Raises ValueError or zlib.error if it is damaged, as far as that shows: what is
-    compressed has a checksum. scipy's reader takes the process down with it at one damaged file in a few hundred.
+    compressed has a checksum. scipy's reader takes the process down with it at about one damaged file in a hundred.
 
     Source: MathWorks, MAT-File Format (Level 5), R2024b.
     """

@@ -194,9 +194,10 @@ def begun(folder: Path, job: str) -> dict | None:
 
 
 def as_flags(stored: dict) -> list[str]:
-    """The command line that says the same, so that what a file holds is checked as what a user types."""
+    """The command line that says the same, so that what a file holds is checked as what a user types. A list of texts is a flag given so often."""
     return [flag for key, value in stored.items() if value not in (None, False)
-            for flag in ([f"--{key}"] if value is True else [f"--{key}={v}" for v in (value if isinstance(value, list) else [value])])]
+            for flag in ([f"--{key}"] if value is True else [f"--{key}={v}" for v in value] if isinstance(value, list) and {*map(type, value)} == {str}
+                         else [f"--{key}={value}"])]
 
 
 def results_of(run: str | Path, split: str) -> dict:

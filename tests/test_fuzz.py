@@ -21,7 +21,7 @@ import pytest
 import scipy.io
 import torch
 from clip.model import CLIP
-from conftest import NAMES, ROOT, write_dataset
+from conftest import NAMES, ROOT, error_line, write_dataset
 from damage import damaged
 from PIL import Image
 from test_report import write_run
@@ -636,7 +636,8 @@ ADDRESS = {"view": ["browse", "runs", "search"], "class": NAMES, "split": ["all"
            "part": ["pictures", "classes", "confusion"], "show": ["all", "right", "wrong", "changed", "mended", "broken"],
            "guess": NAMES, "order": ["id", "confidence"], "like": ["colours"], "q": ["a rose"]}
 HOSTILE = ["../secret", "../../secret/predictions.csv", "one/../../secret", "/etc/passwd", "file:///etc/passwd", "..%2fsecret", "\x00",
-           "<script>alert(1)</script>", "-1", "0", "9" * 400, "٣", "nan", "None", "1e999", "", "a" * 10_000, "\u202e😀", "'; --", "{}", "[" * 500, "$x$", "1-999999999", "-", ",,,", "0x7"]
+           "<script>alert(1)</script>", "-1", "0", "9" * 400, "٣", "nan", "None", "1e999", "", "a" * 10_000, "\u202e😀", "'; --", "{}", "[" * 500,
+           "$x$", "1-999999999", "-", ",,,", "0x7"]
 
 
 @counts
@@ -684,6 +685,116 @@ def test_addresses(survive, count, small, tmp_path, monkeypatch):
         return (all(1 <= p["id"] <= 48 for p in pictures) and not outside
                 and all(again[k] in ADDRESS[k] or k in ("ids", "q", "image", "page") for k in again))
     survive("addresses: web.py", map(address, range(count + 1)), read, right, refuses=False)
+
+
+# --- what was found, each with the input that showed it ---
+
+def mat_with(at, value):
+    """The bytes of a plain imagelabels.mat, one of them changed."""
+    scipy.io.savemat(out := io.BytesIO(), {"labels": (np.arange(48) % 6 + 1).astype(np.uint8)[None]})
+    return out.getvalue()[:at] + bytes([value]) + out.getvalue()[at + 1:]
+
+
+def npz_of(labels):
+    np.savez(out := io.BytesIO(), labels)
+    return out.getvalue()
+
+
+DEEP = "[" * 100_000
+FOUND = {  # file: what takes its place, and a word of what is said
+    "scipy's reader crashed": ("imagelabels.mat", lambda: mat_with(185, 8), "imagelabels.mat can't be read"),
+    "of a checksum that scipy does not compare": ("imagelabels.mat", lambda: mat_claiming(48)[:-1] + b"x", "imagelabels.mat can't be read"),
+    "names were sought up to a huge label": ("labels.npz", lambda: npz_of(np.full(48, 10 ** 9)), "no name for class 7"),
+    "a NaN warned": ("split.json", lambda: b'{"trnid": [1, NaN], "valid": [2], "tstid": [3]}', "not whole numbers"),
+    "deep names": ("cat_to_name.json", lambda: f'{{"1": {DEEP}'.encode(), "nested too deeply"),
+    "a name of no text": ("cat_to_name.json", lambda: json.dumps({i: None if i == 3 else str(i) for i in range(1, 7)}).encode(), "no name for class 3"),
+    "names in a list": ("cat_to_name.json", lambda: b'["rose"]', "cat_to_name.json can't be read"),
+}
+
+
+@pytest.mark.parametrize("fault", FOUND)
+def test_damage_that_was_found_in_the_index(original, small, fault):
+    name, data, said = FOUND[fault]
+    if name == "imagelabels.mat":
+        (original / "labels.npz").unlink()
+    (original / name).write_bytes(data())
+    with pytest.raises(UserError, match=said):
+        index_of(original, original / "split.json")
+
+
+@pytest.mark.parametrize("name", ["imagelabels.mat", "setid.mat", "cat_to_name.json"])
+def test_a_folder_in_the_place_of_a_file(small, tmp_path, cli, name):
+    root = shutil.copytree(small, tmp_path / "d", ignore=shutil.ignore_patterns(".cache"))
+    (root / name).unlink()
+    (root / name).mkdir()
+    assert name in error_line(cli("flowers.data", "--data_root", root))
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"file": "a", "captions": "abc"}', '{"file": "a", "captions": [null]}', '{"file": [], "captions": ["x"]}',
+                                  '{"file": "a", "captions": [" "]}', "7"], ids=range(6))
+def test_damage_that_was_found_in_captions(tmp_path, line):
+    (tmp_path / "captions.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="damaged after"):
+        read_captions(tmp_path / "captions.jsonl", (Path("a"),))
+    packed = bytearray(gzip.compress(b'{"file": "a", "captions": ["x"]}\n' * 9, mtime=0))
+    packed[12] ^= 0xFF  # zlib.error
+    (tmp_path / "captions.jsonl.gz").write_bytes(packed)
+    with pytest.raises(UserError, match="damaged after"):
+        read_captions(tmp_path / "captions.jsonl.gz", (Path("a"),))
+
+
+def test_damage_that_was_found_in_tensors(tmp_path):
+    path, state = tmp_path / "model.pt", tiny_clip().state_dict()
+    whole = saved(state)
+    middle = whole.index(state["token_embedding.weight"].numpy().tobytes()[:64]) + 1000
+    name = "visual.conv1.weight"
+    nan = state[name].clone()
+    nan[0, 0, 0, 0] = float("nan")
+    cases = {"checksum": whole[:middle] + bytes([whole[middle] ^ 64]) + whole[middle + 1:], "not finite": saved(state | {name: nan}),
+             "complex": saved(state | {name: state[name] + 0j}), "another kind": saved(state | {name: state[name].long()}), "sparse": saved(
+                 state | {name: state[name].to_sparse()}), "larger than its numbers": saved(state | {name: torch.zeros(1).expand(10 ** 5, 3, 8, 8)}),
+             "can't be read": whole.replace(b"archive/data.pkl", b"archive/\xffata.pkl"), "not the state dict": saved(
+                 {k: v[:65] if k == "text_projection" else v for k, v in state.items()} | {"positional_embedding": torch.zeros(77, 130)})}
+    for said, data in cases.items():
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=said):
+            models.load_model(str(path))
+    path.write_bytes(whole)
+    assert torch.equal(models.load_model(str(path)).state_dict()[name], state[name])
+    torch.save({}, tmp_path / "classifier.pt")  # was taken for none
+    with pytest.raises(UserError, match="classifier.pt is damaged"):
+        strategies.load_head(str(tmp_path), tiny_clip(), ["rose"], None, "a {}")
+
+
+def test_damage_that_was_found_in_runs(two_runs, cli, small, tmp_path):
+    read_accuracies = runpy.run_path(str(ROOT / "test_models.py"), run_name="test_models")["read_accuracies"]
+    (two_runs / "results.jsonl").write_text('{"name": "a", "architecture": "tiny", "test/top1": 50.0}\n'
+                                            '{"name": "b", "architecture": "tiny", "test/top1": 9e9}\n')
+    assert read_accuracies(two_runs / "results.jsonl", ["tiny"]) == {"full": {"tiny": [50.0]}}  # no `splits`, and 9,000 million percent
+    for run, other in (("one", "two"), ("two", "one")):  # each started from the other, for ever
+        for name in ("args.json", "result.json"):
+            path = two_runs / run / name
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"architecture": f"runs/{other}"}))
+    found, notes = comparable.load(two_runs)
+    comparable.resolve(found)
+    assert not notes and len(found) == 2
+    lines = (two_runs / "one" / "predictions.csv").read_text().splitlines()
+    (two_runs / "one" / "predictions.csv").write_text("\n".join(lines[:-1]))
+    assert "disagree" in comparable.load(two_runs)[1][0]
+    for content in ("", "file,label\na,b\n", "file,label,top1\na,b\n", "file,label,top1\na,b,c\na,b,c\n", 'file,label,top1\n"a'):
+        (two_runs / "one" / "predictions.csv").write_text(content)
+        assert "predictions.csv" in error_line(cli("data_Exploration/isomap.py", "--data_root", small, "--level", "image", "--run", two_runs / "one"))
+
+
+@pytest.mark.parametrize("key, value", [("splits", "swappee"), ("blocks", "x"), ("epochs", 1.5), ("prompt_template", [["a"]]), ("lr", "fast"), ("seed", -1),
+                                        ("strategy", None), ("data_root", 7), ("views", [1, 2])])
+def test_a_run_with_damaged_arguments_is_not_resumed(small, tmp_path, cli, key, value):
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    arguments = {"job": "train", "data_root": str(small), "architecture": "tiny", "epochs": 0, "processes": 1, "seed": 0, "name": "a"}
+    (folder / "args.json").write_text(json.dumps(arguments | {key: value}))
+    code, _, err = cli("train.py", "--resume", folder, "--wandb", "disabled")
+    assert "Traceback" not in err and (code == 2 and "error: " in err or (key, code) == ("strategy", 0)), err  # None: the default
 
 
 # --- names ---
