@@ -195,7 +195,7 @@ def begun(folder: Path, job: str) -> dict | None:
 
 def as_flags(stored: dict) -> list[str]:
     """The command line that says the same, so that what a file holds is checked as what a user types. A list of texts is a flag given so often."""
-    return [flag for key, value in stored.items() if value not in (None, False)
+    return [flag for key, value in stored.items() if value is not None and value is not False
             for flag in ([f"--{key}"] if value is True else [f"--{key}={v}" for v in value] if isinstance(value, list) and {*map(type, value)} == {str}
                          else [f"--{key}={value}"])]
 

@@ -595,7 +595,7 @@ def test_what_a_run_is_resumed_or_compared_by(survive, count, two_runs):
         told = json.loads(data)
         if path == result:
             return got == {k[5:]: v for k, v in told.items() if k.startswith("test/")} and all(0 <= v <= 100 for k, v in got.items() if k != "n")
-        said = [f"--{k}" if v is True else f"--{k}={v}" for k, v in told.items() if v not in (None, False) and not isinstance(v, list)]
+        said = [f"--{k}" if v is True else f"--{k}={v}" for k, v in told.items() if v is not None and v is not False and not isinstance(v, list)]
         return told["job"] == "train" and set(said) - set(got) <= {f"--{k}={told.get(k)}" for k in ("runs", "wandb", "resume", "compare")}
     survive("args.json, result.json: runs.begun, results_of",
             ((path, damaged("resumed", i, whole[path], text=True)) for i in range(count + 1) for path in [(args, result)[i % 2]]), read, right)
@@ -784,6 +784,11 @@ def test_damage_that_was_found_in_runs(two_runs, cli, small, tmp_path):
     for content in ("", "file,label\na,b\n", "file,label,top1\na,b\n", "file,label,top1\na,b,c\na,b,c\n", 'file,label,top1\n"a'):
         (two_runs / "one" / "predictions.csv").write_text(content)
         assert "predictions.csv" in error_line(cli("data_Exploration/isomap.py", "--data_root", small, "--level", "image", "--run", two_runs / "one"))
+
+
+def test_arguments_as_flags():
+    assert runs.as_flags({"a": 0, "b": None, "c": False, "d": True, "e": ["x {}", "--y"], "f": 1e-5, "g": ""}) == [
+        "--a=0", "--d", "--e=x {}", "--e=--y", "--f=1e-05", "--g="]
 
 
 @pytest.mark.parametrize("key, value", [("splits", "swappee"), ("blocks", "x"), ("epochs", 1.5), ("prompt_template", [["a"]]), ("lr", "fast"), ("seed", -1),
