@@ -80,7 +80,7 @@ def main():
         stored = runs.begun(folder, "qwen_eval")
         if stored is None:
             return
-        parser.parse_args(runs.as_flags({k: v for k, v in stored.items() if k in vars(args)}), args)
+        vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
     trained = Path(args.adapter) / "args.json" if args.adapter else None
     trained = json.loads(trained.read_text()) if trained and trained.is_file() else {}
     for flag, usual in (("model", qwen_models.DEFAULT), ("max_pixels", 512 * 512), ("answer", "brief")):

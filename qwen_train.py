@@ -63,7 +63,7 @@ def main():
         stored = runs.begun(folder, "qwen_train")
         if stored is None:
             return
-        parser.parse_args(runs.as_flags({k: v for k, v in stored.items() if k in vars(args)}), args)
+        vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
     tiny = args.model == "tiny"
     for flag, usual, for_tiny in (("rank", 8, 16), ("also_train", [], ["visual"]), ("epochs", 3, 12), ("batch_size", 16, 32), ("lr", 1e-4, 1e-3)):
         if getattr(args, flag) is None:

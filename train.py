@@ -82,7 +82,8 @@ def main():
         stored = runs.begun(folder, "train")
         if stored is None:
             return
-        parser.parse_args(runs.as_flags({k: v for k, v in stored.items() if k in vars(args)}), args)
+        flags = runs.as_flags({k: v for k, v in stored.items() if k in vars(args)})
+        args = parser.parse_args([*flags, f"--resume={folder}", f"--wandb={args.wandb}"])
     from_random = args.architecture in RANDOM
     image_blocks, text_blocks = strategies.cuts(args.strategy, args.blocks)  # where the frozen part of each tower ends
     if args.strategy == "prompt" and not args.resume and (args.captions or args.prompt_template):

@@ -110,7 +110,7 @@ def main():
     else:
         images = sum((flowers.labels == c).sum() for c in chosen)
         title = f"Colours of {'the ' + next(iter(rows)) if len(rows) == 1 else f'{len(rows)} classes'}, in {under} of {images} images"
-        names = "_".join(re.sub(r"[^\w.]+", "-", name)[:24] for name in rows)
+        names = "_".join(re.sub(r"[^\w.]+", "-", name) for name in rows).encode()[:200].decode(errors="ignore")  # a file's name has 255 bytes
         path = draw_classes(rows, args.output / f"colours_{names}.png", args.pdf, title)
     print(f"saved {path}")
     if args.show:

@@ -97,7 +97,7 @@ def open_picture(data: bytes) -> np.ndarray:
             warnings.simplefilter("ignore")  # PIL's own word on large pictures; ours follows
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
                 width, height = image.size  # known from the header, before anything is decoded
-                scans = data.count(b"\xff\xda") if image.format == "JPEG" else 1  # each decodes all pixels anew
+                scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 1  # each decodes all pixels anew
                 if width * height <= MAX_PIXELS and max(width, height) <= MAX_ASPECT * min(width, height) and scans <= MAX_SCANS:
                     return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # PIL raises a dozen kinds at damaged files
