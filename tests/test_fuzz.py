@@ -164,7 +164,7 @@ for file in sorted(Path(sys.argv[1]).glob("*.jpg")):
     for read in (pixels.read, lambda f: gallery.open_picture(f.read_bytes())):
         try: read(file); sys.exit(f"{file} was read")
         except UserError as error: assert any(word in str(error) for word in ("pixels", "scans", "DecompressionBomb")), error
-    assert gallery.thumbnail(file) == b"" or file.name == "image_00002.jpg"
+    assert gallery.thumbnail(file) == b""
 assert peak() - before < 50_000 and time.perf_counter() - start < 8"""
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
