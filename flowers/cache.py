@@ -58,7 +58,7 @@ def cached(path: Path, key: bytes, shape: tuple[int, ...], dtype: str, rows: Cal
 def _problem(path: Path, key: bytes, shape: tuple[int, ...], dtype: str) -> str:
     """What is wrong with a cache file, or the empty string. Behind the array stand the key and a checksum."""
     try:
-        data = np.lib.format.open_memmap(path, mode="r")
+        data = np.load(path, mmap_mode="r")
         with path.open("rb") as file:
             file.seek(-36, os.SEEK_END)
             trailer = file.read()

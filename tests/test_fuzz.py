@@ -147,7 +147,7 @@ def many_scans(data, scans):
 
 MPO = b"\xff\xe2\x00\x5aMPF\0" + b"II*\0\x08\0\0\0" + b"\x03\0" + b"\0\xb0\x07\0\4\0\0\0" + b"0100" + b"\1\xb0\4\0\1\0\0\0\2\0\0\0" + (
     b"\2\xb0\7\0\x20\0\0\0\x32\0\0\0" + bytes(4) + bytes(32))
-BOMBS = {"65,000 x 65,000": claims(JPEGS[0], 65000, 65000), "20,000 x 20,000": claims(JPEGS[0], 20000, 20000),
+BOMBS = {"65,000 x 65,000": claims(JPEGS[0], 65000, 65000), "10,000 x 10,000": claims(JPEGS[0], 10000, 10000),
          "20,000 scans": many_scans(encoded("JPEG", size=(2000, 2000), progressive=True), 20_000)}
 BOMBS["20,000 scans, of several pictures"] = BOMBS["20,000 scans"][:2] + MPO + BOMBS["20,000 scans"][2:]
 
@@ -295,6 +295,15 @@ def zipped(name, chunks):
     return out.getvalue()
 
 
+def tensors_of_zeros():
+    """300 MB of them, packed: torch never does so, but would read it."""
+    archive = zipfile.ZipFile(io.BytesIO(saved({"a": torch.zeros(300 << 18)})))
+    with zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    return out.getvalue()
+
+
 MB = bytes(1 << 20)
 LINE = b'{"file": "a", "captions": ["' + b"a" * (1 << 20) + b'"]}\n'
 
@@ -303,7 +312,7 @@ LINE = b'{"file": "a", "captions": ["' + b"a" * (1 << 20) + b'"]}\n'
     ("labels.npz", lambda: zipped("arr_0.npy", [npy_claiming((10 ** 9,)), *[MB] * 300])),
     ("labels.npz", lambda: zipped("arr_0.npy", [npy_claiming((10 ** 13,))])),
     ("imagelabels.mat", lambda: mat_claiming(300 << 20)), ("captions.jsonl.gz", lambda: gzip.compress(MB * 300)),
-    ("captions.jsonl.gz", lambda: gzip.compress(LINE * 300, 1)), ("model.pt", lambda: zipped("model/data.pkl", [MB] * 300)),
+    ("captions.jsonl.gz", lambda: gzip.compress(LINE * 300, 1)), ("model.pt", tensors_of_zeros),
 ], ids=["npz", "npz of nothing that claims 80 TB", "mat", "gzip of zeros", "gzip of lines", "zip as tensors"])
 def test_a_file_that_unpacks_to_300_mb_is_refused_in_little_memory(original, name, data, tmp_path):
     path = (original if name != "model.pt" else tmp_path) / name
@@ -707,6 +716,8 @@ DEEP = "[" * 100_000
 FOUND = {  # file: what takes its place, and a word of what is said
     "scipy's reader crashed": ("imagelabels.mat", lambda: mat_with(185, 8), "imagelabels.mat can't be read"),
     "of a checksum that scipy does not compare": ("imagelabels.mat", lambda: mat_claiming(48)[:-1] + b"x", "imagelabels.mat can't be read"),
+    "packed and cut off": ("imagelabels.mat", lambda: (whole := mat_claiming(48))[:132] + (len(whole) - 140).to_bytes(4, "little") + whole[136:-4],
+                           "imagelabels.mat can't be read"),
     "names were sought up to a huge label": ("labels.npz", lambda: npz_of(np.full(48, 10 ** 9)), "no name for class 7"),
     "a NaN warned": ("split.json", lambda: b'{"trnid": [1, NaN], "valid": [2], "tstid": [3]}', "not whole numbers"),
     "deep names": ("cat_to_name.json", lambda: f'{{"1": {DEEP}'.encode(), "nested too deeply"),
@@ -784,6 +795,13 @@ def test_damage_that_was_found_in_runs(two_runs, cli, small, tmp_path):
     lines = (two_runs / "one" / "predictions.csv").read_text().splitlines()
     (two_runs / "one" / "predictions.csv").write_text("\n".join(lines[:-1]))
     assert "disagree" in comparable.load(two_runs)[1][0]
+    flowers = open_flowers(small)
+    (first, label), (second, _) = ((flowers.files[i].name, flowers.class_names[flowers.labels[i]]) for i in (0, 1))
+    head, row = "file,label,top1,score1\n", f"{first},{label},{label},0.5\n"
+    for rows in (row + row, row + f"{second},tulip,rose,0.5\n", row.replace("0.5", "1.5"), row.replace("0.5", "nan")):
+        (two_runs / "one" / "predictions.csv").write_text(head + rows)
+        with pytest.raises(UserError, match="predictions.csv is damaged"):
+            gallery.read_predictions(two_runs / "one", flowers)
     for content in ("", "file,label\na,b\n", "file,label,top1\na,b\n", "file,label,top1\na,b,c\na,b,c\n", 'file,label,top1\n"a'):
         (two_runs / "one" / "predictions.csv").write_text(content)
         assert "predictions.csv" in error_line(cli("data_Exploration/isomap.py", "--data_root", small, "--level", "image", "--run", two_runs / "one"))
