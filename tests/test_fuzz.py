@@ -654,7 +654,7 @@ HOSTILE = ["../secret", "../../secret/predictions.csv", "one/../../secret", "/et
            "$x$", "1-999999999", "-", ",,,", "0x7"]
 
 
-@counts
+@pytest.mark.parametrize("count", [8, pytest.param(1000, marks=pytest.mark.slow)])  # a third of a second each
 def test_addresses(survive, count, small, tmp_path, monkeypatch):
     """The page of any address has no error but one sentence, shows only images of the dataset, and opens no file beside data and runs."""
     import random
