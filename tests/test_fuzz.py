@@ -470,6 +470,8 @@ def test_checkpoints(survive, count, tmp_path):
         told = torch.load(io.BytesIO(data), weights_only=True)
         return got[0] == (told["epoch"], told["seconds"]) and told["start"] == "abc" and all(torch.isfinite(p).all() for p in got[1].values())
     survive("checkpoint.pt: train.restore", inputs(), read, right)
+    with pytest.raises(UserError, match="trains other parameters"):
+        read(saved(state | {"model": {}}))
 
 
 # --- what is kept ---
@@ -652,7 +654,7 @@ HOSTILE = ["../secret", "../../secret/predictions.csv", "one/../../secret", "/et
            "$x$", "1-999999999", "-", ",,,", "0x7"]
 
 
-@counts
+@pytest.mark.parametrize("count", [8, pytest.param(1000, marks=pytest.mark.slow)])  # a third of a second each
 def test_addresses(survive, count, small, tmp_path, monkeypatch):
     """The page of any address has no error but one sentence, shows only images of the dataset, and opens no file beside data and runs."""
     import random
@@ -804,6 +806,8 @@ def test_damage_that_was_found_in_runs(two_runs, cli, small, tmp_path):
             gallery.read_predictions(two_runs / "one", flowers)
     for content in ("", "file,label\na,b\n", "file,label,top1\na,b\n", "file,label,top1\na,b,c\na,b,c\n", 'file,label,top1\n"a'):
         (two_runs / "one" / "predictions.csv").write_text(content)
+        with pytest.raises(ValueError, match="predictions.csv (is damaged|lacks answers)"):
+            comparable.answers(two_runs / "one")
         assert "predictions.csv" in error_line(cli("data_Exploration/isomap.py", "--data_root", small, "--level", "image", "--run", two_runs / "one"))
 
 
@@ -825,7 +829,7 @@ def test_a_run_with_damaged_arguments_is_not_resumed(small, tmp_path, cli, key, 
 
 # --- names ---
 
-ODD = ['rose "Peace", pink', "l'été; d'Or", "ünïcode 花 🌸 \u202e", "{} {0} {name} %s", "50% a_b & c #1 $x$ $\\frac ~^\\", "=1+1|' `x`", "<b>bold</b> [x](http://a.b)",
+ODD = ['rose "Peace", pink', "l'été; d'Or", "ünïcode 花 🌸 \u202e", "{} {0} {name} %s", "50% a_b & c #1 $x$ $\\frac$ ~^\\", "=1+1|' `x`", "<b>bold</b> [x](http://a.b)",
        "../up/and *away*", "two\nlines\ttab", "\u2028,\",\\\""]
 TEMPLATES = ['a {photo} of "{}", 50% $5$', "one_{{}}_{} & <i>\\x|y</i> #~^\n,two"]
 
