@@ -7,13 +7,12 @@ Three views: Browse (filters, grid, one image), Runs (predictions of one or two 
 The address of the page always opens the same view again. Nothing is written but thumbnails and features, to the dataset's `.cache/`.
 """
 import argparse
-import base64
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import streamlit as st
 from starlette.formparsers import MultiPartParser
 
@@ -31,8 +30,8 @@ S = st.session_state
 
 
 @st.cache_resource(show_spinner=False)
-def pictures_component():
-    return st.components.v2.component("pictures", **panels.GRID)
+def element():
+    return st.components.v2.component("flowers", **panels.ELEMENT)
 
 
 @st.cache_resource(show_spinner="opening the dataset; the sample is drawn the first time, which takes 20 s", max_entries=2)
@@ -96,15 +95,28 @@ def write_address() -> None:
 
 # --- pieces of the page ---
 
+def draw(html: str, key: str, opened=None) -> None:
+    """HTML of panels; opened: what is done with the value of what is clicked."""
+    element()(key=key, data=html.encode(), on_open_change=lambda: opened(S[key]["open"]))
+
+
 def picture_grid(data: gallery.Data, index: np.ndarray, key: str, lines=lambda i: []) -> None:
     """Thumbnails that open their image; lines: what stands under the image's id and class."""
     flowers, ids, _, thumbnails, _ = data
-    shown = []
-    for i in index:
-        jpeg = thumbnails[i]
-        shown.append({"id": int(ids[i]), "src": "data:image/jpeg;base64," + base64.b64encode(jpeg).decode() if jpeg else "",
-                      "lines": [f"{ids[i]} {flowers.class_names[flowers.labels[i]]}", *lines(i)]})
-    pictures_component()(key=key, data=shown, on_open_change=lambda: go(image=S[key]["open"]))
+    with ThreadPoolExecutor() as pool:  # where they are not yet kept
+        jpegs = pool.map(thumbnails.__getitem__, index)
+    draw(panels.pictures((ids[i], jpeg, [f"{ids[i]} {flowers.class_names[flowers.labels[i]]}", *lines(i)]) for i, jpeg in zip(index, jpegs)), key,
+         lambda value: go(image=int(value)))
+
+
+def buttons(label: str, options, key: str, change=refilter) -> None:
+    """One of a few."""
+    st.segmented_control(label, options, key=key, on_change=change, required=True, wrap=True)
+
+
+def pick(label: str, options, key: str, placeholder: str = "all classes") -> None:
+    """One of many, or none: type to search."""
+    st.selectbox(label, options, key=key, placeholder=placeholder, on_change=refilter, width=220)
 
 
 def pager(index: np.ndarray) -> np.ndarray:
@@ -121,10 +133,11 @@ def pager(index: np.ndarray) -> np.ndarray:
     return part
 
 
-def ranking(place, title: str, best: list[tuple[str, float]]) -> None:
-    """Names with their probabilities."""
-    place.dataframe(pd.DataFrame([(name, 100 * share) for name, share in best], columns=[title, "probability"]), hide_index=True,
-                    column_config={"probability": st.column_config.ProgressColumn(format="%.1f%%", min_value=0, max_value=100)})
+@st.fragment(run_every=1)
+def wait_for_colours(thumbnails: gallery.Thumbnails) -> None:
+    if thumbnails.features is not None:
+        st.rerun()
+    st.info(thumbnails.problem or "The colours of all images are being computed; this takes a few seconds, once.")
 
 
 def one_image(data: gallery.Data, i: int, order: np.ndarray, given: list, models: list[str], runs: Path) -> None:
@@ -139,37 +152,28 @@ def one_image(data: gallery.Data, i: int, order: np.ndarray, given: list, models
             st.button(label, on_click=go, kwargs={"image": beside}, disabled=beside is None, shortcut=shortcut, key=f"{label}_image")
         st.button("Random", on_click=lambda: go(image=int(ids[random.choice(order)])), disabled=not len(order), shortcut="S", key="random_image")
         st.markdown(f"{at + 1:,} of {len(order):,}" if at >= 0 else f"not among these {len(order):,}", width="content")
-    left, right = st.columns(2, gap="medium")
-    file, name = flowers.files[i], flowers.class_names[flowers.labels[i]]
+    file, name, told = flowers.files[i], flowers.class_names[flowers.labels[i]], []
     try:
         jpeg = file.read_bytes()
         pixels = gallery.open_picture(jpeg)
     except (OSError, UserError) as error:
-        left.error(f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: python -m flowers.data")
+        st.error(f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: python -m flowers.data")
         return
-    left.image(jpeg, alt=name)
-    right.subheader(panels.plain(name), anchor=False)
-    right.markdown(f"class {flowers.labels[i] + 1} · image {ids[i]} · {splits[i]}  \n`{file.name}` · {pixels.shape[1]} x {pixels.shape[0]} pixels · "
-                   f"{len(jpeg) / 1000:.0f} kB")
-    for p in given:
-        if p.top[i]:
-            ranking(right, p.name, [(("✓ " if c == flowers.labels[i] else "") + flowers.class_names[c], score) for c, score in p.top[i]])
-    right.html(panels.palette_html(pixels))
-    for chart in panels.hsv_curves(pixels):
-        right.altair_chart(chart)
     for path in (flowers.root / "captions.jsonl.gz", flowers.root / "captions.jsonl"):
-        if path.is_file():
+        if path.is_file() and not told:
             try:
-                left.markdown("\n".join("- " + panels.plain(line) for line in captions(flowers, str(path), data.stamp + stamp(path))[i]))
+                told = captions(flowers, str(path), data.stamp + stamp(path))[i]
             except UserError as error:
-                left.warning(str(error))
-            break
-    st.segmented_control("Nearest images by", ["colours", *models], key="like", on_change=go, required=True)
+                st.warning(str(error))
+    facts = [f"class {flowers.labels[i] + 1} · image {ids[i]} · {splits[i]}",
+             f"{file.name} · {pixels.shape[1]} x {pixels.shape[0]} pixels · {len(jpeg) / 1000:.0f} kB"]
+    rankings = [(p.name, [("✓ " * bool(c == flowers.labels[i]) + flowers.class_names[c], score) for c, score in p.top[i]]) for p in given if p.top[i]]
+    draw(panels.image(jpeg, pixels, name, facts, told, rankings), "image")
+    buttons("Nearest images by", ["colours", *models], "like", go)
     if S["like"] != "colours":
         features = searcher(flowers, str(runs / S["like"]), data.stamp + stamp(runs / S["like"] / "model.pt")).features
     elif (features := thumbnails.features) is None:
-        st.info(thumbnails.problem or "The colours of all images are being computed; this takes a few seconds, once.")
-        st.button("Look again", key="again")
+        wait_for_colours(thumbnails)
         return
     near, scores = gallery.nearest(features, features[i], leave_out=i)
     picture_grid(data, near[:NEIGHBOURS], "neighbours", lambda j: [f"{scores[np.flatnonzero(near == j)[0]]:.3f}"])
@@ -179,28 +183,23 @@ def one_image(data: gallery.Data, i: int, order: np.ndarray, given: list, models
 
 def browse(data: gallery.Data):
     flowers, ids, splits, _, _ = data
-    with st.container(horizontal=True):
-        st.selectbox("Class", sorted(flowers.class_names), key="class", placeholder="all classes", on_change=refilter, width=240)
-        st.segmented_control("Split", ["all", *(n for n, index in flowers.splits.items() if len(index))], key="split", on_change=refilter, required=True)
-        st.text_input("File ids", key="ids", placeholder="7, 20-30", on_change=refilter, width=160)
-        st.segmented_control("Class histogram", BARS, key="bars", on_change=go, required=True)
+    if S["image"] is None:
+        with st.container(horizontal=True):
+            pick("Class", sorted(flowers.class_names), "class")
+            buttons("Split", ["all", *(n for n, index in flowers.splits.items() if len(index))], "split")
+            st.text_input("File ids", key="ids", placeholder="7, 20-30", on_change=refilter, width=160)
+            buttons("Class histogram", BARS, "bars")
     chosen = np.ones(len(ids), bool) if S["split"] == "all" else splits == S["split"]
     if S["ids"].strip():
         try:
             chosen &= np.any([(ids >= low) & (ids <= high) for low, high in gallery.parse_ids(S["ids"])] or [ids < 0], axis=0)
         except UserError as error:
             st.warning(str(error).capitalize() + ".")
-    if S["image"] is None and S["bars"] == "shown":  # only when asked for: a browser takes a second to load the charts' code
-        with st.container(border=True):
-            st.caption("Images of each class. Click on a bar to see them, once more to see all.")
-            key = f"histogram {S['class']}"  # another chart for another choice: streamlit would keep the last click
-
-            def clicked():
-                go()
-                if bar := S[key]["selection"]["bar"]:
-                    go(page=1, image=None, **{"class": None if bar[0]["class"] == S["class"] else bar[0]["class"]})
-            chart = panels.class_histogram(flowers, splits, np.flatnonzero(chosen), S["class"])
-            st.altair_chart(chart, key=key, on_select=clicked, selection_mode="bar")
+    if S["image"] is None and S["bars"] == "shown":
+        def clicked(value):
+            name = flowers.class_names[int(value)]
+            go(page=1, **{"class": None if name == S["class"] else name})
+        draw(panels.class_histogram(flowers, splits, np.flatnonzero(chosen), S["class"]), "histogram", clicked)
     if S["class"]:
         chosen &= flowers.labels == flowers.class_names.index(S["class"])
     return np.flatnonzero(chosen), lambda i: [], []
@@ -214,9 +213,9 @@ def compare(data: gallery.Data, runs: Path, names: list[str]):
     S["run"] = S["run"] if S["run"] in names else names[0]
     S["other"] = S["other"] if S["other"] != S["run"] else None
     with st.container(horizontal=True):
-        st.selectbox("Run", names, key="run", on_change=refilter, width=240)
-        st.selectbox("Compare with", [n for n in names if n != S["run"]], key="other", placeholder="no other run", on_change=refilter, width=240)
-        st.segmented_control("Part", PARTS, key="part", on_change=go, required=True)
+        pick("Run", names, "run")
+        pick("Compare with", [n for n in names if n != S["run"]], "other", "no other run")
+        buttons("Part", PARTS, "part")
     given = [predictions(flowers, str(runs / n), data.stamp + stamp(runs / n / "predictions.csv")) for n in (S["run"], S["other"]) if n]
     every = (shown := gallery.outcomes(flowers.labels, *given))["all"]
     if not len(every):
@@ -231,26 +230,24 @@ def compare(data: gallery.Data, runs: Path, names: list[str]):
                 go(part="pictures", show="all", page=1, guess=None, **{"class": table[rows[0]]["class"]})
         table = gallery.class_changes(flowers, every, *given)
         st.caption("Accuracy of each class in percent; choose a row to see its pictures.")
-        st.dataframe(pd.DataFrame(table), hide_index=True, key="table", on_select=clicked, selection_mode="single-row", height=560,
+        st.dataframe(table, hide_index=True, key="table", on_select=clicked, selection_mode="single-row", height=560,
                      column_config={k: st.column_config.NumberColumn(format="%.1f") for k in (*(p.name for p in given), "change")})
         return None
     if S["part"] == "confusion":
-        def opened():
-            go()
-            if cell := S["confusion"]["selection"]["cell"]:
-                go(part="pictures", show="all", page=1, guess=cell[0]["predicted"], **{"class": cell[0]["true"]})
-        names = np.array(flowers.class_names)
-        st.caption("Click on a cell to see its pictures.")
-        st.altair_chart(panels.confusion(names[flowers.labels[every]], names[given[0].guess[every]], st.context.theme.type == "dark"),
-                        key="confusion", on_select=opened, selection_mode="cell")
+        def opened(value):
+            true, guess = (flowers.class_names[int(c)] for c in value.split(","))
+            go(part="pictures", show="all", page=1, guess=guess, **{"class": true})
+        st.caption("Images of each class (row) by the name that they are given (column). Click on a cell to see its pictures.")
+        draw(panels.confusion(flowers.class_names, flowers.labels[every], given[0].guess[every]), "confusion", opened)
         return None
     if S["show"] not in shown:
         S["show"] = "all"
-    with st.container(horizontal=True):
-        st.segmented_control("Show", list(shown), key="show", on_change=refilter, required=True, wrap=True)
-        st.selectbox("True class", sorted(flowers.class_names), key="class", placeholder="all classes", on_change=refilter, width=200)
-        st.selectbox("Predicted class", sorted(flowers.class_names), key="guess", placeholder="all classes", on_change=refilter, width=200)
-        st.segmented_control("Order", ORDERS, key="order", on_change=refilter, required=True)
+    if S["image"] is None:
+        with st.container(horizontal=True):
+            buttons("Show", list(shown), "show")
+            pick("True class", sorted(flowers.class_names), "class")
+            pick("Predicted class", sorted(flowers.class_names), "guess")
+            buttons("Order", ORDERS, "order")
     index = shown[S["show"]]
     for key, value in (("class", flowers.labels), ("guess", given[0].guess)):
         if S[key]:
@@ -271,7 +268,7 @@ def search(data: gallery.Data, runs: Path, models: list[str]):
     S["run"] = S["run"] if S["run"] in models else models[0]
     with st.container(horizontal=True):
         st.text_input("Sentence", key="q", placeholder="a yellow flower with a dark centre", max_chars=300, on_change=refilter, width=420)
-        st.selectbox("Run", models, key="run", on_change=refilter, width=240)
+        pick("Run", models, "run")
     upload = st.file_uploader("or a picture of your own (JPEG, PNG or WebP; it is kept in memory only)", key="upload", on_change=refilter)
     if not upload and not S["q"].strip():
         return None
@@ -281,7 +278,8 @@ def search(data: gallery.Data, runs: Path, models: list[str]):
         shares = model.ranking(feature)
         left, right = st.columns([1, 3])
         left.image(picture, alt="your picture")
-        ranking(right, "class", [(flowers.class_names[c], shares[c]) for c in np.argsort(-shares)[:5]])
+        with right:
+            draw(panels.ranking("class", [(flowers.class_names[c], shares[c]) for c in np.argsort(-shares)[:5]]), "answer")
     else:
         feature = model.of_text(S["q"])
     order, scores = gallery.nearest(model.features, feature)
@@ -299,7 +297,6 @@ def main():
         parser.parse_args()
         raise UserError("this is a page: start it with streamlit run web.py -- [--data_root PATH] [--runs PATH]")
     st.set_page_config("Flowers", page_icon="🌸", layout="wide")
-    st.html("<style>[data-testid=stMainBlockContainer] { padding-top: 3.5rem; padding-bottom: 3rem }</style>")
     try:
         page(parser)
     except (UserError, OSError) as error:

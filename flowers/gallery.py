@@ -9,6 +9,7 @@ import json
 import os
 import re
 import threading
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -68,8 +69,11 @@ class Thumbnails:
             from flowers import cache
             names = hashlib.sha256("".join(f.name for f in self.files).encode()).hexdigest()[:8]
             key, folder, n = cache.key_of(FORMAT, colour.FORMAT, SIDE, *self.files), cache.folder(self.root), len(self.files)
+            path = folder / f"thumbnails-{names}.npy"
+            if not path.exists():
+                time.sleep(1)  # the first page first
             with LOCKS[folder / names]:
-                self.kept = cache.cached(folder / f"thumbnails-{names}.npy", key, (n, SLOT), "|u1", lambda: self._all(thumbnail, self.files))
+                self.kept = cache.cached(path, key, (n, SLOT), "|u1", lambda: self._all(thumbnail, self.files))
                 self.features = np.array(cache.cached(folder / f"thumbnail-hsv-{names}.npy", key, (n, 256), "<f4",
                                                       lambda: self._all(lambda i: colour_features(read_thumbnail(self[i])), range(n))))
         except OSError as error:  # a full disk, a vanished file: the pages go on without

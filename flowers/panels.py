@@ -1,39 +1,52 @@
-"""The parts of web.py that know nothing of its state: the grid of pictures and the charts."""
-import altair as alt
+"""The parts of web.py that know nothing of its state, as HTML: pictures, charts, rankings. Drawn here, as a browser takes a second to load a library
+of charts. Names are escaped; what carries data-open opens something when it is clicked. ELEMENT shows such HTML and hands on the clicks."""
+import base64
+from collections.abc import Iterable
+from html import escape
+
 import numpy as np
-import pandas as pd
 
 from flowers import colour
 from flowers.data import Flowers
 from flowers.gallery import palette
 
-GRID_CSS = """
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 8px; font: 13px/1.3 var(--st-font); color: var(--st-text-color) }
-button { all: unset; display: flex; flex-direction: column; cursor: pointer; border-radius: 6px; padding: 3px; border: 1px solid transparent; min-width: 0 }
-button:hover, button:focus-visible { border-color: var(--st-text-color) }
-img, .none { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 4px; background: var(--st-secondary-background-color) }
-.none { display: grid; place-items: center }
+SHADES = {"train": "0 114 178", "val": "230 159 0", "test": "213 94 0"}  # of figures.PALETTE: legible on light and dark
+CSS = """
+.root { font: 13px/1.3 var(--st-font); color: var(--st-text-color) }
+button { all: unset; box-sizing: border-box; cursor: pointer; min-width: 0; border: 1px solid transparent }
+button:hover, button:focus-visible, button.on { border-color: var(--st-text-color) }
 p { margin: 2px 0 0; overflow-wrap: anywhere }
+.pictures, .bars { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) }
+.pictures button { display: flex; flex-direction: column; border-radius: 6px; padding: 3px }
+.pictures img, .none { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 4px; background: var(--st-secondary-background-color) }
+.none { display: grid; place-items: center }
+.image { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); font-size: 15px }
+.image img { max-width: 100%; border-radius: 4px } h3 { margin: 0; font-size: 24px } ul { padding-left: 18px }
+.bars { gap: 3px; grid-template-columns: repeat(auto-fill, minmax(155px, 1fr)); max-height: 380px; overflow-y: auto; margin-top: 6px }
+.bars button { display: flex; justify-content: space-between; gap: 6px; padding: 1px 5px }
+.bars span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+.matrix { display: grid; overflow-x: auto; font-size: 11px; gap: 1px }
+.matrix span { position: sticky; left: 0; padding-right: 4px; text-align: right; white-space: nowrap; background: var(--st-background-color) }
+.matrix .top { position: static; writing-mode: vertical-rl; transform: rotate(180deg); padding: 4px 0 0; text-align: left; line-height: 1 }
+.matrix button { height: 17px; text-align: center }
+.strip { display: flex; gap: 2px; justify-content: space-between; font: 11px var(--st-code-font); margin: 3px 0 10px }
+svg { display: block; width: 100%; height: 110px; border-bottom: 1px solid currentColor }
+polyline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
+table { width: 100%; margin: 10px 0; border-collapse: collapse }
+td { padding: 3px 6px; border-bottom: 1px solid var(--st-border-color) } td + td { text-align: right } th { text-align: left; padding: 3px 6px }
 """
-GRID_JS = """
+JS = """
 export default function({ data, parentElement, setTriggerValue }) {
-    const grid = parentElement.querySelector(".grid");
-    grid.replaceChildren(...data.map(picture => {
-        const button = document.createElement("button");
-        const image = document.createElement(picture.src ? "img" : "div");
-        if (picture.src) { image.src = picture.src; image.alt = picture.lines[0] } else { image.className = "none"; image.textContent = "damaged" }
-        button.append(image, ...picture.lines.map(line => Object.assign(document.createElement("p"), { textContent: line })));
-        button.onclick = () => setTriggerValue("open", picture.id);
-        return button;
-    }));
-    grid.onkeydown = event => {  // arrows go from picture to picture, Enter opens
-        const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], all = [...grid.children];
-        if (step) { event.stopPropagation(); event.preventDefault(); all[all.indexOf(grid.getRootNode().activeElement) + step]?.focus() }
+    const root = parentElement.querySelector(".root"), html = new TextDecoder().decode(data);
+    if (root.shown !== html) root.innerHTML = root.shown = html;
+    root.onclick = event => { const hit = event.target.closest("[data-open]"); if (hit) setTriggerValue("open", hit.dataset.open) };
+    root.onkeydown = event => {  // arrows go from one to the next, Enter opens
+        const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], all = [...root.querySelectorAll("[data-open]")];
+        if (step) { event.stopPropagation(); event.preventDefault(); all[all.indexOf(root.getRootNode().activeElement) + step]?.focus() }
     };
 }
 """
-GRID = {"html": '<div class="grid"></div>', "css": GRID_CSS, "js": GRID_JS}
-LABELS = {"labelOverlap": "greedy", "labelLimit": 110}  # on a narrow screen every second or third name
+ELEMENT = {"html": '<div class="root"></div>', "css": CSS, "js": JS}
 
 
 def plain(text: str) -> str:
@@ -41,49 +54,84 @@ def plain(text: str) -> str:
     return " ".join(text.split()).translate({ord(c): "\\" + c for c in "\\`*_{}[]()<>#$|:~!+-."})
 
 
-def class_histogram(flowers: Flowers, splits: np.ndarray, index: np.ndarray, chosen: str | None) -> alt.Chart:
-    """Images of each class at `index`, stacked by split; `chosen` stands out; the selection `bar` holds the class that was clicked."""
-    table = pd.DataFrame({"class": np.array(flowers.class_names)[flowers.labels[index]], "split": splits[index]}).value_counts().reset_index(name="images")
-    return alt.Chart(table, height=300).mark_bar().encode(
-        alt.X("class:N", sort="-y", title=None, axis=alt.Axis(labelAngle=-90, **LABELS)), alt.Y("images:Q", axis=alt.Axis(tickCount=4)),
-        alt.Color("split:N", sort=["train", "val", "test"], legend=alt.Legend(orient="top", title=None)), tooltip=["class", "split", "images"],
-        opacity=alt.condition(alt.datum["class"] == chosen, alt.value(1.0), alt.value(0.35)) if chosen else alt.value(1.0),
-    ).add_params(alt.selection_point("bar", fields=["class"]))
+def picture(jpeg: bytes, name: str) -> str:
+    """A picture within the page: an address of its own might be gone before the browser asks for it."""
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" alt="{escape(name)}">'
 
 
-def hsv_curves(rgb: np.ndarray) -> tuple[alt.Chart, alt.Chart]:
-    """Densities of hue, over the hues themselves, and of saturation and value, of a picture (H, W, 3)."""
-    row = colour.measure(rgb, "none")
-    angle, level = np.arange(0, 360, 3), np.linspace(0, 1, 65)
-    hue = colour.density(row, colour.HUE, (angle + 1.5) / 360) if row[colour.HUE].sum() else np.zeros(len(angle))  # grey has no hue
-    hues = pd.DataFrame({"from": angle, "to": angle + 3, "density": hue, "colour": [f"hsl({a + 1.5} 85% 50%)" for a in angle]})
-    density = alt.Y("density:Q", axis=alt.Axis(tickCount=4))
-    first = alt.Chart(hues, height=170).mark_rect().encode(
-        alt.X("from:Q", title="hue (degrees), by chroma", scale=alt.Scale(domain=[0, 360]), axis=alt.Axis(values=list(range(0, 361, 60)))), alt.X2("to"),
-        density, alt.Y2(datum=0), alt.Color("colour:N", scale=None))
-    curves = {"saturation": colour.SATURATION, "value": colour.VALUE}
-    levels = pd.concat([pd.DataFrame({"level": level, "density": colour.density(row, channel, level), "of": name}) for name, channel in curves.items()])
-    second = alt.Chart(levels, height=240).mark_line().encode(
-        alt.X("level:Q", title="saturation, value (0 to 1)", axis=alt.Axis(tickCount=5)), density,
-        alt.Color("of:N", legend=alt.Legend(orient="top", title=None)))
-    return first, second
+def pictures(shown: Iterable[tuple[int, bytes, list[str]]]) -> str:
+    """A grid; shown: id, thumbnail (no bytes: damaged) and lines of text of each picture. Each opens its id."""
+    return '<div class="pictures">' + "".join(
+        f'<button data-open="{i}">{picture(jpeg, lines[0]) if jpeg else "<div class=none>damaged</div>"}'
+        f'{"".join(f"<p>{escape(line)}</p>" for line in lines)}</button>' for i, jpeg, lines in shown) + "</div>"
 
 
-def palette_html(pixels: np.ndarray) -> str:
-    """The palette as a strip, each colour at least wide enough for its name."""
-    return '<div style="display:flex;gap:2px;font:10px monospace">' + "".join(
-        f'<div style="flex:{max(share, 0.15):.3f}"><div style="height:36px;background:{shade};box-shadow:inset 0 0 0 1px #8888"></div>{shade}</div>'
-        for shade, share in palette(pixels)) + "</div>"
+def image(jpeg: bytes, rgb: np.ndarray, name: str, facts: list[str], captions: list[str], rankings: Iterable[tuple[str, list]]) -> str:
+    """A picture at full size and what is known of it; rgb: its pixels (H, W, 3)."""
+    left = picture(jpeg, name) + "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in captions) + "</ul>"
+    right = "".join([f"<h3>{escape(name)}</h3>", *(f"<p>{escape(line)}</p>" for line in facts), *(ranking(*r) for r in rankings), colours(rgb)])
+    return f'<div class="image"><div>{left}</div><div>{right}</div></div>'
 
 
-def confusion(true: np.ndarray, given: np.ndarray, dark: bool) -> alt.Chart:
-    """Share of each class's images (row) that are given each name (column); the selection `cell` holds the two names that were clicked."""
-    cells = pd.DataFrame({"true": true, "predicted": given}).value_counts().reset_index(name="images")
-    cells["share"] = 100 * cells["images"] / cells.groupby("true")["images"].transform("sum")
-    names = sorted(set(true) | set(given))
-    axis = {"type": "nominal", "scale": alt.Scale(domain=names)}
-    return alt.Chart(cells, height=260 + 18 * len(names)).mark_rect().encode(
-        alt.X("predicted", axis=alt.Axis(labelAngle=-90, **LABELS), **axis), alt.Y("true", axis=alt.Axis(**LABELS), **axis),
-        alt.Color("share:Q", title="share of the true class (%)", legend=alt.Legend(orient="top"),
-                  scale=alt.Scale(scheme="blues", domain=[0, 100], reverse=dark)),
-        tooltip=["true", "predicted", "images", alt.Tooltip("share", format=".1f")]).add_params(alt.selection_point("cell", fields=["true", "predicted"]))
+def class_histogram(flowers: Flowers, splits: np.ndarray, index: np.ndarray, chosen: str | None) -> str:
+    """Images of each class at `index`, most first, by split; each opens its number, `chosen` stands out."""
+    n = len(flowers.class_names)
+    counts = {name: np.bincount(flowers.labels[index[splits[index] == name]], minlength=n) for name in SHADES}
+    total = np.bincount(flowers.labels[index], minlength=n)
+
+    def bar(c):
+        ends = np.cumsum([0, *(100 * count[c] / total.max() for count in counts.values())])
+        stops = [f"rgb({shade} / 0.5) {a:.1f}% {b:.1f}%" for shade, a, b in zip(SHADES.values(), ends, ends[1:])]
+        told = ", ".join(f"{count[c]} {name}" for name, count in counts.items() if count[c])
+        return (f'<button data-open="{c}" class="{"on" * (flowers.class_names[c] == chosen)}" title="{escape(flowers.class_names[c])}: {told}" '
+                f'style="background:linear-gradient(90deg,{",".join(stops)},#0000 0)"><span>{escape(flowers.class_names[c])}</span>{total[c]}</button>')
+    legend = " ".join(f'<b style="color:rgb({SHADES[name]})">■</b> {name}' for name, count in counts.items() if count.any())
+    return legend + '<div class="bars">' + "".join(bar(c) for c in np.argsort(-total, kind="stable") if total[c]) + "</div>"
+
+
+def hsv_curves(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Densities of a picture (H, W, 3): hue, by chroma, at 120 angles (none: 0), saturation and value at 65 levels from 0 to 1."""
+    row, angle, level = colour.measure(rgb, "none"), (np.arange(120) + 0.5) / 120, np.linspace(0, 1, 65)
+    hue = colour.density(row, colour.HUE, angle) if row[colour.HUE].sum() else np.zeros(120)  # grey has no hue
+    return hue, colour.density(row, colour.SATURATION, level), colour.density(row, colour.VALUE, level)
+
+
+def colours(rgb: np.ndarray) -> str:
+    """The palette of a picture (H, W, 3), each colour at least wide enough for its name, and its HSV curves."""
+    hue, *curves = hsv_curves(rgb)
+    strip = "".join(f'<div style="flex:{max(share, 0.15):.3f}"><div style="height:36px;background:{shade};box-shadow:inset 0 0 0 1px #8888"></div>{shade}</div>'
+                    for shade, share in palette(rgb))
+    bars = "".join(f'<rect x="{k}" y="{100 - h:.1f}" width="1.05" height="{h:.1f}" fill="hsl({3 * k + 1.5} 85% 50%)"/>'
+                   for k, h in enumerate(100 * hue / max(hue.max(), 1e-9)))
+    top = max(curve.max() for curve in curves)
+    lines = "".join(f'<polyline stroke="rgb({shade})" points="{" ".join(f"{x},{100 - 97 * y / top:.1f}" for x, y in enumerate(curve))}"/>'
+                    for shade, curve in zip(SHADES.values(), curves))
+
+    def chart(title, width, shapes, ticks):
+        ticks = "".join(f"<span>{tick}</span>" for tick in ticks)
+        return f'{title}<svg viewBox="0 0 {width} 100" preserveAspectRatio="none">{shapes}</svg><div class="strip">{ticks}</div>'
+    keys = " and ".join(f'<b style="color:rgb({shade})">■</b> {name}' for shade, name in zip(SHADES.values(), ("saturation", "value")))
+    return (f'<div class="strip">{strip}</div>' + chart(f"hue (degrees), by chroma; density up to {hue.max():.1f}", 120, bars, range(0, 361, 60))
+            + chart(f"{keys}; density up to {top:.1f}", 64, lines, (0, 0.25, 0.5, 0.75, 1)))
+
+
+def ranking(title: str, best: Iterable[tuple[str, float]]) -> str:
+    """Names with their probabilities."""
+    rows = "".join(f'<tr style="background:linear-gradient(90deg,rgb({SHADES["train"]} / 0.3) {100 * share:.1f}%,#0000 0)"><td>{escape(name)}</td>'
+                   f"<td>{100 * share:.1f}%</td></tr>" for name, share in best)
+    return f"<table><tr><th>{escape(title)}</th></tr>{rows}</table>"
+
+
+def confusion(names: list[str], true: np.ndarray, given: np.ndarray) -> str:
+    """How many images of each class (row, by number) are given each name (column): the share of the row is the shade. Each cell opens 'true,given'."""
+    shown = sorted(set(true.tolist()) | set(given.tolist()), key=lambda c: names[c])
+    place = {c: k + 2 for k, c in enumerate(shown)}
+    pairs, counts = np.unique(np.stack([true, given]), axis=1, return_counts=True)
+    total = np.bincount(true)
+    labels = "".join(f'<span style="grid-area:{k}/1">{escape(names[c])}</span><span class="top" style="grid-area:1/{k}">{escape(names[c])}</span>'
+                     for c, k in place.items())
+    cells = "".join(
+        f'<button data-open="{t},{g}" title="{escape(names[t])} → {escape(names[g])}: {n} of {total[t]}" style="grid-area:{place[t]}/{place[g]};'
+        f'background:rgb({SHADES["train" if t == g else "test"]} / {0.15 + 0.85 * n / total[t]:.2f})">{n if len(shown) <= 30 else ""}</button>'
+        for t, g, n in zip(*pairs.tolist(), counts.tolist()))
+    return f'<div class="matrix" style="grid-template-columns:max-content repeat({len(shown)},minmax(13px,1fr))">{labels}{cells}</div>'
