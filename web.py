@@ -97,7 +97,11 @@ def write_address() -> None:
 
 def draw(html: str, key: str, opened=None) -> None:
     """HTML of panels; opened: what is done with the value of what is clicked."""
-    element()(key=key, data=html.encode(), on_open_change=lambda: opened(S[key]["open"]))
+    def clicked():
+        go()
+        if value := S.get(key, {}).get("open"):  # a second click may be on what is no longer shown
+            opened(value)
+    element()(key=key, data=html.encode(), on_open_change=clicked)
 
 
 def picture_grid(data: gallery.Data, index: np.ndarray, key: str, lines=lambda i: []) -> None:
@@ -226,7 +230,7 @@ def compare(data: gallery.Data, runs: Path, names: list[str]):
     if S["part"] == "classes":
         def clicked():
             go()
-            if rows := S["table"]["selection"]["rows"]:
+            if rows := S.get("table", {}).get("selection", {}).get("rows"):
                 go(part="pictures", show="all", page=1, guess=None, **{"class": table[rows[0]]["class"]})
         table = gallery.class_changes(flowers, every, *given)
         st.caption("Accuracy of each class in percent; choose a row to see its pictures.")

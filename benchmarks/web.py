@@ -1,11 +1,13 @@
 """How long a visitor of web.py waits, beside the plain way: st.image(path) of the originals, and the folder listed in every rerun.
 
-    python benchmarks/web.py --data_root data/flowers-102      # two minutes; needs playwright (pip) and Chromium (apt-get install chromium)
+    python benchmarks/web.py --data_root data/flowers-102                   # two minutes; needs playwright (pip) and Chromium (apt-get install chromium)
+    python benchmarks/web.py --data_root data/flowers-102 --images 8189     # its images under so many ids: what does the number of images cost?
 
 Clock: from the click or address to the moment when the page rests and every picture is decoded, in a headless Chromium 1440 wide with an
 empty cache; both servers run on this machine and take turns, and the median of the rounds is given. Search uses a `tiny` of random weights.
 """
 import argparse
+import json
 import os
 import shutil
 import socket
@@ -17,10 +19,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
+import scipy.io
 import torch
 
 from flowers import UserError, command, models
-from flowers.data import add_data_arguments, open_flowers
+from flowers.data import Flowers, add_data_arguments, open_flowers
 
 PLAIN = '''
 import json, os, sys
@@ -56,6 +60,18 @@ REMEMBER = "() => { const s = []; for (const h of document.querySelectorAll('*')
            " if (h.shadowRoot) s.push(...[...h.shadowRoot.querySelectorAll('img')].map(i => i.src)) } window.before = s.join() }"
 
 
+def repeated(flowers: Flowers, n: int, root: Path) -> Path:
+    """A dataset of n images in torchvision's layout: links to those of `flowers`, again and again; every eighth is trnid, every next valid."""
+    (root / "jpg").mkdir(parents=True)
+    ids = np.arange(1, n + 1)
+    for i in ids:
+        (root / "jpg" / f"image_{i:05d}.jpg").symlink_to(flowers.files[i % len(flowers.files)].resolve())
+    scipy.io.savemat(root / "imagelabels.mat", {"labels": flowers.labels[ids % len(flowers.files)][None] + 1})
+    scipy.io.savemat(root / "setid.mat", {"trnid": ids[ids % 8 == 0], "valid": ids[ids % 8 == 1], "tstid": ids[ids % 8 > 1]})
+    (root / "cat_to_name.json").write_text(json.dumps({str(c): name for c, name in enumerate(flowers.class_names, 1)}))
+    return root
+
+
 def start(script: str, arguments: list[str], environment: dict) -> tuple[subprocess.Popen, str]:
     """A streamlit server of its own, and its address, when it answers."""
     with socket.socket() as free:
@@ -88,6 +104,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7, help="alternating rounds (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=0, help="measure on so many, the dataset's own again and again (default: 0, the dataset as it is)")
     parser.add_argument("--chromium", default="/usr/bin/chromium", help="the browser (default: %(default)s)")
     args = parser.parse_args()
     try:
@@ -98,6 +115,8 @@ def main():
         raise UserError(f"there is no {args.chromium}: apt-get install chromium, or give --chromium")
     flowers = open_flowers(args.data_root, args.splits_path, args.splits)
     work = Path(tempfile.mkdtemp())
+    if args.images:
+        flowers = open_flowers(repeated(flowers, args.images, work / "data"))
     (work / "plain.py").write_text(PLAIN)
     (work / "runs" / "tiny").mkdir(parents=True)
     torch.save(models.build("tiny").state_dict(), work / "runs" / "tiny" / "model.pt")
@@ -127,6 +146,8 @@ def main():
                 page.get_by_label("Sentence").press("Enter")
 
             flip = lambda page: page.get_by_role("button", name="Next").click()
+            choose = lambda page: page.get_by_role("radio", name="train").click()
+            look = lambda page: page.locator(".pictures button").nth(20).click()
             search = ours[1] + "?view=search&q=a+red+flower"
             measure("first page after the server's start", "plain", plain[1], 48)
             measure("first page after the server's start", "web.py", ours[1], 48)
@@ -139,7 +160,9 @@ def main():
                 for way, address in (("plain", plain[1]), ("web.py", ours[1])):
                     measure("first page", way, address, 48)
                     measure("page flip", way, address, 48, flip)
-                    measure("single image (web.py: and 12 neighbours)", way, f"{address}?image={identity[i]}", 13 if way == "web.py" else 1)
+                    measure("single image by its address", way, f"{address}?image={identity[i]}", 13 if way == "web.py" else 1)
+                measure("single image from the grid", "web.py", ours[1], 13, look)
+                measure("filter by split", "web.py", ours[1], 48, choose)
                 measure("search", "web.py", search, 48, sentence)
             browser.close()
     finally:
@@ -147,10 +170,12 @@ def main():
             process.terminate()
             process.wait()
         shutil.rmtree(work)
-    print(f"\n{'seconds, median [least, most]':44s}{'plain':>22s}{'web.py':>22s}")
+    print(f"\n{len(flowers.files):,} images, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f} at the end")
+    print(f"{'seconds, median [least, most]':38s}{'plain':>20s}{'web.py':>20s}{'plain / web.py':>16s}")
     for name, ways in rows.items():
         cells = [f"{statistics.median(ways[w]):.2f} [{min(ways[w]):.2f}, {max(ways[w]):.2f}]" if w in ways else "-" for w in ("plain", "web.py")]
-        print(f"{name:44s}{cells[0]:>22s}{cells[1]:>22s}")
+        ratio = f"{statistics.median(a / b for a, b in zip(ways['plain'], ways['web.py'])):.2f}" if "plain" in ways else "-"
+        print(f"{name:38s}{cells[0]:>20s}{cells[1]:>20s}{ratio:>16s}")
 
 
 if __name__ == "__main__":

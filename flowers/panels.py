@@ -13,7 +13,7 @@ from flowers.gallery import palette
 SHADES = {"train": "0 114 178", "val": "230 159 0", "test": "213 94 0"}  # of figures.PALETTE: legible on light and dark
 CSS = """
 .root { font: 13px/1.3 var(--st-font); color: var(--st-text-color) }
-button { all: unset; box-sizing: border-box; cursor: pointer; min-width: 0; border: 1px solid transparent }
+button { all: unset; box-sizing: border-box; cursor: pointer; min-width: 0; border: 1px solid transparent; background-origin: border-box }
 button:hover, button:focus-visible, button.on { border-color: var(--st-text-color) }
 p { margin: 2px 0 0; overflow-wrap: anywhere }
 .pictures, .bars { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) }
@@ -25,11 +25,11 @@ p { margin: 2px 0 0; overflow-wrap: anywhere }
 .bars { gap: 3px; grid-template-columns: repeat(auto-fill, minmax(155px, 1fr)); max-height: 380px; overflow-y: auto; margin-top: 6px }
 .bars button { display: flex; justify-content: space-between; gap: 6px; padding: 1px 5px }
 .bars span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-.matrix { display: grid; overflow-x: auto; font-size: 11px; gap: 1px }
+.matrix { display: grid; overflow-x: auto; font-size: 10px; gap: 1px }
 .matrix span { position: sticky; left: 0; padding-right: 4px; text-align: right; white-space: nowrap; background: var(--st-background-color) }
 .matrix .top { position: static; writing-mode: vertical-rl; transform: rotate(180deg); padding: 4px 0 0; text-align: left; line-height: 1 }
 .matrix button { height: 17px; text-align: center }
-.strip { display: flex; gap: 2px; justify-content: space-between; font: 11px var(--st-code-font); margin: 3px 0 10px }
+.strip { display: flex; gap: 2px; justify-content: space-between; font: 11px var(--st-code-font); margin: 10px 0 }
 svg { display: block; width: 100%; height: 110px; border-bottom: 1px solid currentColor }
 polyline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
 table { width: 100%; margin: 10px 0; border-collapse: collapse }
@@ -38,8 +38,11 @@ td { padding: 3px 6px; border-bottom: 1px solid var(--st-border-color) } td + td
 JS = """
 export default function({ data, parentElement, setTriggerValue }) {
     const root = parentElement.querySelector(".root"), html = new TextDecoder().decode(data);
-    if (root.shown !== html) root.innerHTML = root.shown = html;
-    root.onclick = event => { const hit = event.target.closest("[data-open]"); if (hit) setTriggerValue("open", hit.dataset.open) };
+    if (root.shown !== html) { root.innerHTML = root.shown = html; root.busy = 0 }
+    root.onclick = event => {  // the second click of two would come between, and open half of what the first one asked for
+        const hit = event.target.closest("[data-open]");
+        if (hit && !(root.busy > Date.now())) { root.busy = Date.now() + 700; setTriggerValue("open", hit.dataset.open) }
+    };
     root.onkeydown = event => {  // arrows go from one to the next, Enter opens
         const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], all = [...root.querySelectorAll("[data-open]")];
         if (step) { event.stopPropagation(); event.preventDefault(); all[all.indexOf(root.getRootNode().activeElement) + step]?.focus() }
@@ -134,4 +137,4 @@ def confusion(names: list[str], true: np.ndarray, given: np.ndarray) -> str:
         f'<button data-open="{t},{g}" title="{escape(names[t])} → {escape(names[g])}: {n} of {total[t]}" style="grid-area:{place[t]}/{place[g]};'
         f'background:rgb({SHADES["train" if t == g else "test"]} / {0.15 + 0.85 * n / total[t]:.2f})">{n if len(shown) <= 30 else ""}</button>'
         for t, g, n in zip(*pairs.tolist(), counts.tolist()))
-    return f'<div class="matrix" style="grid-template-columns:max-content repeat({len(shown)},minmax(13px,1fr))">{labels}{cells}</div>'
+    return f'<div class="matrix" style="grid-template-columns:max-content repeat({len(shown)},minmax(10px,1fr))">{labels}{cells}</div>'
