@@ -41,24 +41,19 @@ def dataset(arguments: tuple, stamp: tuple):
     return gallery.Data(flowers, gallery.image_ids(flowers), gallery.split_of(flowers), gallery.Thumbnails(flowers), (arguments, stamp))
 
 
-@st.cache_resource(show_spinner=False, max_entries=8)
-def predictions(_flowers, folder: str, stamp: tuple):
-    return gallery.read_predictions(Path(folder), _flowers)
-
-
-@st.cache_resource(show_spinner="computing this run's features of all images, once", max_entries=4)
-def searcher(_flowers, folder: str, stamp: tuple):
-    return gallery.Searcher(_flowers, Path(folder))
-
-
-@st.cache_resource(show_spinner=False, max_entries=2)
-def captions(_flowers, path: str, stamp: tuple):
-    return read_captions(path, _flowers.files)
+@st.cache_resource(show_spinner="computing; a run's features of all images take a while, once", max_entries=8)
+def kept(_make, path: Path, stamp: tuple):
+    """What `_make` makes of a file, until it or the dataset changes: read_... of captions or predictions, the Searcher of a model."""
+    return _make(path)
 
 
 def stamp(*paths: Path) -> tuple:
     """Changes when one of the files does."""
     return tuple((str(p), p.stat().st_mtime_ns if p.exists() else 0) for p in paths)
+
+
+def searcher(data: gallery.Data, run: Path) -> gallery.Searcher:
+    return kept(lambda path: gallery.Searcher(data.flowers, path.parent), run / "model.pt", data.stamp + stamp(run / "model.pt"))
 
 
 # --- state: the address of the page, and the widgets ---
@@ -166,7 +161,7 @@ def one_image(data: gallery.Data, i: int, order: np.ndarray, given: list, models
     for path in (flowers.root / "captions.jsonl.gz", flowers.root / "captions.jsonl"):
         if path.is_file() and not told:
             try:
-                told = captions(flowers, str(path), data.stamp + stamp(path))[i]
+                told = kept(lambda path: read_captions(path, flowers.files), path, data.stamp + stamp(path))[i]
             except UserError as error:
                 st.warning(str(error))
     facts = [f"class {flowers.labels[i] + 1} · image {ids[i]} · {splits[i]}",
@@ -175,7 +170,7 @@ def one_image(data: gallery.Data, i: int, order: np.ndarray, given: list, models
     draw(panels.image(jpeg, pixels, name, facts, told, rankings), "image")
     buttons("Nearest images by", ["colours", *models], "like", go)
     if S["like"] != "colours":
-        features = searcher(flowers, str(runs / S["like"]), data.stamp + stamp(runs / S["like"] / "model.pt")).features
+        features = searcher(data, runs / S["like"]).features
     elif (features := thumbnails.features) is None:
         wait_for_colours(thumbnails)
         return
@@ -203,7 +198,7 @@ def browse(data: gallery.Data):
         def clicked(value):
             name = flowers.class_names[int(value)]
             go(page=1, **{"class": None if name == S["class"] else name})
-        draw(panels.class_histogram(flowers, splits, np.flatnonzero(chosen), S["class"]), "histogram", clicked)
+        draw(panels.class_histogram(flowers, np.flatnonzero(chosen), S["class"]), "histogram", clicked)
     if S["class"]:
         chosen &= flowers.labels == flowers.class_names.index(S["class"])
     return np.flatnonzero(chosen), lambda i: [], []
@@ -220,7 +215,8 @@ def compare(data: gallery.Data, runs: Path, names: list[str]):
         pick("Run", names, "run")
         pick("Compare with", [n for n in names if n != S["run"]], "other", "no other run")
         buttons("Part", PARTS, "part")
-    given = [predictions(flowers, str(runs / n), data.stamp + stamp(runs / n / "predictions.csv")) for n in (S["run"], S["other"]) if n]
+    files = [runs / name / "predictions.csv" for name in (S["run"], S["other"]) if name]
+    given = [kept(lambda path: gallery.read_predictions(path.parent, flowers), path, data.stamp + stamp(path)) for path in files]
     every = (shown := gallery.outcomes(flowers.labels, *given))["all"]
     if not len(every):
         raise UserError(f"{S['run']} and {S['other']} predicted different images: choose two runs of one split")
@@ -276,7 +272,7 @@ def search(data: gallery.Data, runs: Path, models: list[str]):
     upload = st.file_uploader("or a picture of your own (JPEG, PNG or WebP; it is kept in memory only)", key="upload", on_change=refilter)
     if not upload and not S["q"].strip():
         return None
-    model = searcher(flowers, str(runs / S["run"]), data.stamp + stamp(runs / S["run"] / "model.pt"))
+    model = searcher(data, runs / S["run"])
     if upload:
         feature = model.of_picture(picture := gallery.open_picture(upload.getvalue()))
         shares = model.ranking(feature)

@@ -10,7 +10,7 @@ from flowers import colour
 from flowers.data import Flowers
 from flowers.gallery import palette
 
-SHADES = {"train": "0 114 178", "val": "230 159 0", "test": "213 94 0"}  # of figures.PALETTE: legible on light and dark
+BLUE, ORANGE = "0 114 178", "213 94 0"  # of figures.PALETTE: legible on light and dark
 CSS = """
 .root { font: 13px/1.3 var(--st-font); color: var(--st-text-color) }
 button { all: unset; box-sizing: border-box; cursor: pointer; min-width: 0; border: 1px solid transparent; background-origin: border-box }
@@ -22,7 +22,7 @@ p { margin: 2px 0 0; overflow-wrap: anywhere }
 .none { display: grid; place-items: center }
 .image { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); font-size: 15px }
 .image img { max-width: 100%; border-radius: 4px } h3 { margin: 0; font-size: 24px } ul { padding-left: 18px }
-.bars { gap: 3px; grid-template-columns: repeat(auto-fill, minmax(155px, 1fr)); max-height: 380px; overflow-y: auto; margin-top: 6px }
+.bars { gap: 3px; grid-template-columns: repeat(auto-fill, minmax(155px, 1fr)); max-height: 380px; overflow-y: auto }
 .bars button { display: flex; justify-content: space-between; gap: 6px; padding: 1px 5px }
 .bars span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .matrix { display: grid; overflow-x: auto; font-size: 10px; gap: 1px }
@@ -42,10 +42,6 @@ export default function({ data, parentElement, setTriggerValue }) {
     root.onclick = event => {  // the second click of two would come between, and open half of what the first one asked for
         const hit = event.target.closest("[data-open]");
         if (hit && !(root.busy > Date.now())) { root.busy = Date.now() + 700; setTriggerValue("open", hit.dataset.open) }
-    };
-    root.onkeydown = event => {  // arrows go from one to the next, Enter opens
-        const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key], all = [...root.querySelectorAll("[data-open]")];
-        if (step) { event.stopPropagation(); event.preventDefault(); all[all.indexOf(root.getRootNode().activeElement) + step]?.focus() }
     };
 }
 """
@@ -76,20 +72,18 @@ def image(jpeg: bytes, rgb: np.ndarray, name: str, facts: list[str], captions: l
     return f'<div class="image"><div>{left}</div><div>{right}</div></div>'
 
 
-def class_histogram(flowers: Flowers, splits: np.ndarray, index: np.ndarray, chosen: str | None) -> str:
-    """Images of each class at `index`, most first, by split; each opens its number, `chosen` stands out."""
-    n = len(flowers.class_names)
-    counts = {name: np.bincount(flowers.labels[index[splits[index] == name]], minlength=n) for name in SHADES}
-    total = np.bincount(flowers.labels[index], minlength=n)
+def filled(share: float) -> str:
+    """The style of a bar that a text stands on."""
+    return f"background-image:linear-gradient(90deg,rgb({BLUE} / 0.4) {100 * share:.1f}%,#0000 0)"
 
-    def bar(c):
-        ends = np.cumsum([0, *(100 * count[c] / total.max() for count in counts.values())])
-        stops = [f"rgb({shade} / 0.5) {a:.1f}% {b:.1f}%" for shade, a, b in zip(SHADES.values(), ends, ends[1:])]
-        told = ", ".join(f"{count[c]} {name}" for name, count in counts.items() if count[c])
-        return (f'<button data-open="{c}" class="{"on" * (flowers.class_names[c] == chosen)}" title="{escape(flowers.class_names[c])}: {told}" '
-                f'style="background:linear-gradient(90deg,{",".join(stops)},#0000 0)"><span>{escape(flowers.class_names[c])}</span>{total[c]}</button>')
-    legend = " ".join(f'<b style="color:rgb({SHADES[name]})">■</b> {name}' for name, count in counts.items() if count.any())
-    return legend + '<div class="bars">' + "".join(bar(c) for c in np.argsort(-total, kind="stable") if total[c]) + "</div>"
+
+def class_histogram(flowers: Flowers, index: np.ndarray, chosen: str | None) -> str:
+    """Images of each class at `index`, most first; each opens its number, `chosen` stands out."""
+    counts = np.bincount(flowers.labels[index], minlength=len(flowers.class_names))
+    bars = ((c, escape(flowers.class_names[c]), flowers.class_names[c] == chosen) for c in np.argsort(-counts, kind="stable") if counts[c])
+    return '<div class="bars">' + "".join(
+        f'<button data-open="{c}" class="{"on" * on}" title="{name}" style="{filled(counts[c] / counts.max())}"><span>{name}</span>{counts[c]}</button>'
+        for c, name, on in bars) + "</div>"
 
 
 def hsv_curves(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,20 +102,19 @@ def colours(rgb: np.ndarray) -> str:
                    for k, h in enumerate(100 * hue / max(hue.max(), 1e-9)))
     top = max(curve.max() for curve in curves)
     lines = "".join(f'<polyline stroke="rgb({shade})" points="{" ".join(f"{x},{100 - 97 * y / top:.1f}" for x, y in enumerate(curve))}"/>'
-                    for shade, curve in zip(SHADES.values(), curves))
+                    for shade, curve in zip((BLUE, ORANGE), curves))
 
     def chart(title, width, shapes, ticks):
         ticks = "".join(f"<span>{tick}</span>" for tick in ticks)
         return f'{title}<svg viewBox="0 0 {width} 100" preserveAspectRatio="none">{shapes}</svg><div class="strip">{ticks}</div>'
-    keys = " and ".join(f'<b style="color:rgb({shade})">■</b> {name}' for shade, name in zip(SHADES.values(), ("saturation", "value")))
+    keys = f'<b style="color:rgb({BLUE})">■</b> saturation and <b style="color:rgb({ORANGE})">■</b> value; density up to {top:.1f}'
     return (f'<div class="strip">{strip}</div>' + chart(f"hue (degrees), by chroma; density up to {hue.max():.1f}", 120, bars, range(0, 361, 60))
-            + chart(f"{keys}; density up to {top:.1f}", 64, lines, (0, 0.25, 0.5, 0.75, 1)))
+            + chart(keys, 64, lines, (0, 0.25, 0.5, 0.75, 1)))
 
 
 def ranking(title: str, best: Iterable[tuple[str, float]]) -> str:
     """Names with their probabilities."""
-    rows = "".join(f'<tr style="background:linear-gradient(90deg,rgb({SHADES["train"]} / 0.3) {100 * share:.1f}%,#0000 0)"><td>{escape(name)}</td>'
-                   f"<td>{100 * share:.1f}%</td></tr>" for name, share in best)
+    rows = "".join(f'<tr style="{filled(share)}"><td>{escape(name)}</td><td>{100 * share:.1f}%</td></tr>' for name, share in best)
     return f"<table><tr><th>{escape(title)}</th></tr>{rows}</table>"
 
 
@@ -135,6 +128,6 @@ def confusion(names: list[str], true: np.ndarray, given: np.ndarray) -> str:
                      for c, k in place.items())
     cells = "".join(
         f'<button data-open="{t},{g}" title="{escape(names[t])} → {escape(names[g])}: {n} of {total[t]}" style="grid-area:{place[t]}/{place[g]};'
-        f'background:rgb({SHADES["train" if t == g else "test"]} / {0.15 + 0.85 * n / total[t]:.2f})">{n if len(shown) <= 30 else ""}</button>'
+        f'background:rgb({BLUE if t == g else ORANGE} / {0.15 + 0.85 * n / total[t]:.2f})">{n if len(shown) <= 30 else ""}</button>'
         for t, g, n in zip(*pairs.tolist(), counts.tolist()))
     return f'<div class="matrix" style="grid-template-columns:max-content repeat({len(shown)},minmax(10px,1fr))">{labels}{cells}</div>'
