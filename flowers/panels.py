@@ -27,7 +27,7 @@ p { margin: 2px 0 0; overflow-wrap: anywhere }
 .bars span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .matrix { display: grid; overflow-x: auto; font-size: 10px; gap: 1px }
 .matrix span { position: sticky; left: 0; padding-right: 4px; text-align: right; white-space: nowrap; background: var(--st-background-color) }
-.matrix .top { position: static; writing-mode: vertical-rl; transform: rotate(180deg); padding: 4px 0 0; text-align: left; line-height: 1; justify-self: center }
+.matrix .top { position: static; writing-mode: vertical-rl; rotate: 180deg; padding: 4px 0 0; line-height: 1; justify-self: center; text-align: left }
 .matrix button { height: 17px; text-align: center }
 .strip { display: flex; gap: 2px; justify-content: space-between; font: 10px var(--st-code-font); margin: 6px 0 12px }
 svg { display: block; width: 100%; height: 110px; border-bottom: 1px solid currentColor }
