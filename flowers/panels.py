@@ -128,6 +128,6 @@ def confusion(names: list[str], true: np.ndarray, given: np.ndarray) -> str:
                      for c, k in place.items())
     cells = "".join(
         f'<button data-open="{t},{g}" title="{escape(names[t])} → {escape(names[g])}: {n} of {total[t]}" style="grid-area:{place[t]}/{place[g]};'
-        f'background:rgb({BLUE if t == g else ORANGE} / {0.15 + 0.6 * n / total[t]:.2f})">{n if len(shown) <= 30 else ""}</button>'
+        f'background:rgb({BLUE if t == g else ORANGE} / {0.25 + 0.5 * n / total[t]:.2f})">{n if len(shown) <= 30 else ""}</button>'
         for t, g, n in zip(*pairs.tolist(), counts.tolist()))
     return f'<div class="matrix" style="grid-template-columns:max-content repeat({len(shown)},minmax(10px,1fr))">{labels}{cells}</div>'
