@@ -27,7 +27,7 @@ p { margin: 2px 0 0; overflow-wrap: anywhere }
 .bars span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 .matrix { display: grid; overflow-x: auto; font-size: 10px; gap: 1px }
 .matrix span { position: sticky; left: 0; padding-right: 4px; text-align: right; white-space: nowrap; background: var(--st-background-color) }
-.matrix .top { position: static; writing-mode: vertical-rl; transform: rotate(180deg); padding: 4px 0 0; text-align: left; line-height: 1; justify-self: center }
+.matrix .top { position: static; writing-mode: vertical-rl; rotate: 180deg; padding: 4px 0 0; line-height: 1; justify-self: center; text-align: left }
 .matrix button { height: 17px; text-align: center }
 .strip { display: flex; gap: 2px; justify-content: space-between; font: 10px var(--st-code-font); margin: 6px 0 12px }
 svg { display: block; width: 100%; height: 110px; border-bottom: 1px solid currentColor }
@@ -128,6 +128,6 @@ def confusion(names: list[str], true: np.ndarray, given: np.ndarray) -> str:
                      for c, k in place.items())
     cells = "".join(
         f'<button data-open="{t},{g}" title="{escape(names[t])} → {escape(names[g])}: {n} of {total[t]}" style="grid-area:{place[t]}/{place[g]};'
-        f'background:rgb({BLUE if t == g else ORANGE} / {0.15 + 0.6 * n / total[t]:.2f})">{n if len(shown) <= 30 else ""}</button>'
+        f'background:rgb({BLUE if t == g else ORANGE} / {0.25 + 0.5 * n / total[t]:.2f})">{n if len(shown) <= 30 else ""}</button>'
         for t, g, n in zip(*pairs.tolist(), counts.tolist()))
     return f'<div class="matrix" style="grid-template-columns:max-content repeat({len(shown)},minmax(10px,1fr))">{labels}{cells}</div>'
