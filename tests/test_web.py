@@ -89,8 +89,8 @@ def html(at, key="pictures"):
 
 def pictures(at, key="pictures"):
     """Id, source and lines of text of each picture of a grid, in order."""
-    return [{"id": int(i), "src": re.findall('<img src="([^"]+)"', rest), "lines": [unescape(line) for line in re.findall("<p>(.*?)</p>", rest)]}
-            for i, rest in re.findall('<button data-open="([0-9]+)">(.*?)</button>', html(at, key))]
+    return [{"id": int(i), "src": re.findall('<img src="([^"]+)"', rest), "lines": [unescape(line) for line in re.findall("(?s)<p>(.*?)</p>", rest)]}
+            for i, rest in re.findall('(?s)<button data-open="([0-9]+)">(.*?)</button>', html(at, key))]
 
 
 def shown(at, key="pictures"):
