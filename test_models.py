@@ -5,7 +5,7 @@
     python test_models.py --measure                              # also images/s and peak memory here, with random weights
     python test_models.py --results runs/results.jsonl           # also accuracy against parameters and against GFLOPs
 
-Prints two tables, sorted by --sort, and saves figures/models.png (and figures/accuracy.png). A tool, not a test: the tests are in tests/.
+Prints three tables, sorted by --sort, and saves figures/models.png (and figures/accuracy.png). A tool, not a test: the tests are in tests/.
 """
 import argparse
 import json

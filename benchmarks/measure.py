@@ -1,6 +1,7 @@
 """What the benchmarks share: works that take turns, the rows of the table that benchmarks/table.py prints, and what this machine can do at most."""
 import argparse
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -91,5 +92,6 @@ def machine() -> str:
     """The processor, or the GPU, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    model = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")] if os.name == "posix" else []
+    cpu = Path("/proc/cpuinfo")
+    model = [x.split(":")[1].strip() for x in cpu.read_text().splitlines() if x.startswith("model name")] if cpu.exists() else [platform.processor()]
     return f"{os.cpu_count()} cores, {model[0] if model else 'unknown processor'}, no GPU"

@@ -4,7 +4,7 @@
     python benchmarks/strategies.py --architecture ViT-L/14@336px --images 1024   # on a GPU
 
 The plain recipe decodes every image with PIL + clip's transform and sends it and a prompt of 77 tokens through both towers at every step. The limit
-counts the FLOPs that are left of our steps. `linear`: an epoch is a step over each batch there, an iteration of L-BFGS over all features here.
+counts the FLOPs that are left of our steps. `linear`: the image tower and a step over each batch there, an iteration of L-BFGS over all features here.
 """
 import argparse
 import tempfile
@@ -93,11 +93,11 @@ def main():
             if strategy == "linear":
                 spent = alternate(works, args.rounds)
                 spent[name] = [t / i for t, i in zip(spent[name], iterations[1:])]
-                limit = 6 * len(index) * head.weight.numel() / peak_flops(device)
+                limit = 4 * len(index) * head.weight.numel() / peak_flops(device)
             else:
                 part = everything[:args.batch_size]
                 losses = plain(batch(pixels, part, "cpu"), labels[part]), ours(part)
-                limit = models.flops(lambda: ours(part)) * len(index) / args.batch_size / peak_flops(device)
+                limit = models.flops(lambda: ours(part)) * len(index) / len(part) / peak_flops(device)
                 spent = alternate(works, args.rounds)
                 print(f"{strategy}: loss {losses[0]:.4f} (plain recipe) and {losses[1]:.4f} (ours), frozen part once {first:.1f} s")
             report(args.rows, what, spent, limit, MATRICES)

@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS), help="(default: all)")
     parser.add_argument("--output", type=Path, default=HERE / "results.md", help="(default: %(default)s)")
     args = parser.parse_args()
+    here = machine()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         for name in args.only:
@@ -44,7 +45,7 @@ def main():
                 raise UserError(f"the benchmark {name} failed; the table would be without it")
         rows = runs.read_lines(file)
     environment = runs.environment()
-    head = (f"`make bench DATA_ROOT=PATH`, {time.strftime('%Y-%m-%d')}, commit {environment['commit']}, {machine()}, {torch.get_num_threads()} threads, "
+    head = (f"`make bench DATA_ROOT=PATH`, {time.strftime('%Y-%m-%d')}, commit {environment['commit']}, {here}, {torch.get_num_threads()} threads, "
             f"torch {environment['versions']['torch']}, random weights, medians of {args.rounds} alternating rounds.")
     text = "\n".join(["# Ratios", "", head, "", *TABLE, *map(line, rows), ""])
     with runs.atomic(args.output, "w") as out:

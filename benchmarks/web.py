@@ -26,6 +26,7 @@ from measure import add_arguments, report
 
 from flowers import UserError, command, models
 from flowers.data import Flowers, add_data_arguments, open_flowers
+from flowers.gallery import thumbnail
 
 PLAIN = '''
 import json, os, sys
@@ -124,13 +125,15 @@ def main():
     environment = {**os.environ, "XDG_CACHE_HOME": str(work / "cache")}
     identity = [int(flowers.files[i].stem[6:]) for i in range(0, len(flowers.files), max(1, len(flowers.files) // args.rounds))]
     rows: dict[str, dict[str, list[float]]] = {}
-    (work / "static.html").write_text("".join(f'<img src="{file.resolve().as_uri()}" width=160>' for file in flowers.files[:48]))
+    for i, file in enumerate(flowers.files[:48]):
+        (work / f"{i}.jpg").write_bytes(thumbnail(file))
+    (work / "static.html").write_text("".join(f"<img src={i}.jpg width=160>" for i in range(48)))
     static: list[float] = []  # what the browser alone takes for 48 pictures
     servers = []
     try:
         plain = start(str(work / "plain.py"), [str(flowers.root)], environment)
         servers.append(plain[0])
-        ours = start("web.py", ["--data_root", str(flowers.root), "--runs", str(work / "runs")], environment)
+        ours = start(str(Path(__file__).resolve().parent.parent / "web.py"), ["--data_root", str(flowers.root), "--runs", str(work / "runs")], environment)
         servers.append(ours[0])
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=args.chromium, args=FLAGS)
@@ -181,7 +184,7 @@ def main():
         shutil.rmtree(work)
     for name in ("first page", "page flip", "single image by its address"):
         spent = {"st.image(path) of the originals": rows[name]["plain"], "web.py": rows[name]["web.py"]}
-        limit = (statistics.median(static), "the same files as a static page") if "single" not in name else ()
+        limit = (statistics.median(static), "the thumbnails as a static page") if "single" not in name else ()
         report(args.rows, f"web page of 48 in a browser, {name}" if limit else f"web page, {name} (web.py: and 12 neighbours)", spent, *limit)
     print(f"\n{len(flowers.files):,} images, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f} at the end")
     print(f"{'seconds, median [least, most]':38s}{'plain':>20s}{'web.py':>20s}{'plain / web.py':>16s}")

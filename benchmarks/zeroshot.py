@@ -45,12 +45,14 @@ def main():
     def clip_benchmark():
         columns = []
         for name in flowers.class_names:
-            features = F.normalize(theirs.encode_text(clip.tokenize([evaluate.TEMPLATE.replace("{}", name)]).to(device)), dim=-1).mean(0)
-            columns.append(features / features.norm())
+            with models.autocast(device):
+                features = F.normalize(theirs.encode_text(clip.tokenize([evaluate.TEMPLATE.replace("{}", name)]).to(device)), dim=-1).mean(0)
+                columns.append(features / features.norm())
         classifier = torch.stack(columns, 1)
         scores = []
         for images, _ in DataLoader(Pictures(flowers.files, labels, open_clip_transform(side)), batch_size=64, num_workers=2):
-            scores.append((100 * F.normalize(theirs.encode_image(images.to(device)), dim=-1) @ classifier).cpu())
+            with models.autocast(device):
+                scores.append((100 * F.normalize(theirs.encode_image(images.to(device)), dim=-1) @ classifier).float().cpu())
         best = torch.cat(scores).topk(5).indices == labels[:, None]
         return {"acc1": best[:, 0].float().mean().item(), "acc5": best.any(1).float().mean().item()}
 
