@@ -12,16 +12,14 @@ rank: the log-likelihood of every class name as the answer. Names are compared b
 """
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from flowers import UserError, command, evaluate, figures, qwen, qwen_models, runs
+from flowers import UserError, command, evaluate, figures, qwen, qwen_models, read_json, runs
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.models import autocast
 from flowers.tracking import log_mistakes, start_wandb
@@ -33,23 +31,13 @@ SCORES = ("sum", "token", "calibrated")
 def answer_sheet(predictions: list[dict], answers: list[str], flowers: Flowers, index: np.ndarray, path: Path, most: int = 24) -> Path:
     """Images evenly from the split: the true name above, the answer below, blue if right and orange if wrong."""
     chosen = np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).round().astype(int))
-    columns = 6
-    lines = -(-len(chosen) // columns)
-    figure, axes = figures.plt.subplots(lines, columns, figsize=(1.8 * columns, 2.3 * lines + 0.5), squeeze=False, layout="constrained")
-    right = [predictions[i]["top1"] == predictions[i]["label"] for i in chosen]
-    figure.suptitle(f"True name above, answer below: {sum(right)} of {len(chosen)} right (blue, ✓)")
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, i, good in zip(axes.flat, chosen, right):
-        colour = figures.PALETTE[0 if good else 1]
-        with Image.open(flowers.files[index[i]]) as image:
-            picture = np.asarray(ImageOps.expand(ImageOps.fit(image.convert("RGB"), (200, 200)), 7, colour))
-        axis.imshow(picture)
-        axis.set_title(figures.textwrap.fill(predictions[i]["label"], 22), fontsize=8, pad=3)
+    cells = []
+    for i in chosen:
+        good = predictions[i]["top1"] == predictions[i]["label"]
         told = figures.textwrap.shorten(answers[i], 60, placeholder=" …") or "(nothing)"
-        axis.text(0.5, -0.03, figures.textwrap.fill(f"{'✓' if good else '✗'} {told}", 24), fontsize=8, color=colour, ha="center", va="top",
-                  transform=axis.transAxes)
-    return figures.save(figure, path)
+        cells.append((flowers.files[index[i]], predictions[i]["label"], f"{'✓' if good else '✗'} {told}", figures.PALETTE[0 if good else 1]))
+    right = sum(below.startswith("✓") for _, _, below, _ in cells)
+    return figures.picture_sheet(cells, path, f"True name above, answer below: {right} of {len(cells)} right (blue, ✓)", border=7)
 
 
 @command
@@ -82,8 +70,12 @@ def main():
         if stored is None:
             return
         vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
-    trained = Path(args.adapter) / "args.json" if args.adapter else None
-    trained = json.loads(trained.read_text()) if trained and trained.is_file() else {}
+    try:
+        trained = runs.checked(read_json(Path(args.adapter) / "args.json")) if args.adapter else {}
+    except FileNotFoundError:  # the folder of an adapter alone
+        trained = {}
+    except ValueError as error:
+        raise UserError(f"{Path(args.adapter) / 'args.json'} is damaged ({error})") from None
     for flag, usual in (("model", qwen_models.DEFAULT), ("max_pixels", 512 * 512), ("answer", "brief")):
         if getattr(args, flag) is None:
             setattr(args, flag, trained.get(flag, usual))
@@ -132,7 +124,7 @@ def main():
 
     # one line an image, so that a run that was killed goes on where it was
     records = folder / ("descriptions.jsonl" if args.describe else "answers.jsonl")
-    rows = runs.read_lines(records)
+    rows = runs.read_lines(records, "file")
     runs.write_lines(records, rows)  # without the line that a kill cut off
     done = {row["file"]: row for row in rows}
     todo = [i for i in [*index, *val] if flowers.files[i].name not in done]

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flowers import UserError, command, figures, qwen, qwen_models, runs
+from flowers import UserError, command, figures, qwen, qwen_models, reason, runs
 from flowers.data import add_data_arguments, open_flowers, read_captions
 from flowers.models import autocast
 from flowers.tracking import start_wandb
 
-WARMUP = 0.05  # share of the steps
 GRADIENT_NORM = 1.0
 
 
@@ -72,8 +71,8 @@ def main():
     args.alpha = args.alpha if args.alpha is not None else 2.0 * args.rank
     trains_vision = bool({"visual", "merger"} & set(args.also_train))
     args.augment = args.augment or ("crop" if trains_vision else "none")
-    if min(args.rank, args.epochs, args.batch_size, args.save_every) < 1 or args.lr <= 0 or args.chunk_size < 0 or args.images < 0:
-        raise UserError("--rank, --epochs, --batch_size and --save_every must be at least 1, --lr above 0, --chunk_size and --images not below 0")
+    if min(args.rank, args.epochs, args.batch_size, args.save_every) < 1 or not args.lr > 0 or not args.wd >= 0 or args.chunk_size < 0 or args.images < 0:
+        raise UserError("--rank, --epochs, --batch_size and --save_every must be at least 1, --lr above 0, --wd, --chunk_size and --images not below 0")
     if (args.answer == "described") != bool(args.captions):
         raise UserError("--answer described and --captions go together: descriptions are written by python qwen_eval.py --describe, or by people")
 
@@ -108,15 +107,20 @@ def main():
     metrics_file, checkpoint_file = folder / "metrics.jsonl", folder / "checkpoint.pt"
     if args.resume and checkpoint_file.exists():
         checkpoint = runs.load_file(checkpoint_file)
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(checkpoint["trained"][name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step, seconds = checkpoint["step"], checkpoint["seconds"]
+        try:
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(checkpoint["trained"][name])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            step, seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
+        except Exception as error:  # torch raises many kinds at what it did not expect
+            raise UserError(f"{checkpoint_file} is not of this run: {type(error).__name__} {reason(error)}") from None
         print(f"resuming {folder} after step {step} of {total}")
     rows = [row for row in runs.read_lines(metrics_file, "step") if row["step"] <= step]  # what came after the checkpoint is done again
     runs.write_lines(metrics_file, rows)
     tracker = start_wandb(args.wandb, folder, config)
+    for row in rows:
+        tracker.log(row)  # a resumed run is a run of its own in W&B
     print(f"{folder}: {args.model}, {len(index):,} images, {total:,} steps of {batch_size} on {device}; trainable {sum(p.numel() for p in trained.values()):,} "
           f"beside {size:,}; vision features {'once' if features is not None else 'in each step'}")
 
@@ -139,7 +143,7 @@ def main():
     bar = tqdm(total=total, initial=step, unit="step", desc="training")
     start = time.perf_counter()
     for parts, answers in qwen.ahead(prepare, range(step, total)):
-        share = min((step + 1) / max(1, WARMUP * total), 0.5 * (1 + math.cos(math.pi * max(0.0, step - WARMUP * total) / max(1, total - WARMUP * total))))
+        share = runs.learning_rate_share(step, total)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * share
         tokens = sum(qwen.answer_length(processor, a) for part in answers for a in part)
@@ -153,7 +157,7 @@ def main():
         torch.nn.utils.clip_grad_norm_(trained.values(), GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        if not math.isfinite(value):
+        if not math.isfinite(value) or not all(p.isfinite().all() for p in trained.values()):
             bar.close()
             raise UserError(f"the loss is {value} at step {step}: lower --lr; the last checkpoint is {checkpoint_file}")
         step += 1

@@ -17,14 +17,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flowers import UserError, command, evaluate, figures, frozen, runs, strategies
+from flowers import UserError, command, evaluate, figures, frozen, reason, runs, strategies
 from flowers.data import add_data_arguments, open_flowers, read_captions, select
 from flowers.losses import average_gradients, backward_in_chunks, gather, info_nce, same_class
 from flowers.models import RANDOM, image_features, load_model, split_image_tower, split_text_tower, text_features, tokenize, towers
 from flowers.pixels import batch, load_pixels, to_device
 from flowers.tracking import log_mistakes, start_wandb
 
-WARMUP = 0.1  # share of the steps
 GRADIENT_NORM = 1.0
 MAX_SCALE = 100.0  # CLIP was trained with the logit scale clamped here (Radford et al. 2021, section 2.5)
 
@@ -98,15 +97,17 @@ def main():
     if args.eval_every and not args.holdout:
         raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
     given = [v for v in (args.temperature, args.shots) if v is not None]
-    if args.epochs < 0 or args.batch_size < 2 or args.lr < 0 or args.views < 1 or args.chunk_size < 0 or any(v <= 0 for v in given):
-        raise UserError("--epochs, --lr and --chunk_size must be at least 0, --batch_size at least 2, --views at least 1, --shots and --temperature above 0")
+    if not (min(args.epochs, args.chunk_size) >= 0 and args.batch_size > 1 and args.views > 0 and all(v >= 0 for v in (args.lr, args.tau_lr, args.wd))
+            and all(v > 0 for v in given)):  # in this form no NaN passes
+        raise UserError("--epochs, --lr, --tau_lr, --wd and --chunk_size must be at least 0, --batch_size at least 2, --views at least 1, --shots and "
+                        "--temperature above 0")
     if args.strategy == "linear" and args.no_cache:
         raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
 
     # data and model
     rank, world, device = runs.processes()  # one, unless torchrun started more; only rank 0 writes
-    if args.resume and stored["processes"] != world:
-        raise UserError(f"{folder} was begun with {stored['processes']} processes: go on with as many, for the same result")
+    if args.resume and stored.get("processes") != world:
+        raise UserError(f"{folder} was begun with {stored.get('processes')} processes: go on with as many, for the same result")
     torch.set_float32_matmul_precision("high")
     runs.seed_everything(args.seed)
     with runs.rank_zero_first(rank, world):
@@ -189,6 +190,8 @@ def main():
     rows = [row for row in runs.read_lines(metrics_file, "epoch") if row["epoch"] <= epoch]  # what came after the checkpoint is done again
 
     tracker = start_wandb(args.wandb if rank == 0 else "disabled", folder, config)
+    for row in rows:
+        tracker.log(row)  # a resumed run is a run of its own in W&B
     counts, parameters = strategies.trainable(model, args.strategy, n_classes), sum(p.numel() for p in model.parameters())
     if rank == 0:
         runs.write_lines(metrics_file, rows)
@@ -206,7 +209,7 @@ def main():
         for i in range(steps_per_epoch):
             step_start = time.perf_counter()
             step = epoch * steps_per_epoch + i
-            share = min((step + 1) / max(1, WARMUP * total), 0.5 * (1 + math.cos(math.pi * max(0.0, step - WARMUP * total) / max(1, total - WARMUP * total))))
+            share = runs.learning_rate_share(step, total)
             for g in optimizer.param_groups:
                 g["lr"] = g["peak"] * share
 
@@ -267,7 +270,7 @@ def main():
     head = evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template)
     if args.strategy == "linear":
         start = time.perf_counter()
-        features = torch.cat(views).cpu() if views else image_features(model, pixels, train)
+        features = torch.cat(views).cpu()
         val = (image_features(model, pixels, held_places), labels[held_places]) if args.holdout else None
         head, c, iterations = strategies.fit_linear(features, labels[train].repeat(len(features) // len(train)), head, val)
         classifier = {"weight": head[0], "bias": head[1], "class_names": list(flowers.class_names)}
@@ -275,9 +278,9 @@ def main():
         print(f"logistic regression with C = {c:g}{' (chosen on val)' if val else ''}, {iterations} iterations")
     start = time.perf_counter()
     metrics, probabilities = evaluation(head)
-    runs.save_tensors(folder / "model.pt", state)
     if classifier:
-        runs.save_tensors(folder / "classifier.pt", classifier)
+        runs.save_tensors(folder / "classifier.pt", classifier)  # first: a model.pt without it would be evaluated by its prompts
+    runs.save_tensors(folder / "model.pt", state)
     evaluate.save(folder, probabilities, flowers, held_index)
     if rows:
         figures.training_curve(rows, folder / "curve.png")
@@ -305,7 +308,7 @@ def restore(path: Path, start_key: str, model: torch.nn.Module, optimizer: torch
         optimizer.load_state_dict(checkpoint["optimizer"])
         return int(checkpoint["epoch"]), float(checkpoint["seconds"])
     except Exception as error:  # torch raises many kinds at what it did not expect
-        raise UserError(f"{path} is not of this run: {type(error).__name__} {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not of this run: {type(error).__name__} {reason(error)}") from None
 
 
 if __name__ == "__main__":

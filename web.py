@@ -310,7 +310,7 @@ def page(parser: argparse.ArgumentParser) -> None:
     parser.error = refuse
     args = parser.parse_args()
     runs = Path(args.runs)
-    if args.data_root == DEFAULT_ROOT and not is_complete(Path(DEFAULT_ROOT)):
+    if Path(args.data_root) == Path(DEFAULT_ROOT) and not is_complete(Path(DEFAULT_ROOT)):
         raise UserError(f"{DEFAULT_ROOT} is missing or incomplete. Fetch it: python -m flowers.data")
     root = Path("data/sample" if args.data_root == "sample" else args.data_root)
     files = [*(root / n for n in ("jpg", "images/jpg", "imagelabels.mat", "labels.npz", "cat_to_name.json")), Path(args.splits_path or root / "setid.mat")]

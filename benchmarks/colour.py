@@ -37,7 +37,7 @@ def wrapped(kde, circular, shift):
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_data_arguments(parser, splits=False)
     add_arguments(parser)
     parser.add_argument("--class", dest="name", default="rose", help="whose pixels (default: %(default)s)")
     parser.add_argument("--pixels", type=int, default=330_000, help="of the class, evenly taken (default: %(default)s)")
@@ -45,7 +45,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    flowers = open_flowers(args.data_root, args.splits_path, args.splits)
+    flowers = open_flowers(args.data_root, args.splits_path)
 
     members = np.flatnonzero(flowers.labels == find_class(flowers, args.name))
     rgb = np.concatenate([read(flowers.files[i]).permute(1, 2, 0).reshape(-1, 3).numpy() for i in members])

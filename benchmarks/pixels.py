@@ -46,12 +46,12 @@ def one_thread(work):
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_data_arguments(parser, splits=False)
     add_arguments(parser)
     parser.add_argument("--images", type=int, default=256, help="images a round (default: %(default)s)")
     parser.add_argument("--resolution", type=int, default=224, help="pixels (default: %(default)s)")
     args = parser.parse_args()
-    flowers = open_flowers(args.data_root, args.splits_path, args.splits)
+    flowers = open_flowers(args.data_root, args.splits_path)
     folder = tempfile.TemporaryDirectory()  # with the cache; it goes at the end
     (Path(folder.name) / "flowers-102").symlink_to(flowers.root.resolve())
     theirs = AnyPart(folder.name, split="test", transform=clip_transform(args.resolution))

@@ -86,12 +86,12 @@ def batch_panel(model, n_classes: int) -> dict:
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_data_arguments(parser, splits=False)
     figures.add_figure_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds after one that is not counted (default: %(default)s)")
     parser.add_argument("--most", type=int, default=1024, help="most images; batches go up to half of it (default: %(default)s)")
     args = parser.parse_args()
-    flowers = open_flowers(args.data_root, args.splits_path, args.splits)
+    flowers = open_flowers(args.data_root, args.splits_path)
     flowers = Flowers(flowers.root, flowers.files[:256], flowers.labels[:256], flowers.class_names, {})
     torch.manual_seed(0)
     large, small = models.build("ViT-B/32"), models.build("tiny")

@@ -104,7 +104,7 @@ def waited(page, act, pictures: int) -> float:
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_data_arguments(parser, splits=False)
     add_arguments(parser)
     parser.add_argument("--images", type=int, default=0, help="measure on so many, the dataset's own again and again (default: 0, the dataset as it is)")
     parser.add_argument("--chromium", default="/usr/bin/chromium", help="the browser (default: %(default)s)")
@@ -115,7 +115,7 @@ def main():
         raise UserError("playwright is missing: pip install playwright") from None
     if not shutil.which(args.chromium):
         raise UserError(f"there is no {args.chromium}: apt-get install chromium, or give --chromium")
-    flowers = open_flowers(args.data_root, args.splits_path, args.splits)
+    flowers = open_flowers(args.data_root, args.splits_path)
     work = Path(tempfile.mkdtemp())
     if args.images:
         flowers = open_flowers(repeated(flowers, args.images, work / "data"))

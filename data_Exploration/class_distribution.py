@@ -82,7 +82,7 @@ def draw_all(rows: dict[str, np.ndarray], path: Path, pdf: bool, title: str) -> 
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_data_arguments(parser, splits=False)
     parser.add_argument("--class", dest="classes", action="append", default=[], metavar="NAME|ID",
                         help=f"name or 1-based number of a class; up to {MOST}, repeated, are drawn over each other")
     parser.add_argument("--all", action="store_true", help="all classes on a page, ordered by hue")
@@ -92,7 +92,7 @@ def main():
     args = parser.parse_args()
     if args.all == bool(args.classes) or len(args.classes) > MOST:
         raise UserError(f"name 1 to {MOST} classes with --class, or give --all")
-    flowers = open_flowers(args.data_root, args.splits_path, args.splits, args.holdout, args.class_names)
+    flowers = open_flowers(args.data_root, args.splits_path, class_names=args.class_names)
     chosen = dict.fromkeys(find_class(flowers, given) for given in args.classes)
     colours = load_colours(flowers, args.mask)
     rows = {flowers.class_names[c]: colours[flowers.labels == c].sum(0, dtype=float) for c in (chosen or np.unique(flowers.labels))}

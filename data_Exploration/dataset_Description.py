@@ -95,7 +95,7 @@ def report_duplicates(pairs: np.ndarray, flowers: Flowers, part: np.ndarray) -> 
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_data_arguments(parser, splits=False)
     parser.add_argument("--hash_bits", type=int, default=6, help="of 64 that the hashes of duplicates may differ in (default: %(default)s)")
     parser.add_argument("--levels", type=float, default=8.0, help="of 256 that their 32 x 32 pixels may differ by on average (default: %(default)s)")
     figures.add_figure_arguments(parser)

@@ -130,7 +130,7 @@ def read_run(run: Path, flowers: Flowers) -> tuple[np.ndarray, np.ndarray]:
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_data_arguments(parser, splits=False)
     parser.add_argument("--features", choices=list(UNITS), default="hsv",
                         help="mean point in the HSV cone, joint histogram (16 x 4 x 4, square roots), or a model's (default: %(default)s)")
     parser.add_argument("--architecture", default="ViT-B/32", help="model for --features clip, as train.py takes it (default: %(default)s)")
@@ -148,7 +148,7 @@ def main():
         raise UserError("--class and --run need --level image")
     if len(args.classes) > len(MARKERS) or (args.n_neighbors is not None and args.n_neighbors < 1) or args.images < 0:
         raise UserError(f"up to {len(MARKERS)} times --class, --n_neighbors at least 1, --images at least 0")
-    flowers = open_flowers(args.data_root, args.splits_path, args.splits, args.holdout, args.class_names)
+    flowers = open_flowers(args.data_root, args.splits_path, class_names=args.class_names)
     chosen = [find_class(flowers, given) for given in args.classes]
     index, right = read_run(args.run, flowers) if args.run else (np.arange(len(flowers.files)), None)
     if args.level == "image" and args.images and len(index) > args.images:

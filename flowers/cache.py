@@ -37,11 +37,10 @@ def cached(path: Path, key: bytes, shape: tuple[int, ...], dtype: str, rows: Cal
     rows: yields the array's rows in order, in pieces of any length. A damaged or stale file is told of with a warning. Raises OSError
     on a full disk, and leaves nothing half-written.
     """
-    if path.exists():
-        problem = _problem(path, key, shape, dtype)
-        if problem:
-            print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
-    if not path.exists() or problem:
+    problem = _problem(path, key, shape, dtype) if path.exists() else "is missing"
+    if problem not in ("", "is missing"):
+        print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
+    if problem:
         from flowers.runs import atomic  # and with it torch, 2 s: who only reads does not wait for it
         crc = 0
         with atomic(path) as out:

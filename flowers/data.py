@@ -51,19 +51,22 @@ class Flowers:
     splits: dict[str, np.ndarray]
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, splits: bool = True) -> None:
+    """The flags that say which images; without `splits`, those of scripts that look at all of them."""
     group = parser.add_argument_group("data")
     group.add_argument("--data_root", default=DEFAULT_ROOT,
                        help="folder of the dataset, or 'sample' for the drawn one that needs no download (default: %(default)s)")
     group.add_argument("--splits_path",
                        help="file that lists trnid, valid, tstid: a JSON or a setid.mat (default: setid.mat in the folder)")
+    group.add_argument("--class_names", choices=["oxford", "openai"], default="oxford",
+                       help="the dataset's names, or CLIP's (four differ) (default: %(default)s)")
+    if not splits:
+        return
     group.add_argument("--splits", choices=["swapped", "official"], default="swapped",
                        help="swapped: train on valid + tstid (7,169), test on trnid (1,020); official: train on trnid + valid, test on tstid "
                             "(default: %(default)s)")
     group.add_argument("--holdout", action="store_true",
                        help="keep the official valid images out of training, as the val split that choices are made on")
-    group.add_argument("--class_names", choices=["oxford", "openai"], default="oxford",
-                       help="the dataset's names, or CLIP's (four differ) (default: %(default)s)")
 
 
 def open_flowers(data_root: str | Path = DEFAULT_ROOT, splits_path: str | Path | None = None, splits: str = "swapped",
@@ -204,7 +207,7 @@ def read_captions(path: str | Path, files: tuple[Path, ...]) -> list[list[str]]:
 
 
 def read_mat(path: Path) -> dict[str, np.ndarray]:
-    """The real numeric matrices of a MATLAB file by name. Raises ValueError or zlib.error if it is damaged, as far as that shows: what is
+    """The real numeric matrices of a MATLAB file by name. Raises ValueError, struct.error or zlib.error if it is damaged, as far as that shows: what is
     compressed has a checksum. scipy's reader takes the process down with it at about one damaged file in a hundred.
 
     Source: MathWorks, MAT-File Format (Level 5), R2024b.

@@ -2,6 +2,7 @@
 import argparse
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -49,15 +50,14 @@ def show(paths: list[Path]) -> None:
                 print(f"warning: no picture viewer here; see {path}", file=sys.stderr)
 
 
-def spread(centres: np.ndarray, sizes: np.ndarray, bounds: tuple[float, float, float, float], fixed: int = 0, steps: int = 2000) -> np.ndarray:
+def spread(centres: np.ndarray, sizes: np.ndarray, bounds: tuple[float, float, float, float], steps: int = 2000) -> np.ndarray:
     """Push boxes apart until none overlaps another, each as little as it must: new centres (n, 2).
 
-    centres, sizes: (n, 2), width and height; bounds: left, bottom, right, top that the boxes stay within; the first `fixed` boxes do not move.
+    centres, sizes: (n, 2), width and height; bounds: left, bottom, right, top that the boxes stay within.
     If there is no room for all, some still overlap.
     """
     centres, sizes = np.array(centres, float), np.array(sizes, float)
     low, high = np.array(bounds[:2]) + sizes / 2, np.array(bounds[2:]) - sizes / 2
-    movable = (np.arange(len(centres)) >= fixed)[:, None]
     nudge = np.random.default_rng(0).normal(size=(len(centres), 2))
     for _ in range(steps):
         apart = centres[:, None] - centres[None]
@@ -68,9 +68,8 @@ def spread(centres: np.ndarray, sizes: np.ndarray, bounds: tuple[float, float, f
             break
         axis = overlap.argmin(-1)[..., None] == np.arange(2)  # the shorter way out
         way = np.where(apart == 0, nudge[:, None] - nudge[None], apart)
-        share = np.where(movable & movable.T, 0.5, 1.0)[..., None]  # of the way that a box makes itself
-        push = (np.sign(way) * (overlap + 1e-3) * axis * hit[..., None] * share).sum(1)
-        centres = np.where(movable, np.clip(centres + push, low, high), centres)
+        push = (np.sign(way) * (overlap + 1e-3) * axis * hit[..., None] / 2).sum(1)  # both make half of the way
+        centres = np.clip(centres + push, low, high)
     return centres
 
 
@@ -169,18 +168,23 @@ def mistakes(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray) -
             for i in wrong[np.argsort(-best[wrong], kind="stable")]]
 
 
-def mistakes_sheet(rows: list[tuple[Path, str, str, float]], path: Path, columns: int = 6, most: int = 24) -> Path:
+def mistakes_sheet(rows: list[tuple[Path, str, str, float]], path: Path, most: int = 24) -> Path:
     """The first rows of `mistakes`: picture, true name above, given name and its probability below."""
-    shown = rows[:most]
-    lines = max(1, -(-len(shown) // columns))
-    figure, axes = plt.subplots(lines, columns, figsize=(1.7 * columns, 2.05 * lines + 0.5), squeeze=False, layout="constrained")
-    figure.suptitle(f"The {len(shown)} most confident of {len(rows):,} mistakes: true name above, prediction below" if rows else "No mistakes")
+    shown = [(file, label, f"{given} ({100 * probability:.0f}%)", "#b2182b") for file, label, given, probability in rows[:most]]
+    title = f"The {len(shown)} most confident of {len(rows):,} mistakes: true name above, prediction below" if rows else "No mistakes"
+    return picture_sheet(shown, path, title)
+
+
+def picture_sheet(cells: Sequence[tuple[Path, str, str, str]], path: Path, title: str, border: int = 0, columns: int = 6) -> Path:
+    """Pictures with a text above and one below; cells: file, both texts, and the colour of the lower one and of the border."""
+    lines = max(1, -(-len(cells) // columns))
+    figure, axes = plt.subplots(lines, columns, figsize=(1.8 * columns, 2.3 * lines + 0.5), squeeze=False, layout="constrained")
+    figure.suptitle(title)
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, (file, label, given, probability) in zip(axes.flat, shown):
+    for axis, (file, above, below, colour) in zip(axes.flat, cells):
         with Image.open(file) as image:
-            axis.imshow(np.asarray(ImageOps.fit(image.convert("RGB"), (200, 200))))
-        axis.set_title(textwrap.fill(label, 22), fontsize=7, pad=3)
-        axis.text(0.5, -0.03, f"{textwrap.fill(given, 22)} ({100 * probability:.0f}%)", fontsize=7, color="#b2182b", ha="center", va="top",
-                  transform=axis.transAxes)
+            axis.imshow(np.asarray(ImageOps.expand(ImageOps.fit(image.convert("RGB"), (200, 200)), border, colour)))
+        axis.set_title(textwrap.fill(above, 22), fontsize=8, pad=3)
+        axis.text(0.5, -0.03, textwrap.fill(below, 24), fontsize=8, color=colour, ha="center", va="top", transform=axis.transAxes)
     return save(figure, path)

@@ -5,7 +5,6 @@ torch is imported only where it is used: the first page must not wait for it.
 import csv
 import hashlib
 import io
-import json
 import os
 import re
 import threading
@@ -23,13 +22,13 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from flowers import UserError, colour
+from flowers import UserError, colour, read_json
 from flowers.data import OPENAI_NAMES, Flowers
 
 SIDE, SLOT = 160, 10_240  # pixels of a thumbnail, and the bytes that are kept for each
 FORMAT = 1  # raise it when the stored bytes change
 MAX_BYTES, MAX_PIXELS, MAX_ASPECT, MAX_SCANS = 10 << 20, 40_000_000, 20, 100  # of a picture that a visitor brings
-LOCKS = defaultdict(threading.Lock)  # one for each cache file: two sessions are two threads, and temporary files are told apart by process
+LOCKS = defaultdict(threading.Lock)  # one for each cache file: two sessions do not make it twice
 
 
 # --- pictures ---
@@ -240,10 +239,9 @@ def read_predictions(folder: Path, flowers: Flowers) -> Predictions:
 def run_arguments(folder: Path) -> dict:
     """args.json of a run; empty where it is missing or damaged."""
     try:
-        arguments = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / "args.json")
+    except (OSError, ValueError):
         return {}
-    return arguments if isinstance(arguments, dict) else {}
 
 
 def outcomes(labels: np.ndarray, first: Predictions, second: Predictions | None = None) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flowers import UserError
+from flowers import UserError, reason
 from flowers.data import patience
 from flowers.pixels import batch
 from flowers.runs import load_file
@@ -96,7 +96,7 @@ def from_state_dict(state: dict[str, torch.Tensor], origin: str = "state dict") 
         model.load_state_dict(state)
     except Exception as error:  # torch raises many kinds at what is no state dict of a CLIP
         hint = " (it looks like a checkpoint to resume from: give model.pt)" if "optimizer" in state else ""
-        raise UserError(f"{origin} is not the state dict of a CLIP{hint}: {type(error).__name__} {str(error).splitlines()[0]}") from None
+        raise UserError(f"{origin} is not the state dict of a CLIP{hint}: {type(error).__name__} {reason(error)}") from None
     return model.eval()
 
 

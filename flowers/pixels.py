@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm import tqdm
 
-from flowers import UserError, cache, colour
+from flowers import UserError, cache, colour, reason
 from flowers.data import Flowers
 
 FORMAT = 2  # raise it when the stored bytes change, so that older caches are rebuilt
@@ -60,7 +60,7 @@ def read(file: Path) -> torch.Tensor:
                 raise ValueError(f"{image.width} x {image.height} pixels: at most {MAX_PIXELS // 1_000_000} million are taken, in {MAX_SCANS} scans")
         return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
     except Exception as error:  # PIL raises a dozen kinds at damaged files
-        raise UserError(f"{file} can't be decoded ({(str(error) or type(error).__name__).splitlines()[0]}): replace it by a fresh copy") from None
+        raise UserError(f"{file} can't be decoded ({reason(error)}): replace it by a fresh copy") from None
 
 
 def decode(file: Path, resolution: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flowers import UserError
+from flowers import UserError, reason
 
 try:
     import peft
@@ -111,7 +111,7 @@ def load(name: str, device: torch.device | str, adapter: str | Path | None = Non
         try:
             model = peft.PeftModel.from_pretrained(model, folder).eval()
         except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{folder} does not fit {name}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{folder} does not fit {name}: {reason(error)}") from None
     return model, processor
 
 
@@ -119,7 +119,7 @@ def _from_hub(kind, name: str, **options):
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} can't be loaded ({str(error).splitlines()[0]}): it needs the network once, or a folder with its files; "
+        raise UserError(f"{name} can't be loaded ({reason(error)}): it needs the network once, or a folder with its files; "
                         "--model tiny needs neither") from None
 
 

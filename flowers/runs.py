@@ -12,6 +12,7 @@ import contextlib
 import csv
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flowers import UserError, parse_json, read_json
+from flowers import UserError, parse_json, read_json, reason
 
 # what `checked` expects: numbers, and in arguments, where None stands for a default, numbers and texts
 NUMBERS = ("alpha", "epoch", "step", "parameters", "peak_memory_mb", "frozen_seconds", "train_seconds", "eval_seconds")
@@ -50,6 +51,11 @@ def seed_everything(seed: int) -> None:
 def generator(*numbers: int) -> torch.Generator:
     """Random numbers that depend on `numbers` (seed, epoch, ...) alone, so that a resumed run draws what an uninterrupted one draws."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+
+def learning_rate_share(step: int, total: int, warmup: float = 0.1) -> float:
+    """Of the peak learning rate, at a step of `total`: a linear rise over the first `warmup` of them, then a cosine down to 0."""
+    return min((step + 1) / max(1, warmup * total), 0.5 * (1 + math.cos(math.pi * max(0.0, step - warmup * total) / max(1, total - warmup * total))))
 
 
 def processes() -> tuple[int, int, torch.device]:
@@ -180,11 +186,13 @@ def new_run(runs: str | Path, name: str | None, config: dict, splits: dict[str, 
 
     An evaluation that was killed is begun anew; other runs are gone on with by --resume.
     """
-    name = name or f"{Path(config['architecture']).stem.replace('/', '-')}-{config['job']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    path = Path(config["architecture"])  # a path, or a name such as ViT-L/14@336px
+    model = (path.parent if path.name == "model.pt" else path).name if path.exists() else str(path).replace("/", "-")
+    name = name or f"{model}-{config['job']}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     folder = Path(runs) / name
     if (folder / "result.json").exists():
         register(folder)  # a kill may have come before
-    elif not (folder / "args.json").exists() or config["job"] == "eval" and '"job": "eval"' in (folder / "args.json").read_text():
+    elif not (folder / "args.json").exists() or config["job"] == "eval" and b'"job": "eval"' in (folder / "args.json").read_bytes():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "args.json", {**config, "name": name, "split_sizes": {k: len(v) for k, v in splits.items()}, **environment()})
         return folder
@@ -262,7 +270,7 @@ def load_file(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path} can't be read as tensors: {(str(error) or type(error).__name__).splitlines()[0][:200]}") from None
+        raise UserError(f"{path} can't be read as tensors: {reason(error)}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
     return state

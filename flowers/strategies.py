@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from flowers import UserError, read_json
 from flowers.models import CONTEXT_MARK, PLACEHOLDER, last_blocks, load_model, tokenize, towers
-from flowers.runs import load_file, seed_everything
+from flowers.runs import checked, load_file, seed_everything
 
 STRATEGIES = ("full", "image", "text", "last_blocks", "linear", "lora", "prompt")
 # Peak learning rates for pretrained models: common values of the literature, for prompt CoOp's (Zhou et al. 2022), not tuned here
@@ -69,7 +69,7 @@ def prepare(model: CLIP, strategy: str, blocks: int = 2, rank: int = 8, context_
 
 def cuts(strategy: str, blocks: int) -> tuple[int | None, int | None]:
     """Where the frozen part of the image and of the text tower ends, as split_image_tower and split_text_tower take it."""
-    return {"full": (None, None), "image": (None, 0), "text": (0, None), "last_blocks": (blocks, blocks), "linear": (0, 0), "lora": (None, None),
+    return {"full": (None, None), "image": (None, 0), "text": (0, None), "last_blocks": (blocks, blocks), "linear": (0, None), "lora": (None, None),
             "prompt": (0, None)}[strategy]
 
 
@@ -157,7 +157,7 @@ def start_of(run: str) -> dict[str, torch.Tensor]:
     """The weights that a run of train.py started from. Raises UserError if `run` is none, or left the weights as they were."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     try:
-        args = read_json(folder / "args.json")
+        args = checked(read_json(folder / "args.json"))
         origin, strategy, seed = args["architecture"], args["strategy"], args["seed"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder} is no run of train.py: its args.json says where the weights started") from None

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowers import reason
+
 
 class Tracker:
     """A W&B run, or nothing. When W&B fails, whatever it is, that is said once, and the run goes on without."""
@@ -16,9 +18,9 @@ class Tracker:
     def _call(self, name: str, *arguments) -> None:
         try:
             if self.run:
-                getattr(self.run, name)(*arguments)
+                getattr(self.run, name)(*(a() if callable(a) else a for a in arguments))
         except Exception as error:
-            print(f"warning: W&B failed ({(str(error) or type(error).__name__).splitlines()[0]}): the run goes on without it", file=sys.stderr)
+            print(f"warning: W&B failed ({reason(error)}): the run goes on without it", file=sys.stderr)
             self.run = None
 
     log = functools.partialmethod(_call, "log")
@@ -34,8 +36,8 @@ def start_wandb(mode: str, folder: Path, config: dict) -> Tracker:
         return Tracker()
     try:
         import wandb
-    except ImportError:
-        print("warning: wandb is not installed; results are in the run folder only", file=sys.stderr)
+    except Exception as error:  # not installed, or at odds with another package
+        print(f"warning: wandb can't be imported ({reason(error)}); results are in the run folder only", file=sys.stderr)
         return Tracker()
     if mode == "auto":
         mode = "online" if _logged_in() else "offline"
@@ -46,16 +48,17 @@ def start_wandb(mode: str, folder: Path, config: dict) -> Tracker:
             return Tracker(wandb.init(project="flowers-102", dir=folder, name=folder.name, config=config, job_type=config["job"],
                                       mode=attempt, settings=settings))
         except Exception as error:  # network, key, permission: whatever it is, the run matters more
-            print(f"warning: W&B {attempt} failed ({str(error).splitlines()[0]})", file=sys.stderr)
+            print(f"warning: W&B {attempt} failed ({reason(error)})", file=sys.stderr)
     return Tracker()
 
 
 def log_mistakes(tracker: Tracker, rows: Sequence[tuple[Path, str, str, float]], most: int = 64) -> None:
     """A W&B table of the most confident mistakes, with pictures; rows: file, true name, given name, probability."""
-    if tracker.run:
+    def table():
         import wandb
-        tracker.log({"mistakes": wandb.Table(["picture", "file", "label", "prediction", "probability"],
-                                             [[wandb.Image(str(file)), file.name, *rest] for file, *rest in rows[:most]])})
+        return {"mistakes": wandb.Table(["picture", "file", "label", "prediction", "probability"],
+                                        [[wandb.Image(str(file)), file.name, *rest] for file, *rest in rows[:most]])}
+    tracker.log(table)
 
 
 def _logged_in() -> bool:

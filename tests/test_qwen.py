@@ -431,4 +431,6 @@ def test_mistakes_end_in_one_line(trained, small, tmp_path, cli):
     assert "val is empty" in error_line(cli("qwen_eval.py", *common, "--model", "tiny", "--split", "val")).replace("the val split is", "val is")
     assert cli("qwen_train.py", *common, "--model", "tiny", "--epochs", 1, "--batch_size", 36, "--name", "all")[0] == 0
     assert "trained on the val images" in error_line(cli("qwen_eval.py", *common, "--adapter", tmp_path / "all", "--holdout"))
+    (tmp_path / "all" / "args.json").write_text("{")
+    assert "args.json is damaged" in error_line(cli("qwen_eval.py", *common, "--adapter", tmp_path / "all"))
     assert not list(tmp_path.glob("tiny-qwen_eval-*/result.json"))

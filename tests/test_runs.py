@@ -7,9 +7,10 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import ROOT
 
-from flowers import UserError, runs
+from flowers import UserError, command, runs, tracking
 
 
 def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
@@ -51,6 +52,51 @@ def test_a_killed_evaluation_is_begun_anew_and_nothing_else_overwritten(tmp_path
     assert runs.read_lines(tmp_path / "results.jsonl") == [{"name": "ended"}], "its line was missing"
 
 
+@pytest.mark.parametrize("architecture, named", [("ViT-B/32", "ViT-B-32"), ("ViT-L/14@336px", "ViT-L-14@336px"), ("{}/lr0.001-s0", "lr0.001-s0"),
+                                                 ("{}/lr0.001-s0/model.pt", "lr0.001-s0"), ("Qwen/Qwen2.5-VL-7B", "Qwen-Qwen2.5-VL-7B")])
+def test_a_run_is_named_after_its_model(tmp_path, architecture, named):
+    (tmp_path / "lr0.001-s0").mkdir()
+    (tmp_path / "lr0.001-s0" / "model.pt").touch()
+    folder = runs.new_run(tmp_path, None, {"architecture": architecture.format(tmp_path), "job": "train"}, {})
+    assert folder.name.startswith(f"{named}-train-2")
+
+
+def test_the_learning_rate_rises_and_falls():
+    shares = [runs.learning_rate_share(step, 100) for step in range(100)]
+    assert shares[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and shares[55] == pytest.approx(0.5) and shares[-1] < 1e-3
+    assert shares == shares[:10] + sorted(shares[10:], reverse=True)
+
+
+def test_a_gpu_that_is_too_small_is_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+    with pytest.raises(SystemExit) as end:
+        command(main)()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "CUDA out of memory" in said and "lower --batch_size" in said
+
+    def broken():
+        raise RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError, match="of ours"):
+        command(broken)()
+
+
+@pytest.mark.parametrize("stub, said", [("raise TypeError('Descriptors cannot be created')", "can't be imported (Descriptors"),
+                                        ("Settings = dict\ndef init(**_): raise TimeoutError()", "W&B offline failed (TimeoutError)"),
+                                        ("class Run:\n    log = finish = lambda *_: None\nSettings, init = dict, lambda **_: Run()\n"
+                                         "def Image(_): raise OSError('no space')", "W&B failed (no space)")])
+def test_whatever_wandb_does_the_run_goes_on(tmp_path, monkeypatch, capsys, stub, said):
+    (tmp_path / "wandb.py").write_text(stub)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    tracker = tracking.start_wandb("offline", tmp_path, {"job": "train"})
+    tracker.log({"a": 1})
+    tracking.log_mistakes(tracker, [(tmp_path / "a.jpg", "rose", "iris", 0.5)])
+    tracker.finish()
+    assert said in capsys.readouterr().err
+    sys.modules.pop("wandb", None)
+
+
 def test_generator_depends_on_all_numbers():
     draws = {tuple(runs.generator(*n).initial_seed() for _ in range(2)) for n in ((0, 1), (1, 0), (0, 2), (0,))}
     assert len(draws) == 4 and all(a == b for a, b in draws)
@@ -84,4 +130,4 @@ def test_without_wandb_installed(small, tmp_path):
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "wandb.py").write_text("raise ImportError('hidden')")
     done, _ = train(small, tmp_path, PYTHONPATH=str(tmp_path / "hide"))
-    assert done.returncode == 0 and "wandb is not installed" in done.stderr and (tmp_path / "w" / "result.json").exists()
+    assert done.returncode == 0 and "wandb can't be imported" in done.stderr and (tmp_path / "w" / "result.json").exists()

@@ -117,6 +117,8 @@ def test_mistakes_end_with_one_line(small, tmp_path, cli):
     assert "--batch_size" in error_line(cli("train.py", *common, "--batch_size", 1))
     assert "--seed -1" in error_line(cli("train.py", *common, "--seed", -1))
     assert "--chunk_size" in error_line(cli("train.py", *common, "--chunk_size", -5))
+    for flag, value in (("--lr", "nan"), ("--wd", -5), ("--tau_lr", -1), ("--temperature", "nan")):
+        assert "at least 0" in error_line(cli("train.py", *common, flag, value))
     captions = tmp_path / "captions.jsonl"
     captions.write_text("".join(json.dumps({"file": f.name, "captions": ["red"]}) + "\n" for f in (small / "jpg").iterdir()))
     assert "no {}" in error_line(cli("train.py", *common, "--captions", captions, "--prompt_template", "a flower"))
