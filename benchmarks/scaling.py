@@ -14,6 +14,7 @@ from pathlib import Path
 import clip
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator
 from measure import alternate, duration, machine
 from peers import Pictures, clip_transform
 from torch.utils.data import DataLoader
@@ -110,7 +111,10 @@ def main():
             print(f"{title}: {name:40s}" + "  ".join(f"{n}: {duration(v)}" for n, v in zip(sizes, values)) + f"  growth {growth:.2f}", flush=True)
         axis.set(xscale="log", yscale="log", xlabel=title, ylabel="Seconds", xticks=sizes, xticklabels=sizes)
         axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=8)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.legend(frameon=False, fontsize=7.5, loc="lower right" if title.startswith("Tokens") else "upper left")
+        axis.margins(y=0.12)
     figure.suptitle(machine(), fontsize=9)
     path = figures.save(figure, args.output / "scaling.png", args.pdf)
     print(path)

@@ -84,7 +84,7 @@ def test_a_gpu_that_is_too_small_is_one_line(capsys):
 @pytest.mark.parametrize("stub, said", [("raise TypeError('Descriptors cannot be created')", "can't be imported (Descriptors"),
                                         ("Settings = dict\ndef init(**_): raise TimeoutError()", "W&B offline failed (TimeoutError)"),
                                         ("class Run:\n    log = finish = lambda *_: None\nSettings, init = dict, lambda **_: Run()\n"
-                                         "def Image(_): raise OSError('no space')", "W&B failed (no space)")])
+                                         "def Image(_): raise OSError('no space')\nTable = list", "W&B failed (no space)")])
 def test_whatever_wandb_does_the_run_goes_on(tmp_path, monkeypatch, capsys, stub, said):
     (tmp_path / "wandb.py").write_text(stub)
     monkeypatch.syspath_prepend(tmp_path)
