@@ -23,6 +23,7 @@ from flowers.data import add_data_arguments, open_flowers, read_captions
 from flowers.models import autocast
 from flowers.tracking import start_wandb
 
+WARMUP = 0.05  # share of the steps
 GRADIENT_NORM = 1.0
 
 
@@ -143,7 +144,7 @@ def main():
     bar = tqdm(total=total, initial=step, unit="step", desc="training")
     start = time.perf_counter()
     for parts, answers in qwen.ahead(prepare, range(step, total)):
-        share = runs.learning_rate_share(step, total)
+        share = runs.learning_rate_share(step, total, WARMUP)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * share
         tokens = sum(qwen.answer_length(processor, a) for part in answers for a in part)
@@ -157,7 +158,8 @@ def main():
         torch.nn.utils.clip_grad_norm_(trained.values(), GRADIENT_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        if not math.isfinite(value) or not all(p.isfinite().all() for p in trained.values()):
+        saves = (step + 1) % args.save_every == 0 or step + 1 == total
+        if not math.isfinite(value) or saves and not all(p.isfinite().all() for p in trained.values()):  # no such checkpoint
             bar.close()
             raise UserError(f"the loss is {value} at step {step}: lower --lr; the last checkpoint is {checkpoint_file}")
         step += 1
@@ -165,7 +167,7 @@ def main():
         tracker.log(rows[-1])
         bar.set_postfix(epoch=rows[-1]["epoch"], loss=f"{value:.3f}", refresh=False)
         bar.update()
-        if step % args.save_every == 0 or step == total:
+        if saves:
             seconds, start = seconds + time.perf_counter() - start, time.perf_counter()
             runs.write_lines(metrics_file, rows)
             runs.save_tensors(checkpoint_file, {"trained": {n: p.detach() for n, p in trained.items()}, "optimizer": optimizer.state_dict(),

@@ -284,6 +284,12 @@ def trained(small, tmp_path_factory):
     return folder / "train"
 
 
+def test_the_learning_rate_rises_over_a_twentieth_of_the_steps(trained):
+    shares = [row["train/lr"] / 1e-3 for row in runs.read_lines(trained / "metrics.jsonl")]
+    rise = len(shares) // 20
+    assert rise >= 2 and shares[:rise] == pytest.approx([(i + 1) / rise for i in range(rise)]) and shares[rise:] == sorted(shares[rise:], reverse=True)
+
+
 def test_training_teaches_and_evaluation_leaves_what_clip_leaves(trained, small, cli):
     arguments = ["--data_root", small, "--adapter", trained, "--runs", trained.parent, "--wandb", "disabled"]
     code, out, err = cli("qwen_eval.py", *arguments, "--holdout", "--name", "rank")
