@@ -1,9 +1,8 @@
 """What the scripts must agree on: where the images are, how they become pixels, models, losses and results."""
+
 import functools
-import json
 import os
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -19,10 +18,13 @@ def reason(error: Exception) -> str:
 
 def command(main):
     """Wrap a script's `main`: a user's mistake, a file system that refuses, or a GPU that is too small ends with one line on stderr and exit code 2."""
+
     @functools.wraps(main)
     def wrapped():
         if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-            sys.stdout.reconfigure(errors="backslashreplace")  # a name or degree sign that the terminal can't show is no reason to fail
+            sys.stdout.reconfigure(
+                errors="backslashreplace"
+            )  # a name or degree sign that the terminal can't show is no reason to fail
         code = 0
         try:
             main()
@@ -31,13 +33,22 @@ def command(main):
         except BrokenPipeError:  # the reader of a pipe has seen enough
             code = 1
         except (UserError, OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's own; not imported here
+            if (
+                isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError"
+            ):  # torch's own; not imported here
                 raise
             for bar in list(getattr(tqdm, "_instances", ())):
                 bar.close()  # the error has a line of its own
             said = " ".join(str(error).split())
-            print("error: " + (said if not isinstance(error, RuntimeError) else f"{said[:120]} ...: lower --batch_size, or in training --chunk_size"),
-                  file=sys.stderr)
+            print(
+                "error: "
+                + (
+                    said
+                    if not isinstance(error, RuntimeError)
+                    else f"{said[:120]} ...: lower --batch_size, or in training --chunk_size"
+                ),
+                file=sys.stderr,
+            )
             code = 2
         except KeyboardInterrupt:
             code = 130
@@ -46,22 +57,9 @@ def command(main):
                 if sys.stdout:
                     sys.stdout.flush()
             except OSError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at its end, and complains
+                os.dup2(
+                    os.open(os.devnull, os.O_WRONLY), 1
+                )  # else Python tries again at its end, and complains
             sys.exit(code)
+
     return wrapped
-
-
-def parse_json(text: str) -> dict:
-    """A JSON object. Raises ValueError for anything else, however deeply it is nested."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__}, not an object")
-    return value
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError if it holds anything else, OSError if there is no such file."""
-    return parse_json(path.read_text(encoding="utf-8"))

@@ -1,16 +1,19 @@
 """Arrays that are computed once and kept beside the data: pixels, features, thumbnails. Whole or not at all, memory-mapped when read."""
+
 import hashlib
 import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from flowers.files import atomic
 
-def folder(root: Path) -> Path:
+
+def cache_folder(root: Path) -> Path:
     """`.cache/` in the data folder; where either is read-only (by its mode, so for the superuser too), a folder of its own in ~/.cache."""
     path = root / ".cache"
     place = path if path.exists() else root
@@ -21,17 +24,31 @@ def folder(root: Path) -> Path:
     return path
 
 
+def array_path(root: Path, title: str, files: Sequence[Path]) -> Path:
+    """Where an array about `files` is kept; other files of the same dataset have another path."""
+    names = hashlib.sha256("".join(file.name for file in files).encode()).hexdigest()[:8]
+    return cache_folder(root) / f"{title}-{names}.npy"
+
+
 def key_of(*parts) -> bytes:
     """32 bytes that change when any of `parts` does; a Path stands for its file's name, size and time."""
+
     def plain(part):
         if isinstance(part, Path):
             stat = part.stat()
             return [part.name, stat.st_size, stat.st_mtime_ns]
         return part.hex()
+
     return hashlib.sha256(json.dumps(parts, default=plain).encode()).digest()
 
 
-def cached(path: Path, key: bytes, shape: tuple[int, ...], dtype: str, rows: Callable[[], Iterable[np.ndarray]]) -> np.ndarray:
+def cached_array(
+    path: Path,
+    key: bytes,
+    shape: tuple[int, ...],
+    dtype: str,
+    rows: Callable[[], Iterable[np.ndarray]],
+) -> np.ndarray:
     """The array (shape, dtype) kept at `path`, memory-mapped; if it is missing, damaged or not of `key`, `rows()` makes it anew.
 
     rows: yields the array's rows in order, in pieces of any length. A damaged or stale file is told of with a warning. Raises OSError
@@ -41,10 +58,11 @@ def cached(path: Path, key: bytes, shape: tuple[int, ...], dtype: str, rows: Cal
     if problem not in ("", "is missing"):
         print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
     if problem:
-        from flowers.runs import atomic  # and with it torch, 2 s: who only reads does not wait for it
         crc = 0
         with atomic(path) as out:
-            np.lib.format.write_array_header_1_0(out, {"descr": dtype, "fortran_order": False, "shape": shape})
+            np.lib.format.write_array_header_1_0(
+                out, {"descr": dtype, "fortran_order": False, "shape": shape}
+            )
             for row in rows():
                 data = np.ascontiguousarray(row, dtype).tobytes()
                 crc = zlib.crc32(data, crc)
@@ -64,5 +82,10 @@ def _problem(path: Path, key: bytes, shape: tuple[int, ...], dtype: str) -> str:
         return "is damaged"
     if trailer[:32] != key:
         return "is of something else or damaged"
-    intact = data.shape == shape and data.dtype == np.dtype(dtype) and data.flags.c_contiguous and zlib.crc32(data).to_bytes(4, "little") == trailer[32:]
+    intact = (
+        data.shape == shape
+        and data.dtype == np.dtype(dtype)
+        and data.flags.c_contiguous
+        and zlib.crc32(data).to_bytes(4, "little") == trailer[32:]
+    )
     return "" if intact else "is damaged"

@@ -3,10 +3,14 @@
 A row of colours, (WIDTH,) float32, describes the pixels of one image, or the sum of rows those of many: how much there is of each hue
 (weighted by chroma = saturation x value, as a grey pixel has no hue), how many pixels of each saturation and value, and a coarse joint
 histogram. The rest follows from these: means on the circle, points in the HSV cone, and the densities of the pixels themselves.
-`pixels.load_colours` makes the rows of a dataset.
+`load_colours` makes the rows of a dataset.
 """
+
 import cv2
 import numpy as np
+
+from flowers import cache, images
+from flowers.data import Flowers
 
 FORMAT = 1  # raise it when the stored numbers change
 LEVELS = 256  # of hue (1.4 degrees), saturation and value
@@ -32,13 +36,21 @@ def mask_of(hsv: np.ndarray, mask: str) -> np.ndarray:
     if mask == "centre":
         return _radius(height, width) <= 0.35
     scale = GRABCUT_SIDE / min(height, width)
-    small = cv2.resize(cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR_FULL), (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(
+        cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR_FULL),
+        (round(width * scale), round(height * scale)),
+        interpolation=cv2.INTER_AREA,
+    )
     radius, edge = _radius(*small.shape[:2]), GRABCUT_SIDE // 20
-    guess = np.where(radius <= 0.15, cv2.GC_FGD, np.where(radius <= 0.4, cv2.GC_PR_FGD, cv2.GC_PR_BGD)).astype(np.uint8)
+    guess = np.where(
+        radius <= 0.15, cv2.GC_FGD, np.where(radius <= 0.4, cv2.GC_PR_FGD, cv2.GC_PR_BGD)
+    ).astype(np.uint8)
     guess[:edge] = guess[-edge:] = guess[:, :edge] = guess[:, -edge:] = cv2.GC_BGD
     cv2.setRNGSeed(0)
     cv2.grabCut(small, guess, None, np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
-    return cv2.resize(guess & 1, (width, height), interpolation=cv2.INTER_NEAREST) > 0  # odd: foreground, sure or probable
+    return (
+        cv2.resize(guess & 1, (width, height), interpolation=cv2.INTER_NEAREST) > 0
+    )  # odd: foreground, sure or probable
 
 
 def _radius(height: int, width: int) -> np.ndarray:
@@ -51,17 +63,40 @@ def histograms(hsv: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The row of colours of the pixels (H, W, 3) under a mask (H, W)."""
     h, s, v = cv2.split(hsv)
     chroma, under = cv2.multiply(s, v, scale=1 / 255), mask.astype(np.uint8)
-    by_chroma = cv2.calcHist([h, chroma], [0, 1], under, [LEVELS, LEVELS], [0, LEVELS] * 2)  # calcHist has no weights
+    by_chroma = cv2.calcHist(
+        [h, chroma], [0, 1], under, [LEVELS, LEVELS], [0, LEVELS] * 2
+    )  # calcHist has no weights
     weights = np.arange(LEVELS, dtype=np.float32) / 255
-    marginals = [cv2.calcHist([channel], [0], under, [LEVELS], [0, LEVELS]).ravel() for channel in (s, v)]
+    marginals = [
+        cv2.calcHist([channel], [0], under, [LEVELS], [0, LEVELS]).ravel() for channel in (s, v)
+    ]
     joint = cv2.calcHist([hsv], [0, 1, 2], under, JOINT, [0, LEVELS] * 3)
-    return np.concatenate([by_chroma @ weights, *marginals, joint.ravel(), [by_chroma.sum(0) @ weights ** 2]])
+    return np.concatenate(
+        [by_chroma @ weights, *marginals, joint.ravel(), [by_chroma.sum(0) @ weights**2]]
+    )
 
 
 def measure(rgb: np.ndarray, mask: str) -> np.ndarray:
     """The row of colours of a picture (H, W, 3) under one of MASKS."""
     hsv = to_hsv(rgb)
     return histograms(hsv, mask_of(hsv, mask))
+
+
+def load_colours(flowers: Flowers, mask: str) -> np.ndarray:
+    """The rows of colours (N, WIDTH) float32 of all images under one of MASKS, kept beside the data.
+
+    Raises UserError naming the file if an image can't be decoded.
+    """
+    path = cache.array_path(flowers.root, f"hsv-{mask}", flowers.files)
+    key = cache.key_of(FORMAT, mask, *flowers.files)
+    shape = (len(flowers.files), WIDTH)
+
+    def rows():
+        yield from images.decode_all(
+            flowers.files, lambda file: measure(images.read_rgb(file), mask)
+        )
+
+    return cache.cached_array(path, key, shape, "<f4", rows)
 
 
 def circular_mean(hue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +109,14 @@ def cone(rows: np.ndarray) -> np.ndarray:
     """Mean point in the HSV cone (..., 3): chroma cos(hue), chroma sin(hue), value; all of length at most 1."""
     around = rows[..., HUE] @ np.exp(2j * np.pi * np.arange(LEVELS) / LEVELS)
     pixels = np.maximum(rows[..., VALUE].sum(-1), 1)
-    return np.stack([around.real / pixels, around.imag / pixels, rows[..., VALUE] @ np.arange(LEVELS) / 255 / pixels], -1)
+    return np.stack(
+        [
+            around.real / pixels,
+            around.imag / pixels,
+            rows[..., VALUE] @ np.arange(LEVELS) / 255 / pixels,
+        ],
+        -1,
+    )
 
 
 def hsv_hist(rows: np.ndarray) -> np.ndarray:
@@ -93,13 +135,15 @@ def density(row: np.ndarray, channel: slice, grid: np.ndarray) -> np.ndarray:
     n = weights.sum() ** 2 / max(row[-1], 1e-12) if channel == HUE else weights.sum()
     if channel == HUE:
         values = np.arange(LEVELS) / LEVELS
-        around = (values - circular_mean(weights)[0] + 0.5) % 1 - 0.5  # a cluster across 0 is one cluster
+        around = (
+            values - circular_mean(weights)[0] + 0.5
+        ) % 1 - 0.5  # a cluster across 0 is one cluster
         images = [values - 1, values, values + 1]
     else:
         values = np.arange(LEVELS) / 255
         around = values - np.average(values, weights=weights)
         images = [-values, values, 2 - values]
-    deviation = np.sqrt(np.average(around ** 2, weights=weights))
+    deviation = np.sqrt(np.average(around**2, weights=weights))
     bandwidth = max(deviation * max(n, 1) ** -0.2, 2 / LEVELS)
     kernels = sum(np.exp(-0.5 * ((grid[:, None] - image) / bandwidth) ** 2) for image in images)
     return kernels @ weights / (weights.sum() * bandwidth * np.sqrt(2 * np.pi))

@@ -1,4 +1,5 @@
 """The pictures of a run, drawn into its folder: training curve, confusion matrix, contact sheet of mistakes."""
+
 import argparse
 import sys
 import textwrap
@@ -7,11 +8,10 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from PIL import Image, ImageOps, ImageShow
 
 from flowers.data import Flowers
-from flowers.runs import atomic
+from flowers.files import atomic
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: no window, also where there is no screen)
@@ -37,9 +37,18 @@ def save(figure, path: Path, pdf: bool = False) -> Path:
 
 def add_figure_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("figures")
-    group.add_argument("--output", type=Path, default=Path("figures"), help="folder of the figures (default: %(default)s)")
+    group.add_argument(
+        "--output",
+        type=Path,
+        default=Path("figures"),
+        help="folder of the figures (default: %(default)s)",
+    )
     group.add_argument("--pdf", action="store_true", help="save each also as PDF")
-    group.add_argument("--show", action="store_true", help="open them in the system's picture viewer (default: no window)")
+    group.add_argument(
+        "--show",
+        action="store_true",
+        help="open them in the system's picture viewer (default: no window)",
+    )
 
 
 def show(paths: list[Path]) -> None:
@@ -50,7 +59,12 @@ def show(paths: list[Path]) -> None:
                 print(f"warning: no picture viewer here; see {path}", file=sys.stderr)
 
 
-def spread(centres: np.ndarray, sizes: np.ndarray, bounds: tuple[float, float, float, float], steps: int = 2000) -> np.ndarray:
+def spread(
+    centres: np.ndarray,
+    sizes: np.ndarray,
+    bounds: tuple[float, float, float, float],
+    steps: int = 2000,
+) -> np.ndarray:
     """Push boxes apart until none overlaps another, each as little as it must: new centres (n, 2).
 
     centres, sizes: (n, 2), width and height; bounds: left, bottom, right, top that the boxes stay within.
@@ -68,7 +82,9 @@ def spread(centres: np.ndarray, sizes: np.ndarray, bounds: tuple[float, float, f
             break
         axis = overlap.argmin(-1)[..., None] == np.arange(2)  # the shorter way out
         way = np.where(apart == 0, nudge[:, None] - nudge[None], apart)
-        push = (np.sign(way) * (overlap + 1e-3) * axis * hit[..., None] / 2).sum(1)  # both make half of the way
+        push = (np.sign(way) * (overlap + 1e-3) * axis * hit[..., None] / 2).sum(
+            1
+        )  # both make half of the way
         centres = np.clip(centres + push, low, high)
     return centres
 
@@ -91,19 +107,35 @@ def label_points(axis, points: list[tuple[float, float, str]], fontsize: float =
             continue
         text = axis.text(x, y, name, fontsize=fontsize, ha="center", va="center")
         half = text.get_window_extent().size / 2 + 1
-        places = [point + np.array(d) * (half + dot + far) for far in np.arange(5) * half[1] for d in directions]
+        places = [
+            point + np.array(d) * (half + dot + far)
+            for far in np.arange(5) * half[1]
+            for d in directions
+        ]
 
         def cost(i):
             (x, y), boxes = places[i], np.array(taken)
-            over = np.clip(half + boxes[:, 2:] - abs(places[i] - boxes[:, :2]), 0, None).prod(1).sum()
-            outside = max(0, left + half[0] - x, x + half[0] - right, bottom + half[1] - y, y + half[1] - top)
+            over = (
+                np.clip(half + boxes[:, 2:] - abs(places[i] - boxes[:, :2]), 0, None).prod(1).sum()
+            )
+            outside = max(
+                0, left + half[0] - x, x + half[0] - right, bottom + half[1] - y, y + half[1] - top
+            )
             return 3 * over + 1000 * outside + i
+
         place = places[min(range(len(places)), key=cost)]
         text.set_position(axis.transData.inverted().transform(place))
         taken.append((*place, *half))
-        edge = np.clip(point, place - half, place + half)  # of the text, where it is nearest to its point
+        edge = np.clip(
+            point, place - half, place + half
+        )  # of the text, where it is nearest to its point
         if (abs(edge - point) > 1.5 * dot).any():
-            axis.plot(*axis.transData.inverted().transform([point, edge]).T, color="grey", linewidth=0.5, zorder=0)
+            axis.plot(
+                *axis.transData.inverted().transform([point, edge]).T,
+                color="grey",
+                linewidth=0.5,
+                zorder=0,
+            )
             taken += [(*p, 1, 1) for p in np.linspace(point, edge, 10)]
 
 
@@ -111,26 +143,42 @@ def training_curve(rows: list[dict], path: Path, loss_name: str = "InfoNCE loss 
     """Loss a step with its running mean, and the evaluations, if any, on a second panel; rows are those of metrics.jsonl."""
     steps = [r for r in rows if "train/loss" in r]
     evaluations = [r for r in rows if "val/top1" in r]
-    figure, axes = plt.subplots(1, 2 if evaluations else 1, figsize=(9 if evaluations else 5, 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1,
+        2 if evaluations else 1,
+        figsize=(9 if evaluations else 5, 3.2),
+        squeeze=False,
+        layout="constrained",
+    )
     x, loss = np.array([r["step"] for r in steps]), np.array([r["train/loss"] for r in steps])
     width = max(1, len(x) // 50)
     axes[0, 0].plot(x, loss, color="#9ecae1", linewidth=0.8, label="each step")
     if width > 1:
         mean = np.convolve(loss, np.ones(width) / width, "valid")
-        axes[0, 0].plot(x[width - 1:], mean, color="#08519c", label=f"mean of {width} steps")
+        axes[0, 0].plot(x[width - 1 :], mean, color="#08519c", label=f"mean of {width} steps")
         axes[0, 0].legend(frameon=False)
     axes[0, 0].set(xlabel="step", ylabel=loss_name, title="Training loss")
     if evaluations:
-        axes[0, 1].plot([r["epoch"] for r in evaluations], [r["val/top1"] for r in evaluations], marker="o", markersize=3, color="#08519c")
-        axes[0, 1].set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="Held-out validation images")
+        axes[0, 1].plot(
+            [r["epoch"] for r in evaluations],
+            [r["val/top1"] for r in evaluations],
+            marker="o",
+            markersize=3,
+            color="#08519c",
+        )
+        axes[0, 1].set(
+            xlabel="epoch", ylabel="top-1 accuracy (%)", title="Held-out validation images"
+        )
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     return save(figure, path)
 
 
-def confusion_matrix(probabilities: torch.Tensor, labels: np.ndarray, class_names: tuple[str, ...], path: Path) -> Path:
+def confusion_matrix(
+    probabilities: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], path: Path
+) -> Path:
     """Share of each class's images (row) that are given each name (column)."""
-    predicted, n = probabilities.argmax(1).numpy(), len(class_names)
+    predicted, n = probabilities.argmax(1), len(class_names)
     counts = np.bincount(labels * n + predicted, minlength=n * n).reshape(n, n)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = max(5, 0.16 * n if n > 40 else 0.26 * n)
@@ -138,7 +186,11 @@ def confusion_matrix(probabilities: torch.Tensor, labels: np.ndarray, class_name
     picture = axis.imshow(100 * share, cmap="Blues", vmin=0, vmax=100)
     axis.set_xticks(range(n), class_names, rotation=90, fontsize=6 if n > 40 else 8)
     axis.set_yticks(range(n), class_names, fontsize=6 if n > 40 else 8)
-    axis.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix, top-1 {100 * (predicted == labels).mean():.1f}% of {len(labels):,} images")
+    axis.set(
+        xlabel="predicted",
+        ylabel="true",
+        title=f"Confusion matrix, top-1 {100 * (predicted == labels).mean():.1f}% of {len(labels):,} images",
+    )
     figure.colorbar(picture, ax=axis, label="share of the true class (%)", fraction=0.04)
     return save(figure, path)
 
@@ -146,7 +198,9 @@ def confusion_matrix(probabilities: torch.Tensor, labels: np.ndarray, class_name
 def contact_sheet(flowers: Flowers, path: Path, per_class: int = 3, columns: int = 4) -> Path:
     """The first images of every class side by side, under its name."""
     lines = -(-len(flowers.class_names) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, 1.05 * lines), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2.4 * columns, 1.05 * lines), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.set_axis_off()
     for c, (axis, name) in enumerate(zip(axes.flat, flowers.class_names)):
@@ -159,32 +213,73 @@ def contact_sheet(flowers: Flowers, path: Path, per_class: int = 3, columns: int
     return save(figure, path)
 
 
-def mistakes(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray) -> list[tuple[Path, str, str, float]]:
+def mistakes(
+    probabilities: np.ndarray, flowers: Flowers, index: np.ndarray
+) -> list[tuple[Path, str, str, float]]:
     """The wrong predictions, most confident first: file, true name, given name, its probability."""
-    best, predicted = (x.numpy() for x in probabilities.max(1))
+    best, predicted = probabilities.max(1), probabilities.argmax(1)
     wrong = np.flatnonzero(predicted != flowers.labels[index])
     names = flowers.class_names
-    return [(flowers.files[index[i]], names[flowers.labels[index[i]]], names[predicted[i]], float(best[i]))
-            for i in wrong[np.argsort(-best[wrong], kind="stable")]]
+    return [
+        (
+            flowers.files[index[i]],
+            names[flowers.labels[index[i]]],
+            names[predicted[i]],
+            float(best[i]),
+        )
+        for i in wrong[np.argsort(-best[wrong], kind="stable")]
+    ]
 
 
 def mistakes_sheet(rows: list[tuple[Path, str, str, float]], path: Path, most: int = 24) -> Path:
     """The first rows of `mistakes`: picture, true name above, given name and its probability below."""
-    shown = [(file, label, f"{given} ({100 * probability:.0f}%)", "#b2182b") for file, label, given, probability in rows[:most]]
-    title = f"The {len(shown)} most confident of {len(rows):,} mistakes: true name above, prediction below" if rows else "No mistakes"
+    shown = [
+        (file, label, f"{given} ({100 * probability:.0f}%)", "#b2182b")
+        for file, label, given, probability in rows[:most]
+    ]
+    title = (
+        f"The {len(shown)} most confident of {len(rows):,} mistakes: true name above, prediction below"
+        if rows
+        else "No mistakes"
+    )
     return picture_sheet(shown, path, title)
 
 
-def picture_sheet(cells: Sequence[tuple[Path, str, str, str]], path: Path, title: str, border: int = 0, columns: int = 6) -> Path:
+def picture_sheet(
+    cells: Sequence[tuple[Path, str, str, str]],
+    path: Path,
+    title: str,
+    border: int = 0,
+    columns: int = 6,
+) -> Path:
     """Pictures with a text above and one below; cells: file, both texts, and the colour of the lower one and of the border."""
     lines = max(1, -(-len(cells) // columns))
-    figure, axes = plt.subplots(lines, columns, figsize=(1.8 * columns, 2.3 * lines + 0.5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(1.8 * columns, 2.3 * lines + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
     figure.suptitle(title)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (file, above, below, colour) in zip(axes.flat, cells):
         with Image.open(file) as image:
-            axis.imshow(np.asarray(ImageOps.expand(ImageOps.fit(image.convert("RGB"), (200, 200)), border, colour)))
+            axis.imshow(
+                np.asarray(
+                    ImageOps.expand(ImageOps.fit(image.convert("RGB"), (200, 200)), border, colour)
+                )
+            )
         axis.set_title(textwrap.fill(above, 22), fontsize=8, pad=3)
-        axis.text(0.5, -0.03, textwrap.fill(below, 24), fontsize=8, color=colour, ha="center", va="top", transform=axis.transAxes)
+        axis.text(
+            0.5,
+            -0.03,
+            textwrap.fill(below, 24),
+            fontsize=8,
+            color=colour,
+            ha="center",
+            va="top",
+            transform=axis.transAxes,
+        )
     return save(figure, path)

@@ -1,4 +1,5 @@
 """InfoNCE, and its gradient for batches larger than the memory."""
+
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,8 +8,12 @@ import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 
 
-def info_nce(image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: torch.Tensor | float,
-             matches: torch.Tensor | None = None) -> torch.Tensor:
+def info_nce(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    matches: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Symmetric InfoNCE of N images and their N texts, a scalar.
 
     With s_ij the cosine of image i and text j, and tau = 1 / logit_scale, the plain form is
@@ -26,7 +31,9 @@ def info_nce(image_features: torch.Tensor, text_features: torch.Tensor, logit_sc
     if matches is None:
         target = text_target = torch.arange(len(logits), device=logits.device)
     else:
-        target, text_target = (m / m.sum(1, keepdim=True) for m in (matches.float(), matches.t().float()))
+        target, text_target = (
+            m / m.sum(1, keepdim=True) for m in (matches.float(), matches.t().float())
+        )
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), text_target)) / 2
 
 
@@ -35,7 +42,9 @@ def same_class(labels: torch.Tensor) -> torch.Tensor:
     return labels[:, None] == labels[None, :]
 
 
-def backward_in_chunks(encoders: Sequence[Callable], inputs: Sequence[torch.Tensor], loss_of: Callable, chunk: int) -> torch.Tensor:
+def backward_in_chunks(
+    encoders: Sequence[Callable], inputs: Sequence[torch.Tensor], loss_of: Callable, chunk: int
+) -> torch.Tensor:
     """Backpropagate loss_of(*features) while the graph of only `chunk` inputs is held at a time; returns the loss.
 
     Every feature is computed once without a graph; the loss of the whole batch gives the gradient at the features; then each chunk is
@@ -46,7 +55,9 @@ def backward_in_chunks(encoders: Sequence[Callable], inputs: Sequence[torch.Tens
     """
     chunks = [x.split(chunk) for x in inputs]
     with torch.no_grad():
-        features = [torch.cat([encode(part) for part in parts]) for encode, parts in zip(encoders, chunks)]
+        features = [
+            torch.cat([encode(part) for part in parts]) for encode, parts in zip(encoders, chunks)
+        ]
     features = [f.requires_grad_() for f in features]
     loss = loss_of(*features)
     loss.backward()
@@ -59,7 +70,7 @@ def backward_in_chunks(encoders: Sequence[Callable], inputs: Sequence[torch.Tens
     return loss.detach()
 
 
-def gather(features: torch.Tensor) -> torch.Tensor:
+def gather_features(features: torch.Tensor) -> torch.Tensor:
     """The features (B, D) of all processes as (processes * B, D), gradients included; with one process, the same features."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return features
@@ -72,5 +83,7 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         flat = torch.cat([p.grad.reshape(-1) for p in parameters])
         dist.all_reduce(flat)
-        for p, mean in zip(parameters, (flat / dist.get_world_size()).split([p.numel() for p in parameters])):
+        for p, mean in zip(
+            parameters, (flat / dist.get_world_size()).split([p.numel() for p in parameters])
+        ):
             p.grad.copy_(mean.view_as(p))

@@ -1,15 +1,7 @@
-"""The architectures: the nine of CLIP, `tiny`, or any state dict; loading, building, features.
+"""The architectures: the nine of CLIP and two small ones; their tokens, features, and where their towers can be cut."""
 
-Weights are kept in fp32 whatever the file holds: AdamW on fp16 weights gives NaN after a step.
-"""
-import contextlib
-import hashlib
-import math
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from http.client import HTTPException
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flowers import UserError, reason
-from flowers.data import patience
-from flowers.pixels import batch
-from flowers.runs import load_file
+from flowers import UserError
+from flowers.devices import autocast
+from flowers.pixels import get_batch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # clip imports pkg_resources, which says that it is old
@@ -43,69 +34,29 @@ SHAPES = {
 }
 RANDOM = ("tiny", "tiny-rn")  # these start from random weights; all others from OpenAI's
 CONTEXT, VOCABULARY = 77, 49408
-CONTEXT_MARK, PLACEHOLDER = "[V] ", 188  # a learned context vector in a prompt, and its token: byte 0, which cleaned text never has
+CONTEXT_MARK, PLACEHOLDER = (
+    "[V] ",
+    188,
+)  # a learned context vector in a prompt, and its token: byte 0, which cleaned text never has
 
 
 def build(name: str) -> CLIP:
     """A CLIP of one of SHAPES with random weights, in eval mode."""
     embed, resolution, layers, width, patch, text_width, heads, text_layers = SHAPES[name]
-    return CLIP(embed, resolution, layers, width, patch, CONTEXT, VOCABULARY, text_width, heads, text_layers).eval()
-
-
-def load_model(architecture: str, device: torch.device | str = "cpu") -> CLIP:
-    """`tiny` or `tiny-rn` (random weights), a name of clip.available_models() (downloaded, SHA-256-checked), or the path of a state dict or run folder.
-
-    Returns the model in fp32 and eval mode, so that the BatchNorm of the ResNets keeps its pretrained statistics. Raises UserError if
-    the name is unknown, the download fails, or the file is not a CLIP.
-    """
-    path = Path(architecture)
-    path = path / "model.pt" if path.is_dir() else path
-    if architecture in RANDOM:
-        model = build(architecture)
-    elif architecture in clip.available_models():
-        model = _download(architecture)
-    elif not path.exists():
-        raise UserError(f"no model {architecture}: give a path, or one of {', '.join([*RANDOM, *clip.available_models()])}")
-    elif _is_torchscript(path):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not any(digest in url for url in clip.clip._MODELS.values()):
-            raise UserError(f"{path} is a TorchScript archive, but none of OpenAI's: give a state dict")
-        model = clip.load(str(path), device="cpu")[0]
-    else:
-        model = from_state_dict(load_file(path), str(path))
-    return model.float().eval().to(device)
-
-
-def from_state_dict(state: dict[str, torch.Tensor], origin: str = "state dict") -> CLIP:
-    """Read the shape off a state dict and build the model around it, without rounding to fp16 as clip.load does."""
-    state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-    try:
-        if odd := [n for n, t in state.items() if not t.is_floating_point() and not n.endswith("num_batches_tracked")]:
-            raise ValueError(f"{odd[0]} has numbers of another kind")  # torch would convert them without a word
-        side = math.isqrt(state["visual.positional_embedding" if "visual.proj" in state else "visual.attnpool.positional_embedding"].shape[0] - 1)
-        if "visual.proj" in state:
-            patch = state["visual.conv1.weight"].shape[-1]
-            resolution, layers, width = side * patch, _count(state, "visual.transformer.resblocks."), state["visual.conv1.weight"].shape[0]
-        else:
-            patch, resolution, width = None, side * 32, state["visual.layer1.0.conv1.weight"].shape[0]
-            layers = tuple(_count(state, f"visual.layer{i}.") for i in (1, 2, 3, 4))
-        context, text_width = state["positional_embedding"].shape
-        model = CLIP(state["text_projection"].shape[1], resolution, layers, width, patch, context, state["token_embedding.weight"].shape[0],
-                     text_width, text_width // 64, _count(state, "transformer.resblocks."))
-        model.load_state_dict(state)
-    except Exception as error:  # torch raises many kinds at what is no state dict of a CLIP
-        hint = " (it looks like a checkpoint to resume from: give model.pt)" if "optimizer" in state else ""
-        raise UserError(f"{origin} is not the state dict of a CLIP{hint}: {type(error).__name__} {reason(error)}") from None
-    return model.eval()
+    return CLIP(
+        embed, resolution, layers, width, patch, CONTEXT, VOCABULARY, text_width, heads, text_layers
+    ).eval()
 
 
 def towers(model: CLIP) -> dict[str, list[torch.nn.Parameter]]:
     """The parameters by tower; the logit scale belongs to neither."""
     named = dict(model.named_parameters())
     scale = named.pop("logit_scale")
-    return {"image": [p for n, p in named.items() if n.startswith("visual.")], "text": [p for n, p in named.items() if not n.startswith("visual.")],
-            "scale": [scale]}
+    return {
+        "image": [p for n, p in named.items() if n.startswith("visual.")],
+        "text": [p for n, p in named.items() if not n.startswith("visual.")],
+        "scale": [scale],
+    }
 
 
 def tokenize(texts: Sequence[str]) -> torch.Tensor:
@@ -113,15 +64,23 @@ def tokenize(texts: Sequence[str]) -> torch.Tensor:
 
     Each CONTEXT_MARK at the beginning of a text becomes a PLACEHOLDER.
     """
-    marks = [(len(text) - len(text.replace(CONTEXT_MARK, ""))) // len(CONTEXT_MARK) if text.startswith(CONTEXT_MARK) else 0 for text in texts]
-    tokens = clip.tokenize([text.replace(CONTEXT_MARK, "") if m else text for text, m in zip(texts, marks)], truncate=True)
+    marks = [
+        (len(text) - len(text.replace(CONTEXT_MARK, ""))) // len(CONTEXT_MARK)
+        if text.startswith(CONTEXT_MARK)
+        else 0
+        for text in texts
+    ]
+    tokens = clip.tokenize(
+        [text.replace(CONTEXT_MARK, "") if m else text for text, m in zip(texts, marks)],
+        truncate=True,
+    )
     for row, m in zip(tokens, marks):
         if m:
-            row[1 + m:] = row[1:CONTEXT - m].clone()
-            row[1:1 + m] = PLACEHOLDER
+            row[1 + m :] = row[1 : CONTEXT - m].clone()
+            row[1 : 1 + m] = PLACEHOLDER
             if row[-1]:
                 row[-1] = VOCABULARY - 1  # the end token, where the text was too long
-    return tokens[:, :int(tokens.argmax(1).max()) + 1]
+    return tokens[:, : int(tokens.argmax(1).max()) + 1]
 
 
 def encode_images(model: CLIP, images: torch.Tensor) -> torch.Tensor:
@@ -143,14 +102,25 @@ def last_blocks(model: CLIP, blocks: int) -> list[torch.nn.Module | torch.nn.Par
     for name, found in (("image", image_blocks(model)), ("text", model.transformer.resblocks)):
         if not 1 <= blocks <= len(found):
             raise UserError(f"--blocks {blocks}: the {name} tower has {len(found)}")
-    projection = model.visual.attnpool if isinstance(model.visual, ModifiedResNet) else model.visual.proj
-    return [image_blocks(model)[-blocks:], projection, model.transformer.resblocks[-blocks:], model.text_projection]
+    projection = (
+        model.visual.attnpool if isinstance(model.visual, ModifiedResNet) else model.visual.proj
+    )
+    return [
+        image_blocks(model)[-blocks:],
+        projection,
+        model.transformer.resblocks[-blocks:],
+        model.text_projection,
+    ]
 
 
 def image_blocks(model: CLIP) -> torch.nn.Sequential:
     """The residual blocks of the image tower in order; of a ResNet, its bottlenecks."""
     v = model.visual
-    return torch.nn.Sequential(*v.layer1, *v.layer2, *v.layer3, *v.layer4) if isinstance(v, ModifiedResNet) else v.transformer.resblocks
+    return (
+        torch.nn.Sequential(*v.layer1, *v.layer2, *v.layer3, *v.layer4)
+        if isinstance(v, ModifiedResNet)
+        else v.transformer.resblocks
+    )
 
 
 def split_image_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callable]:
@@ -173,13 +143,22 @@ def split_image_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callab
                     x = getattr(v, f"relu{i}")(getattr(v, f"bn{i}")(getattr(v, f"conv{i}")(x)))
                 return layers[:-blocks](v.avgpool(x))
             x = v.conv1(x).flatten(2).transpose(1, 2)  # (B, patches, width)
-            x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1) + v.positional_embedding.to(x.dtype)
-            return layers[:-blocks](v.ln_pre(x).transpose(0, 1)).transpose(0, 1)  # CLIP's blocks take (tokens, B, width)
+            x = torch.cat(
+                [v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1
+            ) + v.positional_embedding.to(x.dtype)
+            return layers[:-blocks](v.ln_pre(x).transpose(0, 1)).transpose(
+                0, 1
+            )  # CLIP's blocks take (tokens, B, width)
 
     def rest(x):
         with autocast(x.device):
-            x = v.attnpool(layers[-blocks:](x)) if isinstance(v, ModifiedResNet) else v.ln_post(layers[-blocks:](x.transpose(0, 1))[0]) @ v.proj
+            x = (
+                v.attnpool(layers[-blocks:](x))
+                if isinstance(v, ModifiedResNet)
+                else v.ln_post(layers[-blocks:](x.transpose(0, 1))[0]) @ v.proj
+            )
         return F.normalize(x.float(), dim=-1)
+
     return trunk, rest
 
 
@@ -194,29 +173,33 @@ def split_text_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callabl
     @torch.no_grad()
     def trunk(tokens):
         with autocast(tokens.device):
-            x = model.token_embedding(tokens) + model.positional_embedding[:tokens.shape[1]]
+            x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]
             return layers[:-blocks](x.transpose(0, 1)).transpose(0, 1)
 
     def rest(x, ends):
         with autocast(x.device):
-            x = model.ln_final(layers[-blocks:](x.transpose(0, 1)))[ends, torch.arange(len(ends), device=x.device)] @ model.text_projection
+            x = (
+                model.ln_final(layers[-blocks:](x.transpose(0, 1)))[
+                    ends, torch.arange(len(ends), device=x.device)
+                ]
+                @ model.text_projection
+            )
         return F.normalize(x.float(), dim=-1)
+
     return trunk, rest
 
 
-def autocast(device: torch.device | str):
-    """bf16 on CUDA, nothing on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
-
-
-def flops(work: Callable) -> int:
+def count_flops(work: Callable) -> int:
     """Floating-point operations of work(), a multiply-add as two; on the meta device nothing is computed to count them."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know a CPU's own attention
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # it does not know a CPU's own attention
         work()
     return counter.get_total_flops()
 
 
-def in_parts(items: torch.Tensor, title: str, size: int = 256) -> Iterator[torch.Tensor]:
+def progress_chunks(items: torch.Tensor, title: str, size: int = 256) -> Iterator[torch.Tensor]:
     """The rows of a tensor, `size` at a time, with a progress bar."""
     with tqdm(total=len(items), desc=title, leave=False) as bar:
         for part in items.split(size):
@@ -228,34 +211,21 @@ def in_parts(items: torch.Tensor, title: str, size: int = 256) -> Iterator[torch
 def image_features(model: CLIP, pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Features (N, D) on the CPU of the images at `index` (N,), with a progress bar."""
     device = model.logit_scale.device
-    return torch.cat([encode_images(model, batch(pixels, part, device)).cpu() for part in in_parts(index, "encoding images")])
+    return torch.cat(
+        [
+            encode_images(model, get_batch(pixels, part, device)).cpu()
+            for part in progress_chunks(index, "encoding images")
+        ]
+    )
 
 
 @torch.inference_mode()
 def text_features(model: CLIP, texts: Sequence[str]) -> torch.Tensor:
     """Features (P, D) on the CPU of the sentences."""
     device = model.logit_scale.device
-    return torch.cat([encode_texts(model, part.to(device)).cpu() for part in in_parts(tokenize(texts), "encoding texts", 512)])
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, which holds code."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any("/code/" in name for name in archive.namelist())
-    except Exception:  # zipfile raises many kinds at a damaged file
-        return False
-
-
-def _download(name: str) -> CLIP:
-    url, folder = clip.clip._MODELS[name], Path.home() / ".cache" / "clip"
-    try:
-        with patience():
-            return clip.load(name, device="cpu")[0]
-    except (OSError, RuntimeError, HTTPException, TypeError) as error:  # TypeError: of a server that does not say how long the file is
-        raise UserError(f"{name} could not be downloaded ({error}): fetch {url} and put it at {folder / url.rsplit('/', 1)[1]}, "
-                        "or use --architecture tiny, which needs no download") from None
-
-
-def _count(state: dict, prefix: str) -> int:
-    return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+    return torch.cat(
+        [
+            encode_texts(model, part.to(device)).cpu()
+            for part in progress_chunks(tokenize(texts), "encoding texts", 512)
+        ]
+    )

@@ -5,25 +5,23 @@ two steps are the same in every epoch and for every run, so they are done once p
 The pixels equal those of clip's own transform (PIL) up to rounding in the resize: the same decoder, at most one level apart but for
 about one value in ten million, which is two apart (benchmarks/pixels.py counts them).
 """
-import hashlib
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
-from tqdm import tqdm
 
-from flowers import UserError, cache, colour, reason
+from flowers import cache, images
 from flowers.data import Flowers
 
 FORMAT = 2  # raise it when the stored bytes change, so that older caches are rebuilt
-MAX_PIXELS, MAX_SCANS = 80_000_000, 100  # of an image; a few bytes of header may claim 4,000 million, and each scan decodes them all anew
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP, clip/clip.py
+CLIP_MEAN, CLIP_STD = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # openai/CLIP, clip/clip.py
 
 
 def load_pixels(flowers: Flowers, resolution: int) -> torch.Tensor:
@@ -33,14 +31,15 @@ def load_pixels(flowers: Flowers, resolution: int) -> torch.Tensor:
     the file if an image can't be decoded.
     """
     shape = (len(flowers.files), 3, resolution, resolution)
-    return torch.from_numpy(cache.cached(_path(flowers, f"pixels-{resolution}"), key(flowers, resolution), shape, "|u1",
-                                         lambda: _each(flowers.files, lambda file: decode(file, resolution).numpy())))
-
-
-def load_colours(flowers: Flowers, mask: str) -> np.ndarray:
-    """The rows of colours (N, colour.WIDTH) float32 of all images under one of colour.MASKS, kept as the pixels are."""
-    return cache.cached(_path(flowers, f"hsv-{mask}"), cache.key_of(colour.FORMAT, mask, *flowers.files), (len(flowers.files), colour.WIDTH), "<f4",
-                        lambda: _each(flowers.files, lambda file: colour.measure(read(file).permute(1, 2, 0).numpy(), mask)))
+    return torch.from_numpy(
+        cache.cached_array(
+            cache.array_path(flowers.root, f"pixels-{resolution}", flowers.files),
+            key(flowers, resolution),
+            shape,
+            "|u1",
+            lambda: _decode_squares(flowers.files, resolution),
+        )
+    )
 
 
 def key(flowers: Flowers, resolution: int) -> bytes:
@@ -48,27 +47,24 @@ def key(flowers: Flowers, resolution: int) -> bytes:
     return cache.key_of(FORMAT, resolution, *flowers.files)
 
 
-def read(file: Path) -> torch.Tensor:
+def read_jpeg(file: Path) -> torch.Tensor:
     """One JPEG as (3, H, W) uint8. Raises UserError naming the file if it can't be decoded, or is too large.
 
     JPEG has no checksum: of damage within the compressed data only what breaks the code shows.
     """
     try:
-        with Image.open(file, formats=["JPEG"]) as image:  # reads the header only
-            data = bytearray(file.read_bytes())  # torchvision's read_file takes no path outside of UTF-8
-            if image.width * image.height > MAX_PIXELS or data.count(b"\xff\xda") > MAX_SCANS:
-                raise ValueError(f"{image.width} x {image.height} pixels: at most {MAX_PIXELS // 1_000_000} million are taken, in {MAX_SCANS} scans")
+        data = images.read_checked(file)
         return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except Exception as error:  # PIL raises a dozen kinds at damaged files
-        raise UserError(f"{file} can't be decoded ({reason(error)}): replace it by a fresh copy") from None
+    except Exception as error:  # a dozen kinds at damaged files
+        raise images.undecodable(file, error) from None
 
 
-def decode(file: Path, resolution: int) -> torch.Tensor:
+def read_square(file: Path, resolution: int) -> torch.Tensor:
     """One JPEG as (3, R, R) uint8: short side to R, centre crop, sizes rounded as torchvision's Resize and CenterCrop do."""
-    return fit(read(file), resolution)
+    return resize_and_crop(read_jpeg(file), resolution)
 
 
-def fit(image: torch.Tensor, resolution: int) -> torch.Tensor:
+def resize_and_crop(image: torch.Tensor, resolution: int) -> torch.Tensor:
     """(3, H, W) uint8 -> (3, R, R): the second half of `decode`, for a picture that is no file of the dataset."""
     height, width = image.shape[1:]
     if width <= height:
@@ -77,25 +73,44 @@ def fit(image: torch.Tensor, resolution: int) -> torch.Tensor:
         width, height = int(resolution * width / height), resolution
     image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
     top, left = round((height - resolution) / 2), round((width - resolution) / 2)
-    return image[:, top:top + resolution, left:left + resolution]
+    return image[:, top : top + resolution, left : left + resolution]
 
 
-def batch(pixels: torch.Tensor, index: torch.Tensor, device: torch.device | str, augmentation: str = "none",
-          generator: torch.Generator | None = None, rows: slice = slice(None)) -> torch.Tensor:
+def get_batch(
+    pixels: torch.Tensor,
+    index: torch.Tensor,
+    device: torch.device | str,
+    augmentation: str = "none",
+    generator: torch.Generator | None = None,
+    rows: slice = slice(None),
+) -> torch.Tensor:
     """The images at `index` (B,) as (B, 3, R, R) float32, augmented and normalised on the device; with `rows`, only those of the batch.
 
     augmentation: 'none'; 'flip' mirrors half of them; 'crop' also shifts them by up to an eighth of the side, reflected at the border.
     Random numbers come from `generator` (CPU) for the whole batch, so that a seed gives the same images on every device and rank.
     """
     n, side = len(index), pixels.shape[-1]
-    images = pixels.index_select(0, index[rows].to(pixels.device)).to(device, non_blocking=True)  # on a CPU ten times as fast as pixels[index]
+    images = pixels.index_select(0, index[rows].to(pixels.device)).to(
+        device, non_blocking=True
+    )  # on a CPU ten times as fast as pixels[index]
     if augmentation == "crop":
         reach = side // 8
-        offsets = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator)[:, rows].to(device) + torch.arange(side, device=device)
-        padded = F.pad(images.float(), (reach,) * 4, mode="reflect").to(images.dtype)  # reflection is not written for uint8
-        images = padded[torch.arange(len(images), device=device)[:, None, None], :, offsets[0][:, :, None], offsets[1][:, None, :]].movedim(-1, 1)
+        offsets = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator)[:, rows].to(
+            device
+        ) + torch.arange(side, device=device)
+        padded = F.pad(images.float(), (reach,) * 4, mode="reflect").to(
+            images.dtype
+        )  # reflection is not written for uint8
+        images = padded[
+            torch.arange(len(images), device=device)[:, None, None],
+            :,
+            offsets[0][:, :, None],
+            offsets[1][:, None, :],
+        ].movedim(-1, 1)
     if augmentation != "none":
-        mirrored = torch.randint(0, 2, (n, 1, 1, 1), generator=generator, dtype=torch.bool)[rows].to(device)
+        mirrored = torch.randint(0, 2, (n, 1, 1, 1), generator=generator, dtype=torch.bool)[
+            rows
+        ].to(device)
         images = torch.where(mirrored, images.flip(-1), images)
     mean, std = (255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     images = images.float()
@@ -108,19 +123,11 @@ def to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pixels.to(device) if fits else pixels
 
 
-def _path(flowers: Flowers, title: str) -> Path:
-    names = hashlib.sha256("".join(f.name for f in flowers.files).encode()).hexdigest()[:8]
-    return cache.folder(flowers.root) / f"{title}-{names}.npy"
-
-
-def _each(files: tuple[Path, ...], read: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:
+def _decode_squares(files: tuple[Path, ...], resolution: int) -> Iterator[np.ndarray]:
+    """Each file as (3, R, R) uint8, one torch thread a file: that beats many threads for one file."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one image a thread beats many threads an image
+    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(files), desc="decoding", unit="img", leave=False) as bar:
-            for i in range(0, len(files), 64):
-                for row in pool.map(read, files[i:i + 64]):
-                    yield row
-                    bar.update()
+        yield from images.decode_all(files, lambda file: read_square(file, resolution).numpy())
     finally:
         torch.set_num_threads(threads)

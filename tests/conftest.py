@@ -1,4 +1,5 @@
 """What the tests share: a small drawn dataset, the real images where they are, and the real scripts run in this process."""
+
 import importlib
 import json
 import os
@@ -39,8 +40,17 @@ def write_dataset(root: Path, per_class: int = 8, names=NAMES) -> Path:
     quarter = (np.arange(n) // len(names)) % 4
     ids = np.arange(1, n + 1)
     scipy.io.savemat(root / "imagelabels.mat", {"labels": labels[None].astype(np.uint8)})
-    scipy.io.savemat(root / "setid.mat", {"trnid": ids[quarter == 0][None], "valid": ids[quarter == 1][None], "tstid": ids[quarter > 1][None]})
-    (root / "cat_to_name.json").write_text(json.dumps(dict(enumerate(names, 1)), ensure_ascii=False), encoding="utf-8")
+    scipy.io.savemat(
+        root / "setid.mat",
+        {
+            "trnid": ids[quarter == 0][None],
+            "valid": ids[quarter == 1][None],
+            "tstid": ids[quarter > 1][None],
+        },
+    )
+    (root / "cat_to_name.json").write_text(
+        json.dumps(dict(enumerate(names, 1)), ensure_ascii=False), encoding="utf-8"
+    )
     return root
 
 
@@ -53,6 +63,7 @@ def small(tmp_path_factory):
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """Run a script of the repository as its user would, here: cli("train.py", "--epochs", 1) -> (exit code, stdout, stderr)."""
+
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         capfd.readouterr()
@@ -66,6 +77,7 @@ def cli(monkeypatch, capfd):
             code = end.code or 0
         out, err = capfd.readouterr()
         return code, out, err
+
     return run
 
 
@@ -75,7 +87,9 @@ TALLY = []
 @pytest.fixture
 def tally():
     """tally(name, tried, survived, note): a row of the table at the end of the session, of inputs, kills, faults tried and survived."""
-    return lambda name, tried, survived, note="": TALLY.append((name, f"{tried:,}", f"{survived:,}", note))
+    return lambda name, tried, survived, note="": TALLY.append(
+        (name, f"{tried:,}", f"{survived:,}", note)
+    )
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,13 +1,56 @@
 """Damaged inputs, the same ones every time: number i of a reader depends on the reader's name and i alone."""
+
 import json
 import random
 import re
 
-STRANGE = [None, True, -1, 0, 2.5, 10 ** 30, 1e308, float("nan"), float("inf"), "", "text", "1", "\x00", "é\u202e😀", "a" * 5000, [], {}, [[]], {"a": 1},
-           [None] * 100]
-FOREIGN = [b"", b"\x00" * 1000, b"\xff\xfe\x00t\x00e", b"hello", b"{}", b"[]", b"null", b"7", b"[" * 100_000, b'{"a":' * 100_000, b'"' + b"9" * 10_000,
-           b"9" * 10_000, b"PK\x03\x04" + b"\x00" * 60, b"PK\x05\x06" + b"\x00" * 18, b"\x93NUMPY\x01\x00", b"\x80\x04.", b"\x80\x02csomething\nelse\n.",
-           b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xd9", b"\x1f\x8b\x08\x00", b"<html>", b"a,b,c\n1,2,3\n", b"\n" * 1000]
+STRANGE = [
+    None,
+    True,
+    -1,
+    0,
+    2.5,
+    10**30,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "text",
+    "1",
+    "\x00",
+    "é\u202e😀",
+    "a" * 5000,
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    [None] * 100,
+]
+FOREIGN = [
+    b"",
+    b"\x00" * 1000,
+    b"\xff\xfe\x00t\x00e",
+    b"hello",
+    b"{}",
+    b"[]",
+    b"null",
+    b"7",
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b'"' + b"9" * 10_000,
+    b"9" * 10_000,
+    b"PK\x03\x04" + b"\x00" * 60,
+    b"PK\x05\x06" + b"\x00" * 18,
+    b"\x93NUMPY\x01\x00",
+    b"\x80\x04.",
+    b"\x80\x02csomething\nelse\n.",
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff\xd9",
+    b"\x1f\x8b\x08\x00",
+    b"<html>",
+    b"a,b,c\n1,2,3\n",
+    b"\n" * 1000,
+]
 
 
 def damaged(name: str, i: int, data: bytes, text: bool = False) -> bytes:
@@ -18,7 +61,11 @@ def damaged(name: str, i: int, data: bytes, text: bool = False) -> bytes:
     if rng.random() < 0.04:
         return rng.choice(FOREIGN)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        kinds = [cut, flip, noise, insert, remove, duplicate, zeros, swap] + 2 * [header] + 2 * text * [lines, numbers, words]
+        kinds = (
+            [cut, flip, noise, insert, remove, duplicate, zeros, swap]
+            + 2 * [header]
+            + 2 * text * [lines, numbers, words]
+        )
         data = json_node(data, rng) if text and rng.random() < 0.4 else rng.choice(kinds)(data, rng)
     return data
 
@@ -30,7 +77,7 @@ def span(data: bytes, rng: random.Random) -> tuple[int, int]:
 
 
 def cut(data, rng):
-    return data[:rng.randrange(len(data) + 1)]
+    return data[: rng.randrange(len(data) + 1)]
 
 
 def flip(data, rng):
@@ -42,11 +89,22 @@ def flip(data, rng):
 
 def header(data, rng):
     """A bit, or four bytes of a huge or negative number, near the start or the end, where formats say what they hold."""
-    out, at = bytearray(data), rng.randrange(200) if rng.random() < 0.7 else max(0, len(data) - 1 - rng.randrange(300))
+    out, at = (
+        bytearray(data),
+        rng.randrange(200) if rng.random() < 0.7 else max(0, len(data) - 1 - rng.randrange(300)),
+    )
     if at < len(out) and rng.random() < 0.5:
         out[at] ^= 1 << rng.randrange(8)
     else:
-        out[at:at + 4] = rng.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00" * 4, b"\x80\x00\x00\x00"])
+        out[at : at + 4] = rng.choice(
+            [
+                b"\xff" * 4,
+                b"\x7f\xff\xff\xff",
+                b"\xff\xff\xff\x7f",
+                b"\x00" * 4,
+                b"\x80\x00\x00\x00",
+            ]
+        )
     return bytes(out)
 
 
@@ -93,7 +151,7 @@ def lines(data, rng):
     elif how == 2:
         del rows[i]
     else:
-        rows[i:i + 2] = [b"".join(rows[i:i + 2])]
+        rows[i : i + 2] = [b"".join(rows[i : i + 2])]
     return b"\n".join(rows)
 
 
@@ -103,9 +161,25 @@ def numbers(data, rng):
     if not found:
         return data
     place = rng.choice(found)
-    other = rng.choice([b"-1", b"0", b"999999999999999999999", b"1e999", b"-1e-999", b"nan", b"NaN", b"Infinity", b"0.5", b"1" * 5000, b"0x10",
-                        b"\xd9\xa3", b"true", b""])
-    return data[:place.start()] + other + data[place.end():]
+    other = rng.choice(
+        [
+            b"-1",
+            b"0",
+            b"999999999999999999999",
+            b"1e999",
+            b"-1e-999",
+            b"nan",
+            b"NaN",
+            b"Infinity",
+            b"0.5",
+            b"1" * 5000,
+            b"0x10",
+            b"\xd9\xa3",
+            b"true",
+            b"",
+        ]
+    )
+    return data[: place.start()] + other + data[place.end() :]
 
 
 def words(data, rng):
@@ -114,8 +188,22 @@ def words(data, rng):
     if not found:
         return data
     place = rng.choice(found)
-    other = rng.choice([rng.choice(found)[0], b"\xff\xfe", b"\xc3", b'"', b",", b"\r", b"\x00", b"\\", b"a" * 200_000, b"[" * 20_000, b""])
-    return data[:place.start()] + other + data[place.end():]
+    other = rng.choice(
+        [
+            rng.choice(found)[0],
+            b"\xff\xfe",
+            b"\xc3",
+            b'"',
+            b",",
+            b"\r",
+            b"\x00",
+            b"\\",
+            b"a" * 200_000,
+            b"[" * 20_000,
+            b"",
+        ]
+    )
+    return data[: place.start()] + other + data[place.end() :]
 
 
 def json_node(data: bytes, rng: random.Random) -> bytes:

@@ -3,6 +3,7 @@
 `python tests/forks.py` is that process: it reads a JSON request a line, answers with the child's pid, and, when it has ended, with its exit code.
 It has one thread and has computed nothing when it forks, so a child is as good as a process of its own. `Forks` speaks to it.
 """
+
 import contextlib
 import json
 import os
@@ -20,16 +21,32 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class Forks:
     """One child at a time, in a process group of its own."""
+
     def __init__(self, folder: Path):
         self.log = folder / "forks.err"  # of standard error; standard output beside it
-        self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, cwd=folder,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                                                         "JE_ARROW_MALLOC_CONF": "background_thread:false"})  # arrow, which pandas imports
+        self.server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd=folder,
+            env=os.environ
+            | {
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+                "JE_ARROW_MALLOC_CONF": "background_thread:false",
+            },
+        )  # arrow, which pandas imports
         self.pid = self.code = None
 
     def start(self, script: str, *arguments, **how) -> int:
         """The pid of `python script arguments`. how: uid, file_size (the most bytes of a file), cwd, env."""
-        request = {"script": script, "arguments": list(map(str, arguments)), "log": str(self.log), **how}
+        request = {
+            "script": script,
+            "arguments": list(map(str, arguments)),
+            "log": str(self.log),
+            **how,
+        }
         self.server.stdin.write(json.dumps(request).encode() + b"\n")
         self.pid, self.code = int(self.server.stdout.readline()), None
         return self.pid
@@ -44,8 +61,14 @@ class Forks:
         """Exit code (-9 after SIGKILL), stdout and stderr. A child that takes longer than so many seconds is killed, and fails the test."""
         if not self.ended(patience):
             self.kill()
-            raise AssertionError(f"no end after {patience} s: {self.log.read_text(errors='replace')}")
-        return self.code, self.log.with_suffix(".out").read_text(errors="replace"), self.log.read_text(errors="replace")
+            raise AssertionError(
+                f"no end after {patience} s: {self.log.read_text(errors='replace')}"
+            )
+        return (
+            self.code,
+            self.log.with_suffix(".out").read_text(errors="replace"),
+            self.log.read_text(errors="replace"),
+        )
 
     def run(self, script: str, *arguments, patience: float = 120, **how) -> tuple[int, str, str]:
         self.start(script, *arguments, **how)
@@ -68,8 +91,11 @@ def child(request: dict) -> None:
     try:
         os.setsid()
         log = Path(request["log"])
-        for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, log.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
-                                    (2, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)):
+        for number, path, flags in (
+            (0, os.devnull, os.O_RDONLY),
+            (1, log.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+            (2, log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
+        ):
             os.dup2(os.open(path, flags), number)
         os.environ.update(request.get("env", {}))
         os.chdir(request.get("cwd", "."))
@@ -94,16 +120,24 @@ def child(request: dict) -> None:
 
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
+    import flowers.comparable
+    import flowers.plots
     import torch
 
-    import flowers.comparable
     import flowers.frozen
-    import flowers.plots
     import flowers.strategies
     import flowers.tracking  # noqa: F401  (what the scripts import)
+
     # the encodings are those of PDF: another user may not be able to read Python's own files
-    for package in ("sklearn.linear_model", "sklearn.manifold", "sklearn.neighbors", "scipy.fft", "torchvision.io",
-                    "encodings.utf_16_be", "encodings.utf_32_be"):
+    for package in (
+        "sklearn.linear_model",
+        "sklearn.manifold",
+        "sklearn.neighbors",
+        "scipy.fft",
+        "torchvision.io",
+        "encodings.utf_16_be",
+        "encodings.utf_32_be",
+    ):
         __import__(package)
     torch.set_num_threads(1)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork copies one thread only"

@@ -1,4 +1,5 @@
 """SIGKILL at random moments of everything that writes: what is there is whole, the next start finishes, and the end is that of an undisturbed run."""
+
 import csv
 import io
 import json
@@ -16,8 +17,16 @@ from PIL import Image
 
 from flowers import cache
 
-TIMES = ("seconds", "images_per_s", "peak_memory_mb")  # what two runs may differ in: keys that end so
-GROWING = ("metrics.jsonl", "checkpoint.pt", "results.jsonl")  # files that a later start goes on with; the others are there in their last form, or not at all
+TIMES = (
+    "seconds",
+    "images_per_s",
+    "peak_memory_mb",
+)  # what two runs may differ in: keys that end so
+GROWING = (
+    "metrics.jsonl",
+    "checkpoint.pt",
+    "results.jsonl",
+)  # files that a later start goes on with; the others are there in their last form, or not at all
 
 
 def plain(value):
@@ -26,7 +35,15 @@ def plain(value):
         return {k: plain(v) for k, v in value.items() if not str(k).endswith(TIMES)}
     if isinstance(value, list):
         return [plain(v) for v in value]
-    return (str(value.dtype), tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()) if isinstance(value, torch.Tensor) else value
+    return (
+        (
+            str(value.dtype),
+            tuple(value.shape),
+            value.contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+        )
+        if isinstance(value, torch.Tensor)
+        else value
+    )
 
 
 def read(path: Path):
@@ -39,12 +56,16 @@ def read(path: Path):
         return [plain(json.loads(line)) for line in data.splitlines()]
     if path.suffix == ".csv":
         rows = list(csv.reader(io.StringIO(data.decode(), newline="")))
-        assert data.endswith(b"\r\n") and len(rows) > 1 and len({len(row) for row in rows}) == 1, f"{path} has a row cut off"
+        assert data.endswith(b"\r\n") and len(rows) > 1 and len({len(row) for row in rows}) == 1, (
+            f"{path} has a row cut off"
+        )
     elif path.suffix == ".pt":
         return plain(torch.load(path, weights_only=True))
     elif path.suffix == ".npy":
         array = np.load(path, mmap_mode="r")
-        assert not cache._problem(path, data[-36:-4], array.shape, array.dtype), f"{path} is not whole"
+        assert not cache._problem(path, data[-36:-4], array.shape, array.dtype), (
+            f"{path} is not whole"
+        )
     elif path.suffix == ".png":
         Image.open(path).load()
     elif path.suffix == ".pdf":
@@ -56,7 +77,12 @@ def read(path: Path):
 
 def files(*folders: Path) -> dict[str, object]:
     """Every file by its path, read; temporary files and the logs of ablate.py apart."""
-    return {str(p): read(p) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix not in (".tmp", ".txt")}
+    return {
+        str(p): read(p)
+        for folder in folders
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.suffix not in (".tmp", ".txt")
+    }
 
 
 def temporary(folders) -> set[Path]:
@@ -66,9 +92,16 @@ def temporary(folders) -> set[Path]:
 
 class Story:
     """One command that is killed again and again until it has been killed so often, on a dataset and in a folder of its own."""
+
     def __init__(self, forks: Forks, folder: Path, command, again=None, alone: bool = False):
         """again: the command's own words for going on with what is there, or None; alone: ablate.py is killed without its children, too."""
-        self.forks, self.command, self.again, self.alone, self.folder = forks, command, again, alone, folder
+        self.forks, self.command, self.again, self.alone, self.folder = (
+            forks,
+            command,
+            again,
+            alone,
+            folder,
+        )
         self.folders = [folder / "runs", folder / "figures", folder / "data" / ".cache"]
         self.kills = self.half_written = self.finished = 0
 
@@ -96,8 +129,12 @@ class Story:
         for name, content in files(*self.folders).items():
             if Path(name).name not in GROWING:
                 assert content == self.truth[name], f"{name} is neither old nor new"
-            elif name.endswith(".jsonl") and not self.alone:  # points of a grid may end in another order
-                assert content == self.truth[name][:len(content)], f"{name} is not a beginning of what it becomes"
+            elif (
+                name.endswith(".jsonl") and not self.alone
+            ):  # points of a grid may end in another order
+                assert content == self.truth[name][: len(content)], (
+                    f"{name} is not a beginning of what it becomes"
+                )
 
     def kill_often(self, times: int, rng: random.Random):
         """Kill at moments drawn over the whole duration, and every second time as soon as a drawn number of files was being written."""
@@ -105,14 +142,23 @@ class Story:
         while self.kills < times:
             left, start = temporary(self.folders), time.time()
             self.next_start()
-            until, writes = start + rng.uniform(0, seconds), rng.randint(1, 12) if self.kills % 2 else 1000
+            until, writes = (
+                start + rng.uniform(0, seconds),
+                rng.randint(1, 12) if self.kills % 2 else 1000,
+            )
             seen, now = set(), left
-            while time.time() < until + (5 if writes < 1000 else 0) and len(seen) < writes and not self.forks.ended(0.001):
+            while (
+                time.time() < until + (5 if writes < 1000 else 0)
+                and len(seen) < writes
+                and not self.forks.ended(0.001)
+            ):
                 before, now = now, temporary(self.folders)
                 seen |= {(p, time.time()) for p in now - before}
             if not self.forks.ended():
                 self.forks.kill(group=not self.alone or self.kills % 3 > 0)
-            if self.forks.code != -9:  # it was faster: the truth is reached, and the story begins anew
+            if (
+                self.forks.code != -9
+            ):  # it was faster: the truth is reached, and the story begins anew
                 self.finish()
                 continue
             self.kills += 1
@@ -128,7 +174,9 @@ class Story:
         now = files(*self.folders)
         for name, content in self.truth.items():
             if self.alone and Path(name).name == "results.jsonl":
-                assert sorted(map(json.dumps, now.pop(name))) == sorted(map(json.dumps, content)), "one line a run"
+                assert sorted(map(json.dumps, now.pop(name))) == sorted(map(json.dumps, content)), (
+                    "one line a run"
+                )
             else:
                 assert now.pop(name) == content, f"{name} differs from that of the undisturbed run"
         assert not now, f"{list(now)} are left over"
@@ -148,26 +196,74 @@ def forks(tmp_path_factory):
 
 def stories(forks, tmp_path):
     """Name: (kills, story)."""
+
     def folder(name):
         write_dataset(tmp_path / name / "data", per_class=12)
         return tmp_path / name
+
     common = ("--architecture", "tiny", "--batch_size", 12, "--wandb", "disabled")
 
     def train(name, *options):
         own = folder(name)
-        return Story(forks, own, ("train.py", "--data_root", own / "data", *common, *options, "--runs", own / "runs", "--name", "it"),
-                     again=("train.py", "--resume", own / "runs" / "it", "--wandb", "disabled"))
+        return Story(
+            forks,
+            own,
+            (
+                "train.py",
+                "--data_root",
+                own / "data",
+                *common,
+                *options,
+                "--runs",
+                own / "runs",
+                "--name",
+                "it",
+            ),
+            again=("train.py", "--resume", own / "runs" / "it", "--wandb", "disabled"),
+        )
 
     def explore(name, script, *options):
         own = folder(name)
-        return Story(forks, own, (f"data_Exploration/{script}", "--data_root", own / "data", *options, "--output", own / "figures", "--pdf"))
-    return {"training, full, val each epoch": (20, train("full", "--epochs", 5, "--holdout", "--eval_every", 1)),
-            "training, last_blocks": (12, train("blocks", "--epochs", 4, "--strategy", "last_blocks")),
-            "training, lora": (8, train("lora", "--epochs", 2, "--strategy", "lora")),
-            "keeping features of four views, linear": (15, train("linear", "--strategy", "linear", "--augment", "crop")),
-            "colours of all classes": (10, explore("colours", "class_distribution.py", "--all", "--mask", "grabcut")),
-            "description": (8, explore("describe", "dataset_Description.py", "--hash_bits", 20, "--levels", 100)),
-            "Isomap of features": (7, explore("isomap", "isomap.py", "--features", "clip", "--architecture", "tiny", "--labels"))}
+        return Story(
+            forks,
+            own,
+            (
+                f"data_Exploration/{script}",
+                "--data_root",
+                own / "data",
+                *options,
+                "--output",
+                own / "figures",
+                "--pdf",
+            ),
+        )
+
+    return {
+        "training, full, val each epoch": (
+            20,
+            train("full", "--epochs", 5, "--holdout", "--eval_every", 1),
+        ),
+        "training, last_blocks": (12, train("blocks", "--epochs", 4, "--strategy", "last_blocks")),
+        "training, lora": (8, train("lora", "--epochs", 2, "--strategy", "lora")),
+        "keeping features of four views, linear": (
+            15,
+            train("linear", "--strategy", "linear", "--augment", "crop"),
+        ),
+        "colours of all classes": (
+            10,
+            explore("colours", "class_distribution.py", "--all", "--mask", "grabcut"),
+        ),
+        "description": (
+            8,
+            explore("describe", "dataset_Description.py", "--hash_bits", 20, "--levels", 100),
+        ),
+        "Isomap of features": (
+            7,
+            explore(
+                "isomap", "isomap.py", "--features", "clip", "--architecture", "tiny", "--labels"
+            ),
+        ),
+    }
 
 
 def test_a_few_kills(forks, tmp_path):
@@ -183,7 +279,12 @@ def test_kills(forks, tmp_path, tally):
     for name, (kills, story) in stories(forks, tmp_path).items():
         story.kill_often(kills, rng)
         hit += story.half_written
-        tally(f"SIGKILL: {name}", kills, story.kills, f"{story.half_written} while a file was half-written; {story.finished} ends equal to the undisturbed one")
+        tally(
+            f"SIGKILL: {name}",
+            kills,
+            story.kills,
+            f"{story.half_written} while a file was half-written; {story.finished} ends equal to the undisturbed one",
+        )
     assert hit > 20, "the moments must be such that matter"
 
 
@@ -192,20 +293,94 @@ def test_kills_of_an_evaluation(forks, tmp_path, tally):
     """Of a run, with a curve of WiSE-FT: the same command again goes on."""
     write_dataset(tmp_path / "data", per_class=12)
     common = ("--data_root", tmp_path / "data", "--wandb", "disabled")
-    assert forks.run("train.py", *common, "--architecture", "tiny", "--epochs", 2, "--runs", tmp_path / "models", "--name", "m")[0] == 0
-    story = Story(forks, tmp_path, ("baseline_eval.py", *common, "--architecture", tmp_path / "models" / "m", "--wise_ft", 0, "--wise_ft", 0.5,
-                                    "--runs", tmp_path / "runs", "--name", "it"))
+    assert (
+        forks.run(
+            "train.py",
+            *common,
+            "--architecture",
+            "tiny",
+            "--epochs",
+            2,
+            "--runs",
+            tmp_path / "models",
+            "--name",
+            "m",
+        )[0]
+        == 0
+    )
+    story = Story(
+        forks,
+        tmp_path,
+        (
+            "baseline_eval.py",
+            *common,
+            "--architecture",
+            tmp_path / "models" / "m",
+            "--wise_ft",
+            0,
+            "--wise_ft",
+            0.5,
+            "--runs",
+            tmp_path / "runs",
+            "--name",
+            "it",
+        ),
+    )
     story.kill_often(12, random.Random(9))
-    tally("SIGKILL: evaluation", 12, story.kills, f"{story.half_written} while a file was half-written; {story.finished} ends equal to the undisturbed one")
+    tally(
+        "SIGKILL: evaluation",
+        12,
+        story.kills,
+        f"{story.half_written} while a file was half-written; {story.finished} ends equal to the undisturbed one",
+    )
 
 
 @pytest.mark.slow
 def test_kills_of_an_ablation(forks, tmp_path, tally):
     """Of ablate.py and its children, and of ablate.py alone, whose children go on: each point ends once."""
     write_dataset(tmp_path / "data", per_class=8)
-    forks.run("train.py", "--data_root", tmp_path / "data", "--wandb", "disabled", "--architecture", "tiny", "--epochs", 0,
-              "--runs", tmp_path / "models", "--name", "m")
-    story = Story(forks, tmp_path, ("ablate.py", "positives", "--architecture", tmp_path / "models" / "m" / "model.pt", "--data_root", tmp_path / "data",
-                                    "--runs", tmp_path / "runs", "--wandb", "disabled", "--seeds", 0, "--batch_size", 12, "--epochs", 2), alone=True)
+    forks.run(
+        "train.py",
+        "--data_root",
+        tmp_path / "data",
+        "--wandb",
+        "disabled",
+        "--architecture",
+        "tiny",
+        "--epochs",
+        0,
+        "--runs",
+        tmp_path / "models",
+        "--name",
+        "m",
+    )
+    story = Story(
+        forks,
+        tmp_path,
+        (
+            "ablate.py",
+            "positives",
+            "--architecture",
+            tmp_path / "models" / "m" / "model.pt",
+            "--data_root",
+            tmp_path / "data",
+            "--runs",
+            tmp_path / "runs",
+            "--wandb",
+            "disabled",
+            "--seeds",
+            0,
+            "--batch_size",
+            12,
+            "--epochs",
+            2,
+        ),
+        alone=True,
+    )
     story.kill_often(8, random.Random(10))
-    tally("SIGKILL: ablation", 8, story.kills, f"{story.half_written} while a file was half-written; {story.finished} ends equal to the undisturbed one")
+    tally(
+        "SIGKILL: ablation",
+        8,
+        story.kills,
+        f"{story.half_written} while a file was half-written; {story.finished} ends equal to the undisturbed one",
+    )

@@ -1,4 +1,5 @@
 """The pixel cache: equal to clip's own preprocessing, reused, rebuilt when it must be, and never in the way of a read-only folder."""
+
 import os
 import shutil
 import warnings
@@ -9,9 +10,9 @@ import torch
 from conftest import error_line
 from PIL import Image
 
-from flowers import models, runs
+from flowers import devices, models
 from flowers.data import open_flowers
-from flowers.pixels import batch, decode, load_pixels
+from flowers.pixels import get_batch, load_pixels, read_square
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,8 +28,8 @@ def agreement(files, resolution):
     """Differences in levels from clip's transform, for the files; and both float batches."""
     transform = _transform(resolution)
     theirs = torch.stack([transform(Image.open(f)) for f in files])
-    pixels = torch.stack([decode(f, resolution) for f in files])
-    ours = batch(pixels, torch.arange(len(files)), "cpu")
+    pixels = torch.stack([read_square(f, resolution) for f in files])
+    ours = get_batch(pixels, torch.arange(len(files)), "cpu")
     std = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
     return ((ours - theirs) * std * 255).round().abs(), ours, theirs
 
@@ -36,13 +37,17 @@ def agreement(files, resolution):
 def test_pixels_agree_with_clip_on_odd_sizes(tmp_path):
     rng, files = np.random.default_rng(0), []
     for width, height in [(64, 64), (65, 90), (131, 64), (300, 201), (201, 300), (40, 33)]:
-        smooth = Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+        smooth = Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).resize(
+            (width, height), Image.BICUBIC
+        )
         files.append(tmp_path / f"{width}x{height}.jpg")
         smooth.save(files[-1])
     grey = tmp_path / "grey.jpg"
     smooth.convert("L").save(grey)
     difference, _, _ = agreement([*files, grey], 64)
-    assert difference.max() <= 2 and (difference > 1).sum() <= 2  # torch's 8-bit resize has weights of 16 bits, PIL's of 22
+    assert (
+        difference.max() <= 2 and (difference > 1).sum() <= 2
+    )  # torch's 8-bit resize has weights of 16 bits, PIL's of 22
 
 
 def test_pixels_agree_with_clip_on_real_images(real):
@@ -51,7 +56,11 @@ def test_pixels_agree_with_clip_on_real_images(real):
     files = open_flowers(real).files[::60]
     for resolution in (64, 224):
         difference, ours, theirs = agreement(files, resolution)
-        assert difference.max() <= 2 and (difference > 1).float().mean() < 1e-6 and (difference > 0).float().mean() < 0.01
+        assert (
+            difference.max() <= 2
+            and (difference > 1).float().mean() < 1e-6
+            and (difference > 0).float().mean() < 0.01
+        )
         if resolution == 64:
             model = models.build("tiny")
             classes = models.text_features(model, [f"flower {i}" for i in range(102)])
@@ -64,8 +73,8 @@ def test_the_cache_is_made_once_and_mapped(copy):
     flowers = open_flowers(copy)
     pixels = load_pixels(flowers, 32)
     assert pixels.shape == (48, 3, 32, 32) and pixels.dtype == torch.uint8
-    assert torch.equal(pixels, torch.stack([decode(f, 32) for f in flowers.files]))
-    cache, = (copy / ".cache").iterdir()
+    assert torch.equal(pixels, torch.stack([read_square(f, 32) for f in flowers.files]))
+    (cache,) = (copy / ".cache").iterdir()
     before = cache.stat().st_mtime_ns
     assert torch.equal(load_pixels(flowers, 32), pixels) and cache.stat().st_mtime_ns == before
     load_pixels(flowers, 16)
@@ -94,11 +103,11 @@ def new_image(cache, flowers):
 def test_a_damaged_or_stale_cache_is_made_anew_with_a_warning(copy, harm, capsys):
     flowers = open_flowers(copy)
     load_pixels(flowers, 32)
-    cache, = (copy / ".cache").iterdir()
+    (cache,) = (copy / ".cache").iterdir()
     harm(cache, flowers)
     pixels = load_pixels(flowers, 32)
     assert "warning" in capsys.readouterr().err
-    assert torch.equal(pixels, torch.stack([decode(f, 32) for f in flowers.files]))
+    assert torch.equal(pixels, torch.stack([read_square(f, 32) for f in flowers.files]))
 
 
 def test_a_read_only_dataset_is_left_alone(copy, tmp_path, monkeypatch):
@@ -113,7 +122,17 @@ def test_a_read_only_dataset_is_left_alone(copy, tmp_path, monkeypatch):
 def test_an_image_that_cannot_be_decoded_is_named(copy, cli, content, tmp_path):
     file = copy / "jpg" / "image_00011.jpg"
     file.write_bytes(file.read_bytes()[:700] if content is None else content)
-    outcome = cli("baseline_eval.py", "--data_root", copy, "--architecture", "tiny", "--runs", tmp_path / "runs", "--wandb", "disabled")
+    outcome = cli(
+        "baseline_eval.py",
+        "--data_root",
+        copy,
+        "--architecture",
+        "tiny",
+        "--runs",
+        tmp_path / "runs",
+        "--wandb",
+        "disabled",
+    )
     assert "image_00011.jpg" in error_line(outcome)
     assert list((copy / ".cache").iterdir()) == []
 
@@ -121,12 +140,18 @@ def test_an_image_that_cannot_be_decoded_is_named(copy, cli, content, tmp_path):
 def test_augmentation(small):
     pixels = load_pixels(open_flowers(small), 32)
     index = torch.arange(40)
-    plain = batch(pixels, index, "cpu")
-    flipped = batch(pixels, index, "cpu", "flip", runs.generator(0))
-    mirrored = torch.tensor([bool(torch.equal(a, b.flip(-1)) and not torch.equal(a, b)) for a, b in zip(flipped, plain)])
+    plain = get_batch(pixels, index, "cpu")
+    flipped = get_batch(pixels, index, "cpu", "flip", devices.generator(0))
+    mirrored = torch.tensor(
+        [bool(torch.equal(a, b.flip(-1)) and not torch.equal(a, b)) for a, b in zip(flipped, plain)]
+    )
     same = torch.tensor([torch.equal(a, b) for a, b in zip(flipped, plain)])
     assert (mirrored | same).all() and 8 < mirrored.sum() < 32
-    cropped = batch(pixels, index, "cpu", "crop", runs.generator(0))
-    assert cropped.shape == plain.shape and not torch.equal(cropped, plain) and cropped.min() >= plain.min() - 1e-4
-    assert torch.equal(cropped, batch(pixels, index, "cpu", "crop", runs.generator(0)))
-    assert not torch.equal(cropped, batch(pixels, index, "cpu", "crop", runs.generator(1)))
+    cropped = get_batch(pixels, index, "cpu", "crop", devices.generator(0))
+    assert (
+        cropped.shape == plain.shape
+        and not torch.equal(cropped, plain)
+        and cropped.min() >= plain.min() - 1e-4
+    )
+    assert torch.equal(cropped, get_batch(pixels, index, "cpu", "crop", devices.generator(0)))
+    assert not torch.equal(cropped, get_batch(pixels, index, "cpu", "crop", devices.generator(1)))

@@ -1,4 +1,5 @@
 """The built-in sample data set: its layout, that it is the same each time, and that colour alone does not solve it."""
+
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import flowers
-from flowers import sample
+from flowers.sample import dataset as sample
 
 COUNT = 24 * 40
 
@@ -30,19 +31,34 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "KINDS", dict(list(sample.KINDS.items())[:2]))
     monkeypatch.setattr(sample, "PER_SPLIT", {"trnid": 1, "valid": 1, "tstid": 2})
     monkeypatch.setattr(sample, "PER_KIND", 4)
-    monkeypatch.setattr(sample, "draw_flower", lambda kind, rng: rng.integers(0, 256, (16, 16, 3)).astype(np.uint8))
+    monkeypatch.setattr(
+        sample, "draw_flower", lambda kind, rng: rng.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    )
 
 
 def read(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images (N, 160, 160, 3) RGB, labels (N,) from 0, and which ids (N,) are in trnid."""
-    images = np.stack([cv2.imread(str(root / "jpg" / f"image_{i:05d}.jpg"))[..., ::-1] for i in range(1, COUNT + 1)])
+    images = np.stack(
+        [
+            cv2.imread(str(root / "jpg" / f"image_{i:05d}.jpg"))[..., ::-1]
+            for i in range(1, COUNT + 1)
+        ]
+    )
     labels = loadmat(root / "imagelabels.mat")["labels"][0].astype(int) - 1
     return images, labels, np.isin(np.arange(1, COUNT + 1), loadmat(root / "setid.mat")["trnid"])
 
 
 def test_layout(root: Path) -> None:
-    assert sorted(p.name for p in root.iterdir()) == ["cat_to_name.json", "imagelabels.mat", "jpg", "sample.json", "setid.mat"]
-    assert sorted(p.name for p in (root / "jpg").iterdir()) == [f"image_{i:05d}.jpg" for i in range(1, COUNT + 1)]
+    assert sorted(p.name for p in root.iterdir()) == [
+        "cat_to_name.json",
+        "imagelabels.mat",
+        "jpg",
+        "sample.json",
+        "setid.mat",
+    ]
+    assert sorted(p.name for p in (root / "jpg").iterdir()) == [
+        f"image_{i:05d}.jpg" for i in range(1, COUNT + 1)
+    ]
     images, labels, _ = read(root)
     assert images.shape == (COUNT, 160, 160, 3)
     assert np.bincount(labels).tolist() == [40] * 24
@@ -51,7 +67,9 @@ def test_layout(root: Path) -> None:
     for name, count in (("trnid", 10), ("valid", 10), ("tstid", 20)):
         assert splits[name].shape == (1, 24 * count)
         assert np.bincount(labels[splits[name][0] - 1]).tolist() == [count] * 24
-    assert sorted(np.hstack([splits[name][0] for name in ("trnid", "valid", "tstid")])) == list(range(1, COUNT + 1))
+    assert sorted(np.hstack([splits[name][0] for name in ("trnid", "valid", "tstid")])) == list(
+        range(1, COUNT + 1)
+    )
     assert abs(np.corrcoef(labels[:-1], labels[1:])[0, 1]) < 0.1  # neighbours in number are no kin
     assert not list(root.parent.glob(".sample*"))
 
@@ -69,7 +87,10 @@ def test_same_pictures_each_time(root: Path) -> None:
     for k, kind in enumerate(sample.KINDS):
         photo = sample.draw_flower(kind, np.random.default_rng((sample.SEED, k, 7)))
         assert photo.dtype == np.uint8 and photo.shape == (160, 160, 3)
-        assert cv2.imencode(".jpg", photo[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 92))[1].tobytes() in jpegs
+        assert (
+            cv2.imencode(".jpg", photo[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, 92))[1].tobytes()
+            in jpegs
+        )
     assert sample.draw_flower("rose", np.random.default_rng(0), size=64).shape == (64, 64, 3)
 
 
@@ -78,18 +99,25 @@ def test_a_complete_sample_is_left_alone(root: Path, monkeypatch: pytest.MonkeyP
     assert sample.write_sample(str(root)) == root
 
 
-@pytest.mark.parametrize("damage", [
-    lambda root: (root / "jpg" / "image_00003.jpg").unlink(),
-    lambda root: (root / "jpg" / "image_00003.jpg").write_bytes((root / "jpg" / "image_00003.jpg").read_bytes()[:-9]),
-    lambda root: (root / "setid.mat").write_bytes(b""),
-    lambda root: (root / "setid.mat").write_bytes((root / "setid.mat").read_bytes()[:200]),
-    lambda root: (root / "imagelabels.mat").write_bytes((root / "imagelabels.mat").read_bytes()[:150]),
-    lambda root: (root / "imagelabels.mat").unlink(),
-    lambda root: (root / "cat_to_name.json").write_text('{"1": "sunfl'),
-    lambda root: (root / "cat_to_name.json").write_text("[]"),
-    lambda root: (root / "sample.json").write_text('{"version": 0}'),
-    lambda root: shutil.rmtree(root / "jpg"),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda root: (root / "jpg" / "image_00003.jpg").unlink(),
+        lambda root: (root / "jpg" / "image_00003.jpg").write_bytes(
+            (root / "jpg" / "image_00003.jpg").read_bytes()[:-9]
+        ),
+        lambda root: (root / "setid.mat").write_bytes(b""),
+        lambda root: (root / "setid.mat").write_bytes((root / "setid.mat").read_bytes()[:200]),
+        lambda root: (root / "imagelabels.mat").write_bytes(
+            (root / "imagelabels.mat").read_bytes()[:150]
+        ),
+        lambda root: (root / "imagelabels.mat").unlink(),
+        lambda root: (root / "cat_to_name.json").write_text('{"1": "sunfl'),
+        lambda root: (root / "cat_to_name.json").write_text("[]"),
+        lambda root: (root / "sample.json").write_text('{"version": 0}'),
+        lambda root: shutil.rmtree(root / "jpg"),
+    ],
+)
 def test_damage_is_repaired(quick: None, tmp_path: Path, damage: callable) -> None:
     root = sample.write_sample(tmp_path / "sample")
     before = {p.name: p.read_bytes() for p in (root / "jpg").iterdir()}
@@ -101,7 +129,9 @@ def test_damage_is_repaired(quick: None, tmp_path: Path, damage: callable) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["sample"]
 
 
-def test_a_killed_run_leaves_nothing_at_root(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_leaves_nothing_at_root(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "deep" / "sample"
     draw = sample.draw_flower
     seen = []
@@ -140,10 +170,19 @@ def test_colour_alone_is_not_enough(root: Path, space: str) -> None:
     """A linear classifier on 8 x 8 x 8 colour histograms, trained on valid + tstid, stays under 75% on trnid."""
     images, labels, test = read(root)
     ranges = [0, 256, 0, 256, 0, 256] if space == "rgb" else [0, 180, 0, 256, 0, 256]
-    pixels = [image if space == "rgb" else cv2.cvtColor(image, cv2.COLOR_RGB2HSV) for image in np.ascontiguousarray(images)]
-    histograms = np.stack([cv2.calcHist([image], [0, 1, 2], None, [8, 8, 8], ranges).ravel() for image in pixels])
+    pixels = [
+        image if space == "rgb" else cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        for image in np.ascontiguousarray(images)
+    ]
+    histograms = np.stack(
+        [cv2.calcHist([image], [0, 1, 2], None, [8, 8, 8], ranges).ravel() for image in pixels]
+    )
     scores = []
     for strength in (1e-2, 1e-1, 1.0):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=500))
-        scores.append(model.fit(histograms[~test], labels[~test]).score(histograms[test], labels[test]))
-    assert 0.25 < max(scores) < 0.75, scores  # under 25% would mean that this test reads the wrong thing
+        scores.append(
+            model.fit(histograms[~test], labels[~test]).score(histograms[test], labels[test])
+        )
+    assert 0.25 < max(scores) < 0.75, (
+        scores
+    )  # under 25% would mean that this test reads the wrong thing

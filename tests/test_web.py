@@ -1,4 +1,5 @@
 """web.py under streamlit's AppTest: every view, filter and address, and what is damaged or hostile; and the parts of it without the page."""
+
 import csv
 import dataclasses
 import io
@@ -21,9 +22,11 @@ from conftest import NAMES, ROOT, error_line, write_dataset
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from flowers import UserError, gallery, models, panels
+from flowers import UserError, models
 from flowers.data import open_flowers
-from flowers.runs import write_csv
+from flowers.files import write_csv
+from flowers.gallery import data as gallery
+from flowers.gallery import panels
 
 N = 120  # images of `many`: three pages
 
@@ -37,8 +40,17 @@ def many(tmp_path_factory):
 def truth(many):
     """Class by image id and the ids of each split, straight from Oxford's files; swapped: trnid is the test split."""
     ids = scipy.io.loadmat(many / "setid.mat")
-    return (dict(enumerate((NAMES[c - 1] for c in scipy.io.loadmat(many / "imagelabels.mat")["labels"][0]), 1)),
-            {"test": set(ids["trnid"][0].tolist()), "train": {*ids["valid"][0].tolist(), *ids["tstid"][0].tolist()}})
+    return (
+        dict(
+            enumerate(
+                (NAMES[c - 1] for c in scipy.io.loadmat(many / "imagelabels.mat")["labels"][0]), 1
+            )
+        ),
+        {
+            "test": set(ids["trnid"][0].tolist()),
+            "train": {*ids["valid"][0].tolist(), *ids["tstid"][0].tolist()},
+        },
+    )
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +66,19 @@ def runs(tmp_path_factory, truth):
                 order.remove(classes[i])
                 order.insert(0, classes[i])
             scores = np.sort(rng.dirichlet(np.ones(5)))[::-1]
-            rows.append({"file": f"image_{i:05d}.jpg", "label": classes[i], **{f"top{k + 1}": order[k] for k in range(5)},
-                         **{f"score{k + 1}": round(scores[k], 6) for k in range(5)}})
+            rows.append(
+                {
+                    "file": f"image_{i:05d}.jpg",
+                    "label": classes[i],
+                    **{f"top{k + 1}": order[k] for k in range(5)},
+                    **{f"score{k + 1}": round(scores[k], 6) for k in range(5)},
+                }
+            )
         (folder / name).mkdir(parents=True)
         write_csv(folder / name / "predictions.csv", rows)
-        (folder / name / "args.json").write_text(json.dumps({"data_root": "elsewhere", "prompt_template": ["a {}"]}))
+        (folder / name / "args.json").write_text(
+            json.dumps({"data_root": "elsewhere", "prompt_template": ["a {}"]})
+        )
     torch.manual_seed(0)
     torch.save(models.build("tiny").state_dict(), folder / "first" / "model.pt")
     return folder
@@ -67,11 +87,15 @@ def runs(tmp_path_factory, truth):
 @pytest.fixture
 def page(monkeypatch, many, runs):
     """page(view="runs", ...) -> the page at that address, without any error; page(..., data_root=, runs=, fails=True) for others."""
+
     def opened(data_root=many, runs=runs, fails=False, more=(), **address):
-        monkeypatch.setattr(sys, "argv", ["web.py", "--data_root", str(data_root), "--runs", str(runs), *more])
+        monkeypatch.setattr(
+            sys, "argv", ["web.py", "--data_root", str(data_root), "--runs", str(runs), *more]
+        )
         at = AppTest.from_file(str(ROOT / "web.py"), default_timeout=60)
         at.query_params.update(address)
         return whole(at.run(), fails)
+
     return opened
 
 
@@ -84,13 +108,21 @@ def whole(at, fails=False):
 
 def html(at, key="pictures"):
     """What panels drew under this key."""
-    return "".join(e.proto.bytes.decode() for e in at.get("bidi_component") if e.proto.id.endswith("-" + key))
+    return "".join(
+        e.proto.bytes.decode() for e in at.get("bidi_component") if e.proto.id.endswith("-" + key)
+    )
 
 
 def pictures(at, key="pictures"):
     """Id, source and lines of text of each picture of a grid, in order."""
-    return [{"id": int(i), "src": re.findall('<img src="([^"]+)"', rest), "lines": [unescape(line) for line in re.findall("(?s)<p>(.*?)</p>", rest)]}
-            for i, rest in re.findall('(?s)<button data-open="([0-9]+)">(.*?)</button>', html(at, key))]
+    return [
+        {
+            "id": int(i),
+            "src": re.findall('<img src="([^"]+)"', rest),
+            "lines": [unescape(line) for line in re.findall("(?s)<p>(.*?)</p>", rest)],
+        }
+        for i, rest in re.findall('(?s)<button data-open="([0-9]+)">(.*?)</button>', html(at, key))
+    ]
 
 
 def shown(at, key="pictures"):
@@ -100,13 +132,24 @@ def shown(at, key="pictures"):
 
 def rankings(html):
     """The tables of names with their probabilities, in percent."""
-    return [(re.search("<th>(.*?)</th>", table)[1], [(unescape(name), float(share)) for name, share in re.findall("<td>(.*?)</td><td>(.*?)%</td>", table)])
-            for table in re.findall("<table>.*?</table>", html)]
+    return [
+        (
+            re.search("<th>(.*?)</th>", table)[1],
+            [
+                (unescape(name), float(share))
+                for name, share in re.findall("<td>(.*?)</td><td>(.*?)%</td>", table)
+            ],
+        )
+        for table in re.findall("<table>.*?</table>", html)
+    ]
 
 
 def text(at):
     kinds = (at.markdown, at.info, at.warning, at.error, at.caption)
-    return "\n".join([m.value for kind in kinds for m in kind] + [unescape(re.sub("<[^>]+>", "\n", html(at, "image")))])
+    return "\n".join(
+        [m.value for kind in kinds for m in kind]
+        + [unescape(re.sub("<[^>]+>", "\n", html(at, "image")))]
+    )
 
 
 def press(at, key):
@@ -120,10 +163,18 @@ def predictions(runs, name):
 
 def test_opens_on_all_images_and_pages_through_them(page):
     at = page()
-    assert shown(at) == list(range(1, 49)) and "1 to 48 of 120 images" in text(at) and dict(at.query_params) == {}
+    assert (
+        shown(at) == list(range(1, 49))
+        and "1 to 48 of 120 images" in text(at)
+        and dict(at.query_params) == {}
+    )
     assert at.button(key="previous_page").disabled
     at = press(press(at, "next_page"), "next_page")
-    assert shown(at) == list(range(97, 121)) and at.query_params["page"] in ("3", ["3"]) and at.button(key="next_page").disabled
+    assert (
+        shown(at) == list(range(97, 121))
+        and at.query_params["page"] in ("3", ["3"])
+        and at.button(key="next_page").disabled
+    )
     whole(at.number_input(key="page").set_value(2).run())
     assert shown(at) == list(range(49, 97))
     assert shown(press(at, "previous_page")) == list(range(1, 49))
@@ -175,9 +226,17 @@ def test_neighbours_by_colour_and_by_a_run(page, many):
         time.sleep(0.1)
         whole(at.run())
     flowers = open_flowers(many)
-    rows = np.stack([gallery.colour_features(gallery.read_thumbnail(gallery.thumbnail(f))) for f in flowers.files])
+    rows = np.stack(
+        [
+            gallery.colour_features(gallery.read_thumbnail(gallery.thumbnail(f)))
+            for f in flowers.files
+        ]
+    )
     distance = ((rows - rows[49]) ** 2).sum(1)
-    assert shown(at, "neighbours") == [i + 1 for i in np.argsort(distance, kind="stable") if i != 49][:12]
+    assert (
+        shown(at, "neighbours")
+        == [i + 1 for i in np.argsort(distance, kind="stable") if i != 49][:12]
+    )
 
     whole(at.segmented_control(key="like").set_value("first").run())
     assert len(shown(at, "neighbours")) == 12 and 50 not in shown(at, "neighbours")
@@ -187,7 +246,15 @@ def test_neighbours_by_colour_and_by_a_run(page, many):
 
 def test_captions_of_the_image_are_shown_as_plain_text(page, many, tmp_path):
     root = shutil.copytree(many, tmp_path / "d", ignore=shutil.ignore_patterns(".cache"))
-    lines = [json.dumps({"file": f"image_{i:05d}.jpg", "captions": [f"**flower** {i} <img src='http://a.b/c.png'>"]}) for i in range(1, N + 1)]
+    lines = [
+        json.dumps(
+            {
+                "file": f"image_{i:05d}.jpg",
+                "captions": [f"**flower** {i} <img src='http://a.b/c.png'>"],
+            }
+        )
+        for i in range(1, N + 1)
+    ]
     (root / "captions.jsonl").write_text("\n".join(lines))
     at = page(root, image="9")
     assert "<li>**flower** 9 &lt;img src=&#x27;http://a.b/c.png&#x27;&gt;</li>" in html(at, "image")
@@ -198,16 +265,32 @@ def test_captions_of_the_image_are_shown_as_plain_text(page, many, tmp_path):
 @pytest.mark.parametrize("show", ["all", "right", "wrong", "changed", "mended", "broken"])
 def test_outcomes_of_two_runs(page, runs, show):
     first, second = predictions(runs, "first"), predictions(runs, "second")
-    right = {i: (row["top1"] == row["label"], second[i]["top1"] == row["label"]) for i, row in first.items()}
-    wanted = [i for i in first if {"all": True, "right": right[i][0], "wrong": not right[i][0], "changed": first[i]["top1"] != second[i]["top1"],
-                                   "mended": right[i] == (False, True), "broken": right[i] == (True, False)}[show]]
+    right = {
+        i: (row["top1"] == row["label"], second[i]["top1"] == row["label"])
+        for i, row in first.items()
+    }
+    wanted = [
+        i
+        for i in first
+        if {
+            "all": True,
+            "right": right[i][0],
+            "wrong": not right[i][0],
+            "changed": first[i]["top1"] != second[i]["top1"],
+            "mended": right[i] == (False, True),
+            "broken": right[i] == (True, False),
+        }[show]
+    ]
     at = page(view="runs", run="first", other="second")
     whole(at.segmented_control(key="show").set_value(show).run())
     assert shown(at) == wanted and wanted
     share = 100 * sum(a for a, _ in right.values()) / len(right)
     assert f"first: **{share:.2f}%**" in text(at) and f"of {len(first)} images right" in text(at)
     mark = "✓" if right[wanted[0]][0] else "✗"
-    assert pictures(at)[0]["lines"][1] == f"{mark} {first[wanted[0]]['top1']} {100 * float(first[wanted[0]]['score1']):.0f}%"
+    assert (
+        pictures(at)[0]["lines"][1]
+        == f"{mark} {first[wanted[0]]['top1']} {100 * float(first[wanted[0]]['score1']):.0f}%"
+    )
 
 
 def test_most_confident_mistakes_come_first(page, runs):
@@ -220,18 +303,29 @@ def test_most_confident_mistakes_come_first(page, runs):
 
 def test_true_and_predicted_class_open_a_cell_of_the_confusion_matrix(page, runs):
     first = predictions(runs, "first")
-    cell = next((row["label"], row["top1"]) for row in first.values() if row["label"] != row["top1"])
+    cell = next(
+        (row["label"], row["top1"]) for row in first.values() if row["label"] != row["top1"]
+    )
     at = page(view="runs", run="first")
     whole(at.selectbox(key="class").set_value(cell[0]).run())
     whole(at.selectbox(key="guess").set_value(cell[1]).run())
     assert shown(at) == [i for i, row in first.items() if (row["label"], row["top1"]) == cell] != []
     at = page(view="runs", run="first", part="confusion")
-    drawn = re.findall('data-open="([0-9]+),([0-9]+)" title="(.*?): ([0-9]+) of ([0-9]+)"', html(at, "confusion"))
-    names = sorted(NAMES, key=lambda name: int(next(c for c, _, title, *_ in drawn if title.startswith(name + " →"))))  # by number
+    drawn = re.findall(
+        'data-open="([0-9]+),([0-9]+)" title="(.*?): ([0-9]+) of ([0-9]+)"', html(at, "confusion")
+    )
+    names = sorted(
+        NAMES,
+        key=lambda name: int(next(c for c, _, title, *_ in drawn if title.startswith(name + " →"))),
+    )  # by number
     counts = Counter((row["label"], row["top1"]) for row in first.values())
-    assert {(names[int(t)], names[int(g)]): int(n) for t, g, _, n, _ in drawn} == counts and cell in counts
+    assert {
+        (names[int(t)], names[int(g)]): int(n) for t, g, _, n, _ in drawn
+    } == counts and cell in counts
     assert all(title == f"{names[int(t)]} → {names[int(g)]}" for t, g, title, *_ in drawn)
-    assert {names[int(t)]: int(total) for t, _, _, _, total in drawn} == Counter(row["label"] for row in first.values())
+    assert {names[int(t)]: int(total) for t, _, _, _, total in drawn} == Counter(
+        row["label"] for row in first.values()
+    )
 
 
 def test_classes_are_sorted_by_change(page, runs):
@@ -243,10 +337,22 @@ def test_classes_are_sorted_by_change(page, runs):
         own = [i for i in first if first[i]["label"] == name]
         a, b = (100 * np.mean([rows[i]["top1"] == name for i in own]) for rows in (first, second))
         row = table[table["class"] == name].iloc[0]
-        assert (row["first"], row["second"], row["images"]) == (pytest.approx(a), pytest.approx(b), len(own))
+        assert (row["first"], row["second"], row["images"]) == (
+            pytest.approx(a),
+            pytest.approx(b),
+            len(own),
+        )
         changes[name] = b - a
-    assert table["change"].tolist() == pytest.approx(sorted(changes.values(), key=lambda c: -abs(c))) and len({*changes.values()}) > 1
-    assert page(view="runs", run="first", part="classes").dataframe[0].value["first"].is_monotonic_increasing
+    assert (
+        table["change"].tolist() == pytest.approx(sorted(changes.values(), key=lambda c: -abs(c)))
+        and len({*changes.values()}) > 1
+    )
+    assert (
+        page(view="runs", run="first", part="classes")
+        .dataframe[0]
+        .value["first"]
+        .is_monotonic_increasing
+    )
 
 
 def test_an_image_shows_what_both_runs_say(page, runs):
@@ -257,8 +363,12 @@ def test_an_image_shows_what_both_runs_say(page, runs):
     for name, best in tables:
         row = predictions(runs, name)[i]
         assert [n.removeprefix("✓ ") for n, _ in best] == [row[f"top{k}"] for k in range(1, 6)]
-        assert [n for n, _ in best if n.startswith("✓")] == [f"✓ {row['label']}"] * (row["label"] in [row[f"top{k}"] for k in range(1, 6)])
-        assert [share for _, share in best] == pytest.approx([100 * float(row[f"score{k}"]) for k in range(1, 6)], abs=0.051)
+        assert [n for n, _ in best if n.startswith("✓")] == [f"✓ {row['label']}"] * (
+            row["label"] in [row[f"top{k}"] for k in range(1, 6)]
+        )
+        assert [share for _, share in best] == pytest.approx(
+            [100 * float(row[f"score{k}"]) for k in range(1, 6)], abs=0.051
+        )
 
 
 def reference(runs, many, sentence):
@@ -266,7 +376,9 @@ def reference(runs, many, sentence):
     model, preprocess = clip.load(str(runs / "first" / "model.pt"), device="cpu")
     with torch.no_grad():
         words = model.encode_text(clip.tokenize([sentence]))[0]
-        images = model.encode_image(torch.stack([preprocess(Image.open(f)) for f in sorted((many / "jpg").glob("*.jpg"))]))
+        images = model.encode_image(
+            torch.stack([preprocess(Image.open(f)) for f in sorted((many / "jpg").glob("*.jpg"))])
+        )
     return torch.cosine_similarity(images, words[None]).numpy()
 
 
@@ -277,10 +389,18 @@ def test_search_by_a_sentence(page, runs, many):
     scores = reference(runs, many, "a red flower on black")
     given = [float(p["lines"][1]) for p in pictures(at)]
     assert len(given) == 48 and given == sorted(given, reverse=True)
-    assert given == pytest.approx([scores[i - 1] for i in shown(at)], abs=3e-3)  # ours resizes on uint8, and with four digits
+    assert given == pytest.approx(
+        [scores[i - 1] for i in shown(at)], abs=3e-3
+    )  # ours resizes on uint8, and with four digits
     assert min(given) >= np.sort(scores)[-48] - 3e-3
     assert at.query_params["q"] in ("a red flower on black", ["a red flower on black"])
-    assert "of 120" in text(page(view="search", run="first", q="a red flower on black", image=str(shown(at)[1]))) and "2 of 120"
+    assert (
+        "of 120"
+        in text(
+            page(view="search", run="first", q="a red flower on black", image=str(shown(at)[1]))
+        )
+        and "2 of 120"
+    )
 
 
 def test_search_by_a_picture_of_ones_own(page, many):
@@ -289,7 +409,11 @@ def test_search_by_a_picture_of_ones_own(page, many):
     whole(at.file_uploader[0].upload("mine.jpg", data, "image/jpeg").run())
     assert shown(at)[0] == 33 and float(pictures(at)[0]["lines"][1]) > 0.999
     best = rankings(html(at, "answer"))[0][1]
-    assert len(best) == 5 and {name for name, _ in best} < set(NAMES) and [share for _, share in best] == sorted([share for _, share in best], reverse=True)
+    assert (
+        len(best) == 5
+        and {name for name, _ in best} < set(NAMES)
+        and [share for _, share in best] == sorted([share for _, share in best], reverse=True)
+    )
 
 
 def encoded(size, kind="JPEG"):
@@ -298,8 +422,16 @@ def encoded(size, kind="JPEG"):
     return out.getvalue()
 
 
-BROKEN = {"text": b"hello", "nothing": b"", "half": encoded((400, 300))[:900], "gif": encoded((50, 50), "GIF"), "script": b"<svg onload=alert(1)>",
-          "bomb": encoded((9000, 9000), "PNG"), "strip": encoded((5000, 3), "PNG"), "large": b"\xff\xd8" + bytes(gallery.MAX_BYTES)}
+BROKEN = {
+    "text": b"hello",
+    "nothing": b"",
+    "half": encoded((400, 300))[:900],
+    "gif": encoded((50, 50), "GIF"),
+    "script": b"<svg onload=alert(1)>",
+    "bomb": encoded((9000, 9000), "PNG"),
+    "strip": encoded((5000, 3), "PNG"),
+    "large": b"\xff\xd8" + bytes(gallery.MAX_BYTES),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -313,11 +445,21 @@ def test_a_bad_upload_leaves_the_page_whole(page):
     at.file_uploader[0].upload("bad.jpg", BROKEN["half"], "image/jpeg").run()
     assert "can't be read as a picture" in whole(at, fails=True).error[0].value
     from starlette.formparsers import MultiPartParser
-    assert MultiPartParser.spool_max_size > gallery.MAX_BYTES  # what is larger is refused before it could go to a temporary file
+
+    assert (
+        MultiPartParser.spool_max_size > gallery.MAX_BYTES
+    )  # what is larger is refused before it could go to a temporary file
 
 
 def test_good_pictures_of_all_kinds_open_upright():
-    for kind, mode in (("PNG", "RGBA"), ("PNG", "P"), ("JPEG", "CMYK"), ("JPEG", "L"), ("WEBP", "RGB"), ("PNG", "I;16")):
+    for kind, mode in (
+        ("PNG", "RGBA"),
+        ("PNG", "P"),
+        ("JPEG", "CMYK"),
+        ("JPEG", "L"),
+        ("WEBP", "RGB"),
+        ("PNG", "I;16"),
+    ):
         out = io.BytesIO()
         Image.new(mode, (40, 30)).save(out, kind)
         assert gallery.open_picture(out.getvalue()).shape == (30, 40, 3)
@@ -327,17 +469,39 @@ def test_good_pictures_of_all_kinds_open_upright():
     assert gallery.open_picture(out.getvalue()).shape == (40, 30, 3)
 
 
-@pytest.mark.parametrize("address", [
-    {"class": "mallow", "split": "train", "ids": "1-90"}, {"page": "3"}, {"bars": "shown", "split": "test"}, {"image": "17"},
-    {"image": "17", "like": "first", "split": "test"},
-    {"view": "runs", "run": "second", "other": "first", "show": "changed", "order": "confidence"},
-    {"view": "runs", "run": "first", "class": "rose", "guess": "rose"}, {"view": "runs", "run": "first", "part": "classes"},
-    {"view": "runs", "run": "first", "part": "confusion"}, {"view": "search", "run": "first", "q": "a rose"}], ids=str)
+@pytest.mark.parametrize(
+    "address",
+    [
+        {"class": "mallow", "split": "train", "ids": "1-90"},
+        {"page": "3"},
+        {"bars": "shown", "split": "test"},
+        {"image": "17"},
+        {"image": "17", "like": "first", "split": "test"},
+        {
+            "view": "runs",
+            "run": "second",
+            "other": "first",
+            "show": "changed",
+            "order": "confidence",
+        },
+        {"view": "runs", "run": "first", "class": "rose", "guess": "rose"},
+        {"view": "runs", "run": "first", "part": "classes"},
+        {"view": "runs", "run": "first", "part": "confusion"},
+        {"view": "search", "run": "first", "q": "a rose"},
+    ],
+    ids=str,
+)
 def test_every_address_opens_the_same_view_again(page, address):
     at = page(**address)
-    assert {k: np.ravel(v)[0] for k, v in at.query_params.items()} == address  # nothing is lost or added
+    assert {
+        k: np.ravel(v)[0] for k, v in at.query_params.items()
+    } == address  # nothing is lost or added
     again = page(**{k: np.ravel(v)[0] for k, v in at.query_params.items()})
-    assert (shown(again), shown(again, "neighbours"), text(again)) == (shown(at), shown(at, "neighbours"), text(at))
+    assert (shown(again), shown(again, "neighbours"), text(again)) == (
+        shown(at),
+        shown(at, "neighbours"),
+        text(at),
+    )
 
 
 def test_going_back_in_the_browser_goes_back(page):
@@ -347,12 +511,41 @@ def test_going_back_in_the_browser_goes_back(page):
     assert shown(whole(at.run())) == list(range(1, 49))
 
 
-HOSTILE = ["../../etc/passwd", "<script>alert(1)</script>", "\x00", "-1", "0", "9" * 400, "٣", "nan", "None", "first/../second", "..", "", ["a", "b"]]
+HOSTILE = [
+    "../../etc/passwd",
+    "<script>alert(1)</script>",
+    "\x00",
+    "-1",
+    "0",
+    "9" * 400,
+    "٣",
+    "nan",
+    "None",
+    "first/../second",
+    "..",
+    "",
+    ["a", "b"],
+]
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda v: repr(v)[:24])
 def test_hostile_addresses_show_what_there_is(page, value):
-    keys = ["class", "split", "bars", "page", "image", "run", "other", "part", "show", "guess", "order", "like", "q", "ids"]
+    keys = [
+        "class",
+        "split",
+        "bars",
+        "page",
+        "image",
+        "run",
+        "other",
+        "part",
+        "show",
+        "guess",
+        "order",
+        "like",
+        "q",
+        "ids",
+    ]
     at = page(view=value, **dict.fromkeys(keys[:-1], value))
     assert len(shown(at)) == 48
     for view in ("runs", "search"):
@@ -400,8 +593,17 @@ def test_a_damaged_image_does_not_hide_the_others(page, many, tmp_path):
 HEAD = b"file,label,top1,score1\n"
 
 
-@pytest.mark.parametrize("content", [b"", HEAD + b"image_00001.jpg,rose,rose,much\n", b"\xff\xfe\x00binary", HEAD + b",,,\n",
-                                     HEAD + b"image_00001.jpg,rose,rose,nan\n"], ids=lambda c: repr(c)[-24:])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        HEAD + b"image_00001.jpg,rose,rose,much\n",
+        b"\xff\xfe\x00binary",
+        HEAD + b",,,\n",
+        HEAD + b"image_00001.jpg,rose,rose,nan\n",
+    ],
+    ids=lambda c: repr(c)[-24:],
+)
 def test_damaged_predictions_are_a_sentence_with_a_command(page, runs, tmp_path, content):
     folder = shutil.copytree(runs, tmp_path / "runs")
     (folder / "second" / "predictions.csv").write_bytes(content)
@@ -412,8 +614,14 @@ def test_damaged_predictions_are_a_sentence_with_a_command(page, runs, tmp_path,
 
 def test_a_run_of_another_dataset_says_which(page, runs, tmp_path, many):
     folder = shutil.copytree(runs, tmp_path / "runs")
-    write_csv(folder / "second" / "predictions.csv", [{"file": "image_00001.jpg", "label": "tulip", "top1": "tulip", "score1": 1}])
-    assert "--data_root elsewhere" in page(runs=folder, view="runs", run="second", fails=True).error[0].value
+    write_csv(
+        folder / "second" / "predictions.csv",
+        [{"file": "image_00001.jpg", "label": "tulip", "top1": "tulip", "score1": 1}],
+    )
+    assert (
+        "--data_root elsewhere"
+        in page(runs=folder, view="runs", run="second", fails=True).error[0].value
+    )
 
 
 def test_damaged_models_and_arguments(page, runs, tmp_path):
@@ -421,7 +629,9 @@ def test_damaged_models_and_arguments(page, runs, tmp_path):
     (folder / "first" / "args.json").write_text('{"prompt_template": 7')
     assert shown(page(runs=folder, view="search", q="a rose"))
     (folder / "first" / "model.pt").write_bytes(b"no model")
-    assert "can't be read" in page(runs=folder, view="search", q="a rose", fails=True).error[0].value
+    assert (
+        "can't be read" in page(runs=folder, view="search", q="a rose", fails=True).error[0].value
+    )
 
 
 def test_without_runs_the_page_says_how_to_make_one(page, tmp_path):
@@ -440,7 +650,9 @@ def test_export_lists_what_is_shown(many, runs, truth):
     flowers = open_flowers(many)
     first = gallery.read_predictions(runs / "first", flowers)
     rows = list(csv.DictReader(io.StringIO(gallery.export(flowers, [4, 0, 77], [first]))))
-    assert [(int(r["id"]), r["file"], r["class"]) for r in rows] == [(i, f"image_{i:05d}.jpg", truth[0][i]) for i in (5, 1, 78)]
+    assert [(int(r["id"]), r["file"], r["class"]) for r in rows] == [
+        (i, f"image_{i:05d}.jpg", truth[0][i]) for i in (5, 1, 78)
+    ]
     made = predictions(runs, "first")
     for row in rows:
         i = int(row["id"])
@@ -452,7 +664,9 @@ def test_export_lists_what_is_shown(many, runs, truth):
 def test_thumbnails_are_kept_small_and_follow_their_files(many, tmp_path):
     root = copy(many, tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(root / "jpg" / "image_00002.jpg", quality=95)  # nothing is harder to compress
+    Image.fromarray(noise).save(
+        root / "jpg" / "image_00002.jpg", quality=95
+    )  # nothing is harder to compress
     flowers = open_flowers(root)
 
     def ready():
@@ -461,13 +675,19 @@ def test_thumbnails_are_kept_small_and_follow_their_files(many, tmp_path):
             time.sleep(0.02)
         assert not thumbnails.problem
         return thumbnails
+
     thumbnails = ready()
     for i in (0, 1):
-        assert thumbnails[i] == gallery.thumbnail(flowers.files[i]) and len(thumbnails[i]) <= gallery.SLOT
+        assert (
+            thumbnails[i] == gallery.thumbnail(flowers.files[i])
+            and len(thumbnails[i]) <= gallery.SLOT
+        )
         assert gallery.read_thumbnail(thumbnails[i]).shape == (160, 160, 3)
     before = {p.name: p.stat().st_mtime_ns for p in (root / ".cache").iterdir()}
     ready()
-    assert {p.name: p.stat().st_mtime_ns for p in (root / ".cache").iterdir()} == before and len(before) == 2
+    assert {p.name: p.stat().st_mtime_ns for p in (root / ".cache").iterdir()} == before and len(
+        before
+    ) == 2
     shutil.copy(flowers.files[5], flowers.files[0])
     assert ready()[0] == gallery.thumbnail(flowers.files[5])
 
@@ -484,44 +704,80 @@ sys.exit(" ".join(sys.modules.keys() & {{"torch", "pandas", "altair", "matplotli
 
 
 def test_names_are_text_whatever_they_hold(many):
-    flowers = dataclasses.replace(open_flowers(many), class_names=(vile := ['<b>{0}', "\"' onclick='x", "a&b", "</p>", "{{}}", "`$`"]))
+    flowers = dataclasses.replace(
+        open_flowers(many),
+        class_names=(vile := ["<b>{0}", "\"' onclick='x", "a&b", "</p>", "{{}}", "`$`"]),
+    )
     black = np.zeros((9, 9, 3), np.uint8)
-    drawn = [panels.pictures([(1, b"x", vile)]), panels.class_histogram(flowers, np.arange(N), vile[0]),
-             panels.image(b"x", black, vile[1], vile, vile, [(vile[0], [(name, 0.5) for name in vile])]),
-             panels.confusion(vile, np.arange(6), np.arange(6)[::-1])]
+    drawn = [
+        panels.pictures([(1, b"x", vile)]),
+        panels.class_histogram(flowers, np.arange(N), vile[0]),
+        panels.image(b"x", black, vile[1], vile, vile, [(vile[0], [(name, 0.5) for name in vile])]),
+        panels.confusion(vile, np.arange(6), np.arange(6)[::-1]),
+    ]
 
     class Seen(HTMLParser):
         def handle_starttag(self, tag, attributes):
             tags.append(tag)
-            assert {name for name, _ in attributes} <= {"class", "style", "title", "alt", "src", "data-open", "viewbox", "preserveaspectratio", "points",
-                                                        "x", "y", "width", "height", "fill", "stroke"}
+            assert {name for name, _ in attributes} <= {
+                "class",
+                "style",
+                "title",
+                "alt",
+                "src",
+                "data-open",
+                "viewbox",
+                "preserveaspectratio",
+                "points",
+                "x",
+                "y",
+                "width",
+                "height",
+                "fill",
+                "stroke",
+            }
 
         def handle_data(self, data):
             said.append(data)
+
     for piece in drawn:
         tags, said = [], []
         Seen().feed(piece)
-        assert {*vile} <= {*said} and tags.count("b") == piece.count("<b style=")  # the keys of charts
+        assert {*vile} <= {*said} and tags.count("b") == piece.count(
+            "<b style="
+        )  # the keys of charts
 
 
 def test_a_histogram_counts_each_class(page, truth):
     left = [i for i in truth[1]["test"] if i > 3]
-    drawn = re.findall('data-open="([0-9]+)" class="(.*?)" .*?<span>(.*?)</span>([0-9]+)</button>',
-                       html(page(bars="shown", split="test", ids="4-120", **{"class": "rose"}), "histogram"))
-    assert {name: (on == "on", int(n)) for _, on, name, n in drawn} == {name: (name == "rose", n) for name, n in Counter(truth[0][i] for i in left).items()}
+    drawn = re.findall(
+        'data-open="([0-9]+)" class="(.*?)" .*?<span>(.*?)</span>([0-9]+)</button>',
+        html(page(bars="shown", split="test", ids="4-120", **{"class": "rose"}), "histogram"),
+    )
+    assert {name: (on == "on", int(n)) for _, on, name, n in drawn} == {
+        name: (name == "rose", n) for name, n in Counter(truth[0][i] for i in left).items()
+    }
     assert [int(n) for *_, n in drawn] == sorted((int(n) for *_, n in drawn), reverse=True)
 
 
 def test_palette_finds_the_colours_of_a_flag():
-    flag = np.repeat(np.array([[200, 20, 30], [250, 250, 250], [20, 40, 160]], np.uint8), 40, axis=0)[None].repeat(90, axis=0)
+    flag = np.repeat(
+        np.array([[200, 20, 30], [250, 250, 250], [20, 40, 160]], np.uint8), 40, axis=0
+    )[None].repeat(90, axis=0)
     found = gallery.palette(flag)[:3]
-    assert sorted(colour for colour, _ in found) == ["#1428a0", "#c8141e", "#fafafa"] and sum(s for _, s in found) == pytest.approx(1, abs=0.03)
+    assert sorted(colour for colour, _ in found) == ["#1428a0", "#c8141e", "#fafafa"] and sum(
+        s for _, s in found
+    ) == pytest.approx(1, abs=0.03)
 
 
 def test_grey_and_single_colours_have_curves():
     for level in (0, 128, 255):
         hue, saturation, value = panels.hsv_curves(np.full((20, 30, 3), level, np.uint8))
         assert not hue.any() and np.isfinite([*saturation, *value]).all()
-        assert saturation.argmax() == 0 and value.argmax() / 64 == pytest.approx(level / 255, abs=0.02)
-    hue, _, _ = panels.hsv_curves(np.full((20, 30, 3), [200, 10, 14], np.uint8))  # a hue of 359: the density goes on at 0
+        assert saturation.argmax() == 0 and value.argmax() / 64 == pytest.approx(
+            level / 255, abs=0.02
+        )
+    hue, _, _ = panels.hsv_curves(
+        np.full((20, 30, 3), [200, 10, 14], np.uint8)
+    )  # a hue of 359: the density goes on at 0
     assert min(hue[0], hue[-1]) > 0.5 * hue.max() and hue[60] == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,5 @@
 """Finished runs as the report sees them: which may be compared, which differ in their seed alone, which make a whole grid."""
+
 import csv
 import hashlib
 import json
@@ -10,20 +11,46 @@ from pathlib import Path
 
 import numpy as np
 
-from flowers import read_json, statistics
 from flowers.evaluate import wilson
+from flowers.files import checked, read_json
 from flowers.models import SHAPES
-from flowers.runs import checked
+from flowers.study import statistics
 
 # of args.json, what may differ between runs of one configuration
-NOT_SETTINGS = {"name", "seed", "runs", "wandb", "eval_every", "resume", "compile", "chunk_size", "no_cache", "data_root", "split_sizes", "commit", "python",
-                "versions", "device", "processes", "job", "split"}
-OF_STRATEGY = {"lr", "tau_lr", "architecture", "strategy", "augment", "prompt_template"}  # what may differ between the cells of a factorial grid
+NOT_SETTINGS = {
+    "name",
+    "seed",
+    "runs",
+    "wandb",
+    "eval_every",
+    "resume",
+    "compile",
+    "chunk_size",
+    "no_cache",
+    "data_root",
+    "split_sizes",
+    "commit",
+    "python",
+    "versions",
+    "device",
+    "processes",
+    "job",
+    "split",
+}
+OF_STRATEGY = {
+    "lr",
+    "tau_lr",
+    "architecture",
+    "strategy",
+    "augment",
+    "prompt_template",
+}  # what may differ between the cells of a factorial grid
 
 
 @dataclass(frozen=True)
 class Run:
     """One finished run: what it was asked (settings), what it found (result), and its answer for each image, sorted by file."""
+
     name: str
     folder: Path
     result: dict
@@ -59,7 +86,9 @@ def load(folder: Path) -> tuple[list[Run], list[str]]:
     found, notes = [], []
     for path in sorted(folder.glob("*/result.json")):
         try:
-            result, settings = (checked(read_json(path.parent / name)) for name in ("result.json", "args.json"))
+            result, settings = (
+                checked(read_json(path.parent / name)) for name in ("result.json", "args.json")
+            )
             if settings.get("batch_size") and settings.get("processes"):
                 settings["batch_size"] *= settings["processes"]  # of all together
             split = next((s for s in ("test", "val", "train") if f"{s}/top1" in result), None)
@@ -69,9 +98,22 @@ def load(folder: Path) -> tuple[list[Run], list[str]]:
             if abs(100 * np.mean(np.array(labels) == predicted) - result[f"{split}/top1"]) > 0.01:
                 raise ValueError("predictions.csv and result.json disagree")
             images = hashlib.sha256(json.dumps([files, labels]).encode()).hexdigest()[:12]
-            found.append(Run(path.parent.name, path.parent, result, settings, split, np.array(labels), np.array(predicted), images))
+            found.append(
+                Run(
+                    path.parent.name,
+                    path.parent,
+                    result,
+                    settings,
+                    split,
+                    np.array(labels),
+                    np.array(predicted),
+                    images,
+                )
+            )
         except (OSError, ValueError) as error:
-            notes.append(f"{path.parent.name} can't be read: {type(error).__name__} {str(error).replace(str(path.parent), '')}".rstrip())
+            notes.append(
+                f"{path.parent.name} can't be read: {type(error).__name__} {str(error).replace(str(path.parent), '')}".rstrip()
+            )
     return found, notes
 
 
@@ -79,7 +121,10 @@ def answers(folder: Path) -> list[tuple[str, str, str]]:
     """File, true name and first of the predicted names of each row of a run's predictions.csv. Raises ValueError if it is damaged."""
     try:
         with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
-            rows = [(row["file"], row["label"], row["top1"]) for row in csv.DictReader(file, strict=True)]
+            rows = [
+                (row["file"], row["label"], row["top1"])
+                for row in csv.DictReader(file, strict=True)
+            ]
     except (csv.Error, KeyError) as error:
         raise ValueError(f"predictions.csv is damaged ({type(error).__name__} {error})") from None
     if not rows or not all(map(all, rows)) or len({file for file, *_ in rows}) < len(rows):
@@ -103,16 +148,30 @@ def resolve(found: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     named = []
     for run in found:
         origin, trained, seen = run, run, {run.name}
-        while (up := parent(origin)) and up.name not in seen:  # two damaged runs may each name the other
+        while (
+            up := parent(origin)
+        ) and up.name not in seen:  # two damaged runs may each name the other
             origin = up
             seen.add(up.name)
         if run.settings.get("job") == "eval" and (of := parent(run)) and of.name not in origins:
             trained = of
-            if of.images == run.images and run.settings.get("prompt_template") == of.settings.get("prompt_template") and not run.settings.get("wise_ft"):
+            if (
+                of.images == run.images
+                and run.settings.get("prompt_template") == of.settings.get("prompt_template")
+                and not run.settings.get("wise_ft")
+            ):
                 continue
-            own = {k: run.settings.get(k) for k in ("job", "splits", "holdout", "class_names", "prompt_template", "wise_ft")}
-            run = replace(run, settings=of.settings | own)  # its seed, and what else it was trained with
-        strategy, name = trained.settings.get("strategy") or "full", str(origin.settings.get("architecture"))
+            own = {
+                k: run.settings.get(k)
+                for k in ("job", "splits", "holdout", "class_names", "prompt_template", "wise_ft")
+            }
+            run = replace(
+                run, settings=of.settings | own
+            )  # its seed, and what else it was trained with
+        strategy, name = (
+            trained.settings.get("strategy") or "full",
+            str(origin.settings.get("architecture")),
+        )
         if run.settings.get("job") == "qwen_eval":
             strategy = f"{'lora' if run.settings.get('adapter') else 'zero-shot'} ({run.settings.get('protocol')})"
         elif trained.settings.get("job") == "eval" and Path(name).name == "model.pt":
@@ -124,7 +183,14 @@ def resolve(found: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         elif name not in SHAPES:
             name = Path(name.removesuffix("/model.pt").removesuffix(".pt")).name
         trained_on = trained.settings.get("classes") or "all"
-        named.append(replace(run, architecture=name, strategy=strategy, trained_on="all" if strategy == "none" else trained_on))
+        named.append(
+            replace(
+                run,
+                architecture=name,
+                strategy=strategy,
+                trained_on="all" if strategy == "none" else trained_on,
+            )
+        )
     return [r for r in named if r.name not in origins], [r for r in named if r.name in origins]
 
 
@@ -132,9 +198,15 @@ def grouped(found: Sequence[Run], without: str = "") -> list[list[Run]]:
     """Runs that differ in their seed, and in the setting `without`, alone, sorted by seed; of two with the same settings and seed, the first by name."""
     groups: dict[str, dict[str, Run]] = {}
     for run in sorted(found, key=lambda r: (r.architecture, r.strategy, r.seed, r.name)):
-        left_out = NOT_SETTINGS | {without} | (set() if run.settings.get("learn_temperature") and without != "lr" else {"tau_lr"})
+        left_out = (
+            NOT_SETTINGS
+            | {without}
+            | (set() if run.settings.get("learn_temperature") and without != "lr" else {"tau_lr"})
+        )
         settings = {k: v for k, v in run.settings.items() if k not in left_out}
-        groups.setdefault(json.dumps([run.protocol, settings], sort_keys=True), {}).setdefault(json.dumps([run.settings.get(without), run.seed]), run)
+        groups.setdefault(json.dumps([run.protocol, settings], sort_keys=True), {}).setdefault(
+            json.dumps([run.settings.get(without), run.seed]), run
+        )
     return [list(group.values()) for group in groups.values()]
 
 
@@ -158,12 +230,15 @@ def best_by_strategy(found: Sequence[Run]) -> list[list[Run]]:
         key = group[0].architecture, group[0].strategy
         if key not in best or mean(group) > mean(best[key]):
             best[key] = group
-    return sorted(best.values(), key=lambda g: (g[0].architecture, g[0].strategy != "none", g[0].strategy))
+    return sorted(
+        best.values(), key=lambda g: (g[0].architecture, g[0].strategy != "none", g[0].strategy)
+    )
 
 
 @dataclass(frozen=True)
 class Grid:
     """A complete grid: runs[strategy, architecture] has a list, by rising learning rate, of {seed: run}."""
+
     strategies: list[str]
     architectures: list[str]
     seeds: list[int]
@@ -186,27 +261,54 @@ def factorial(found: Sequence[Run]) -> Grid | None:
         shared.setdefault(json.dumps([run.protocol, settings], sort_keys=True), []).append(run)
     grids = []
     for members in shared.values():
-        defaults = Counter((r.strategy, json.dumps([r.settings.get(k) for k in ("augment", "prompt_template")])) for r in members)
+        defaults = Counter(
+            (r.strategy, json.dumps([r.settings.get(k) for k in ("augment", "prompt_template")]))
+            for r in members
+        )
         usual = {strategy: value for (strategy, value), _ in reversed(defaults.most_common())}
         cells: dict[tuple, dict] = {}
         for r in members:
-            if json.dumps([r.settings.get(k) for k in ("augment", "prompt_template")]) == usual[r.strategy]:
-                cells.setdefault((r.strategy, r.architecture), {}).setdefault(r.settings["lr"], {}).setdefault(r.seed, r)
+            if (
+                json.dumps([r.settings.get(k) for k in ("augment", "prompt_template")])
+                == usual[r.strategy]
+            ):
+                cells.setdefault((r.strategy, r.architecture), {}).setdefault(
+                    r.settings["lr"], {}
+                ).setdefault(r.seed, r)
         grids.append(_complete(cells))
-    return max((g for g in grids if g), key=lambda g: len(g.runs) * g.rates * len(g.seeds), default=None)
+    return max(
+        (g for g in grids if g), key=lambda g: len(g.runs) * g.rates * len(g.seeds), default=None
+    )
 
 
 def _complete(cells: dict) -> Grid | None:
     """As long as a cell is missing or has fewer learning rates than the fullest, the level with the largest share of such cells goes."""
-    seeds = max((set(by_seed) for by_lr in cells.values() for by_seed in by_lr.values()), key=len, default=set())
-    cells = {k: {lr: by_seed for lr, by_seed in by_lr.items() if seeds <= set(by_seed)} for k, by_lr in cells.items()}
+    seeds = max(
+        (set(by_seed) for by_lr in cells.values() for by_seed in by_lr.values()),
+        key=len,
+        default=set(),
+    )
+    cells = {
+        k: {lr: by_seed for lr, by_seed in by_lr.items() if seeds <= set(by_seed)}
+        for k, by_lr in cells.items()
+    }
     rates, dropped = max(map(len, cells.values()), default=0), []
     levels = [sorted({k[i] for k in cells}) for i in (0, 1)]
-    while bad := [(s, a) for s in levels[0] for a in levels[1] if len(cells.get((s, a), {})) < rates]:
-        _, i, level = max((sum(k[i] == level for k in bad) / len(levels[1 - i]), i, level) for i in (0, 1) for level in levels[i])
+    while bad := [
+        (s, a) for s in levels[0] for a in levels[1] if len(cells.get((s, a), {})) < rates
+    ]:
+        _, i, level = max(
+            (sum(k[i] == level for k in bad) / len(levels[1 - i]), i, level)
+            for i in (0, 1)
+            for level in levels[i]
+        )
         levels[i].remove(level)
         dropped.append(level)
     if min(*map(len, levels), rates) < 2:
         return None
-    whole = {(s, a): [by_seed for _, by_seed in sorted(cells[s, a].items())] for s in levels[0] for a in levels[1]}
+    whole = {
+        (s, a): [by_seed for _, by_seed in sorted(cells[s, a].items())]
+        for s in levels[0]
+        for a in levels[1]
+    }
     return Grid(*levels, sorted(seeds), whole, dropped)

@@ -5,7 +5,7 @@
 960 JPEGs of 160 x 160 pixels in about 20 seconds, no download, the same bytes each time on one machine. Colours and backgrounds are
 shared between the kinds on purpose: a model has to look at structure, a colour histogram is not enough.
 """
-import argparse
+
 import json
 import shutil
 import tempfile
@@ -18,11 +18,14 @@ import numpy as np
 from scipy.io import savemat
 from tqdm import tqdm
 
-from flowers import UserError, command
-from flowers.data import read_mat
-from flowers.draw import KINDS, draw_flower
+from flowers import UserError
+from flowers.matfile import read_mat
+from flowers.sample.draw import KINDS, draw_flower
 
-MARKER = {"drawn_by": "flowers/sample.py", "version": 1}  # in sample.json; raise the version when the pictures change
+MARKER = {
+    "drawn_by": "flowers/sample.py",
+    "version": 1,
+}  # in sample.json; raise the version when the pictures change
 PER_SPLIT = {"trnid": 10, "valid": 10, "tstid": 20}  # images of each kind
 PER_KIND = sum(PER_SPLIT.values())
 SEED = 102
@@ -35,17 +38,24 @@ def is_complete(root: Path) -> bool:
         names = json.loads((root / "cat_to_name.json").read_text())
         splits = read_mat(root / "setid.mat")
         jpegs = [(root / "jpg" / f"image_{i:05d}.jpg").read_bytes() for i in range(1, count + 1)]
-        return (all(jpeg.endswith(b"\xff\xd9") for jpeg in jpegs)  # the last bytes of a whole JPEG
-                and json.loads((root / "sample.json").read_text()) == MARKER and list(names.values()) == list(KINDS)
-                and read_mat(root / "imagelabels.mat")["labels"].shape == (1, count)
-                and sorted(np.hstack([splits[name][0] for name in PER_SPLIT])) == list(range(1, count + 1)))
+        return (
+            all(jpeg.endswith(b"\xff\xd9") for jpeg in jpegs)  # the last bytes of a whole JPEG
+            and json.loads((root / "sample.json").read_text()) == MARKER
+            and list(names.values()) == list(KINDS)
+            and read_mat(root / "imagelabels.mat")["labels"].shape == (1, count)
+            and sorted(np.hstack([splits[name][0] for name in PER_SPLIT]))
+            == list(range(1, count + 1))
+        )
     except Exception:  # numpy and json raise a dozen kinds of error at damaged files; whatever it is, the sample is not whole
         return False
 
 
 def draw_all(folder: Path) -> None:
     """Write the whole dataset into an empty folder; an image's number says nothing about its kind."""
-    numbers = np.random.default_rng(SEED).permutation(len(KINDS) * PER_KIND).reshape(len(KINDS), PER_KIND) + 1
+    numbers = (
+        np.random.default_rng(SEED).permutation(len(KINDS) * PER_KIND).reshape(len(KINDS), PER_KIND)
+        + 1
+    )
     labels = np.zeros((1, numbers.size), np.uint8)
     (folder / "sample.json").write_text(json.dumps(MARKER))
     (folder / "jpg").mkdir()
@@ -57,8 +67,16 @@ def draw_all(folder: Path) -> None:
         labels[0, numbers[k, i] - 1] = k + 1
     savemat(folder / "imagelabels.mat", {"labels": labels})
     parts = np.split(numbers, np.cumsum(list(PER_SPLIT.values()))[:-1], axis=1)
-    savemat(folder / "setid.mat", {name: np.sort(ids.astype(np.uint16), axis=None)[None] for name, ids in zip(PER_SPLIT, parts)})
-    (folder / "cat_to_name.json").write_text(json.dumps({str(k): name for k, name in enumerate(KINDS, 1)}, indent=1))
+    savemat(
+        folder / "setid.mat",
+        {
+            name: np.sort(ids.astype(np.uint16), axis=None)[None]
+            for name, ids in zip(PER_SPLIT, parts)
+        },
+    )
+    (folder / "cat_to_name.json").write_text(
+        json.dumps({str(k): name for k, name in enumerate(KINDS, 1)}, indent=1)
+    )
 
 
 def write_sample(root: str | Path = "data/sample") -> Path:
@@ -70,12 +88,20 @@ def write_sample(root: str | Path = "data/sample") -> Path:
     root = Path(root)
     for old in root.parent.glob(f".{root.name}.drawing-*"):
         with suppress(FileNotFoundError):  # another process may tidy up too
-            if time.time() - max(path.stat().st_mtime for path in (old, *old.glob("jpg"))) > 60:  # no file for a minute: its run was killed
+            if (
+                time.time() - max(path.stat().st_mtime for path in (old, *old.glob("jpg"))) > 60
+            ):  # no file for a minute: its run was killed
                 shutil.rmtree(old)
     if is_complete(root):
         return root
-    if root.exists() and not (root / "sample.json").exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} holds something else than this program's sample: name another folder, or move it away")
+    if (
+        root.exists()
+        and not (root / "sample.json").exists()
+        and (not root.is_dir() or any(root.iterdir()))
+    ):
+        raise UserError(
+            f"{root} holds something else than this program's sample: name another folder, or move it away"
+        )
     root.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{root.name}.drawing-", dir=root.parent))
     try:
@@ -88,20 +114,3 @@ def write_sample(root: str | Path = "data/sample") -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return root
-
-
-@command
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data/sample", help="folder to make (default: %(default)s)")
-    parser.add_argument("--sheet", help="also write a contact sheet to this PNG")
-    args = parser.parse_args()
-    print(write_sample(args.root))
-    if args.sheet:
-        from flowers.data import open_flowers
-        from flowers.figures import contact_sheet
-        print(contact_sheet(open_flowers(args.root), Path(args.sheet)))
-
-
-if __name__ == "__main__":
-    main()

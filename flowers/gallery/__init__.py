@@ -1,0 +1,1 @@
+"""What web.py shows, without the page: thumbnails, filters, predictions, search, and their HTML."""

@@ -1,0 +1,60 @@
+"""Pictures from disk as arrays, without torch: what exploration and the page need."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from flowers import UserError, reason
+
+# A few bytes of header may claim 4,000 million pixels, and each scan of a JPEG decodes them anew.
+MAX_PIXELS = 80_000_000
+MAX_SCANS = 100
+SCAN_MARKER = b"\xff\xda"
+CHUNK = 64  # files handed to the threads at a time
+
+
+def read_checked(file: Path) -> bytearray:
+    """The bytes of a JPEG whose header claims a size that can be decoded.
+
+    Raises ValueError if it is too large, and whatever Pillow raises for a damaged header.
+    """
+    # Path.read_bytes, since torchvision's reader takes no path outside of UTF-8.
+    with Image.open(file, formats=["JPEG"]) as image:  # reads the header only
+        data = bytearray(file.read_bytes())
+        n_pixels = image.width * image.height
+    if n_pixels > MAX_PIXELS or data.count(SCAN_MARKER) > MAX_SCANS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels: at most {MAX_PIXELS // 1_000_000} million "
+            f"are taken, in {MAX_SCANS} scans"
+        )
+    return data
+
+
+def undecodable(file: Path, error: Exception) -> UserError:
+    """The one line about a picture that can't be decoded."""
+    return UserError(f"{file} can't be decoded ({reason(error)}): replace it by a fresh copy")
+
+
+def read_rgb(file: Path) -> np.ndarray:
+    """One JPEG as (H, W, 3) uint8. Raises UserError naming the file if it can't be decoded."""
+    try:
+        read_checked(file)
+        with Image.open(file, formats=["JPEG"]) as image:
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow raises a dozen kinds at damaged files
+        raise undecodable(file, error) from None
+
+
+def decode_all(files: Sequence[Path], read: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:
+    """read(file) of every file in order, in threads, with a progress bar."""
+    bar = tqdm(total=len(files), desc="decoding", unit="img", leave=False)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(files), CHUNK):
+            for array in pool.map(read, files[start : start + CHUNK]):
+                yield array
+                bar.update()

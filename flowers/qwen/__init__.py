@@ -1,0 +1,1 @@
+"""Qwen-VL: models, prompts, the exact ranking of class names, kept features."""

@@ -1,0 +1,5 @@
+"""The built-in sample dataset: drawn flowers in Oxford's layout, so that everything runs without a download."""
+
+from flowers.sample.dataset import write_sample
+
+__all__ = ["write_sample"]

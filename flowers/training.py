@@ -1,0 +1,100 @@
+"""What train.py and qwen_train.py share of a training loop: schedule, update, checkpoints."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from flowers import UserError, reason
+from flowers.files import load_tensors, save_tensors
+
+MAX_GRADIENT_NORM = 1.0
+
+
+def parameter_groups(parameters: Mapping[str, torch.Tensor], lr: float, wd: float) -> list[dict]:
+    """The parameter groups of AdamW: weight decay on matrices and kernels, none on biases and norms.
+
+    parameters: by name. lr: the peak learning rate, kept as `peak` for set_learning_rate.
+    """
+    decayed = [p for p in parameters.values() if p.ndim >= 2]
+    not_decayed = [p for p in parameters.values() if p.ndim < 2]
+    return [
+        {"params": decayed, "weight_decay": wd, "peak": lr},
+        {"params": not_decayed, "weight_decay": 0.0, "peak": lr},
+    ]
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup: float = 0.1) -> float:
+    """What the peak learning rate is multiplied by at a step (0-based).
+
+    A linear rise over the first `warmup` (a share of the steps), then a cosine down to 0.
+    """
+    warmup_steps = warmup * total_steps
+    rise = (step + 1) / max(1, warmup_steps)
+    progress = max(0.0, step - warmup_steps) / max(1, total_steps - warmup_steps)
+    fall = 0.5 * (1 + math.cos(math.pi * progress))
+    return min(rise, fall)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every parameter group `factor` times its peak learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def update(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
+    """Clip the gradients of `parameters` to MAX_GRADIENT_NORM, make a step, clear them."""
+    torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def diverged(loss: float, parameters: Sequence[torch.Tensor] = ()) -> bool:
+    """Whether the loss, or one of the weights, is no finite number."""
+    if not math.isfinite(loss):
+        return True
+    return not all(bool(p.isfinite().all()) for p in parameters)
+
+
+def save_checkpoint(
+    path: Path,
+    parameters: Mapping[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    **progress,
+) -> None:
+    """Write what is needed to go on: trained parameters, optimiser, and `progress`.
+
+    progress: numbers and texts, such as the epoch, the seconds, or the digest of the start.
+    Raises OSError on a full disk, and leaves nothing half-written.
+    """
+    state = {"model": {name: p.detach() for name, p in parameters.items()}}
+    save_tensors(path, state | {"optimizer": optimizer.state_dict()} | progress)
+
+
+def load_checkpoint(
+    path: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict:
+    """Give parameters and optimiser what a checkpoint holds; returns its progress.
+
+    Raises UserError if it is damaged, or of a run that trains other parameters.
+    """
+    checkpoint = load_tensors(path)
+    # Optimiser state brings its own parameter groups, without `peak` where it is from before.
+    peaks = [group["peak"] for group in optimizer.param_groups]
+    try:
+        # qwen_train.py said `trained` once.
+        saved = checkpoint.pop("model" if "model" in checkpoint else "trained")
+        if set(saved) != set(parameters):
+            raise ValueError("it trains other parameters")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+        optimizer.load_state_dict(checkpoint.pop("optimizer"))
+    except Exception as error:  # torch raises many kinds at what it did not expect
+        raise UserError(
+            f"{path} is not of this run: {type(error).__name__} {reason(error)}"
+        ) from None
+    for group, peak in zip(optimizer.param_groups, peaks):
+        group["peak"] = peak
+    return checkpoint
