@@ -1,29 +1,38 @@
-# make demo: the whole story on a drawn dataset, on any machine.   make test: the tests (test-all: the slow ones too).   All make .venv when it is missing.
+# make demo   the whole story on a drawn dataset, on any machine
+# make test   the tests; make test-all: those too that kill and damage by the hundred
+# Each makes .venv if it is missing and installs what it needs.
+
 PYTHON ?= python3
 BIN = .venv/bin
+DEMO = --data_root sample --runs runs/demo --wandb disabled
 
 demo: .venv/ready
 	rm -rf runs/demo
-	$(BIN)/python baseline_eval.py --data_root sample --architecture tiny --runs runs/demo --name before --wandb disabled
-	$(BIN)/python train.py --data_root sample --architecture tiny --epochs 26 --lr 1e-3 --runs runs/demo --name train --wandb disabled
-	$(BIN)/python baseline_eval.py --data_root sample --architecture runs/demo/train --runs runs/demo --name after --compare runs/demo/before --wandb disabled
+	$(BIN)/python baseline_eval.py $(DEMO) --architecture tiny --name before
+	$(BIN)/python train.py $(DEMO) --architecture tiny --epochs 26 --lr 1e-3 --name train
+	$(BIN)/python baseline_eval.py $(DEMO) --architecture runs/demo/train --name after \
+		--compare runs/demo/before
 	@echo "training curve:   runs/demo/train/curve.png"
 	@echo "confusion matrix: runs/demo/after/confusion.png (before: runs/demo/before/confusion.png)"
 	@echo "mistakes:         runs/demo/after/mistakes.png"
 
+# One process a core, one thread a process: threads of several processes would wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-all: .venv/ready-dev
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
-# one table of ratios against the peers, half an hour on two cores that do nothing else
+# One table of ratios against the peers: half an hour on two cores that do nothing else.
 DATA_ROOT ?= sample
 bench: .venv/ready-dev
 	$(BIN)/python benchmarks/table.py --data_root $(DATA_ROOT)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 .venv/ready: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
