@@ -352,11 +352,11 @@ def train_step(
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """Return how many numbers are trained, and how many frozen: all of the model before adapters."""
+    """Return how many parameters are trained, and how many the model has without its adapter."""
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    n_all = sum(p.numel() for p in model.parameters())
-    # Modules that are trained whole are copies, beside the frozen ones.
-    return n_trained, n_all - n_trained
+    # Modules that are trained whole are copies; the model's own stay beside them, frozen.
+    n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return n_trained, n_frozen
 
 
 def save_results(
