@@ -254,6 +254,7 @@ def rank_names(task: Task, image: dict[str, torch.Tensor]) -> list[dict]:
             f"{task.config.model} gives no finite log-likelihoods: "
             "its weights are damaged, or made for another precision"
         )
+    # One line of JSON an image: 102 numbers of five decimals are a kilobyte.
     sums_of_image = [[round(value, 5) for value in row] for row in sums.tolist()]
     return [{"sum": row} | record for row, record in zip(sums_of_image, records)]
 
@@ -261,6 +262,7 @@ def rank_names(task: Task, image: dict[str, torch.Tensor]) -> list[dict]:
 @torch.inference_mode()
 def rank_without_image(task: Task) -> torch.Tensor:
     """Return the log-likelihoods (1, C) of the names after the question alone."""
+    # A description that says nothing comes before the name.
     prefixes = ["\n"] if task.config.answer == "described" else None
     prompt = encode(task.processor, task.question, None, prefixes)
     with autocast(task.device):
@@ -289,6 +291,7 @@ def record_images(
     start = time.perf_counter()
     with tqdm(total=len(index), initial=len(record_of), unit="img", desc=title) as bar:
         for image, batch in zip(prefetch(load, batches), batches):
+            # Written batch by batch, so that a kill costs no more than one.
             with autocast(task.device):
                 records = protocol(task, image)
             for i, record in zip(batch, records):
@@ -354,10 +357,11 @@ def evaluate_ranking(
     Leaves all scores in scores.npz.
     """
     lengths = task.tree.lengths
-    without_image = rank_without_image(task)  # (1, C)
+    without_image = rank_without_image(task)  # (1, C): what the names alone are worth
     by_score = scores(sums_of(record_of, flowers, index), lengths, without_image)
     save_scores(folder / "scores.npz", by_score, flowers, index)
 
+    # Test labels never choose: it is the val images that say which score is reported.
     extra = {}
     score = "sum" if task.config.score == "auto" else task.config.score
     if len(val):
@@ -442,6 +446,7 @@ def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task
     question = question_of(config.answer, class_names if config.list_names else None)
     if config.describe:
         question = DESCRIBE
+    # The same for all images, so it is made once.
     tree = NameTree(processor, class_names)
     return Task(model, processor, question, tree, config, device)
 
@@ -468,6 +473,7 @@ def main():
     index = subset(flowers.splits[config.split], config.images, seed=0)
     if not len(index):
         raise UserError(f"the {config.split} split is empty: val needs --holdout")
+    # The val images are asked about as well, but only where they decide something.
     val = index[:0]
     if config.chooses_score:
         val = subset(flowers.splits["val"], config.images, seed=0)
@@ -475,6 +481,7 @@ def main():
 
     # -----------------------------------------------------------------------------
     # run folder
+    # `architecture` is what other scripts call the model.
     settings = {"job": "qwen_eval", "architecture": config.model}
     settings |= dataclasses.asdict(config) | models.versions()
     if not args.resume:
@@ -509,6 +516,7 @@ def main():
 
     # -----------------------------------------------------------------------------
     # results
+    # Free answers have one more class: outside the list.
     flowers = dataclasses.replace(flowers, class_names=evaluation.class_names)
     evaluate.save_outputs(folder, evaluation.probabilities, flowers, index)
     # Again: free answers have no second best.

@@ -212,9 +212,9 @@ def resolve(args: argparse.Namespace) -> Config:
     if args.augment is None:
         args.augment = "crop" if trains_vision(args.also_train) else "none"
 
+    # nan fails every comparison, so these say what must hold.
     at_least_one = min(args.rank, args.epochs, args.batch_size, args.save_every) >= 1
     not_negative = min(args.chunk_size, args.images) >= 0
-    # nan is neither above nor below 0
     if not (at_least_one and not_negative and args.lr > 0 and args.wd >= 0):
         raise UserError(
             "--rank, --epochs, --batch_size and --save_every must be at least 1, --lr above 0, "
@@ -270,7 +270,7 @@ class TrainingSet:
         generator = devices.generator(seed, epoch, i)
         chunks = []
         for start in range(0, self.batch_size, self.chunk_size):
-            chunk = positions[start : start + self.chunk_size]
+            chunk = positions[start : start + self.chunk_size]  # the last may be shorter
             if features is None:
                 image = self._patches(chunk, processor, generator)
             else:
@@ -281,6 +281,7 @@ class TrainingSet:
 
     def _patches(self, chunk: list[int], processor, generator) -> dict[str, torch.Tensor]:
         image_files = [self.flowers.files[self.index[j]] for j in chunk]
+        # Without a generator, images stay as they are.
         crops = generator if self.config.augment == "crop" else None
         return patches(processor, open_images(image_files, crops))
 
@@ -316,6 +317,7 @@ def prepare_model(config: Config, training_set: TrainingSet, device: torch.devic
     """
     model, processor = models.load_model(config.model, device, max_pixels=config.max_pixels)
     features = None
+    # Before the adapter, which leaves the vision tower as it is.
     if config.keeps_features and models.has_separate_features(model):
         digest = models.vision_digest(model)
         features = image_features(
@@ -436,7 +438,8 @@ def main():
     metrics_file = folder / "metrics.jsonl"
     checkpoint_file = folder / "checkpoint.pt"
 
-    # One group: weight decay is for all parameters here. It is the layout of earlier checkpoints.
+    # One group, unlike train.py: weight decay is for all parameters, and earlier checkpoints have
+    # this layout.
     group = {"params": parameters, "weight_decay": config.wd, "peak": config.lr}
     optimizer = torch.optim.AdamW([group], lr=config.lr, betas=(0.9, 0.98))
     total_steps = config.epochs * training_set.steps_per_epoch
@@ -465,6 +468,7 @@ def main():
     model.train()
     bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training")
     start = time.perf_counter()
+    # The next batches are made in threads while the model is at work.
     steps = range(first_step, total_steps)
     batches = prefetch(lambda step: training_set.batch(step, processor, features), steps)
     for batch, step in zip(batches, steps):
@@ -472,7 +476,8 @@ def main():
         training.set_learning_rate(optimizer, factor)
         loss = train_step(model, processor, question, batch, optimizer, parameters, device)
 
-        # No checkpoint may hold weights that are not finite; looking at them takes time.
+        # No checkpoint may hold weights that are not finite. Looking at all of them takes time, so
+        # it is done only where one is saved.
         last_step = step + 1 == total_steps
         saves = last_step or (step + 1) % config.save_every == 0
         if training.diverged(loss, parameters if saves else ()):
@@ -489,6 +494,7 @@ def main():
         bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", refresh=False)
         bar.update()
 
+        # Metrics first: rows without a checkpoint are dropped on a resume, but none may be missing.
         if saves:
             now = time.perf_counter()
             seconds += now - start

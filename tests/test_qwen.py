@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,6 +224,25 @@ def test_ranking_equals_a_forward_a_name(tiny, names):
     assert (alone[0] - expected[1]).abs().max() < 1e-4
     # the image matters
     assert (expected[0] - expected[1]).abs().max() > 1e-2
+
+
+def test_the_tree_of_two_names():
+    """The example of NameTree's docstring: a token a word."""
+    rose, end, mallow = 1, 2, 3
+    ids = {"rose": [rose, end], "rose mallow": [rose, mallow, end]}
+
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": ids[text.removesuffix(END)]}
+
+    tree = NameTree(SimpleNamespace(tokenizer=tokenizer), ["rose", "rose mallow"])
+    assert tree.tokens.tolist() == [rose, mallow]
+    assert tree.depths.tolist() == [0, 1]
+    assert tree.ancestors.tolist() == [[True, False], [True, True]]
+    assert tree.parents.tolist() == [0, 1, 1, 2]
+    assert tree.children.tolist() == [rose, end, mallow, end]
+    assert tree.edges.tolist() == [0, 1, 0, 2, 3]
+    assert tree.names.tolist() == [0, 0, 1, 1, 1]
+    assert tree.lengths.tolist() == [2, 3]
 
 
 def test_ranking_in_chunks_of_the_vocabulary(tiny, monkeypatch):

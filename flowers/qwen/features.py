@@ -61,7 +61,7 @@ def image_features(
         *files,
     )
     path = cache.cache_folder(flowers.root) / f"qwen-{key.hex()[:12]}.npy"
-    # Kept as bytes: numpy has no bf16.
+    # Kept as bytes: numpy has no bf16, and fp16 would overflow.
     width = network.config.get_text_config().hidden_size
     shape = (int(offsets[-1]), width * network.dtype.itemsize)
     data = cache.cached_array(
@@ -99,6 +99,7 @@ def _compute_features(
         leave=False,
     )
     for image in bar:
+        # The processor's two tensors: patches of all images, and their grids.
         inputs = move(image, network.device)
         output = network.model.get_image_features(**inputs, return_dict=True)
         features = torch.cat(list(output.pooler_output)).to(network.dtype).cpu()  # (tokens, D)

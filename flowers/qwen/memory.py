@@ -40,6 +40,7 @@ def memory(
 
     # One block: about eight vectors of the model's width, and four of the MLP's, a position.
     block = positions * (8 * width + 4 * text.intermediate_size) * BF16
+    # The vocabulary is large: 151,936 tokens, or 0.6 MB a position.
     logits = batch_size * ANSWER_TOKENS * text.vocab_size * FP32
     if rank:
         # A block that is computed again holds its results and gradients: about three times `block`.

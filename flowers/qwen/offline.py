@@ -38,7 +38,7 @@ class Shape:
     vision_heads: int
     vision_mlp_ratio: int
     patch: int
-    # images are scaled to between so many pixels
+    # images are scaled to between so many pixels, in all
     min_pixels: int
     max_pixels: int
 
@@ -148,6 +148,7 @@ def build_tokenizer() -> transformers.Qwen2Tokenizer:
     chat = [SYSTEM, "system\n", "user\n", "assistant\n"]
     # What tiny reads and writes most, so that its sequences are short.
     texts = [*class_names, *QUESTIONS.values(), DESCRIBE, *chat]
+    # 256 bytes, and 444 merges of them
     vocabulary, merges = train_bpe(texts, vocabulary=700)
     tokenizer = transformers.Qwen2Tokenizer(
         vocab=vocabulary, merges=merges, eos_token=END, pad_token=TEXT_END
@@ -158,6 +159,7 @@ def build_tokenizer() -> transformers.Qwen2Tokenizer:
 
 def build_processor(shape: Shape) -> transformers.Qwen2VLProcessor:
     """Make a Qwen2-VL processor: tokenizer, chat format, and how images are scaled and cut."""
+    # transformers wants a video processor, even where no video is shown.
     return transformers.Qwen2VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(
             patch_size=shape.patch, min_pixels=shape.min_pixels, max_pixels=shape.max_pixels
@@ -201,6 +203,7 @@ def build_config(shape: Shape, tokenizer: transformers.Qwen2Tokenizer):
         "mlp_ratio": shape.vision_mlp_ratio,
         "patch_size": shape.patch,
     }
+    # The model looks for these tokens in its input, to put image features in their place.
     return AutoConfig.for_model(
         "qwen2_vl",
         text_config=text,
@@ -225,6 +228,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, device: torch.device | 
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    # What ends an answer, and what fills shorter ones up.
     model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids(END)
     model.generation_config.pad_token_id = processor.tokenizer.convert_tokens_to_ids(TEXT_END)
     return model.eval(), processor

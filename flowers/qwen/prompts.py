@@ -140,6 +140,7 @@ def move(tensors: dict[str, torch.Tensor], device: torch.device | str) -> dict[s
 
 def prefetch(work: Callable, items: Iterable, depth: int = 2) -> Iterator:
     """Yield work(item) for every item in order, computed in `depth` threads ahead of the caller."""
+    # At most depth + 1 results wait at a time, so that memory stays bounded.
     with ThreadPoolExecutor(depth) as pool:
         pending = deque()
         for item in items:
