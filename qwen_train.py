@@ -81,8 +81,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--captions",
-        help="captions.jsonl[.gz] with sentences about the training images; a random one of an "
-        "image's is used each epoch",
+        help="captions.jsonl[.gz] with sentences about the training images; each epoch takes one "
+        "of an image's, at random",
     )
 
     # LoRA
@@ -112,7 +112,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep_activations",
         action="store_true",
-        help="faster, but more memory (default on a GPU: compute blocks again in the backward)",
+        help="faster, but more memory (default on a GPU: blocks are computed again in the "
+        "backward pass)",
     )
     group.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4; tiny: 1e-3)")
     group.add_argument("--wd", type=float, default=0.0, help="weight decay (default: %(default)s)")
