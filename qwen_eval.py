@@ -1,87 +1,69 @@
-"""Qwen2-VL names flowers: the generative counterpart of baseline_eval.py, on the same images and names, with the same result files.
+"""Qwen2-VL names flowers: the generative counterpart of baseline_eval.py.
 
-    python qwen_eval.py                                              # Qwen2-VL-2B ranks the 102 names, on one GPU with about 6 GB
-    python qwen_eval.py --adapter runs/NAME                          # what qwen_train.py made
-    python qwen_eval.py --protocol generate --list_names             # it answers in its own words; exact match
-    python qwen_eval.py --describe --split train                     # a sentence about each training image, for qwen_train.py --captions
-    python qwen_eval.py --data_root sample --model tiny              # any machine, offline, seconds
-    python qwen_eval.py --resume runs/NAME                           # goes on after a kill
+    python qwen_eval.py                                   # Qwen2-VL-2B ranks the 102 names, 6 GB
+    python qwen_eval.py --adapter runs/NAME               # what qwen_train.py made
+    python qwen_eval.py --protocol generate --list_names  # its own words, matched exactly
+    python qwen_eval.py --describe --split train          # sentences, for qwen_train.py --captions
+    python qwen_eval.py --data_root sample --model tiny   # any machine, offline, seconds
+    python qwen_eval.py --resume runs/NAME                # goes on after a kill
 
-rank: the log-likelihood of every class name as the answer. Names are compared by its sum, its mean a token, or the sum less that without the image
-(calibrated). With --holdout the val images decide which of the three is reported; without, it is the sum. All three are in scores.npz and result.json.
+Takes the same images and names as baseline_eval.py, and leaves the same files in runs/NAME/.
+
+rank: the log-likelihood of every class name as the answer. Names are compared by its sum, its mean
+a token, or the sum less that without the image (calibrated). With --holdout the val images decide
+which of the three is reported; without, it is the sum. All three are in scores.npz and result.json.
 """
 
 import argparse
 import dataclasses
+import textwrap
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from flowers import UserError, command, devices, evaluate, figures, files, runs
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.devices import autocast
-from flowers.files import read_json
-from flowers.qwen import answers as qwen
-from flowers.qwen import models as qwen_models
+from flowers.qwen import models
+from flowers.qwen.answers import first_line, generate, match, one_line
+from flowers.qwen.memory import memory_line
+from flowers.qwen.prompts import (
+    DESCRIBE,
+    QUESTIONS,
+    encode,
+    move,
+    open_images,
+    patches,
+    prefetch,
+    question_of,
+    subset,
+)
+from flowers.qwen.ranking import NameTree, rank, scores
 from flowers.tracking import log_mistakes, start_wandb
 
-OUTSIDE = "(outside the list)"  # the name of the answers that are no class name
+OUTSIDE = "(outside the list)"  # the class of the answers that are no class name
 SCORES = ("sum", "token", "calibrated")
+# Of flags that are left out, where the adapter does not say more.
+DEFAULTS = {"model": models.DEFAULT, "max_pixels": 512 * 512, "answer": "brief"}
 
 
-def answer_sheet(
-    predictions: list[dict],
-    answers: list[str],
-    flowers: Flowers,
-    index: np.ndarray,
-    path: Path,
-    most: int = 24,
-) -> Path:
-    """Images evenly from the split: the true name above, the answer below, blue if right and orange if wrong."""
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).round().astype(int))
-    cells = []
-    for i in chosen:
-        good = predictions[i]["top1"] == predictions[i]["label"]
-        told = figures.textwrap.shorten(answers[i], 60, placeholder=" …") or "(nothing)"
-        cells.append(
-            (
-                flowers.files[index[i]],
-                predictions[i]["label"],
-                f"{'✓' if good else '✗'} {told}",
-                figures.PALETTE[0 if good else 1],
-            )
-        )
-    right = sum(below.startswith("✓") for _, _, below, _ in cells)
-    return figures.picture_sheet(
-        cells,
-        path,
-        f"True name above, answer below: {right} of {len(cells)} right (blue, ✓)",
-        border=7,
-    )
+# -----------------------------------------------------------------------------
+# settings
 
 
-@command
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_data_arguments(parser)
-    parser.add_argument(
-        "--split",
-        choices=["test", "val", "train"],
-        default="test",
-        help="images to evaluate; val needs --holdout (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--images", type=int, default=0, help="so many of them, drawn with seed 0 (default: 0, all)"
-    )
+def add_question_arguments(parser: argparse.ArgumentParser) -> None:
+    # model and question
     group = parser.add_argument_group("model and question")
     group.add_argument(
         "--model",
-        help=f"a name on the hub, a folder, tiny or random-2b (random weights) (default: the adapter's, else {qwen_models.DEFAULT})",
+        help="a name on the hub, a folder, tiny or random-2b (random weights) "
+        f"(default: the adapter's, else {models.DEFAULT})",
     )
     group.add_argument(
         "--adapter", metavar="RUN", help="a run of qwen_train.py, or the folder of an adapter"
@@ -89,13 +71,15 @@ def main():
     group.add_argument(
         "--max_pixels",
         type=int,
-        help="larger images are scaled down; 784 pixels are a token (default: the adapter's, else 262144)",
+        help="scale larger images down to so many pixels; 784 are a token "
+        "(default: the adapter's, else 262144)",
     )
     group.add_argument(
         "--protocol",
         choices=["rank", "generate"],
         default="rank",
-        help="rank the class names by their likelihood, or answer freely and be matched exactly (default: %(default)s)",
+        help="rank the class names by their likelihood, or answer freely and be matched exactly "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--score",
@@ -105,8 +89,9 @@ def main():
     )
     group.add_argument(
         "--answer",
-        choices=list(qwen_models.QUESTIONS),
-        help="described: a line about the flower comes before the name (default: the adapter's, else brief)",
+        choices=list(QUESTIONS),
+        help="described: a line about the flower comes before the name "
+        "(default: the adapter's, else brief)",
     )
     group.add_argument("--list_names", action="store_true", help="name all classes in the question")
     group.add_argument(
@@ -120,234 +105,432 @@ def main():
         action="store_true",
         help="write descriptions.jsonl, one generated sentence an image, and evaluate nothing",
     )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # data
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--split",
+        choices=["test", "val", "train"],
+        default="test",
+        help="images to evaluate; val needs --holdout (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--images", type=int, default=0, help="so many of them, drawn with seed 0 (default: 0, all)"
+    )
+    add_question_arguments(parser)
+    # run
     group = parser.add_argument_group("run")
     group.add_argument(
         "--batch_size", type=int, default=8, help="images at a time (default: %(default)s)"
     )
     runs.add_run_arguments(group, resume=True, compare=True)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run, as args.json has them: every flag, with its default in place."""
+
+    # data
+    data_root: str
+    splits_path: str | None
+    class_names: str
+    splits: str
+    holdout: bool
+    split: str
+    images: int
+    # model and question
+    model: str
+    adapter: str | None
+    max_pixels: int
+    protocol: str
+    score: str
+    answer: str
+    list_names: bool
+    most_tokens: int
+    describe: bool
+    # run
+    batch_size: int
+    runs: str
+    wandb: str
+
+    @property
+    def chooses_score(self) -> bool:
+        """Whether the val images, if there are any, decide which score is reported."""
+        ranks = self.protocol == "rank" and not self.describe
+        return ranks and self.score == "auto" and self.split == "test"
+
+
+def read_adapter_arguments(adapter: str | None) -> dict:
+    """Return the settings of the run that made an adapter; none for an adapter/ folder alone.
+
+    Raises UserError if its args.json is damaged.
+    """
+    if not adapter:
+        return {}
+    path = Path(adapter) / "args.json"
+    try:
+        return files.checked(files.read_json(path))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+
+
+def resolve(args: argparse.Namespace) -> Config:
+    """Return the settings that the flags mean, with those of the adapter where they say nothing.
+
+    Raises UserError if they contradict one another, or the adapter.
+    """
+    adapter_arguments = read_adapter_arguments(args.adapter)
+    for flag, value in DEFAULTS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, adapter_arguments.get(flag, value))
+    if args.holdout and adapter_arguments and not adapter_arguments.get("holdout"):
+        raise UserError(
+            f"{args.adapter} was trained on the val images: "
+            "--holdout needs an adapter that was trained with --holdout"
+        )
+    if min(args.batch_size, args.most_tokens) < 1 or args.images < 0:
+        raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
+    return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
+
+
+# -----------------------------------------------------------------------------
+# protocols: from a batch of images to what is recorded of each
+
+
+@dataclass(frozen=True)
+class Task:
+    """The model and what it is asked."""
+
+    model: torch.nn.Module
+    processor: object
+    question: str
+    tree: NameTree
+    config: Config
+    device: torch.device
+
+    def generate(self, image: dict[str, torch.Tensor]) -> list[str]:
+        """Return the model's answer to the question about each image."""
+        prompts = move(encode(self.processor, self.question, image["image_grid_thw"]), self.device)
+        image = move(image, self.device)
+        return generate(self.model, self.processor, prompts, image, self.config.most_tokens)
+
+
+def describe_images(task: Task, image: dict[str, torch.Tensor]) -> list[dict]:
+    """A generated sentence for each image, as `read_captions` reads it."""
+    return [{"captions": [one_line(text)]} for text in task.generate(image)]
+
+
+def answer_freely(task: Task, image: dict[str, torch.Tensor]) -> list[dict]:
+    """The model's own words for each image."""
+    return [{"answer": text} for text in task.generate(image)]
+
+
+def rank_names(task: Task, image: dict[str, torch.Tensor]) -> list[dict]:
+    """The log-likelihood of every class name for each image.
+
+    Under --answer described the names are ranked after the model's own description. Raises
+    UserError for a model that gives no finite numbers.
+    """
+    records = [{} for _ in image["image_grid_thw"]]
+    prefixes = None
+    if task.config.answer == "described":
+        descriptions = [first_line(text) for text in task.generate(image)]
+        records = [{"description": description} for description in descriptions]
+        prefixes = [description + "\n" for description in descriptions]
+    prompts = encode(task.processor, task.question, image["image_grid_thw"], prefixes)
+    prompts = move(prompts, task.device)
+    image = move(image, task.device)
+    sums = rank(task.model, task.tree, prompts, image).cpu()  # (B, C)
+    if not sums.isfinite().all():
+        raise UserError(
+            f"{task.config.model} gives no finite log-likelihoods: "
+            "its weights are damaged, or made for another precision"
+        )
+    # One line of JSON an image: 102 numbers of five decimals are a kilobyte.
+    sums_of_image = [[round(value, 5) for value in row] for row in sums.tolist()]
+    return [{"sum": row} | record for row, record in zip(sums_of_image, records)]
+
+
+@torch.inference_mode()
+def rank_without_image(task: Task) -> torch.Tensor:
+    """Return the log-likelihoods (1, C) of the names after the question alone."""
+    # A description that says nothing comes before the name.
+    prefixes = ["\n"] if task.config.answer == "described" else None
+    prompt = encode(task.processor, task.question, None, prefixes)
+    with autocast(task.device):
+        return rank(task.model, task.tree, move(prompt, task.device)).cpu()
+
+
+def record_images(
+    task: Task, protocol: Callable, flowers: Flowers, index: list[int], path: Path
+) -> tuple[dict[str, dict], dict[str, float]]:
+    """Apply a protocol to the images at `index`, and append a line to `path` for each.
+
+    Lines that are there already stay, so that a run that was killed goes on where it was.
+    Returns the records by file name, and the time that the new ones took.
+    """
+    rows = files.read_lines(path, "file")
+    files.write_lines(path, rows)  # without the line that a kill cut off
+    record_of = {row["file"]: row for row in rows}
+    remaining = [i for i in index if flowers.files[i].name not in record_of]
+    batch_size = task.config.batch_size
+    batches = [remaining[i : i + batch_size] for i in range(0, len(remaining), batch_size)]
+
+    def load(batch: list[int]) -> dict[str, torch.Tensor]:
+        return patches(task.processor, open_images([flowers.files[i] for i in batch]))
+
+    title = "describing" if task.config.describe else task.config.protocol
+    start = time.perf_counter()
+    with tqdm(total=len(index), initial=len(record_of), unit="img", desc=title) as bar:
+        for image, batch in zip(prefetch(load, batches), batches):
+            # Written batch by batch, so that a kill costs no more than one.
+            with autocast(task.device):
+                records = protocol(task, image)
+            for i, record in zip(batch, records):
+                row = {"file": flowers.files[i].name} | record
+                record_of[row["file"]] = row
+                files.append_line(path, row)
+            bar.update(len(batch))
+    seconds = time.perf_counter() - start
+    timing = {
+        "eval_seconds": round(seconds, 3),
+        "eval_images_per_s": round(len(remaining) / seconds, 2),
+    }
+    return record_of, timing
+
+
+# -----------------------------------------------------------------------------
+# evaluation: from records to metrics
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome for N images, the same for both protocols."""
+
+    metrics: dict[str, float]
+    probabilities: torch.Tensor  # (N, C)
+    class_names: tuple[str, ...]  # C
+    predictions: list[dict]  # the N rows of predictions.csv
+    answers: list[str]  # N texts for the answer sheet
+    extra: dict  # enters the result as it is
+
+
+def evaluate_answers(record_of: dict[str, dict], flowers: Flowers, index: np.ndarray) -> Evaluation:
+    """Match free answers with the class names: each is one of them or none, with no second best."""
+    answers = [record_of[flowers.files[i].name]["answer"] for i in index]
+    matches = [match(answer, flowers.class_names) for answer in answers]
+    # The answers that are no name are a class of their own, the last.
+    outside = len(flowers.class_names)
+    flowers = dataclasses.replace(flowers, class_names=(*flowers.class_names, OUTSIDE))
+    predicted = torch.tensor([outside if c is None else c for c in matches])
+    probabilities = F.one_hot(predicted, outside + 1).float()  # (N, C + 1)
+
+    metrics = evaluate.classification(probabilities, torch.from_numpy(flowers.labels[index]))
+    del metrics["top3"], metrics["top5"]
+    metrics["outside_list"] = 100 * matches.count(None) / len(matches)
+    predictions = evaluate.predictions(probabilities, flowers, index)
+    for row in predictions:
+        for column in row:
+            if column.startswith(("top", "score")) and not column.endswith("1"):
+                row[column] = ""
+    return Evaluation(metrics, probabilities, flowers.class_names, predictions, answers, {})
+
+
+def evaluate_ranking(
+    task: Task,
+    record_of: dict[str, dict],
+    flowers: Flowers,
+    index: np.ndarray,
+    val: np.ndarray,
+    folder: Path,
+) -> Evaluation:
+    """Compare the class names by the score that is best on `val`; by the sum if `val` is empty.
+
+    Leaves all scores in scores.npz.
+    """
+    lengths = task.tree.lengths
+    without_image = rank_without_image(task)  # (1, C): what the names alone are worth
+    by_score = scores(sums_of(record_of, flowers, index), lengths, without_image)
+    save_scores(folder / "scores.npz", by_score, flowers, index)
+
+    # Test labels never choose: it is the val images that say which score is reported.
+    extra = {}
+    score = "sum" if task.config.score == "auto" else task.config.score
+    if len(val):
+        on_val = scores(sums_of(record_of, flowers, val), lengths, without_image)
+        val_top1 = top1_of(on_val, flowers.labels[val])
+        score = max(val_top1, key=val_top1.get)
+        extra |= {f"val/{name}_top1": top1 for name, top1 in val_top1.items()}
+        table = ", ".join(f"{name} {top1:.2f}%" for name, top1 in val_top1.items())
+        print(f"top-1 on val: {table}; {score} is reported")
+    extra["reported_score"] = score
+
+    labels = flowers.labels[index]
+    metrics = evaluate.classification(by_score[score], torch.from_numpy(labels))
+    metrics |= {f"{name}_top1": top1 for name, top1 in top1_of(by_score, labels).items()}
+    probabilities = by_score[score].softmax(1)
+    predictions = evaluate.predictions(probabilities, flowers, index)
+    answers = [row["top1"] for row in predictions]
+    return Evaluation(metrics, probabilities, flowers.class_names, predictions, answers, extra)
+
+
+def sums_of(record_of: dict[str, dict], flowers: Flowers, index: np.ndarray) -> torch.Tensor:
+    """Return the recorded log-likelihoods (N, C) of the images at `index`."""
+    return torch.tensor([record_of[flowers.files[i].name]["sum"] for i in index])
+
+
+def top1_of(by_score: dict[str, torch.Tensor], labels: np.ndarray) -> dict[str, float]:
+    """Return the top-1 accuracy, in percent, by each score (N, C) against the labels (N,)."""
+    top1 = {}
+    for name, values in by_score.items():
+        top1[name] = evaluate.classification(values, torch.from_numpy(labels))["top1"]
+    return top1
+
+
+def save_scores(
+    path: Path, by_score: dict[str, torch.Tensor], flowers: Flowers, index: np.ndarray
+) -> None:
+    """Write an .npz with an array (N, C) for each score, the N files and the C class names."""
+    arrays = {"files": [flowers.files[i].name for i in index], "class_names": flowers.class_names}
+    arrays |= {name: values.numpy() for name, values in by_score.items()}
+    with files.atomic(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def answer_sheet(
+    evaluation: Evaluation, flowers: Flowers, index: np.ndarray, path: Path, max_images: int = 24
+) -> None:
+    """Draw images, spread evenly over `index`: the true name above, the answer below.
+
+    Answers are blue where they are right, and orange where they are wrong.
+    """
+    n_images = min(max_images, len(index))
+    positions = np.linspace(0, len(index) - 1, n_images).round().astype(int)
+    cells = []
+    n_right = 0
+    for j in np.unique(positions):
+        row = evaluation.predictions[j]
+        answer = textwrap.shorten(evaluation.answers[j], 60, placeholder=" …") or "(nothing)"
+        if row["top1"] == row["label"]:
+            n_right += 1
+            below, colour = f"✓ {answer}", figures.PALETTE[0]
+        else:
+            below, colour = f"✗ {answer}", figures.PALETTE[1]
+        cells.append((flowers.files[index[j]], row["label"], below, colour))
+    title = f"True name above, answer below: {n_right} of {len(cells)} right (blue, ✓)"
+    figures.picture_sheet(cells, path, title, border=7)
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+
+def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task:
+    """Load the model, saying before how much memory it takes, and put the question together."""
+    class_names = flowers.class_names
+    name_tokens = 8 * len(class_names)  # about; a name has four tokens
+    text_tokens = 50 + (name_tokens if config.protocol == "rank" else config.most_tokens)
+    if config.list_names:
+        text_tokens += name_tokens
+    print(memory_line(config.model, config.batch_size, config.max_pixels, text_tokens))
+    model, processor = models.load_model(config.model, device, config.adapter, config.max_pixels)
+
+    question = question_of(config.answer, class_names if config.list_names else None)
+    if config.describe:
+        question = DESCRIBE
+    # The same for all images, so it is made once.
+    tree = NameTree(processor, class_names)
+    return Task(model, processor, question, tree, config, device)
+
+
+@command
+def main():
+    args = parse_arguments()
     if args.resume:
         folder = Path(args.resume)
         stored = runs.arguments_to_resume(folder, "qwen_eval")
         if stored is None:
             return
-        vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
-    try:
-        trained = files.checked(read_json(Path(args.adapter) / "args.json")) if args.adapter else {}
-    except FileNotFoundError:  # the folder of an adapter alone
-        trained = {}
-    except ValueError as error:
-        raise UserError(f"{Path(args.adapter) / 'args.json'} is damaged ({error})") from None
-    for flag, usual in (
-        ("model", qwen_models.DEFAULT),
-        ("max_pixels", 512 * 512),
-        ("answer", "brief"),
-    ):
-        if getattr(args, flag) is None:
-            setattr(args, flag, trained.get(flag, usual))
-    if args.holdout and trained and not trained.get("holdout"):
-        raise UserError(
-            f"{args.adapter} was trained on the val images: --holdout needs an adapter that was trained with --holdout"
-        )
-    if args.batch_size < 1 or args.images < 0 or args.most_tokens < 1:
-        raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
-    earlier = {Path(run).name: runs.read_metrics(run, args.split) for run in args.compare}
-
-    # data and model
+        vars(args).update({key: value for key, value in stored.items() if key in vars(args)})
+    config = resolve(args)
+    metrics_of_run = {Path(run).name: runs.read_metrics(run, config.split) for run in args.compare}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     devices.seed_everything(0)
+
+    # -----------------------------------------------------------------------------
+    # data and model
     flowers = open_flowers(
-        args.data_root, args.splits_path, args.splits, args.holdout, args.class_names
+        config.data_root, config.splits_path, config.splits, config.holdout, config.class_names
     )
-    index = qwen.subset(flowers.splits[args.split], args.images, 0)
+    index = subset(flowers.splits[config.split], config.images, seed=0)
     if not len(index):
-        raise UserError(f"the {args.split} split is empty: val needs --holdout")
-    chooses = (
-        args.protocol == "rank"
-        and args.score == "auto"
-        and args.split == "test"
-        and len(flowers.splits["val"])
-        and not args.describe
-    )
-    val = qwen.subset(flowers.splits["val"], args.images, 0) if chooses else index[:0]
-    names_tokens = 8 * len(flowers.class_names)  # about; a name has four tokens
-    text_tokens = (
-        50
-        + (names_tokens if args.list_names else 0)
-        + (names_tokens if args.protocol == "rank" else args.most_tokens)
-    )
-    print(qwen_models.memory_line(args.model, args.batch_size, args.max_pixels, text_tokens))
-    model, processor = qwen_models.load(args.model, device, args.adapter, args.max_pixels)
-    question = (
-        qwen_models.DESCRIBE
-        if args.describe
-        else qwen.question_of(args.answer, flowers.class_names if args.list_names else None)
-    )
-    config = {
-        "job": "qwen_eval",
-        "architecture": args.model,
-        **{k: v for k, v in vars(args).items() if k not in ("name", "resume", "compare")},
-        **qwen_models.versions(),
-    }
+        raise UserError(f"the {config.split} split is empty: val needs --holdout")
+    # The val images are asked about as well, but only where they decide something.
+    val = index[:0]
+    if config.chooses_score:
+        val = subset(flowers.splits["val"], config.images, seed=0)
+    task = prepare_task(config, flowers, device)
+
+    # -----------------------------------------------------------------------------
+    # run folder
+    # `architecture` is what other scripts call the model.
+    settings = {"job": "qwen_eval", "architecture": config.model}
+    settings |= dataclasses.asdict(config) | models.versions()
     if not args.resume:
-        folder = runs.new_run(args.runs, args.name, config, flowers.splits)
-    tree = qwen.NameTree(processor, flowers.class_names)
+        folder = runs.new_run(config.runs, args.name, settings, flowers.splits)
 
-    def answer(part: dict[str, torch.Tensor]) -> list[dict]:
-        """What is kept of each image of a batch: sums of log-likelihoods, or its answer, or a caption."""
-        grids, part = part["image_grid_thw"], qwen.to(part, device)
-        asked = qwen.to(qwen.encode(processor, question, grids), device)
-        if args.describe:
-            return [
-                {"captions": [qwen.one_line(text)]}
-                for text in qwen.generate(model, processor, asked, part, args.most_tokens)
-            ]
-        if args.protocol == "generate":
-            return [
-                {"answer": text}
-                for text in qwen.generate(model, processor, asked, part, args.most_tokens)
-            ]
-        extra = [{} for _ in grids]
-        if args.answer == "described":  # the names are ranked after the model's own description
-            extra = [
-                {"description": qwen.first_line(text)}
-                for text in qwen.generate(model, processor, asked, part, args.most_tokens)
-            ]
-            asked = qwen.to(
-                qwen.encode(processor, question, grids, [e["description"] + "\n" for e in extra]),
-                device,
-            )
-        sums = qwen.rank(model, tree, asked, part).cpu()
-        if not sums.isfinite().all():
-            raise UserError(
-                f"{args.model} gives no finite log-likelihoods: its weights are damaged, or made for another precision"
-            )
-        return [{"sum": [round(x, 5) for x in row], **e} for row, e in zip(sums.tolist(), extra)]
-
-    # one line an image, so that a run that was killed goes on where it was
-    records = folder / ("descriptions.jsonl" if args.describe else "answers.jsonl")
-    rows = files.read_lines(records, "file")
-    files.write_lines(records, rows)  # without the line that a kill cut off
-    done = {row["file"]: row for row in rows}
-    todo = [i for i in [*index, *val] if flowers.files[i].name not in done]
-    chunks = [todo[i : i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
-    start = time.perf_counter()
-    with tqdm(
-        total=len(index) + len(val),
-        initial=len(done),
-        unit="img",
-        desc="describing" if args.describe else args.protocol,
-    ) as bar:
-        work = qwen.ahead(
-            lambda chunk: (
-                chunk,
-                qwen.patches(processor, qwen.open_images([flowers.files[i] for i in chunk])),
-            ),
-            chunks,
-        )
-        for chunk, part in work:
-            with autocast(device):
-                answers = answer(part)
-            for i, row in zip(chunk, answers):
-                done[flowers.files[i].name] = {"file": flowers.files[i].name, **row}
-                files.append_line(records, done[flowers.files[i].name])
-            bar.update(len(chunk))
-    seconds = time.perf_counter() - start
-    result = {
-        "eval_seconds": round(seconds, 3),
-        "eval_images_per_s": round(len(todo) / seconds, 2),
-        "peak_memory_mb": devices.peak_memory_mb(),
-    }
-    if args.describe:
-        runs.finish(folder, {"name": folder.name, **result, **config})
+    # -----------------------------------------------------------------------------
+    # records
+    if config.describe:
+        protocol, records_file = describe_images, folder / "descriptions.jsonl"
+    elif config.protocol == "generate":
+        protocol, records_file = answer_freely, folder / "answers.jsonl"
+    else:
+        protocol, records_file = rank_names, folder / "answers.jsonl"
+    record_of, result = record_images(task, protocol, flowers, [*index, *val], records_file)
+    result["peak_memory_mb"] = devices.peak_memory_mb()
+    if config.describe:
+        runs.finish(folder, {"name": folder.name} | result | settings)
         print(
-            f"{records}: a sentence for each of {len(index):,} images; next: python qwen_train.py --answer described --captions {records}"
+            f"{records_file}: a sentence for each of {len(index):,} images; next: "
+            f"python qwen_train.py --answer described --captions {records_file}"
         )
         return
 
-    kept = [done[flowers.files[i].name] for i in index]
-    labels = torch.from_numpy(flowers.labels[index])
-    if args.protocol == "generate":
-        # an answer is one name or none: a class of its own for none, and no second best
-        found = [qwen.match(row["answer"], flowers.class_names) for row in kept]
-        flowers = dataclasses.replace(flowers, class_names=(*flowers.class_names, OUTSIDE))
-        place = torch.tensor([len(flowers.class_names) - 1 if c is None else c for c in found])
-        probabilities = torch.nn.functional.one_hot(place, len(flowers.class_names)).float()
-        metrics = {
-            k: v
-            for k, v in evaluate.classification(probabilities, labels).items()
-            if k not in ("top3", "top5")
-        }
-        metrics["outside_list"] = 100 * sum(c is None for c in found) / len(found)
-        told = [row["answer"] for row in kept]
+    # -----------------------------------------------------------------------------
+    # metrics
+    if config.protocol == "generate":
+        evaluation = evaluate_answers(record_of, flowers, index)
     else:
-        with torch.inference_mode(), autocast(device):
-            blank = qwen.to(
-                qwen.encode(
-                    processor, question, None, ["\n"] if args.answer == "described" else None
-                ),
-                device,
-            )
-            without_image = qwen.rank(model, tree, blank).cpu()
+        evaluation = evaluate_ranking(task, record_of, flowers, index, val, folder)
+    metrics = {f"{config.split}/{key}": value for key, value in evaluation.metrics.items()}
+    result = metrics | result | evaluation.extra
 
-        def compared(places: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-            """All scores of the images, and the top-1 accuracy of each."""
-            sums = torch.tensor([done[flowers.files[i].name]["sum"] for i in places])
-            by_score = qwen.scores(sums, tree.lengths, without_image)
-            truth = torch.from_numpy(flowers.labels[places])
-            return by_score, {
-                k: evaluate.classification(s, truth)["top1"] for k, s in by_score.items()
-            }
-
-        by_score, top1 = compared(index)
-        score = args.score if args.score != "auto" else "sum"
-        if len(val):
-            _, on_val = compared(val)
-            score = max(on_val, key=on_val.get)
-            result |= {f"val/{k}_top1": v for k, v in on_val.items()}
-            print(
-                "top-1 on val: "
-                + ", ".join(f"{k} {v:.2f}%" for k, v in on_val.items())
-                + f"; {score} is reported"
-            )
-        metrics = evaluate.classification(by_score[score], labels) | {
-            f"{k}_top1": v for k, v in top1.items()
-        }
-        probabilities = by_score[score].softmax(1)
-        result["reported_score"] = score
-        with files.atomic(folder / "scores.npz") as file:
-            np.savez_compressed(
-                file,
-                files=[flowers.files[i].name for i in index],
-                class_names=flowers.class_names,
-                **{k: s.numpy() for k, s in by_score.items()},
-            )
-        told = None
-    evaluate.save_outputs(folder, probabilities, flowers, index)
-    predictions = evaluate.predictions(probabilities, flowers, index)
-    if args.protocol == "generate":
-        predictions = [
-            {k: "" if k[:-1] in ("top", "score") and k[-1] != "1" else v for k, v in row.items()}
-            for row in predictions
-        ]
-        files.write_csv(folder / "predictions.csv", predictions)
-    answer_sheet(
-        predictions,
-        told or [row["top1"] for row in predictions],
-        flowers,
-        index,
-        folder / "answers.png",
-    )
-    result = {**{f"{args.split}/{k}": v for k, v in metrics.items()}, **result}
-    runs.finish(folder, {"name": folder.name, **result, **config})
-    tracker = start_wandb(args.wandb, folder, config)
+    # -----------------------------------------------------------------------------
+    # results
+    # Free answers have one more class: outside the list.
+    flowers = dataclasses.replace(flowers, class_names=evaluation.class_names)
+    evaluate.save_outputs(folder, evaluation.probabilities, flowers, index)
+    # Again: free answers have no second best.
+    files.write_csv(folder / "predictions.csv", evaluation.predictions)
+    answer_sheet(evaluation, flowers, index, folder / "answers.png")
+    runs.finish(folder, {"name": folder.name} | result | settings)
+    tracker = start_wandb(config.wandb, folder, settings)
     tracker.log(result)
-    log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, index))
+    log_mistakes(tracker, figures.mistakes(evaluation.probabilities.numpy(), flowers, index))
     tracker.finish()
-    print(evaluate.format_table({**earlier, folder.name: metrics}))
+    print(evaluate.format_table(metrics_of_run | {folder.name: evaluation.metrics}))
     print(
-        f"{len(index):,} images, {result['eval_images_per_s']} images/s; results and pictures in {folder}/"
+        f"{len(index):,} images, {result['eval_images_per_s']} images/s; "
+        f"results and pictures in {folder}/"
     )
 
 

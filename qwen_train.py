@@ -1,83 +1,107 @@
 """Fine-tune Qwen2-VL with LoRA to name flowers; the loss is on the answer alone.
 
-    python qwen_train.py                                                      # Qwen2-VL-2B, on one GPU with about 8 GB
-    python qwen_train.py --answer described --captions captions.jsonl.gz      # a visual description first, then the name
-    python qwen_train.py --data_root sample --model tiny                      # any machine, offline, about two minutes
-    python qwen_train.py --resume runs/NAME                                   # goes on after a kill
+    python qwen_train.py                                   # Qwen2-VL-2B, one GPU with about 8 GB
+    python qwen_train.py --answer described --captions captions.jsonl.gz     # describe, then name
+    python qwen_train.py --data_root sample --model tiny   # any machine, offline, two minutes
+    python qwen_train.py --resume runs/NAME                # goes on after a kill
 
-Leaves runs/NAME/adapter/, which `python qwen_eval.py --adapter runs/NAME` evaluates. The vision tower is frozen, and its features are
-computed once, unless --also_train names it. tiny has random weights: LoRA on a frozen random model learns little, so its vision tower
-is trained whole.
+Leaves runs/NAME/adapter/, which `python qwen_eval.py --adapter runs/NAME` evaluates. The vision
+tower is frozen, and its features are computed once, unless --also_train names it. tiny has random
+weights: LoRA on a frozen random model learns little, so its vision tower is trained whole.
 """
 
 import argparse
-import math
+import dataclasses
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from flowers import UserError, command, devices, figures, files, reason, runs, training
-from flowers.data import add_data_arguments, open_flowers
+from flowers import UserError, command, devices, figures, files, runs, training
+from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.devices import autocast
 from flowers.layouts import read_captions
-from flowers.qwen import answers as qwen
-from flowers.qwen import models as qwen_models
+from flowers.qwen import models
+from flowers.qwen.answers import answer_length, answer_loss, one_line
+from flowers.qwen.features import ImageFeatures, image_features
+from flowers.qwen.memory import memory_line
+from flowers.qwen.prompts import (
+    QUESTIONS,
+    encode,
+    move,
+    open_images,
+    patches,
+    prefetch,
+    question_of,
+    subset,
+)
 from flowers.tracking import start_wandb
 
-WARMUP = 0.05  # share of the steps
-GRADIENT_NORM = 1.0
+# Share of the steps. train.py warms up twice as long; the results of Qwen were measured with this.
+WARMUP = 0.05
+# Of flags that are left out.
+DEFAULTS = {"rank": 8, "also_train": [], "epochs": 3, "batch_size": 16, "lr": 1e-4}
+TINY_DEFAULTS = {
+    "rank": 16,
+    "also_train": ["visual"],
+    "epochs": 12,
+    "batch_size": 32,
+    "lr": 1e-3,
+}
 
 
-@command
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_data_arguments(parser)
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=0,
-        help="train on so many, drawn with --seed (default: 0, all)",
-    )
+# -----------------------------------------------------------------------------
+# settings
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    # model and answer
     group = parser.add_argument_group("model and answer")
     group.add_argument(
         "--model",
-        default=qwen_models.DEFAULT,
-        help="a name on the hub, a folder, tiny or random-2b (random weights) (default: %(default)s)",
+        default=models.DEFAULT,
+        help="a name on the hub, a folder, tiny or random-2b (random weights) "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--max_pixels",
         type=int,
         default=512 * 512,
-        help="larger images are scaled down; 784 pixels are a token (default: %(default)s)",
+        help="scale larger images down to so many pixels; 784 are a token (default: %(default)s)",
     )
     group.add_argument(
         "--answer",
-        choices=list(qwen_models.QUESTIONS),
+        choices=list(QUESTIONS),
         default="brief",
-        help="brief: the name; described: a sentence of --captions, then the name (default: %(default)s)",
+        help="brief: the name; described: a sentence of --captions, then the name "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--captions",
-        help="captions.jsonl[.gz] with sentences about the training images; one is drawn each epoch",
+        help="captions.jsonl[.gz] with sentences about the training images; each epoch takes one "
+        "of an image's, at random",
     )
+
+    # LoRA
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--rank", type=int, help="(default: 8; tiny: 16)")
+    group.add_argument("--rank", type=int, help="rank of the matrices (default: 8; tiny: 16)")
     group.add_argument("--alpha", type=float, help="scale times rank (default: twice the rank)")
     group.add_argument(
         "--also_train",
         nargs="*",
         metavar="MODULE",
-        help="modules that are trained whole and kept in the adapter, such as merger or visual (default: none; tiny: visual)",
+        help="modules that are trained whole and saved with the adapter, such as merger or visual "
+        "(default: none; tiny: visual)",
     )
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    # optimisation
     group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--epochs", type=int, help="passes over the training images (default: 3; tiny: 12)"
-    )
+    group.add_argument("--epochs", type=int, help="passes over the images (default: 3; tiny: 12)")
     group.add_argument("--batch_size", type=int, help="images a step (default: 16; tiny: 32)")
     group.add_argument(
         "--chunk_size",
@@ -88,14 +112,16 @@ def main():
     group.add_argument(
         "--keep_activations",
         action="store_true",
-        help="faster, but more memory (default on a GPU: blocks are computed again in the backward pass)",
+        help="faster, but more memory (default on a GPU: blocks are computed again in the "
+        "backward pass)",
     )
     group.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4; tiny: 1e-3)")
     group.add_argument("--wd", type=float, default=0.0, help="weight decay (default: %(default)s)")
     group.add_argument(
         "--augment",
         choices=["none", "crop"],
-        help="crop: mirror and cut at random, so that features can't be kept (default: none; crop if the vision tower is trained)",
+        help="crop: crop and mirror at random, so that the vision tower runs in every step "
+        "(default: none; crop if the vision tower is trained)",
     )
     group.add_argument(
         "--seed",
@@ -103,6 +129,8 @@ def main():
         default=0,
         help="of adapter, order and augmentation (default: %(default)s)",
     )
+
+    # run
     group = parser.add_argument_group("run")
     group.add_argument(
         "--save_every",
@@ -111,229 +139,374 @@ def main():
         help="steps from checkpoint to checkpoint (default: %(default)s)",
     )
     runs.add_run_arguments(group, resume=True)
-    args = parser.parse_args()
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    # data
+    add_data_arguments(parser)
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=0,
+        help="train on so many, drawn with --seed (default: 0, all)",
+    )
+    add_model_arguments(parser)
+    add_training_arguments(parser)
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run, as args.json has them: every flag, with its default in place."""
+
+    # data
+    data_root: str
+    splits_path: str | None
+    class_names: str
+    splits: str
+    holdout: bool
+    images: int
+    # model and answer
+    model: str
+    max_pixels: int
+    answer: str
+    captions: str | None
+    # LoRA
+    rank: int
+    alpha: float
+    also_train: list[str]
+    # optimisation
+    epochs: int
+    batch_size: int
+    chunk_size: int
+    keep_activations: bool
+    lr: float
+    wd: float
+    augment: str
+    seed: int
+    # run
+    save_every: int
+    runs: str
+    wandb: str
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether the vision tower makes the same of an image in every step."""
+        return self.augment == "none" and not trains_vision(self.also_train)
+
+
+def trains_vision(also_train: list[str]) -> bool:
+    return "visual" in also_train or "merger" in also_train
+
+
+def resolve(args: argparse.Namespace) -> Config:
+    """Return the settings that the flags mean. Raises UserError if they contradict one another."""
+    defaults = TINY_DEFAULTS if args.model == "tiny" else DEFAULTS
+    for flag, value in defaults.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+    if args.alpha is None:
+        args.alpha = 2.0 * args.rank
+    if args.augment is None:
+        args.augment = "crop" if trains_vision(args.also_train) else "none"
+
+    # nan fails every comparison, so these say what must hold.
+    at_least_one = min(args.rank, args.epochs, args.batch_size, args.save_every) >= 1
+    not_negative = min(args.chunk_size, args.images) >= 0
+    if not (at_least_one and not_negative and args.lr > 0 and args.wd >= 0):
+        raise UserError(
+            "--rank, --epochs, --batch_size and --save_every must be at least 1, --lr above 0, "
+            "--wd, --chunk_size and --images not below 0"
+        )
+    if (args.answer == "described") != bool(args.captions):
+        raise UserError(
+            "--answer described and --captions go together: descriptions are written by "
+            "python qwen_eval.py --describe, or by people"
+        )
+    return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The N training images, and the batches that are made of them.
+
+    index: (N,) positions in flowers.files. captions: N lists of sentences, or None.
+    """
+
+    config: Config
+    flowers: Flowers
+    index: np.ndarray
+    captions: list[list[str]] | None
+
+    @property
+    def batch_size(self) -> int:
+        return min(self.config.batch_size, len(self.index))
+
+    @property
+    def chunk_size(self) -> int:
+        return min(self.config.chunk_size or self.batch_size, self.batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        # Images that fill no batch are left out; which ones they are changes with the epoch.
+        return len(self.index) // self.batch_size
+
+    def batch(self, step: int, processor, features: ImageFeatures | None) -> list[tuple]:
+        """Return the chunks of a step's batch: images, as `hidden_states` takes them, and answers.
+
+        They depend on seed and step alone, so that a resumed run sees what an unbroken one sees.
+        features: of all N images; None if the vision tower runs in each step.
+        """
+        epoch, i = divmod(step, self.steps_per_epoch)
+        seed = self.config.seed
+        order = torch.randperm(len(self.index), generator=devices.generator(seed, epoch))
+        positions = order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
+        generator = devices.generator(seed, epoch, i)
+        chunks = []
+        for start in range(0, self.batch_size, self.chunk_size):
+            chunk = positions[start : start + self.chunk_size]  # the last may be shorter
+            if features is None:
+                image = self._patches(chunk, processor, generator)
+            else:
+                image = features.batch(chunk)
+            answers = [self._answer(j, generator) for j in chunk]
+            chunks.append((image, answers))
+        return chunks
+
+    def _patches(self, chunk: list[int], processor, generator) -> dict[str, torch.Tensor]:
+        image_files = [self.flowers.files[self.index[j]] for j in chunk]
+        # Without a generator, images stay as they are.
+        crops = generator if self.config.augment == "crop" else None
+        return patches(processor, open_images(image_files, crops))
+
+    def _answer(self, j: int, generator: torch.Generator) -> str:
+        """Return the class name of image j, under `described` after one of its captions."""
+        name = self.flowers.class_names[self.flowers.labels[self.index[j]]]
+        if self.captions is None:
+            return name
+        choice = int(torch.randint(len(self.captions[j]), (), generator=generator))
+        return f"{one_line(self.captions[j][choice])}\n{name}"
+
+
+def open_training_set(config: Config) -> TrainingSet:
+    """Open the dataset and the captions. Raises UserError for what is missing or damaged."""
+    flowers = open_flowers(
+        config.data_root, config.splits_path, config.splits, config.holdout, config.class_names
+    )
+    index = subset(flowers.splits["train"], config.images, config.seed)
+    captions = None
+    if config.captions:
+        captions = read_captions(config.captions, tuple(flowers.files[i] for i in index))
+    return TrainingSet(config, flowers, index, captions)
+
+
+# -----------------------------------------------------------------------------
+# model and step
+
+
+def prepare_model(config: Config, training_set: TrainingSet, device: torch.device):
+    """Return the model with a new adapter, its processor, and the features that are kept, or None.
+
+    Raises UserError for a model that can't be loaded, or modules that it does not have.
+    """
+    model, processor = models.load_model(config.model, device, max_pixels=config.max_pixels)
+    features = None
+    # Before the adapter, which leaves the vision tower as it is.
+    if config.keeps_features and models.has_separate_features(model):
+        digest = models.vision_digest(model)
+        features = image_features(
+            model, processor, training_set.flowers, training_set.index, digest
+        )
+    recompute = device.type == "cuda" and not config.keep_activations
+    model = models.add_adapter(model, config.rank, config.alpha, config.also_train, recompute)
+    return model, processor, features
+
+
+def train_step(
+    model, processor, question: str, batch: list, optimizer, parameters: list, device
+) -> float:
+    """Update the adapter once. Returns the loss: the mean over all answer tokens, in nats."""
+    # Counted before the first chunk, so that the gradient is the same however the batch is cut.
+    n_tokens = 0
+    for _, answers in batch:
+        n_tokens += sum(answer_length(processor, answer) for answer in answers)
+
+    batch_loss = 0.0
+    for image, answers in batch:
+        inputs = move(encode(processor, question, image["image_grid_thw"]), device)
+        image = move(image, device)
+        with autocast(device):
+            loss_sum, _ = answer_loss(model, processor, inputs, image, answers)
+        (loss_sum / n_tokens).backward()
+        batch_loss += loss_sum.item() / n_tokens
+    training.update(optimizer, parameters)
+    return batch_loss
+
+
+# -----------------------------------------------------------------------------
+# results
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many the model has without its adapter."""
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Modules that are trained whole are copies; the model's own stay beside them, frozen.
+    n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return n_trained, n_frozen
+
+
+def save_results(
+    folder: Path,
+    model,
+    rows: list[dict],
+    training_set: TrainingSet,
+    seconds: float,
+    settings: dict,
+    tracker,
+) -> None:
+    """Leave adapter/, curve.png and result.json in the run folder, and print the main figures.
+
+    rows: those of metrics.jsonl, one a step. seconds: of the training loop.
+    """
+    model.save_pretrained(folder / "adapter")
+    figures.training_curve(rows, folder / "curve.png", "cross-entropy of an answer token (nats)")
+    last_epoch = rows[-training_set.steps_per_epoch :]
+    last_loss = float(np.mean([row["train/loss"] for row in last_epoch]))
+    images_per_s = len(rows) * training_set.batch_size / max(seconds, 1e-9)
+    n_trained, n_frozen = count_parameters(model)
+    result = {
+        "train/loss": round(last_loss, 5),
+        "train_seconds": round(seconds, 2),
+        "train_images_per_s": round(images_per_s, 1),
+        "peak_memory_mb": devices.peak_memory_mb(),
+        "trainable": n_trained,
+        "parameters": n_frozen,
+    }
+    runs.finish(folder, {"name": folder.name} | result | settings)
+    tracker.log(result)
+    tracker.finish()
+    print(
+        f"trained {seconds:.0f} s, loss of the last epoch {last_loss:.3f} nats a token, "
+        f"peak memory {result['peak_memory_mb']:,} MB; "
+        f"next: python qwen_eval.py --adapter {folder} --data_root {settings['data_root']}"
+    )
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+
+@command
+def main():
+    args = parse_arguments()
     if args.resume:
         folder = Path(args.resume)
         stored = runs.arguments_to_resume(folder, "qwen_train")
         if stored is None:
             return
-        vars(args).update({k: v for k, v in stored.items() if k in vars(args)})
-    tiny = args.model == "tiny"
-    for flag, usual, for_tiny in (
-        ("rank", 8, 16),
-        ("also_train", [], ["visual"]),
-        ("epochs", 3, 12),
-        ("batch_size", 16, 32),
-        ("lr", 1e-4, 1e-3),
-    ):
-        if getattr(args, flag) is None:
-            setattr(args, flag, for_tiny if tiny else usual)
-    args.alpha = args.alpha if args.alpha is not None else 2.0 * args.rank
-    trains_vision = bool({"visual", "merger"} & set(args.also_train))
-    args.augment = args.augment or ("crop" if trains_vision else "none")
-    if (
-        min(args.rank, args.epochs, args.batch_size, args.save_every) < 1
-        or not args.lr > 0
-        or not args.wd >= 0
-        or args.chunk_size < 0
-        or args.images < 0
-    ):
-        raise UserError(
-            "--rank, --epochs, --batch_size and --save_every must be at least 1, --lr above 0, --wd, --chunk_size and --images not below 0"
-        )
-    if (args.answer == "described") != bool(args.captions):
-        raise UserError(
-            "--answer described and --captions go together: descriptions are written by python qwen_eval.py --describe, or by people"
-        )
-
-    # data and model
+        vars(args).update({key: value for key, value in stored.items() if key in vars(args)})
+    config = resolve(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    devices.seed_everything(args.seed)
-    flowers = open_flowers(
-        args.data_root, args.splits_path, args.splits, args.holdout, args.class_names
-    )
-    index = qwen.subset(flowers.splits["train"], args.images, args.seed)
-    image_files, names = (
-        [flowers.files[i] for i in index],
-        [flowers.class_names[flowers.labels[i]] for i in index],
-    )
-    captions = read_captions(args.captions, tuple(image_files)) if args.captions else None
-    batch_size = min(args.batch_size, len(index))
-    chunk = min(args.chunk_size or batch_size, batch_size)
-    print(
-        qwen_models.memory_line(
-            args.model, chunk, args.max_pixels, 100 if captions else 50, args.rank
-        )
-    )
-    model, processor = qwen_models.load(args.model, device, max_pixels=args.max_pixels)
-    question = qwen.question_of(args.answer)
-    features = None
-    if qwen.caches_features(model) and not trains_vision and args.augment == "none":
-        features, begins, grids = qwen.image_features(
-            model, processor, flowers, index, qwen_models.identity(model)
-        )
-    size = sum(p.numel() for p in model.parameters())
-    model = qwen_models.add_adapter(
-        model,
-        args.rank,
-        args.alpha,
-        args.also_train,
-        device.type == "cuda" and not args.keep_activations,
-    )
-    config = {
-        "job": "qwen_train",
-        "architecture": args.model,
-        **{k: v for k, v in vars(args).items() if k not in ("name", "resume")},
-        **qwen_models.versions(),
-    }
-    if not args.resume:
-        folder = runs.new_run(args.runs, args.name, config, flowers.splits)
+    devices.seed_everything(config.seed)
 
-    # optimiser
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.wd
-    )
-    steps_per_epoch = len(index) // batch_size
-    total = args.epochs * steps_per_epoch
-    step, seconds = 0, 0.0
-    metrics_file, checkpoint_file = folder / "metrics.jsonl", folder / "checkpoint.pt"
+    # -----------------------------------------------------------------------------
+    # data and model
+    training_set = open_training_set(config)
+    index = training_set.index
+    batch_size = training_set.batch_size
+    chunk_size = training_set.chunk_size
+    text_tokens = 100 if config.captions else 50  # about, of question and answer
+    print(memory_line(config.model, chunk_size, config.max_pixels, text_tokens, config.rank))
+    model, processor, features = prepare_model(config, training_set, device)
+    question = question_of(config.answer)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
+    n_trained, n_frozen = count_parameters(model)
+
+    # -----------------------------------------------------------------------------
+    # run folder and optimiser
+    settings = {"job": "qwen_train", "architecture": config.model}
+    settings |= dataclasses.asdict(config) | models.versions()
+    if not args.resume:
+        folder = runs.new_run(config.runs, args.name, settings, training_set.flowers.splits)
+    metrics_file = folder / "metrics.jsonl"
+    checkpoint_file = folder / "checkpoint.pt"
+
+    # One group, unlike train.py: weight decay is for all parameters, and earlier checkpoints have
+    # this layout.
+    group = {"params": parameters, "weight_decay": config.wd, "peak": config.lr}
+    optimizer = torch.optim.AdamW([group], lr=config.lr, betas=(0.9, 0.98))
+    total_steps = config.epochs * training_set.steps_per_epoch
+
+    # -----------------------------------------------------------------------------
+    # resume
+    first_step, seconds = 0, 0.0
     if args.resume and checkpoint_file.exists():
-        checkpoint = files.load_tensors(checkpoint_file)
-        try:
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(checkpoint["trained"][name])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            step, seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
-        except Exception as error:  # torch raises many kinds at what it did not expect
-            raise UserError(
-                f"{checkpoint_file} is not of this run: {type(error).__name__} {reason(error)}"
-            ) from None
-        print(f"resuming {folder} after step {step} of {total}")
-    rows = [
-        row for row in files.read_lines(metrics_file, "step") if row["step"] <= step
-    ]  # what came after the checkpoint is done again
+        progress = training.load_checkpoint(checkpoint_file, trained, optimizer)
+        first_step, seconds = int(progress["step"]), float(progress["seconds"])
+        print(f"resuming {folder} after step {first_step} of {total_steps}")
+    # Steps after the checkpoint are done again.
+    rows = [row for row in files.read_lines(metrics_file, "step") if row["step"] <= first_step]
     files.write_lines(metrics_file, rows)
-    tracker = start_wandb(args.wandb, folder, config)
+    tracker = start_wandb(config.wandb, folder, settings)
     for row in rows:
         tracker.log(row)  # a resumed run is a run of its own in W&B
     print(
-        f"{folder}: {args.model}, {len(index):,} images, {total:,} steps of {batch_size} on {device}; trainable {sum(p.numel() for p in trained.values()):,} "
-        f"beside {size:,}; vision features {'once' if features is not None else 'in each step'}"
+        f"{folder}: {config.model}, {len(index):,} images, {total_steps:,} steps of {batch_size} "
+        f"on {device}; trainable {n_trained:,} beside {n_frozen:,}; "
+        f"vision features {'once' if features is not None else 'in each step'}"
     )
 
-    def prepare(s: int) -> tuple[list[dict], list[list[str]]]:
-        """Images and answers of step s, in chunks; drawn from seed and step alone, so that a resumed run sees the same."""
-        epoch, i = divmod(s, steps_per_epoch)
-        order = torch.randperm(len(index), generator=devices.generator(args.seed, epoch))[
-            i * batch_size : (i + 1) * batch_size
-        ].tolist()
-        draw = devices.generator(args.seed, epoch, i)
-        parts, answers = [], []
-        for part in (order[k : k + chunk] for k in range(0, batch_size, chunk)):
-            if features is None:
-                parts.append(
-                    qwen.patches(
-                        processor,
-                        qwen.open_images(
-                            [image_files[j] for j in part], draw if args.augment == "crop" else None
-                        ),
-                    )
-                )
-            else:
-                parts.append(
-                    {
-                        "features": torch.cat([features[begins[j] : begins[j + 1]] for j in part]),
-                        "image_grid_thw": grids[part],
-                    }
-                )
-            told = [
-                f"{qwen.one_line(captions[j][int(torch.randint(len(captions[j]), (), generator=draw))])}\n"
-                if captions
-                else ""
-                for j in part
-            ]
-            answers.append([first + names[j] for first, j in zip(told, part)])
-        return parts, answers
-
+    # -----------------------------------------------------------------------------
+    # training loop
     model.train()
-    bar = tqdm(total=total, initial=step, unit="step", desc="training")
+    bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training")
     start = time.perf_counter()
-    for parts, answers in qwen.ahead(prepare, range(step, total)):
-        share = training.learning_rate_factor(step, total, WARMUP)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * share
-        tokens = sum(qwen.answer_length(processor, a) for part in answers for a in part)
-        value = 0.0
-        for part, texts in zip(parts, answers):
-            inputs = qwen.encode(processor, question, part["image_grid_thw"])
-            with autocast(device):
-                loss, _ = qwen.answer_loss(
-                    model, processor, qwen.to(inputs, device), qwen.to(part, device), texts
-                )
-            (
-                loss / tokens
-            ).backward()  # the mean over all answer tokens of the batch, however it is cut into chunks
-            value += loss.item() / tokens
-        torch.nn.utils.clip_grad_norm_(trained.values(), GRADIENT_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        saves = (step + 1) % args.save_every == 0 or step + 1 == total
-        if (
-            not math.isfinite(value)
-            or saves
-            and not all(p.isfinite().all() for p in trained.values())
-        ):  # no such checkpoint
+    # The next batches are made in threads while the model is at work.
+    steps = range(first_step, total_steps)
+    batches = prefetch(lambda step: training_set.batch(step, processor, features), steps)
+    for batch, step in zip(batches, steps):
+        factor = training.learning_rate_factor(step, total_steps, WARMUP)
+        training.set_learning_rate(optimizer, factor)
+        loss = train_step(model, processor, question, batch, optimizer, parameters, device)
+
+        # No checkpoint may hold weights that are not finite. Looking at all of them takes time, so
+        # it is done only where one is saved.
+        last_step = step + 1 == total_steps
+        saves = last_step or (step + 1) % config.save_every == 0
+        if training.diverged(loss, parameters if saves else ()):
             bar.close()
             raise UserError(
-                f"the loss is {value} at step {step}: lower --lr; the last checkpoint is {checkpoint_file}"
+                f"the loss is {loss} at step {step}: lower --lr; "
+                f"the last checkpoint is {checkpoint_file}"
             )
-        step += 1
-        rows.append(
-            {
-                "epoch": (step - 1) // steps_per_epoch + 1,
-                "step": step,
-                "train/loss": value,
-                "train/lr": args.lr * share,
-            }
-        )
-        tracker.log(rows[-1])
-        bar.set_postfix(epoch=rows[-1]["epoch"], loss=f"{value:.3f}", refresh=False)
+        epoch = step // training_set.steps_per_epoch + 1
+        learning_rate = config.lr * factor
+        row = {"epoch": epoch, "step": step + 1, "train/loss": loss, "train/lr": learning_rate}
+        rows.append(row)
+        tracker.log(row)
+        bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", refresh=False)
         bar.update()
+
+        # Metrics first: rows without a checkpoint are dropped on a resume, but none may be missing.
         if saves:
-            seconds, start = seconds + time.perf_counter() - start, time.perf_counter()
+            now = time.perf_counter()
+            seconds += now - start
+            start = now
             files.write_lines(metrics_file, rows)
-            files.save_tensors(
-                checkpoint_file,
-                {
-                    "trained": {n: p.detach() for n, p in trained.items()},
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "seconds": seconds,
-                },
+            training.save_checkpoint(
+                checkpoint_file, trained, optimizer, step=step + 1, seconds=seconds
             )
     bar.close()
 
-    model.save_pretrained(folder / "adapter")
-    figures.training_curve(rows, folder / "curve.png", "cross-entropy of an answer token (nats)")
-    last = np.mean([row["train/loss"] for row in rows[-steps_per_epoch:]])
-    result = {
-        "train/loss": round(float(last), 5),
-        "train_seconds": round(seconds, 2),
-        "train_images_per_s": round(total * batch_size / max(seconds, 1e-9), 1),
-        "peak_memory_mb": devices.peak_memory_mb(),
-        "trainable": sum(p.numel() for p in trained.values()),
-        "parameters": size,
-    }
-    runs.finish(folder, {"name": folder.name, **result, **config})
-    tracker.log(result)
-    tracker.finish()
-    print(
-        f"trained {seconds:.0f} s, loss of the last epoch {last:.3f} nats a token, peak memory {result['peak_memory_mb']:,} MB; "
-        f"next: python qwen_eval.py --adapter {folder} --data_root {args.data_root}"
-    )
+    save_results(folder, model, rows, training_set, seconds, settings, tracker)
 
 
 if __name__ == "__main__":

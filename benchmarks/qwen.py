@@ -4,14 +4,13 @@
     python benchmarks/qwen.py --model random-2b          # the shape of Qwen2-VL-2B with random weights; needs a GPU
 
 Plain: image, question and name through the model, once a name; pixels and prompt tokens are ready, logits only where they count. In batches: the same
-in rows of --names names, padded. Ours: flowers/qwen.py. Ratios are medians of alternating rounds in one run. On a GPU it goes on to images/s of both
+in rows of --names names, padded. Ours: flowers/qwen/ranking.py. Ratios are medians of alternating rounds in one run. On a GPU it goes on to images/s of both
 protocols, seconds a training step, and peak memory.
 """
 
 import argparse
 import json
 import statistics
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,8 +20,12 @@ from PIL import Image
 from flowers import command
 from flowers.devices import autocast
 from flowers.models import count_flops
-from flowers.qwen import answers as qwen
 from flowers.qwen import models as qwen_models
+from flowers.qwen.answers import answer_loss, generate
+from flowers.qwen.memory import memory_line
+from flowers.qwen.offline import CLASS_NAMES_FILE
+from flowers.qwen.prompts import END, encode, move, patches, question_of
+from flowers.qwen.ranking import NameTree, rank
 
 FILLER = " Look closely at the petals, the centre, the leaves and the stem before you answer."
 
@@ -80,27 +83,27 @@ def main():
     )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(qwen_models.memory_line(args.model, args.batch_size, 512 * 512, 460, 8))
-    model, processor = qwen_models.load(args.model, device, max_pixels=512 * 512)
-    names = list(json.loads(Path(qwen.__file__).with_name("cat_to_name.json").read_text()).values())
+    print(memory_line(args.model, args.batch_size, 512 * 512, 460, 8))
+    model, processor = qwen_models.load_model(args.model, device, max_pixels=512 * 512)
+    names = list(json.loads(CLASS_NAMES_FILE.read_text()).values())
     tree, suffixes = (
-        qwen.NameTree(processor, names),
-        [processor.tokenizer(name + qwen.END)["input_ids"] for name in names],
+        NameTree(processor, names),
+        [processor.tokenizer(name + END)["input_ids"] for name in names],
     )
     rng = np.random.default_rng(0)
     images = [
         Image.fromarray(rng.integers(0, 255, (500, 500 + 20 * i, 3), dtype=np.uint8))
         for i in range(args.batch_size)
     ]
-    one, many = (qwen.to(qwen.patches(processor, part), device) for part in (images[:1], images))
+    one, many = (move(patches(processor, part), device) for part in (images[:1], images))
 
-    question = qwen.question_of("brief")
+    question = question_of("brief")
     longer = question
-    while qwen.encode(processor, longer, one["image_grid_thw"].cpu())["input_ids"].shape[1] < 240:
+    while encode(processor, longer, one["image_grid_thw"].cpu())["input_ids"].shape[1] < 240:
         longer += FILLER
     for text in dict.fromkeys((question, longer)):
         inputs, batch = (
-            qwen.to(qwen.encode(processor, text, part["image_grid_thw"].cpu()), device)
+            move(encode(processor, text, part["image_grid_thw"].cpu()), device)
             for part in (one, many)
         )
         found, what = (
@@ -119,10 +122,8 @@ def main():
             f"forwards of {args.names} names": lambda: plain(
                 model, one, inputs, suffixes, args.names, 0
             ),
-            f"ours, {args.batch_size} images at a time": lambda: qwen.rank(
-                model, tree, batch, many
-            )[0],
-            "flowers.qwen.rank": lambda: qwen.rank(model, tree, inputs, one)[0],
+            f"ours, {args.batch_size} images at a time": lambda: rank(model, tree, batch, many)[0],
+            "flowers.qwen.rank": lambda: rank(model, tree, inputs, one)[0],
         }
         spent = alternate({name: keep(name, work) for name, work in ways.items()}, args.rounds)
         many_s = (
@@ -146,10 +147,10 @@ def main():
         )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        inputs = qwen.to(qwen.encode(processor, question, many["image_grid_thw"].cpu()), device)
+        inputs = move(encode(processor, question, many["image_grid_thw"].cpu()), device)
         for name, work in (
-            ("rank", lambda: qwen.rank(model, tree, inputs, many)),
-            ("generate", lambda: qwen.generate(model, processor, inputs, many, 16)),
+            ("rank", lambda: rank(model, tree, inputs, many)),
+            ("generate", lambda: generate(model, processor, inputs, many, 16)),
         ):
             spent = statistics.median(seconds(work) for _ in range(args.rounds))
             print(
@@ -160,9 +161,7 @@ def main():
 
         def step():
             with autocast(device):
-                loss, count = qwen.answer_loss(
-                    model, processor, inputs, many, names[: args.batch_size]
-                )
+                loss, count = answer_loss(model, processor, inputs, many, names[: args.batch_size])
             (loss / count).backward()
             optimizer.step()
             optimizer.zero_grad()

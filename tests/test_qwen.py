@@ -1,10 +1,12 @@
-"""The tiny random model, built offline: its ranking against one plain forward a name, its loss by hand, and the real scripts."""
+"""The tiny random model, built offline: its ranking against one plain forward a name, its loss by
+hand, and the real scripts."""
 
 import csv
 import json
 import os
 import runpy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,15 +18,30 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from flowers import files, runs
+from safetensors.torch import load_file
+
+from flowers import files, training
 from flowers.data import open_flowers
 from flowers.layouts import read_captions
 from flowers.models import count_flops
-from flowers.qwen import answers as qwen
-from flowers.qwen import models as qwen_models
+from flowers.qwen import answers
+from flowers.qwen.answers import answer_length, answer_loss, generate, match
+from flowers.qwen.features import image_features
+from flowers.qwen.memory import memory
+from flowers.qwen.models import (
+    add_adapter,
+    base_model,
+    hidden_states,
+    load_config,
+    load_model,
+    vision_digest,
+)
+from flowers.qwen.offline import CLASS_NAMES_FILE, TEMPLATE, build
+from flowers.qwen.prompts import END, QUESTIONS, encode, open_images, patches
+from flowers.qwen.ranking import NameTree, rank
 
-with open(qwen_models.__file__.replace("qwen_models.py", "cat_to_name.json")) as file:
-    OXFORD = list(json.load(file).values())
+OXFORD = list(json.loads(CLASS_NAMES_FILE.read_text()).values())
+# prefixes of one another, and a name twice
 NESTED = [
     "rose",
     "rose",
@@ -34,33 +51,32 @@ NESTED = [
     "mallow",
     "tree mallow",
     "r",
-]  # prefixes of one another, a name twice
-BRIEF = qwen_models.QUESTIONS["brief"]
+]
+BRIEF = QUESTIONS["brief"]
+
+
+# -----------------------------------------------------------------------------
+# the plain way to do the same
 
 
 def pictures(*sizes):
     rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
+    noise = [rng.integers(0, 255, (height, width, 3), dtype=np.uint8) for height, width in sizes]
+    return [Image.fromarray(image) for image in noise]
 
 
-def plain(processor, images, answer=None, question=BRIEF):
+def library_encoding(processor, images, answer=None, question=BRIEF):
     """The library's own encoding of conversations; with an answer, up to its end token."""
-    turns = [
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": i}, {"type": "text", "text": question}],
-            }
-        ]
-        for i in images
-    ]
-    if answer is not None:
-        turns = [
-            t + [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            for t in turns
-        ]
+    conversations = []
+    for image in images:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        turns = [{"role": "user", "content": content}]
+        if answer is not None:
+            content = [{"type": "text", "text": answer}]
+            turns.append({"role": "assistant", "content": content})
+        conversations.append(turns)
     return processor.apply_chat_template(
-        turns,
+        conversations,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -70,49 +86,37 @@ def plain(processor, images, answer=None, question=BRIEF):
 
 
 @torch.no_grad()
-def naive(model, processor, image, names, question=BRIEF):
-    """One whole forward a name, of the conversation as the library writes it: log-likelihood of the name and the end token."""
-    prompt = plain(processor, [image], question=question)["input_ids"].shape[1]
-    found = []
+def forward_a_name(model, processor, image, names, question=BRIEF):
+    """(C,) log-likelihoods of each name and END: a whole forward of the library's encoding each."""
+    start = library_encoding(processor, [image], question=question)["input_ids"].shape[1]
+    end_id = processor.tokenizer.convert_tokens_to_ids(END)
+    sums = []
     for name in names:
-        inputs = plain(processor, [image], name, question)
+        inputs = library_encoding(processor, [image], name, question)
         ids = inputs["input_ids"][0]
-        end = (
-            prompt
-            + (ids[prompt:] == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")).nonzero()[
-                0, 0
-            ]
-            + 1
-        )
-        logs = qwen.base(model)(**inputs).logits[0].log_softmax(-1)
-        found.append(sum(logs[t - 1, ids[t]] for t in range(prompt, end)))
-    return torch.stack(found)
+        first_end = (ids[start:] == end_id).nonzero()[0, 0]
+        end = start + first_end + 1
+        log_probabilities = base_model(model)(**inputs).logits[0].log_softmax(-1)
+        sums.append(sum(log_probabilities[t - 1, ids[t]] for t in range(start, end)))
+    return torch.stack(sums)
 
 
-def ours(model, processor, images, names, question=BRIEF):
-    image = qwen.patches(processor, images)
-    return qwen.rank(
-        model,
-        qwen.NameTree(processor, names),
-        qwen.encode(processor, question, image["image_grid_thw"]),
-        image,
-    )
+def rank_images(model, processor, images, names, question=BRIEF):
+    image = patches(processor, images)
+    inputs = encode(processor, question, image["image_grid_thw"])
+    return rank(model, NameTree(processor, names), inputs, image)
+
+
+# -----------------------------------------------------------------------------
+# models
 
 
 def small_family(family, folder):
     """A random Qwen2.5-VL or Qwen3-VL of two layers, written to a folder as a download would be."""
     import transformers
 
-    _, processor = qwen_models.build("tiny")
-    tokens = {
-        k: processor.tokenizer.convert_tokens_to_ids(t)
-        for k, t in (
-            ("image_token_id", "<|image_pad|>"),
-            ("video_token_id", "<|video_pad|>"),
-            ("vision_start_token_id", "<|vision_start|>"),
-            ("vision_end_token_id", "<|vision_end|>"),
-        )
-    }
+    _, processor = build("tiny")
+    token_id = processor.tokenizer.convert_tokens_to_ids
     text = {
         "vocab_size": len(processor.tokenizer),
         "hidden_size": 64,
@@ -132,29 +136,50 @@ def small_family(family, folder):
         "patch_size": 8,
     }
     if family == "qwen3_vl":
-        text |= {"head_dim": 16}
+        text["head_dim"] = 16
         text["rope_parameters"]["mrope_interleaved"] = True
         vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        processor_class = transformers.Qwen3VLProcessor
+        video_class = transformers.Qwen3VLVideoProcessor
     else:
         vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
-    kinds = {
-        "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
-        "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
-    }[family]
-    kind, video = (getattr(transformers, k) for k in kinds)
-    size = {"min_pixels": 32 * 32, "max_pixels": 64 * 64}
-    kind(
-        image_processor=transformers.Qwen2VLImageProcessor(patch_size=8, **size),
+        processor_class = transformers.Qwen2_5_VLProcessor
+        video_class = transformers.Qwen2VLVideoProcessor
+    processor_class(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            patch_size=8, min_pixels=32 * 32, max_pixels=64 * 64
+        ),
         tokenizer=processor.tokenizer,
-        video_processor=video(patch_size=8),
-        chat_template=qwen_models.TEMPLATE,
+        video_processor=video_class(patch_size=8),
+        chat_template=TEMPLATE,
     ).save_pretrained(folder)
     config = transformers.AutoConfig.for_model(
-        family, text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens
+        family,
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
     )
     torch.manual_seed(0)
     transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     return folder
+
+
+def with_adapter(name, folder):
+    """A model with LoRA that does something; the same after saving and loading; its processor."""
+    trained, _ = load_model(name, "cpu")
+    trained = add_adapter(trained, rank=4, alpha=8.0)
+    torch.manual_seed(1)
+    for parameter_name, parameter in trained.named_parameters():
+        # B starts at zero, which is no change at all.
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    trained.eval().save_pretrained(folder / "adapter")
+    loaded, processor = load_model(name, "cpu", folder)
+    return trained, loaded, processor
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -168,52 +193,71 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return qwen_models.load("tiny", "cpu")
+    return load_model("tiny", "cpu")
 
 
-def with_adapter(name, folder):
-    """The model with LoRA that does something, saved and loaded again as qwen_eval.py loads it; and the sums before saving."""
-    model, processor = qwen_models.load(name, "cpu")
-    model = qwen_models.add_adapter(model, rank=4, alpha=8.0)
-    torch.manual_seed(1)
-    for n, p in model.named_parameters():
-        if "lora_B" in n:
-            torch.nn.init.normal_(p, std=0.2)
-    model.eval().save_pretrained(folder / "adapter")
-    return model, *qwen_models.load(name, "cpu", folder)
+# -----------------------------------------------------------------------------
+# prompts and ranking
 
 
 def test_encoding_is_the_librarys_own(tiny):
     _, processor = tiny
     images = pictures((70, 90), (64, 64), (160, 50))
-    image = qwen.patches(processor, images)
-    mine = {**image, **qwen.encode(processor, BRIEF, image["image_grid_thw"])}
-    theirs = plain(processor, images)
-    assert (mine["attention_mask"] == 0).any() and set(mine) == set(theirs)
-    for key, value in theirs.items():
-        assert torch.equal(mine[key], value), key
+    image = patches(processor, images)
+    inputs = image | encode(processor, BRIEF, image["image_grid_thw"])
+    expected = library_encoding(processor, images)
+    # images of different size: some prompts are padded
+    assert (inputs["attention_mask"] == 0).any()
+    assert set(inputs) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(inputs[key], value), key
 
 
 @pytest.mark.parametrize("names", [OXFORD, NESTED, ["rose"], ["r"]])
 def test_ranking_equals_a_forward_a_name(tiny, names):
     model, processor = tiny
     images = pictures((70, 90), (160, 50))
-    expected = torch.stack([naive(model, processor, image, names) for image in images])
-    assert (ours(model, processor, images, names) - expected).abs().max() < 1e-4
-    assert (ours(model, processor, images[1:], names)[0] - expected[1]).abs().max() < 1e-4
-    assert (expected[0] - expected[1]).abs().max() > 1e-2  # the image matters
+    expected = torch.stack([forward_a_name(model, processor, image, names) for image in images])
+    together = rank_images(model, processor, images, names)
+    alone = rank_images(model, processor, images[1:], names)
+    assert (together - expected).abs().max() < 1e-4
+    assert (alone[0] - expected[1]).abs().max() < 1e-4
+    # the image matters
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
+
+
+def test_the_tree_of_two_names():
+    """The example of NameTree's docstring: a token a word."""
+    rose, end, mallow = 1, 2, 3
+    ids = {"rose": [rose, end], "rose mallow": [rose, mallow, end]}
+
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": ids[text.removesuffix(END)]}
+
+    tree = NameTree(SimpleNamespace(tokenizer=tokenizer), ["rose", "rose mallow"])
+    assert tree.tokens.tolist() == [rose, mallow]
+    assert tree.depths.tolist() == [0, 1]
+    assert tree.ancestors.tolist() == [[True, False], [True, True]]
+    assert tree.parents.tolist() == [0, 1, 1, 2]
+    assert tree.children.tolist() == [rose, end, mallow, end]
+    assert tree.edges.tolist() == [0, 1, 0, 2, 3]
+    assert tree.names.tolist() == [0, 0, 1, 1, 1]
+    assert tree.lengths.tolist() == [2, 3]
 
 
 def test_ranking_in_chunks_of_the_vocabulary(tiny, monkeypatch):
     model, processor = tiny
     images = pictures((70, 90))
-    whole = ours(model, processor, images, OXFORD)
-    heads = []
-    hook = model.lm_head.register_forward_hook(lambda m, i, o: heads.append(o.shape[1]))
+    expected = rank_images(model, processor, images, OXFORD)
+    chunks = []
+    hook = model.lm_head.register_forward_hook(
+        lambda module, inputs, output: chunks.append(output.shape[1])
+    )
     monkeypatch.setattr(model.config.get_text_config(), "vocab_size", 2**26 // 7)
-    torch.testing.assert_close(ours(model, processor, images, OXFORD), whole, rtol=0, atol=1e-5)
+    sums = rank_images(model, processor, images, OXFORD)
     hook.remove()
-    assert max(heads) == 7 and len(heads) > 10
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-5)
+    assert max(chunks) == 7 and len(chunks) > 10
 
 
 @pytest.mark.parametrize("family", ["tiny", "qwen2_5_vl", "qwen3_vl"])
@@ -221,131 +265,125 @@ def test_ranking_after_an_adapter_was_loaded(family, tmp_path):
     name = family if family == "tiny" else str(small_family(family, tmp_path / family))
     trained, model, processor = with_adapter(name, tmp_path)
     images = pictures((70, 90), (64, 64))
-    found = ours(model, processor, images, NESTED)
+    sums = rank_images(model, processor, images, NESTED)
     for i, image in enumerate(images):
-        assert (found[i] - naive(model, processor, image, NESTED)).abs().max() < 1e-4
-    torch.testing.assert_close(found, ours(trained, processor, images, NESTED))
-    base_model, _ = qwen_models.load(name, "cpu")
-    assert (ours(base_model, processor, images, NESTED) - found).abs().max() > 1e-2
+        expected = forward_a_name(model, processor, image, NESTED)
+        assert (sums[i] - expected).abs().max() < 1e-4
+    torch.testing.assert_close(sums, rank_images(trained, processor, images, NESTED))
+
+    without_adapter, _ = load_model(name, "cpu")
+    sums_without = rank_images(without_adapter, processor, images, NESTED)
+    assert (sums_without - sums).abs().max() > 1e-2
     assert not [n for n, _ in trained.named_parameters() if "lora" in n and "visual" in n]
 
 
 def test_text_only_questions_rank_as_a_plain_forward(tiny):
     model, processor = tiny
-    found = qwen.rank(model, qwen.NameTree(processor, NESTED), qwen.encode(processor, BRIEF, None))[
-        0
-    ]
-    chat = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "text", "text": BRIEF}]}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    for name, value in zip(NESTED, found):
-        prompt, ids = (
-            processor.tokenizer(t, return_tensors="pt")["input_ids"][0]
-            for t in (chat, chat + name + "<|im_end|>")
-        )
-        logs = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-        assert abs(sum(logs[t - 1, ids[t]] for t in range(len(prompt), len(ids))) - value) < 1e-4
+    tree = NameTree(processor, NESTED)
+    sums = rank(model, tree, encode(processor, BRIEF, None))[0]
+    turn = {"role": "user", "content": [{"type": "text", "text": BRIEF}]}
+    chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    start = len(processor.tokenizer(chat)["input_ids"])
+    for name, value in zip(NESTED, sums):
+        ids = processor.tokenizer(chat + name + END, return_tensors="pt")["input_ids"][0]
+        log_probabilities = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        expected = sum(log_probabilities[t - 1, ids[t]] for t in range(start, len(ids)))
+        assert abs(expected - value) < 1e-4
 
 
 @pytest.mark.parametrize(
     "extra, ratio", [("", 30), (" Look at the petals, the leaves and the stamens." * 8, 45)]
 )
 def test_ranking_takes_few_operations(tiny, extra, ratio):
-    """Counted, not timed: image and question once, and two forwards of the language model, against one a name (benchmarks/qwen.py has the clock)."""
+    """Counted, not timed: image and question once and two forwards of the language model, against
+    one forward a name (benchmarks/qwen.py has the clock)."""
     model, processor = tiny
-    images, tree = pictures((64, 64)), qwen.NameTree(processor, OXFORD)
-    image = qwen.patches(processor, images)
-    inputs = qwen.encode(processor, BRIEF + extra, image["image_grid_thw"])
+    tree = NameTree(processor, OXFORD)
+    image = patches(processor, pictures((64, 64)))
+    inputs = encode(processor, BRIEF + extra, image["image_grid_thw"])
     assert not extra or 200 < inputs["input_ids"].shape[1] < 300
 
-    def plain():
-        with torch.inference_mode():
-            for name in OXFORD:
-                ids = torch.tensor([processor.tokenizer(name + "<|im_end|>")["input_ids"]])
-                model(
-                    **image,
-                    input_ids=torch.cat([inputs["input_ids"], ids], 1),
-                    mm_token_type_ids=torch.cat([inputs["mm_token_type_ids"], 0 * ids], 1),
-                    logits_to_keep=ids.shape[1] + 1,
-                )
+    @torch.inference_mode()
+    def one_forward_a_name():
+        for name in OXFORD:
+            ids = torch.tensor([processor.tokenizer(name + END)["input_ids"]])
+            no_image = torch.zeros_like(ids)
+            model(
+                **image,
+                input_ids=torch.cat([inputs["input_ids"], ids], 1),
+                mm_token_type_ids=torch.cat([inputs["mm_token_type_ids"], no_image], 1),
+                logits_to_keep=ids.shape[1] + 1,
+            )
 
     calls = []
     hook = model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
-    ours = count_flops(lambda: qwen.rank(model, tree, inputs, image))
+    operations = count_flops(lambda: rank(model, tree, inputs, image))
     hook.remove()
-    assert len(calls) == 2 and count_flops(plain) / ours >= ratio
+    assert len(calls) == 2
+    assert count_flops(one_forward_a_name) / operations >= ratio
+
+
+# -----------------------------------------------------------------------------
+# training
 
 
 def test_loss_is_the_cross_entropy_of_exactly_the_answers_tokens(tiny):
     model, processor = tiny
-    images, answers = (
-        pictures((70, 90), (64, 64), (160, 50)),
-        ["rose", "white petals, a yellow centre.\ntree mallow", "globe-flower"],
-    )
-    image = qwen.patches(processor, images)
-    loss, count = qwen.answer_loss(
-        model, processor, qwen.encode(processor, BRIEF, image["image_grid_thw"]), image, answers
-    )
-    by_hand, tokens = 0.0, 0
-    for picture, answer in zip(images, answers):
-        inputs = plain(processor, [picture], answer)
-        text = processor.tokenizer(answer + "<|im_end|>")["input_ids"]
+    images = pictures((70, 90), (64, 64), (160, 50))
+    texts = ["rose", "white petals, a yellow centre.\ntree mallow", "globe-flower"]
+    image = patches(processor, images)
+    inputs = encode(processor, BRIEF, image["image_grid_thw"])
+    loss, count = answer_loss(model, processor, inputs, image, texts)
+
+    expected = 0.0
+    n_tokens = 0
+    for picture, text in zip(images, texts):
+        inputs = library_encoding(processor, [picture], text)
         ids = inputs["input_ids"][0].tolist()
-        begin = len(plain(processor, [picture])["input_ids"][0])
-        assert (
-            ids[begin : begin + len(text)] == text
-            and processor.tokenizer.decode(ids[begin + len(text) :]) == "\n"
-        )
+        start = len(library_encoding(processor, [picture])["input_ids"][0])
+        answer_ids = processor.tokenizer(text + END)["input_ids"]
+        end = start + len(answer_ids)
+        # The answer stands where it is looked for, and what follows END does not count.
+        assert ids[start:end] == answer_ids
+        assert processor.tokenizer.decode(ids[end:]) == "\n"
         logits = model(**inputs).logits[0].double()
-        by_hand -= sum(
-            (logits[t - 1].exp()[ids[t]] / logits[t - 1].exp().sum()).log()
-            for t in range(begin, begin + len(text))
-        )
-        tokens += len(text)
-    assert count == tokens == sum(qwen.answer_length(processor, a) for a in answers)
-    assert abs(loss.item() - by_hand.item()) < 1e-4 * tokens
+        for t in range(start, end):
+            probability = logits[t - 1].exp()[ids[t]] / logits[t - 1].exp().sum()
+            expected -= probability.log()
+        n_tokens += len(answer_ids)
+    assert count == n_tokens == sum(answer_length(processor, text) for text in texts)
+    assert abs(loss.item() - expected.item()) < 1e-4 * n_tokens
 
 
 def test_recomputed_blocks_give_the_same_gradients():
     gradients = []
     for recompute in (False, True):
-        model, processor = qwen_models.load("tiny", "cpu")
+        model, processor = load_model("tiny", "cpu")
         torch.manual_seed(0)
-        model = qwen_models.add_adapter(model, 4, 8.0, ["merger"], recompute).train()
-        assert base_recomputes(model) == recompute
-        image = qwen.patches(processor, pictures((70, 90), (64, 64)))
-        loss, count = qwen.answer_loss(
-            model,
-            processor,
-            qwen.encode(processor, BRIEF, image["image_grid_thw"]),
-            image,
-            ["rose", "tree mallow"],
-        )
+        model = add_adapter(model, 4, 8.0, ["merger"], recompute).train()
+        layers = base_model(model).model.language_model.layers
+        assert all(layer.gradient_checkpointing for layer in layers) == recompute
+        image = patches(processor, pictures((70, 90), (64, 64)))
+        inputs = encode(processor, BRIEF, image["image_grid_thw"])
+        loss, count = answer_loss(model, processor, inputs, image, ["rose", "tree mallow"])
         (loss / count).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    assert {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in gradients[0] if "lora_B" in n} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    }
-    assert any("merger.modules_to_save" in n for n in gradients[0])
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
-    assert all(
-        g.abs().max() > 0 for n, g in gradients[0].items() if "lora_A" not in n
-    )  # B starts at zero, so A has none yet
+
+    kept, recomputed = gradients
+    lora_layers = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n in kept if "lora_B" in n}
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    mlp = {"gate_proj", "up_proj", "down_proj"}
+    assert lora_layers == attention | mlp
+    assert any("merger.modules_to_save" in n for n in kept)
+    for name, gradient in kept.items():
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
+        # B starts at zero, so A has no gradient yet.
+        if "lora_A" not in name:
+            assert gradient.abs().max() > 0
 
 
-def base_recomputes(model):
-    return all(
-        layer.gradient_checkpointing for layer in qwen.base(model).model.language_model.layers
-    )
+# -----------------------------------------------------------------------------
+# features of the vision tower
 
 
 def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, monkeypatch):
@@ -353,33 +391,38 @@ def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flowers = open_flowers(small)
     index = flowers.splits["test"][:5]
-    features, begins, grids = qwen.image_features(
-        model, processor, flowers, index, "x", batch_size=2
-    )
-    image = qwen.patches(processor, qwen.open_images([flowers.files[i] for i in index]))
-    assert torch.equal(grids, image["image_grid_thw"]) and begins[-1] == len(features)
-    inputs = qwen.encode(processor, BRIEF, grids)
+    features = image_features(model, processor, flowers, index, "x", batch_size=2)
+    image = patches(processor, open_images([flowers.files[i] for i in index]))
+    assert torch.equal(features.grids, image["image_grid_thw"])
+    assert features.offsets[-1] == len(features.tokens)
+
+    inputs = encode(processor, BRIEF, features.grids)
     with torch.no_grad():
-        pixels, _ = qwen.hidden_states(model, inputs, image)
-        kept, _ = qwen.hidden_states(model, inputs, {"features": features, "image_grid_thw": grids})
-    torch.testing.assert_close(kept[:, -1], pixels[:, -1], rtol=0, atol=1e-4)
-    assert qwen_models.identity(model) == qwen_models.identity(qwen_models.load("tiny", "cpu")[0])
+        from_pixels, _ = hidden_states(model, inputs, image)
+        from_features, _ = hidden_states(model, inputs, features.batch(list(range(5))))
+    torch.testing.assert_close(from_features[:, -1], from_pixels[:, -1], rtol=0, atol=1e-4)
+    again, _ = load_model("tiny", "cpu")
+    assert vision_digest(model) == vision_digest(again)
 
 
 def test_kept_features_of_a_bf16_model_do_not_overflow(small, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    model, processor = qwen_models.build("tiny", torch.bfloat16)
+    model, processor = build("tiny", torch.bfloat16)
     with torch.no_grad():
         model.model.visual.merger.mlp[2].bias += 1e5  # beyond what fp16 can hold
-    features, *_ = qwen.image_features(
-        model, processor, open_flowers(small), np.arange(3), "large", batch_size=2
-    )
-    assert features.dtype == torch.bfloat16 and features.isfinite().all() and features.max() > 9e4
+    flowers = open_flowers(small)
+    features = image_features(model, processor, flowers, np.arange(3), "large", batch_size=2)
+    assert features.tokens.dtype == torch.bfloat16
+    assert features.tokens.isfinite().all() and features.tokens.max() > 9e4
+
+
+# -----------------------------------------------------------------------------
+# matching and memory
 
 
 def test_a_matched_answer_is_the_whole_name():
     names = ["rose", "lenten rose", "globe-flower", "colt's foot", "prince of wales feathers"]
-    for answer, c in (
+    for answer, expected in (
         ("Rose.", 0),
         ("A rose", 0),
         ("lenten rose", 1),
@@ -395,427 +438,279 @@ def test_a_matched_answer_is_the_whole_name():
         ("roses", None),
         ("rose, lenten rose", None),
     ):
-        assert qwen.match(answer, names) == c, answer
+        assert match(answer, names) == expected, answer
 
 
 def test_memory_counts_the_parameters_of_the_released_shape():
-    parts = qwen_models.memory(qwen_models.configuration("random-2b"), 8, 334, 50, rank=8)
-    assert parts["weights"] == pytest.approx(
-        2 * 2_208_985_600 / 1e9, rel=1e-9
-    )  # the count of Qwen/Qwen2-VL-2B-Instruct on the hub
-    assert parts["total"] == pytest.approx(sum(v for k, v in parts.items() if k != "total"))
-    # LoRA on 28 blocks: q and o 1536 x 1536, k and v 1536 x 256, gate, up and down 1536 x 8960; weight, gradient and two moments in fp32
-    lora = 28 * 8 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960))
+    parts = memory(load_config("random-2b"), 8, 334, 50, rank=8)
+    # the count of Qwen/Qwen2-VL-2B-Instruct on the hub, in bf16
+    assert parts["weights"] == pytest.approx(2 * 2_208_985_600 / 1e9, rel=1e-9)
+    total = parts.pop("total")
+    assert total == pytest.approx(sum(parts.values()))
+    # LoRA of rank 8 on 28 blocks; weight, gradient and two moments in fp32
+    q_and_o = 2 * (1536 + 1536)
+    k_and_v = 2 * (1536 + 256)
+    gate_up_and_down = 3 * (1536 + 8960)
+    lora = 28 * 8 * (q_and_o + k_and_v + gate_up_and_down)
     assert parts["adapter"] == pytest.approx(16 * lora / 1e9)
+
+
+# -----------------------------------------------------------------------------
+# the scripts
 
 
 @pytest.fixture(scope="module")
 def trained(small, tmp_path_factory):
     """A run of qwen_train.py on the small dataset, val held out."""
     folder = tmp_path_factory.mktemp("qwen") / "runs"
+    argv = ["qwen_train.py", "--data_root", str(small), "--model", "tiny", "--holdout"]
+    argv += ["--epochs", "20", "--batch_size", "12"]
+    argv += ["--runs", str(folder), "--name", "train", "--wandb", "disabled"]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(
-            sys,
-            "argv",
-            [
-                "qwen_train.py",
-                "--data_root",
-                str(small),
-                "--model",
-                "tiny",
-                "--holdout",
-                "--epochs",
-                "20",
-                "--batch_size",
-                "12",
-                "--runs",
-                str(folder),
-                "--name",
-                "train",
-                "--wandb",
-                "disabled",
-            ],
-        )
+        m.setattr(sys, "argv", argv)
         runpy.run_path(str(ROOT / "qwen_train.py"), run_name="__main__")
     return folder / "train"
 
 
+def read_csv(path):
+    return list(csv.DictReader(path.open()))
+
+
+def read_losses(run):
+    return [row["train/loss"] for row in files.read_lines(run / "metrics.jsonl")]
+
+
 def test_the_learning_rate_rises_over_a_twentieth_of_the_steps(trained):
-    shares = [row["train/lr"] / 1e-3 for row in files.read_lines(trained / "metrics.jsonl")]
-    rise = len(shares) // 20
-    assert (
-        rise >= 2
-        and shares[:rise] == pytest.approx([(i + 1) / rise for i in range(rise)])
-        and shares[rise:] == sorted(shares[rise:], reverse=True)
-    )
+    factors = [row["train/lr"] / 1e-3 for row in files.read_lines(trained / "metrics.jsonl")]
+    rise = len(factors) // 20
+    assert rise >= 2
+    assert factors[:rise] == pytest.approx([(i + 1) / rise for i in range(rise)])
+    assert factors[rise:] == sorted(factors[rise:], reverse=True)
 
 
 def test_training_teaches_and_evaluation_leaves_what_clip_leaves(trained, small, cli):
-    arguments = [
-        "--data_root",
-        small,
-        "--adapter",
-        trained,
-        "--runs",
-        trained.parent,
-        "--wandb",
-        "disabled",
-    ]
-    code, out, err = cli("qwen_eval.py", *arguments, "--holdout", "--name", "rank")
+    common = ["--data_root", small, "--runs", trained.parent, "--wandb", "disabled"]
+    code, out, err = cli(
+        "qwen_eval.py", *common, "--adapter", trained, "--holdout", "--name", "rank"
+    )
     assert code == 0, err
     assert "GB for 8 images" in out and "is reported" in out
-    result = json.loads((trained.parent / "rank" / "result.json").read_text())
+    folder = trained.parent / "rank"
+    result = json.loads((folder / "result.json").read_text())
     assert result["job"] == "qwen_eval" and result["model"] == "tiny" and result["test/n"] == 12
     assert result["test/top1_low"] > 100 / 6  # chance
-    on_val = {k: result[f"val/{k}_top1"] for k in ("sum", "token", "calibrated")}
-    assert on_val[result["reported_score"]] == max(on_val.values())
-    assert result["test/top1"] == result[f"test/{result['reported_score']}_top1"]
-    kept = np.load(trained.parent / "rank" / "scores.npz")
-    model, processor = qwen_models.load("tiny", "cpu", trained)
-    flowers = open_flowers(small, holdout=True)
-    tree = qwen.NameTree(processor, flowers.class_names)
-    blank = qwen.rank(model, tree, qwen.encode(processor, BRIEF, None))[0].numpy()
-    np.testing.assert_allclose(kept["calibrated"], kept["sum"] - blank, atol=1e-4)
-    np.testing.assert_allclose(
-        kept["token"] * [qwen.answer_length(processor, n) for n in flowers.class_names],
-        kept["sum"],
-        rtol=1e-4,
-    )
-    i = flowers.splits["test"][3]
-    assert kept["files"][3] == flowers.files[i].name
-    np.testing.assert_allclose(
-        kept["sum"][3],
-        naive(model, processor, qwen.open_images([flowers.files[i]])[0], flowers.class_names),
-        atol=1e-3,
-    )
 
-    code, _, err = cli(
-        "baseline_eval.py",
-        "--data_root",
-        small,
-        "--architecture",
-        "tiny",
-        "--runs",
-        trained.parent,
-        "--name",
-        "clip",
-        "--wandb",
-        "disabled",
-    )
+    # The score that is best on val is reported.
+    on_val = {score: result[f"val/{score}_top1"] for score in ("sum", "token", "calibrated")}
+    reported = result["reported_score"]
+    assert on_val[reported] == max(on_val.values())
+    assert result["test/top1"] == result[f"test/{reported}_top1"]
+
+    # All three scores are what they are said to be.
+    scores = np.load(folder / "scores.npz")
+    model, processor = load_model("tiny", "cpu", trained)
+    flowers = open_flowers(small, holdout=True)
+    tree = NameTree(processor, flowers.class_names)
+    without_image = rank(model, tree, encode(processor, BRIEF, None))[0].numpy()
+    np.testing.assert_allclose(scores["calibrated"], scores["sum"] - without_image, atol=1e-4)
+    lengths = [answer_length(processor, name) for name in flowers.class_names]
+    np.testing.assert_allclose(scores["token"] * lengths, scores["sum"], rtol=1e-4)
+    i = flowers.splits["test"][3]
+    assert scores["files"][3] == flowers.files[i].name
+    [image] = open_images([flowers.files[i]])
+    expected = forward_a_name(model, processor, image, flowers.class_names)
+    np.testing.assert_allclose(scores["sum"][3], expected, atol=1e-3)
+
+    # CLIP's evaluation leaves the same columns, rows and keys.
+    code, _, err = cli("baseline_eval.py", *common, "--architecture", "tiny", "--name", "clip")
     assert code == 0, err
-    tables = [
-        list(csv.DictReader((trained.parent / name / "predictions.csv").open()))
-        for name in ("rank", "clip")
-    ]
-    assert tables[0][0].keys() == tables[1][0].keys() and [r["file"] for r in tables[0]] == [
-        r["file"] for r in tables[1]
-    ]
-    assert result["test/top1"] == pytest.approx(
-        100 * np.mean([r["label"] == r["top1"] for r in tables[0]])
-    )
-    clip = json.loads((trained.parent / "clip" / "result.json").read_text())
-    assert {"test/top1", "test/top1_low", "test/top3", "test/top5", "test/mean_per_class"} <= set(
-        clip
-    ) & set(result)
-    assert "rank" in [row["name"] for row in files.read_lines(trained.parent / "results.jsonl")]
+    rows = read_csv(folder / "predictions.csv")
+    clip_rows = read_csv(trained.parent / "clip" / "predictions.csv")
+    assert rows[0].keys() == clip_rows[0].keys()
+    assert [row["file"] for row in rows] == [row["file"] for row in clip_rows]
+    accuracy = np.mean([row["label"] == row["top1"] for row in rows])
+    assert result["test/top1"] == pytest.approx(100 * accuracy)
+    clip_result = json.loads((trained.parent / "clip" / "result.json").read_text())
+    keys = {"test/top1", "test/top1_low", "test/top3", "test/top5", "test/mean_per_class"}
+    assert keys <= set(clip_result) & set(result)
+    table = files.read_lines(trained.parent / "results.jsonl")
+    assert "rank" in [row["name"] for row in table]
 
 
 def test_evaluation_goes_on_where_it_was_killed(trained, small, cli):
-    arguments = [
-        "--data_root",
-        small,
-        "--adapter",
-        trained,
-        "--runs",
-        trained.parent,
-        "--wandb",
-        "disabled",
-        "--batch_size",
-        5,
-    ]
+    arguments = ["--data_root", small, "--adapter", trained, "--batch_size", 5]
+    arguments += ["--runs", trained.parent, "--wandb", "disabled"]
     assert cli("qwen_eval.py", *arguments, "--name", "whole")[0] == 0
     assert cli("qwen_eval.py", *arguments, "--name", "killed")[0] == 0
     folder = trained.parent / "killed"
-    wanted = (folder / "predictions.csv").read_text()
+    expected = read_csv(folder / "predictions.csv")
+
+    # As after a kill: six images are done, and the line of the seventh is cut off. The first record
+    # is marked, to show that it is kept, and not made again.
     lines = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
     marked = json.loads(lines[0])
-    marked["sum"] = [
-        x + (100 if c == 0 else 0) for c, x in enumerate(marked["sum"])
-    ]  # shows that it is kept, not made again
-    (folder / "answers.jsonl").write_text(
-        json.dumps(marked) + "\n" + "".join(lines[1:6]) + lines[6][:20]
-    )
+    marked["sum"][0] += 100
+    remaining = json.dumps(marked) + "\n" + "".join(lines[1:6]) + lines[6][:20]
+    (folder / "answers.jsonl").write_text(remaining)
     for name in ("result.json", "predictions.csv"):
         (folder / name).unlink()
+
     code, out, err = cli("qwen_eval.py", "--resume", folder, "--wandb", "disabled")
     assert code == 0 and "50%" in err, err
-    found = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
-    assert found[0]["top1"] == "rose" and float(found[0]["score1"]) == 1.0
-    assert [r["top1"] for r in found[1:]] == [
-        r["top1"] for r in csv.DictReader(wanted.splitlines())
-    ][1:]
+    rows = read_csv(folder / "predictions.csv")
+    assert rows[0]["top1"] == "rose" and float(rows[0]["score1"]) == 1.0
+    assert [row["top1"] for row in rows[1:]] == [row["top1"] for row in expected[1:]]
     assert "nothing to do" in cli("qwen_eval.py", "--resume", folder)[1]
 
 
 def test_generated_answers_are_matched_whole(trained, small, cli, monkeypatch):
-    told = iter(["Rose", "a lenten rose", "mallow\n", "", "tree mallow", "Ball moss."] * 2)
-    monkeypatch.setattr(
-        qwen,
-        "generate",
-        lambda model, processor, inputs, image, most: [next(told) for _ in image["image_grid_thw"]],
-    )
-    code, out, err = cli(
-        "qwen_eval.py",
-        "--data_root",
-        small,
-        "--adapter",
-        trained,
-        "--runs",
-        trained.parent,
-        "--name",
-        "generate",
-        "--protocol",
-        "generate",
-        "--list_names",
-        "--wandb",
-        "disabled",
-    )
+    texts = iter(["Rose", "a lenten rose", "mallow\n", "", "tree mallow", "Ball moss."] * 2)
+
+    def scripted(model, processor, inputs, image, max_tokens):
+        return [next(texts) for _ in image["image_grid_thw"]]
+
+    monkeypatch.setattr(answers, "generate", scripted)
+    arguments = ["--data_root", small, "--adapter", trained, "--runs", trained.parent]
+    arguments += ["--name", "generate", "--protocol", "generate", "--list_names"]
+    code, out, err = cli("qwen_eval.py", *arguments, "--wandb", "disabled")
     assert code == 0, err
-    rows = list(csv.DictReader((trained.parent / "generate" / "predictions.csv").open()))
-    assert [r["label"] for r in rows[:6]] == [
-        "rose",
-        "lotus",
-        "ball moss",
-        "tree mallow",
-        "mallow",
-        "globe-flower",
-    ]
-    assert [r["top1"] for r in rows[:6]] == [
-        "rose",
-        "(outside the list)",
-        "mallow",
-        "(outside the list)",
-        "tree mallow",
-        "ball moss",
-    ]
-    assert {r["top2"] for r in rows} == {""}
-    result = json.loads((trained.parent / "generate" / "result.json").read_text())
-    assert (
-        result["test/top1"] == pytest.approx(100 / 6)
-        and result["test/outside_list"] == pytest.approx(100 / 3)
-        and "test/top5" not in result
-    )
+    folder = trained.parent / "generate"
+    rows = read_csv(folder / "predictions.csv")
+    labels = ["rose", "lotus", "ball moss", "tree mallow", "mallow", "globe-flower"]
+    assert [row["label"] for row in rows[:6]] == labels
+    outside = "(outside the list)"
+    matched = ["rose", outside, "mallow", outside, "tree mallow", "ball moss"]
+    assert [row["top1"] for row in rows[:6]] == matched
+    assert {row["top2"] for row in rows} == {""}
+    result = json.loads((folder / "result.json").read_text())
+    assert result["test/top1"] == pytest.approx(100 / 6)
+    assert result["test/outside_list"] == pytest.approx(100 / 3)
+    assert "test/top5" not in result
 
 
 def test_trained_model_generates_what_it_ranks_first(trained, small):
-    model, processor = qwen_models.load("tiny", "cpu", trained)
+    model, processor = load_model("tiny", "cpu", trained)
     flowers = open_flowers(small, holdout=True)
-    image = qwen.patches(
-        processor, qwen.open_images([flowers.files[i] for i in flowers.splits["test"]])
-    )
-    inputs = qwen.encode(processor, BRIEF, image["image_grid_thw"])
-    told = [
-        qwen.match(text, flowers.class_names)
-        for text in qwen.generate(model, processor, inputs, image, 20)
-    ]
-    best = (
-        qwen.rank(model, qwen.NameTree(processor, flowers.class_names), inputs, image)
-        .argmax(1)
-        .tolist()
-    )
-    assert np.mean([a == b for a, b in zip(told, best)]) > 0.9
+    test_files = [flowers.files[i] for i in flowers.splits["test"]]
+    image = patches(processor, open_images(test_files))
+    inputs = encode(processor, BRIEF, image["image_grid_thw"])
+    texts = generate(model, processor, inputs, image, 20)
+    generated = [match(text, flowers.class_names) for text in texts]
+    tree = NameTree(processor, flowers.class_names)
+    first = rank(model, tree, inputs, image).argmax(1).tolist()
+    assert np.mean([a == b for a, b in zip(generated, first)]) > 0.9
 
 
 def test_training_goes_on_where_it_was_killed(small, tmp_path, cli, monkeypatch):
-    arguments = [
-        "--data_root",
-        small,
-        "--model",
-        "tiny",
-        "--epochs",
-        2,
-        "--batch_size",
-        12,
-        "--save_every",
-        2,
-        "--runs",
-        tmp_path,
-        "--wandb",
-        "disabled",
-    ]
+    arguments = ["--data_root", small, "--model", "tiny", "--epochs", 2, "--batch_size", 12]
+    arguments += ["--save_every", 2, "--runs", tmp_path, "--wandb", "disabled"]
     assert cli("qwen_train.py", *arguments, "--name", "whole")[0] == 0
-    save = files.save_tensors
+    save_tensors = files.save_tensors
 
-    def killed(path, state):
-        save(path, state)
+    def save_and_die(path, state):
+        save_tensors(path, state)
         if state["step"] == 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(runs, "save_tensors", killed)
+        m.setattr(training, "save_tensors", save_and_die)
         assert cli("qwen_train.py", *arguments, "--name", "killed")[0] == 130
     code, out, err = cli("qwen_train.py", "--resume", tmp_path / "killed", "--wandb", "disabled")
     assert code == 0 and "after step 4 of 6" in out, err
-    from safetensors.torch import load_file
 
-    whole, resumed = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
-        for name in ("whole", "killed")
-    )
-    assert whole.keys() == resumed.keys() and any("visual" in k for k in whole)
+    adapter_file = "adapter/adapter_model.safetensors"
+    whole = load_file(tmp_path / "whole" / adapter_file)
+    resumed = load_file(tmp_path / "killed" / adapter_file)
+    assert whole.keys() == resumed.keys() and any("visual" in key for key in whole)
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
-    losses = [
-        [r["train/loss"] for r in files.read_lines(tmp_path / name / "metrics.jsonl")]
-        for name in ("whole", "killed")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == 6
+    losses = read_losses(tmp_path / "whole")
+    assert losses == read_losses(tmp_path / "killed") and len(losses) == 6
 
 
 def test_chunks_give_the_same_losses_and_features_are_kept(small, tmp_path, cli, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    arguments = [
-        "--data_root",
-        small,
-        "--model",
-        "tiny",
-        "--also_train",
-        "--epochs",
-        1,
-        "--batch_size",
-        12,
-        "--runs",
-        tmp_path,
-        "--wandb",
-        "disabled",
-    ]
-    losses, before = [], set(small.glob(".cache/qwen-*.npy"))
-    for name, chunk in (("whole", 0), ("chunks", 5)):
-        code, out, err = cli("qwen_train.py", *arguments, "--name", name, "--chunk_size", chunk)
-        assert code == 0 and "vision features once" in out, err
-        losses.append(
-            [r["train/loss"] for r in files.read_lines(tmp_path / name / "metrics.jsonl")]
+    # --also_train without a module: the vision tower is frozen
+    arguments = ["--data_root", small, "--model", "tiny", "--also_train"]
+    arguments += ["--epochs", 1, "--batch_size", 12, "--runs", tmp_path, "--wandb", "disabled"]
+    before = set(small.glob(".cache/qwen-*.npy"))
+    losses = []
+    for name, chunk_size in (("whole", 0), ("chunks", 5)):
+        code, out, err = cli(
+            "qwen_train.py", *arguments, "--name", name, "--chunk_size", chunk_size
         )
+        assert code == 0 and "vision features once" in out, err
+        losses.append(read_losses(tmp_path / name))
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     assert len(set(small.glob(".cache/qwen-*.npy")) - before) == 1
 
 
 def test_described_answers(small, tmp_path, cli, monkeypatch):
-    common = ["--data_root", small, "--model", "tiny", "--runs", tmp_path, "--wandb", "disabled"]
-    code, out, err = cli(
-        "qwen_eval.py",
-        *common,
-        "--describe",
-        "--split",
-        "train",
-        "--name",
-        "words",
-        "--most_tokens",
-        4,
-    )
+    common = ["--data_root", small, "--runs", tmp_path, "--wandb", "disabled"]
+    flowers = open_flowers(small)
+    train = flowers.splits["train"]
+
+    # a generated sentence for each training image ...
+    arguments = ["--model", "tiny", "--describe", "--split", "train", "--most_tokens", 4]
+    code, out, err = cli("qwen_eval.py", *common, *arguments, "--name", "words")
     assert code == 0, err
     captions = tmp_path / "words" / "descriptions.jsonl"
-    flowers = open_flowers(small)
     assert len(captions.read_text().splitlines()) == 36
-    captions.write_text(
-        "".join(
-            json.dumps({"file": flowers.files[i].name, "captions": [f"a disc {i}"]}) + "\n"
-            for i in flowers.splits["train"]
-        )
-    )
-    assert (
-        len(read_captions(captions, tuple(flowers.files[i] for i in flowers.splits["train"]))) == 36
-    )
-    seen, loss = [], qwen.answer_loss
-    monkeypatch.setattr(qwen, "answer_loss", lambda *a: (seen.extend(a[4]), loss(*a))[1])
-    code, out, err = cli(
-        "qwen_train.py",
-        *common,
-        "--answer",
-        "described",
-        "--captions",
-        captions,
-        "--epochs",
-        1,
-        "--batch_size",
-        12,
-        "--name",
-        "train",
-    )
+
+    # ... and in their place sentences that can be told apart
+    rows = [{"file": flowers.files[i].name, "captions": [f"a disc {i}"]} for i in train]
+    files.write_lines(captions, rows)
+    assert len(read_captions(captions, tuple(flowers.files[i] for i in train))) == 36
+    seen = []
+
+    def recording_loss(model, processor, inputs, image, texts):
+        seen.extend(texts)
+        return answer_loss(model, processor, inputs, image, texts)
+
+    monkeypatch.setattr(answers, "answer_loss", recording_loss)
+    arguments = ["--model", "tiny", "--answer", "described", "--captions", captions]
+    arguments += ["--epochs", 1, "--batch_size", 12, "--name", "train"]
+    code, out, err = cli("qwen_train.py", *common, *arguments)
     assert code == 0, err
-    assert sorted(seen) == sorted(
-        f"a disc {i}\n{flowers.class_names[flowers.labels[i]]}" for i in flowers.splits["train"]
-    )
-    code, out, err = cli(
-        "qwen_eval.py",
-        "--data_root",
-        small,
-        "--adapter",
-        tmp_path / "train",
-        "--runs",
-        tmp_path,
-        "--name",
-        "eval",
-        "--images",
-        3,
-        "--most_tokens",
-        6,
-        "--wandb",
-        "disabled",
-    )
+    expected = [f"a disc {i}\n{flowers.class_names[flowers.labels[i]]}" for i in train]
+    assert sorted(seen) == sorted(expected)
+
+    # Names are ranked after the model's own description.
+    arguments = ["--adapter", tmp_path / "train", "--images", 3, "--most_tokens", 6]
+    code, out, err = cli("qwen_eval.py", *common, *arguments, "--name", "eval")
     assert code == 0, err
-    model, processor = qwen_models.load("tiny", "cpu", tmp_path / "train")
+    model, processor = load_model("tiny", "cpu", tmp_path / "train")
+    tree = NameTree(processor, flowers.class_names)
+    path_of = {path.name: path for path in flowers.files}
     for row in files.read_lines(tmp_path / "eval" / "answers.jsonl"):
         assert "\n" not in row["description"]
-        file = next(f for f in flowers.files if f.name == row["file"])
-        image = qwen.patches(processor, qwen.open_images([file]))
-        inputs = qwen.encode(
-            processor,
-            qwen_models.QUESTIONS["described"],
-            image["image_grid_thw"],
-            [row["description"] + "\n"],
-        )
-        sums = qwen.rank(model, qwen.NameTree(processor, flowers.class_names), inputs, image)[0]
+        image = patches(processor, open_images([path_of[row["file"]]]))
+        prefix = row["description"] + "\n"
+        inputs = encode(processor, QUESTIONS["described"], image["image_grid_thw"], [prefix])
+        sums = rank(model, tree, inputs, image)[0]
         np.testing.assert_allclose(row["sum"], sums, atol=1e-3)
 
 
-def test_mistakes_end_in_one_line(trained, small, tmp_path, cli):
+def test_mistakes_end_in_one_line(small, tmp_path, cli):
     common = ["--data_root", small, "--runs", tmp_path, "--wandb", "disabled"]
-    assert "no adapter in" in error_line(
-        cli("qwen_eval.py", *common, "--model", "tiny", "--adapter", tmp_path)
-    )
-    assert "needs the network once" in error_line(
-        cli("qwen_eval.py", *common, "--model", "no/such-model")
-    )
-    assert "go together" in error_line(
-        cli("qwen_train.py", *common, "--model", "tiny", "--answer", "described")
-    )
-    assert "no module of that name" in error_line(
-        cli("qwen_train.py", *common, "--model", "tiny", "--also_train", "towers")
-    )
-    assert "val is empty" in error_line(
-        cli("qwen_eval.py", *common, "--model", "tiny", "--split", "val")
-    ).replace("the val split is", "val is")
-    assert (
-        cli(
-            "qwen_train.py",
-            *common,
-            "--model",
-            "tiny",
-            "--epochs",
-            1,
-            "--batch_size",
-            36,
-            "--name",
-            "all",
-        )[0]
-        == 0
-    )
-    assert "trained on the val images" in error_line(
-        cli("qwen_eval.py", *common, "--adapter", tmp_path / "all", "--holdout")
-    )
+    tiny = [*common, "--model", "tiny"]
+
+    outcome = cli("qwen_eval.py", *tiny, "--adapter", tmp_path)
+    assert "no adapter in" in error_line(outcome)
+    outcome = cli("qwen_eval.py", *common, "--model", "no/such-model")
+    assert "needs the network once" in error_line(outcome)
+    outcome = cli("qwen_train.py", *tiny, "--answer", "described")
+    assert "go together" in error_line(outcome)
+    outcome = cli("qwen_train.py", *tiny, "--also_train", "towers")
+    assert "no module of that name" in error_line(outcome)
+    outcome = cli("qwen_eval.py", *tiny, "--split", "val")
+    assert "the val split is empty" in error_line(outcome)
+
+    arguments = ["--epochs", 1, "--batch_size", 36, "--name", "all"]
+    assert cli("qwen_train.py", *tiny, *arguments)[0] == 0
+    outcome = cli("qwen_eval.py", *common, "--adapter", tmp_path / "all", "--holdout")
+    assert "trained on the val images" in error_line(outcome)
     (tmp_path / "all" / "args.json").write_text("{")
-    assert "args.json is damaged" in error_line(
-        cli("qwen_eval.py", *common, "--adapter", tmp_path / "all")
-    )
+    outcome = cli("qwen_eval.py", *common, "--adapter", tmp_path / "all")
+    assert "args.json is damaged" in error_line(outcome)
     assert not list(tmp_path.glob("tiny-qwen_eval-*/result.json"))

@@ -1,1 +1,22 @@
-"""Qwen-VL: models, prompts, the exact ranking of class names, kept features."""
+"""Qwen-VL names flowers: the generative counterpart of CLIP. Read the modules in this order:
+
+prompts.py    what the model is shown: questions in its chat format, images as patches
+models.py     a model with its processor and adapter; from a prompt to hidden states
+ranking.py    the exact log-likelihood of every class name, in two forward passes
+answers.py    answers in the model's own words: generating, matching, the training loss
+features.py   what the frozen vision tower makes of the images, computed once
+offline.py    models with random weights, made without a download
+memory.py     how many gigabytes to expect
+"""
+
+import sys
+
+# Here, before any module of the package: these libraries are an extra that most users lack.
+try:
+    import peft  # noqa: F401
+    from transformers import AutoModelForImageTextToText, DynamicCache  # noqa: F401
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX  # noqa: F401
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # noqa: F401
+except ImportError as missing:
+    print(f"error: {missing}: Qwen needs pip install -r requirements-qwen.txt", file=sys.stderr)
+    sys.exit(2)
