@@ -62,7 +62,6 @@ def main():
     # -----------------------------------------------------------------------------
     # settings
     processes = devices.start_processes()  # one, unless torchrun started more
-    device = processes.device
     args = parse_arguments(processes.world_size)
     config = resolve(args, processes.world_size)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
@@ -72,8 +71,8 @@ def main():
     # data and model
     with processes.main_first():
         flowers, captions = open_data(config)
-        model = load_model(config.architecture, device)
-        pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
+        model = load_model(config.architecture, processes.device)
+        pixels = to_device(load_pixels(flowers, model.visual.input_resolution), processes.device)
     prepare_model(model, config)
     train_index, eval_index = choose_images(flowers, config)
     texts = make_texts(flowers, captions, config.prompt_template)
@@ -107,11 +106,8 @@ def main():
     tracker = start_tracker(folder, rows, config, processes)
     if processes.is_main:
         files.write_lines(metrics_file, rows)
-        if first_epoch:
-            print(f"resuming {folder} after epoch {first_epoch} of {config.epochs}")
-        steps = f"{len(train_index):,} images, {total_steps:,} steps of {batch_size} on {device}"
-        name = f"{folder}: {config.architecture}, {config.strategy}"
-        print(f"{name}, {steps}; {describe_sizes(model, sizes)}")
+        work = f"{len(train_index):,} images, {total_steps:,} steps of {batch_size}"
+        print_start(folder, first_epoch, work, model, sizes, config)
 
     # -----------------------------------------------------------------------------
     # training loop
@@ -648,8 +644,13 @@ def count_parameters(model: CLIP, flowers: Flowers, config: Config) -> dict[str,
     return sizes
 
 
-def describe_sizes(model: CLIP, sizes: dict[str, int]) -> str:
-    """The parameters of count_parameters in words; of the scale and the head only if trained."""
+def print_start(
+    folder: Path, first_epoch: int, work: str, model: CLIP, sizes: dict[str, int], config: Config
+) -> None:
+    """A line of what is about to be done; `work` is how much of it in images and steps."""
+    if first_epoch > 0:
+        print(f"resuming {folder} after epoch {first_epoch} of {config.epochs}")
+    # The scale and the head are named only if they are trained.
     of_part = {part: sum(p.numel() for p in own) for part, own in towers(model).items()}
     parts = []
     for part in ("image", "text", "scale"):
@@ -658,7 +659,11 @@ def describe_sizes(model: CLIP, sizes: dict[str, int]) -> str:
             parts.append(f"{part} {count:,} of {of_part[part]:,}")
     if sizes["trainable_head"]:
         parts.append(f"head {sizes['trainable_head']:,}")
-    return f"trainable {', '.join(parts)}; {sizes['parameters']:,} parameters"
+    print(
+        f"{folder}: {config.architecture}, {config.strategy}, {work} on "
+        f"{model.logit_scale.device}; trainable {', '.join(parts)}; "
+        f"{sizes['parameters']:,} parameters"
+    )
 
 
 def progress_bar(done: int, total: int, processes: devices.Processes) -> tqdm:
