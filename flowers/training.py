@@ -32,8 +32,9 @@ def learning_rate_factor(step: int, total_steps: int, warmup: float = 0.1) -> fl
     """
     warmup_steps = warmup * total_steps
     rise = (step + 1) / max(1, warmup_steps)
-    progress = max(0.0, step - warmup_steps) / max(1, total_steps - warmup_steps)
-    fall = 0.5 * (1 + math.cos(math.pi * progress))
+    # Half a turn of the cosine over the steps after the warm-up.
+    angle = math.pi * max(0.0, step - warmup_steps) / max(1, total_steps - warmup_steps)
+    fall = 0.5 * (1 + math.cos(angle))
     return min(rise, fall)
 
 
