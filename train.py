@@ -209,7 +209,7 @@ def training_step(
         loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     processes.average_gradients(trained)
-    update(optimizer, trained)
+    update(optimizer, trained)  # with clipped gradients
     if model.logit_scale.requires_grad:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
@@ -279,6 +279,7 @@ class Config:
     def record(self) -> dict:
         """What args.json, result.json and W&B keep: all but how this command was called."""
         settings = {"job": "train"} | asdict(self)
+        # new_run adds the name; a run that is resumed is the same run.
         del settings["name"], settings["resume"]
         return settings
 
@@ -296,7 +297,7 @@ def parse_arguments(processes: int) -> argparse.Namespace:
     folder = Path(args.resume)
     stored = runs.arguments_to_resume(folder, "train")
     if stored is None:
-        raise SystemExit
+        raise SystemExit  # it is finished, which was printed
     if stored.get("processes") != processes:
         raise UserError(
             f"{folder} was begun with {stored.get('processes')} processes: go on with as many, "
@@ -330,6 +331,7 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
         args.positives = "pair" if args.captions else "class"
     if args.lr is None:
         args.lr = RANDOM_LR if from_random else strategies.LEARNING_RATES[args.strategy]
+    # Without --learn_temperature it has no effect, but it is recorded.
     if args.tau_lr is None:
         args.tau_lr = args.lr
     if args.strategy == "linear":
@@ -428,9 +430,9 @@ def make_texts(
     # The templates are used in evaluation even where captions are learned from.
     prompts = evaluate.fill_templates(flowers.class_names, templates)
     if captions:
-        sentences = [sentence for own_captions in captions for sentence in own_captions]
-        count = torch.tensor([len(own_captions) for own_captions in captions])
-        return Texts(tokenize(sentences), first=count.cumsum(0) - count, count=count)
+        tokens = tokenize([sentence for sentences in captions for sentence in sentences])
+        count = torch.tensor([len(sentences) for sentences in captions])
+        return Texts(tokens, first=count.cumsum(0) - count, count=count)
     # The prompts of a class are next to each other.
     labels = torch.tensor(flowers.labels)
     count = torch.full_like(labels, len(templates))
@@ -483,13 +485,16 @@ class TrainingData:
         """
         device = processes.device
         index = self.index[positions]  # (B,)
-        own = processes.part(index)  # the rows that this process encodes
+        local = processes.part(index)  # the rows of the batch that this process encodes
         if self.views is None:
-            images = get_batch(self.pixels, index, device, self.config.augment, generator, own)
+            # Random numbers are drawn for the whole batch, so that all processes stay in step.
+            images = get_batch(self.pixels, index, device, self.config.augment, generator, local)
         else:
+            # The views take turns, one each epoch.
             view = self.views[epoch % len(self.views)]
-            images = view[positions[own].to(view.device)].to(device)
-        rows, text_of_image = torch.unique(text_rows[index[own]], return_inverse=True)
+            images = view[positions[local].to(view.device)].to(device)
+        # Images of one class share their prompt, which is encoded once.
+        rows, text_of_image = torch.unique(text_rows[index[local]], return_inverse=True)
         matches = None
         if self.config.positives == "class":
             matches = same_class(self.labels[index].to(device))
@@ -514,6 +519,7 @@ def compute_views(
     blocks, _ = strategies.cut_points(config.strategy, config.blocks)
     if blocks is None or config.no_cache:
         return None
+    # Without augmentation all views are the same.
     n_views = 1 if config.augment == "none" else config.views
     views = []
     for view in range(n_views):
@@ -552,6 +558,7 @@ def make_encoders(
     image_blocks, text_blocks = strategies.cut_points(config.strategy, config.blocks)
     image_trunk, image_rest = split_image_tower(model, image_blocks)
     text_trunk, text_rest = split_text_tower(model, text_blocks)
+    # Not the text tower: the number of distinct texts differs from step to step.
     if config.compile:
         image_rest = torch.compile(image_rest)
     # A text's feature is read at its end token, which has the highest id.
@@ -588,7 +595,7 @@ def make_optimizer(
 
 def digest_of_frozen_weights(model: CLIP) -> str:
     """A fingerprint of the weights that are not trained, to recognise what a run started from."""
-    state = model.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)  # keeps requires_grad; BatchNorm statistics have none
     fixed = {name: tensor for name, tensor in state.items() if not tensor.requires_grad}
     return frozen.fingerprint(fixed).hex()
 
@@ -615,9 +622,10 @@ def restore(
 def start_tracker(
     folder: Path, rows: list[dict], config: Config, processes: devices.Processes
 ) -> Tracker:
-    """The run in W&B, of the main process only; a resumed run is a new one with the old rows."""
+    """The run in W&B, of the main process only."""
     mode = config.wandb if processes.is_main else "disabled"
     tracker = start_wandb(mode, folder, config.record())
+    # A resumed run is a new one in W&B, and begins with the rows of its first part.
     for row in rows:
         tracker.log(row)
     return tracker
@@ -651,12 +659,12 @@ def print_start(
     if first_epoch > 0:
         print(f"resuming {folder} after epoch {first_epoch} of {config.epochs}")
     # The scale and the head are named only if they are trained.
-    of_part = {part: sum(p.numel() for p in own) for part, own in towers(model).items()}
     parts = []
-    for part in ("image", "text", "scale"):
+    for part, parameters in towers(model).items():
         count = sizes[f"trainable_{part}"]
-        if count or part != "scale":
-            parts.append(f"{part} {count:,} of {of_part[part]:,}")
+        if count > 0 or part != "scale":
+            total = sum(p.numel() for p in parameters)
+            parts.append(f"{part} {count:,} of {total:,}")
     if sizes["trainable_head"]:
         parts.append(f"head {sizes['trainable_head']:,}")
     print(
@@ -757,6 +765,7 @@ def costs(
     n_images: trained on, over all epochs.
     """
     row = {"frozen_seconds": round(frozen_seconds, 2), "train_seconds": round(train_seconds, 2)}
+    # --epochs 0 takes no time.
     if train_seconds:
         row["train_images_per_s"] = round(n_images / train_seconds, 1)
     row["eval_seconds"] = round(eval_seconds, 2)

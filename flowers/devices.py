@@ -75,6 +75,7 @@ class Processes:
 
         The main process alone downloads and fills the caches; the others read them.
         """
+        # Each process waits once: the others before the block, the main process after it.
         if not self.is_main:
             dist.barrier()
         yield
@@ -118,6 +119,7 @@ def start_processes() -> Processes:
     if not dist.is_torchelastic_launched():
         return Processes(0, 1, torch.device("cuda" if on_gpu else "cpu"))
     device = torch.device("cpu")
+    # One GPU for each process of this machine.
     if on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

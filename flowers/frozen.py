@@ -46,10 +46,11 @@ def image_activations(
     """
     device = model.logit_scale.device
     trunk, _ = split_image_tower(model, blocks)
+    # The key says all that the result depends on, so other weights or images have another file.
     tower = model.visual.state_dict(keep_vars=True)
     weights = fingerprint(_frozen_weights(tower, blocks))
     pixel_key = pixels.key(flowers, images.shape[-1])
-    # Without augmentation seed and view make no difference.
+    # Without augmentation, seed and view make no difference.
     random = None if augment == "none" else [seed, view]
     key = cache.key_of(
         "images", weights, pixel_key, index.tolist(), blocks, augment, random, device.type
@@ -76,6 +77,7 @@ def text_activations(
     """
     device = model.logit_scale.device
     trunk, _ = split_text_tower(model, blocks)
+    # All parameters outside the image tower, but for the temperature.
     tower = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not name.startswith("visual.") and name != "logit_scale":
@@ -96,6 +98,7 @@ def text_activations(
 def fingerprint(state: dict[str, torch.Tensor]) -> bytes:
     """SHA-256 of the names, shapes, types and values of a state dict: 32 bytes."""
     digest = hashlib.sha256()
+    # Sorted, because the order of a state dict depends on the order in which modules were made.
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         # As bytes, because numpy has no bf16.
@@ -106,6 +109,7 @@ def fingerprint(state: dict[str, torch.Tensor]) -> bytes:
 
 def _frozen_weights(tower: dict[str, torch.Tensor], blocks: int) -> dict[str, torch.Tensor]:
     """The weights that activations depend on: all of a frozen tower, else those not trained."""
+    # The trained weights of a tower come after the cut.
     if blocks == 0:
         return tower
     return {name: tensor for name, tensor in tower.items() if not tensor.requires_grad}
@@ -137,6 +141,7 @@ def _cached_rows(
     try:
         data = cache.cached_array(path, key, shape, "|u1", as_bytes)
     except OSError as error:
+        # Any other error says by itself what is wrong with the file.
         if error.errno != errno.ENOSPC:
             raise
         raise UserError(
@@ -153,10 +158,12 @@ def _make_room(path: Path, size: int) -> None:
 
     Together they may not exceed MAX_CACHE_BYTES, nor the new one what is free on the disk.
     """
+    # It will be used again: nothing is written.
     if path.exists():
         return
     arrays = sorted(path.parent.glob("frozen-*.npy"), key=lambda file: file.stat().st_mtime)
     total = size + sum(file.stat().st_size for file in arrays)
+    # The oldest first.
     while arrays and (total > MAX_CACHE_BYTES or shutil.disk_usage(path.parent).free < size):
         oldest = arrays.pop(0)
         total -= oldest.stat().st_size

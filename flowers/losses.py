@@ -40,8 +40,8 @@ def info_nce(
         text_positives = matches.t().float()
         image_targets = image_positives / image_positives.sum(dim=1, keepdim=True)
         text_targets = text_positives / text_positives.sum(dim=1, keepdim=True)
-    image_loss = F.cross_entropy(logits, image_targets)
-    text_loss = F.cross_entropy(logits.t(), text_targets)
+    image_loss = F.cross_entropy(logits, image_targets)  # which text for this image?
+    text_loss = F.cross_entropy(logits.t(), text_targets)  # which image for this text?
     return (image_loss + text_loss) / 2
 
 

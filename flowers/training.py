@@ -31,6 +31,7 @@ def learning_rate_factor(step: int, total_steps: int, warmup: float = 0.1) -> fl
     A linear rise over the first `warmup` (a fraction of the steps), then a cosine down to 0.
     """
     warmup_steps = warmup * total_steps
+    # From a step above 0, or the first update would be lost.
     rise = (step + 1) / max(1, warmup_steps)
     # Half a turn of the cosine over the steps after the warm-up.
     angle = math.pi * max(0.0, step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -46,6 +47,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def update(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
     """Clip the gradients of `parameters` to MAX_GRADIENT_NORM, make a step, clear them."""
+    # The norm of all gradients together, as one vector.
     torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
     optimizer.step()
     optimizer.zero_grad()
