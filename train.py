@@ -1,46 +1,33 @@
 """Fine-tune CLIP on Oxford Flowers 102 with InfoNCE and AdamW, and evaluate it once at the end.
 
-    python train.py                                                    # ViT-B/32, 5 epochs, on one GPU
-    python train.py --holdout --eval_every 1 --lr 3e-6                 # to choose settings: val is left out of training, test is not touched
-    python train.py --strategy last_blocks --blocks 2                  # flowers/strategies.py says what each strategy trains
-    torchrun --nproc_per_node=4 train.py                               # four GPUs: each batch is four times --batch_size
-    python train.py --data_root sample --architecture tiny             # any machine, offline, from random weights
-    python train.py --resume runs/NAME                                 # goes on after a kill, to the same result
+    python train.py                                         # ViT-B/32, 5 epochs, on one GPU
+    python train.py --holdout --eval_every 1 --lr 3e-6      # to choose settings: on val, not test
+    python train.py --strategy last_blocks --blocks 2       # see flowers/strategies.py
+    torchrun --nproc_per_node=4 train.py                    # four GPUs, --batch_size images each
+    python train.py --data_root sample --architecture tiny  # any machine, offline, random weights
+    python train.py --resume runs/NAME                      # goes on after a kill, same result
 
-Everything is left in runs/NAME/ (flowers/runs.py lists the files); `python baseline_eval.py --architecture runs/NAME` repeats the number.
+Everything is left in runs/NAME/ (flowers/runs.py lists the files). To repeat the evaluation:
+python baseline_eval.py --architecture runs/NAME
 """
 
 import argparse
 import math
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from flowers import (
-    UserError,
-    command,
-    devices,
-    evaluate,
-    figures,
-    files,
-    frozen,
-    reason,
-    runs,
-    strategies,
-    training,
-)
-from flowers.data import add_data_arguments, open_flowers, select
+from flowers import UserError, command, devices, evaluate, figures, files, frozen, runs, strategies
+from flowers.data import Flowers, add_data_arguments, open_flowers, select
 from flowers.layouts import read_captions
-from flowers.losses import (
-    average_gradients,
-    backward_in_chunks,
-    gather_features,
-    info_nce,
-    same_class,
-)
+from flowers.losses import backward_in_chunks, info_nce, same_class
 from flowers.models import (
+    CLIP,
     RANDOM,
     image_features,
     split_image_tower,
@@ -50,45 +37,799 @@ from flowers.models import (
     towers,
 )
 from flowers.pixels import get_batch, load_pixels, to_device
-from flowers.tracking import log_mistakes, start_wandb
+from flowers.tracking import Tracker, log_mistakes, start_wandb
+from flowers.training import (
+    diverged,
+    learning_rate_factor,
+    load_checkpoint,
+    parameter_groups,
+    save_checkpoint,
+    set_learning_rate,
+    update,
+)
 from flowers.weights import load_model
 
-GRADIENT_NORM = 1.0
-MAX_SCALE = (
-    100.0  # CLIP was trained with the logit scale clamped here (Radford et al. 2021, section 2.5)
-)
+# CLIP was trained with the logit scale clamped here (Radford et al. 2021, section 2.5).
+MAX_LOGIT_SCALE = 100.0
+# For tiny and tiny-rn, which start from random weights.
+RANDOM_LR = 5e-4
+RANDOM_EPOCHS = 19
+DEFAULT_EPOCHS = 5
 
 
 @command
 def main():
+    # -----------------------------------------------------------------------------
+    # settings
+    processes = devices.start_processes()  # one, unless torchrun started more
+    args = parse_arguments(processes.world_size)
+    config = resolve(args, processes.world_size)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    devices.seed_everything(config.seed)
+
+    # -----------------------------------------------------------------------------
+    # data and model
+    with processes.main_first():
+        flowers, captions = open_data(config)
+        model = load_model(config.architecture, processes.device)
+        pixels = to_device(load_pixels(flowers, model.visual.input_resolution), processes.device)
+    prepare_model(model, config)
+    train_index, eval_index = choose_images(flowers, config)
+    texts = make_texts(flowers, captions, config.prompt_template)
+    folder = open_run_folder(flowers, train_index, config, processes)
+
+    # -----------------------------------------------------------------------------
+    # frozen parts: what they make of images and texts never changes, so it is computed once
+    start = time.perf_counter()
+    with processes.main_first():
+        views = compute_views(model, flowers, pixels, train_index, config)
+        text_activations = compute_text_activations(model, flowers, texts, config)
+    frozen_seconds = time.perf_counter() - start
+    encoders = make_encoders(model, views, texts, text_activations, config)
+    data = TrainingData(train_index, torch.tensor(flowers.labels), pixels, views, config)
+
+    # -----------------------------------------------------------------------------
+    # optimiser, and what an interrupted run left
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sizes = count_parameters(model, flowers, config)
+    optimizer = make_optimizer(model, trained, config)
+    batch_size = config.processes * min(config.batch_size, len(train_index) // config.processes)
+    steps_per_epoch = len(train_index) // batch_size
+    total_steps = config.epochs * steps_per_epoch
+    start_digest = digest_of_frozen_weights(model)
+    checkpoint_file, metrics_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
+    first_epoch, seconds = 0, 0.0
+    if config.resume and checkpoint_file.exists():
+        first_epoch, seconds = restore(checkpoint_file, start_digest, trained, optimizer)
+    # Steps after the checkpoint are done again.
+    rows = [row for row in files.read_lines(metrics_file, "epoch") if row["epoch"] <= first_epoch]
+    tracker = start_tracker(folder, rows, config, processes)
+    if processes.is_main:
+        files.write_lines(metrics_file, rows)
+        work = f"{len(train_index):,} images, {total_steps:,} steps of {batch_size}"
+        print_start(folder, first_epoch, work, model, sizes, config)
+
+    # -----------------------------------------------------------------------------
+    # training loop
+    bar = progress_bar(first_epoch * steps_per_epoch, total_steps, processes)
+    for epoch in range(first_epoch, config.epochs):
+        generator = devices.generator(config.seed, epoch)
+        order = torch.randperm(len(train_index), generator=generator)
+        text_rows = texts.draw(generator)  # (N,) one text for each image, anew in each epoch
+        epoch_start = time.perf_counter()
+        for i, positions in enumerate(order.split(batch_size)[:steps_per_epoch]):
+            step_start = time.perf_counter()
+            step = epoch * steps_per_epoch + i
+            factor = learning_rate_factor(step, total_steps)
+            set_learning_rate(optimizer, factor)
+            batch = data.batch(positions, epoch, text_rows, generator, processes)
+            loss = training_step(model, encoders, batch, optimizer, processes, config.chunk_size)
+
+            # The weights are checked once an epoch, before they are saved.
+            weights = list(trained.values()) if i == steps_per_epoch - 1 else []
+            if diverged(loss, weights):
+                raise diverged_error(loss, step, checkpoint_file)
+            row = {
+                "epoch": epoch + 1,
+                "step": step + 1,
+                "train/loss": loss,
+                "train/lr": config.lr * factor,
+                "train/tau": math.exp(-model.logit_scale.item()),
+                "train/images_per_s": batch_size / (time.perf_counter() - step_start),
+            }
+            rows.append(row)
+            tracker.log(row)
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+        seconds += time.perf_counter() - epoch_start
+
+        if not processes.is_main:
+            continue  # the main process evaluates and saves
+        if config.evaluates_after(epoch + 1):
+            head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template)
+            metrics, _ = evaluate_images(model, head, flowers, pixels, eval_index, captions)
+            row = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch}
+            row |= {f"val/{key}": value for key, value in metrics.items()}
+            rows.append(row)
+            tracker.log(row)
+            bar.write(f"epoch {epoch + 1}: val top-1 {metrics['top1']:.2f}%")
+        files.write_lines(metrics_file, rows)
+        progress = {"start": start_digest, "epoch": epoch + 1, "seconds": seconds}
+        save_checkpoint(checkpoint_file, trained, optimizer, **progress)
+    bar.close()
+    if not processes.is_main:
+        return
+
+    # -----------------------------------------------------------------------------
+    # results: of the last epoch, on val if it was held out, else on test, once
+    state, classifier = strategies.export(model)
+    head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template)
+    if config.strategy == "linear":
+        head, classifier, seconds = fit_head(model, head, flowers, data, eval_index)
+    start = time.perf_counter()
+    metrics, probabilities = evaluate_images(model, head, flowers, pixels, eval_index, captions)
+    save_outputs(folder, state, classifier, probabilities, flowers, eval_index, rows)
+    eval_seconds = time.perf_counter() - start
+    n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
+    result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
+    result |= costs(frozen_seconds, seconds, eval_seconds, n_images) | sizes
+    runs.finish(folder, {"name": folder.name} | result | config.record())
+    tracker.log(result)
+    log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, eval_index))
+    tracker.finish()
+    print_results(folder, metrics, result, config)
+
+
+def training_step(
+    model: CLIP,
+    encoders: Sequence[Callable],
+    batch: "Batch",
+    optimizer: torch.optim.Optimizer,
+    processes: devices.Processes,
+    chunk_size: int,
+) -> float:
+    """Update the model with one batch; returns the loss of the batch before the update.
+
+    encoders: make features (B, D) of the batch's images and of its texts.
+    chunk_size: images in memory at a time; 0 for the whole batch.
+    """
+
+    def batch_loss(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+        # (b, D) of this process become (B, D) of all, each image beside its text.
+        images = processes.gather(image_features)
+        texts = processes.gather(text_features.index_select(0, batch.text_of_image))
+        return info_nce(images, texts, model.logit_scale.exp(), batch.matches)
+
+    encode_images, encode_texts = encoders
+    if chunk_size:
+        inputs = [batch.images, batch.text_rows]
+        loss = backward_in_chunks(encoders, inputs, batch_loss, chunk_size)
+    else:
+        loss = batch_loss(encode_images(batch.images), encode_texts(batch.text_rows))
+        loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    processes.average_gradients(trained)
+    update(optimizer, trained)  # with clipped gradients
+    if model.logit_scale.requires_grad:
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+    return loss.item()
+
+
+# -----------------------------------------------------------------------------
+# settings
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run, with nothing left open. --help says what each of them means."""
+
+    # data
+    data_root: str
+    splits_path: str | None  # None: the splits in the folder
+    class_names: str
+    splits: str
+    holdout: bool
+    # model and text
+    architecture: str
+    prompt_template: list[str]
+    captions: str | None  # None: prompts
+    # what is trained
+    strategy: str
+    blocks: int
+    rank: int
+    context_tokens: int
+    classes: str
+    shots: int | None  # None: all images
+    views: int
+    no_cache: bool
+    # loss
+    positives: str
+    temperature: float | None  # None: the model's own
+    learn_temperature: bool
+    tau_lr: float
+    # optimisation
+    epochs: int
+    batch_size: int  # of each process
+    chunk_size: int
+    lr: float
+    wd: float
+    augment: str
+    seed: int
+    compile: bool
+    # run
+    eval_every: int
+    runs: str
+    name: str | None  # None: named after model and time
+    resume: str | None  # None: a new run
+    wandb: str
+    processes: int
+
+    @property
+    def eval_split(self) -> str:
+        """The split that is evaluated."""
+        return "val" if self.holdout else "test"
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether val is evaluated after an epoch (counted from 1)."""
+        if self.eval_every == 0:
+            return False
+        return epoch % self.eval_every == 0 or epoch == self.epochs
+
+    def record(self) -> dict:
+        """What args.json, result.json and W&B keep: all but how this command was called."""
+        settings = {"job": "train"} | asdict(self)
+        # new_run adds the name; a run that is resumed is the same run.
+        del settings["name"], settings["resume"]
+        return settings
+
+
+def parse_arguments(processes: int) -> argparse.Namespace:
+    """The flags of the command line, or with --resume those that the run was started with.
+
+    Ends the program if that run is finished. Raises UserError if there is no run to resume, or if
+    it was started with another number of processes.
+    """
+    parser = make_parser()
+    args = parser.parse_args()
+    if not args.resume:
+        return args
+    folder = Path(args.resume)
+    stored = runs.arguments_to_resume(folder, "train")
+    if stored is None:
+        raise SystemExit  # it is finished, which was printed
+    if stored.get("processes") != processes:
+        raise UserError(
+            f"{folder} was begun with {stored.get('processes')} processes: go on with as many, "
+            "for the same result"
+        )
+    # What the file holds is checked as what a user types.
+    known = {key: value for key, value in stored.items() if key in vars(args)}
+    return parser.parse_args([*runs.as_flags(known), f"--resume={folder}", f"--wandb={args.wandb}"])
+
+
+def resolve(args: argparse.Namespace, processes: int) -> Config:
+    """Fill in the defaults that depend on other flags, and check all values.
+
+    Raises UserError for flags that contradict each other, and for values out of range.
+    """
+    from_random = args.architecture in RANDOM
+    image_blocks, _ = strategies.cut_points(args.strategy, args.blocks)
+
+    # The arguments of a resumed run hold the learned prompt's own template.
+    if args.strategy == "prompt" and not args.resume and (args.captions or args.prompt_template):
+        raise UserError(
+            "--strategy prompt learns the prompt: leave out --captions and --prompt_template"
+        )
+    if args.strategy == "prompt":
+        args.prompt_template = [strategies.context_template(args.context_tokens)]
+    elif not args.prompt_template:
+        args.prompt_template = [evaluate.TEMPLATE]
+    if args.augment is None:
+        args.augment = "crop" if image_blocks is None else "none"
+    if args.positives is None:
+        args.positives = "pair" if args.captions else "class"
+    if args.lr is None:
+        args.lr = RANDOM_LR if from_random else strategies.LEARNING_RATES[args.strategy]
+    # Without --learn_temperature it has no effect, but it is recorded.
+    if args.tau_lr is None:
+        args.tau_lr = args.lr
+    if args.strategy == "linear":
+        args.epochs = 0  # logistic regression has no steps
+    elif args.epochs is None:
+        args.epochs = RANDOM_EPOCHS if from_random else DEFAULT_EPOCHS
+
+    if args.eval_every and not args.holdout:
+        raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
+    at_least_zero = [args.epochs, args.lr, args.tau_lr, args.wd, args.chunk_size]
+    above_zero = [args.views, args.batch_size - 1]
+    above_zero += [value for value in (args.temperature, args.shots) if value is not None]
+    # Comparisons with NaN are false, so it does not pass either.
+    if not (all(v >= 0 for v in at_least_zero) and all(v > 0 for v in above_zero)):
+        raise UserError(
+            "--epochs, --lr, --tau_lr, --wd and --chunk_size must be at least 0, --batch_size at "
+            "least 2, --views at least 1, --shots and --temperature above 0"
+        )
+    if args.strategy == "linear" and args.no_cache:
+        raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
+    return Config(**vars(args), processes=processes)
+
+
+# -----------------------------------------------------------------------------
+# data and model
+
+
+def open_data(config: Config) -> tuple[Flowers, list[list[str]] | None]:
+    """The dataset, and the sentences of each of its images if the training is on captions."""
+    flowers = open_flowers(
+        config.data_root, config.splits_path, config.splits, config.holdout, config.class_names
+    )
+    captions = read_captions(config.captions, flowers.files) if config.captions else None
+    return flowers, captions
+
+
+def prepare_model(model: CLIP, config: Config) -> None:
+    """Freeze what the strategy does not train, and set the temperature."""
+    strategies.prepare(model, config.strategy, config.blocks, config.rank, config.context_tokens)
+    if config.temperature is not None:
+        log_scale = -math.log(config.temperature)  # the model keeps log(1 / tau)
+        torch.nn.init.constant_(model.logit_scale, log_scale)
+    model.logit_scale.requires_grad_(config.learn_temperature)
+
+
+def choose_images(flowers: Flowers, config: Config) -> tuple[torch.Tensor, np.ndarray]:
+    """The images to train on (n,) and those to evaluate (m,), as indices of the dataset's files.
+
+    Raises UserError if there are too few.
+    """
+    n_classes = len(flowers.class_names)
+    train_index = select(
+        flowers.splits["train"],
+        flowers.labels,
+        n_classes,
+        config.classes,
+        config.shots,
+        config.seed,
+    )
+    # A contrastive loss needs a negative.
+    if len(train_index) < 2 * config.processes:
+        raise UserError(
+            f"{len(train_index)} training images are left by --classes {config.classes}: training "
+            "needs two for each process"
+        )
+    eval_index = flowers.splits[config.eval_split]
+    if len(eval_index) == 0:
+        raise UserError("the splits list no image for val: --holdout has nothing to hold out")
+    return torch.from_numpy(train_index), eval_index
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts to train on: those of image i are the rows first[i] ... first[i] + count[i] - 1.
+
+    tokens: (P, L) of all P texts. first, count: (N,) for the N images of the dataset.
+    """
+
+    tokens: torch.Tensor
+    first: torch.Tensor
+    count: torch.Tensor
+
+    def draw(self, generator: torch.Generator) -> torch.Tensor:
+        """A random row for each image, (N,)."""
+        fraction = torch.rand(len(self.first), generator=generator)
+        return self.first + (fraction * self.count).long()
+
+
+def make_texts(
+    flowers: Flowers, captions: list[list[str]] | None, templates: Sequence[str]
+) -> Texts:
+    """The captions of the images, or the prompts of their classes.
+
+    Raises UserError for a template without {}.
+    """
+    # The templates are used in evaluation even where captions are learned from.
+    prompts = evaluate.fill_templates(flowers.class_names, templates)
+    if captions:
+        tokens = tokenize([sentence for sentences in captions for sentence in sentences])
+        count = torch.tensor([len(sentences) for sentences in captions])
+        return Texts(tokens, first=count.cumsum(0) - count, count=count)
+    # The prompts of a class are next to each other.
+    labels = torch.tensor(flowers.labels)
+    count = torch.full_like(labels, len(templates))
+    return Texts(tokenize(prompts), first=labels * count, count=count)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of a training step: B images of all processes together, b of them in this one.
+
+    images: (b, 3, R, R), or what the frozen part of the image tower made of them.
+    text_rows: (p,) rows of Texts, each once, however many images share the text.
+    text_of_image: (b,) which of text_rows belongs to each image.
+    matches: (B, B) bool, which images and texts belong together; None if only the pairs do.
+    """
+
+    images: torch.Tensor
+    text_rows: torch.Tensor
+    text_of_image: torch.Tensor
+    matches: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What batches are made of.
+
+    index: (n,) the training images among the N of the dataset.
+    labels: (N,) int64. pixels: (N, 3, R, R) uint8.
+    views: for each augmented view, what the frozen part of the image tower made of the n training
+    images, (n, ...); None if it is computed at every step, or no part is frozen.
+    """
+
+    index: torch.Tensor
+    labels: torch.Tensor
+    pixels: torch.Tensor
+    views: list[torch.Tensor] | None
+    config: Config
+
+    def batch(
+        self,
+        positions: torch.Tensor,
+        epoch: int,
+        text_rows: torch.Tensor,
+        generator: torch.Generator,
+        processes: devices.Processes,
+    ) -> Batch:
+        """The batch of the training images at `positions` (B,) of `index`.
+
+        text_rows: (N,) the text of each image in this epoch. generator: for the augmentation.
+        """
+        device = processes.device
+        index = self.index[positions]  # (B,)
+        local = processes.part(index)  # the rows of the batch that this process encodes
+        if self.views is None:
+            # Random numbers are drawn for the whole batch, so that all processes stay in step.
+            images = get_batch(self.pixels, index, device, self.config.augment, generator, local)
+        else:
+            # The views take turns, one each epoch.
+            view = self.views[epoch % len(self.views)]
+            images = view[positions[local].to(view.device)].to(device)
+        # Images of one class share their prompt, which is encoded once.
+        rows, text_of_image = torch.unique(text_rows[index[local]], return_inverse=True)
+        matches = None
+        if self.config.positives == "class":
+            matches = same_class(self.labels[index].to(device))
+        return Batch(images, rows.to(device), text_of_image.to(device), matches)
+
+
+# -----------------------------------------------------------------------------
+# frozen parts
+
+
+def compute_views(
+    model: CLIP,
+    flowers: Flowers,
+    pixels: torch.Tensor,
+    train_index: torch.Tensor,
+    config: Config,
+) -> list[torch.Tensor] | None:
+    """What the frozen part of the image tower makes of the training images, (n, ...) for each view.
+
+    None if no part of it is frozen, or with --no_cache.
+    """
+    blocks, _ = strategies.cut_points(config.strategy, config.blocks)
+    if blocks is None or config.no_cache:
+        return None
+    # Without augmentation all views are the same.
+    n_views = 1 if config.augment == "none" else config.views
+    views = []
+    for view in range(n_views):
+        activations = frozen.image_activations(
+            model, flowers, pixels, train_index, blocks, config.augment, config.seed, view
+        )
+        views.append(to_device(activations, model.logit_scale.device))
+    return views
+
+
+def compute_text_activations(
+    model: CLIP, flowers: Flowers, texts: Texts, config: Config
+) -> torch.Tensor | None:
+    """What the frozen part of the text tower makes of all texts, (P, ...).
+
+    None if no part of it is frozen, or with --no_cache.
+    """
+    _, blocks = strategies.cut_points(config.strategy, config.blocks)
+    if blocks is None or config.no_cache:
+        return None
+    if blocks > 0 and config.captions:
+        return None  # (P, L, width) of every caption would not fit into the memory
+    activations = frozen.text_activations(model, flowers, texts.tokens, blocks)
+    return activations.to(model.logit_scale.device)
+
+
+def make_encoders(
+    model: CLIP,
+    views: list[torch.Tensor] | None,
+    texts: Texts,
+    text_activations: torch.Tensor | None,
+    config: Config,
+) -> tuple[Callable, Callable]:
+    """Two functions of a Batch's parts: images -> features (b, D), text_rows (p,) -> (p, D)."""
+    device = model.logit_scale.device
+    image_blocks, text_blocks = strategies.cut_points(config.strategy, config.blocks)
+    image_trunk, image_rest = split_image_tower(model, image_blocks)
+    text_trunk, text_rest = split_text_tower(model, text_blocks)
+    # Not the text tower: the number of distinct texts differs from step to step.
+    if config.compile:
+        image_rest = torch.compile(image_rest)
+    # A text's feature is read at its end token, which has the highest id.
+    ends = texts.tokens.argmax(dim=1).to(device)  # (P,)
+
+    def encode_images(images: torch.Tensor) -> torch.Tensor:
+        activations = image_trunk(images) if views is None else images
+        return image_rest(activations)
+
+    def encode_texts(rows: torch.Tensor) -> torch.Tensor:
+        if text_activations is None:
+            activations = text_trunk(texts.tokens[rows.cpu()].to(device))
+        else:
+            activations = text_activations[rows]
+        return text_rest(activations, ends[rows])
+
+    return encode_images, encode_texts
+
+
+# -----------------------------------------------------------------------------
+# optimiser, and what an interrupted run left
+
+
+def make_optimizer(
+    model: CLIP, trained: dict[str, torch.nn.Parameter], config: Config
+) -> torch.optim.AdamW:
+    """AdamW with the betas and epsilon of CLIP's vision transformers (Radford et al. 2021)."""
+    weights = {name: p for name, p in trained.items() if name != "logit_scale"}
+    groups = parameter_groups(weights, config.lr, config.wd)
+    # The temperature has a learning rate of its own.
+    groups.append({"params": [model.logit_scale], "weight_decay": 0.0, "peak": config.tau_lr})
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def digest_of_frozen_weights(model: CLIP) -> str:
+    """A fingerprint of the weights that are not trained, to recognise what a run started from."""
+    state = model.state_dict(keep_vars=True)  # keeps requires_grad; BatchNorm statistics have none
+    fixed = {name: tensor for name, tensor in state.items() if not tensor.requires_grad}
+    return frozen.fingerprint(fixed).hex()
+
+
+def restore(
+    path: Path,
+    start_digest: str,
+    trained: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[int, float]:
+    """Give model and optimiser what a checkpoint holds; returns its epochs and seconds.
+
+    Raises UserError if it is damaged, or of another run; the program must not go on with the model.
+    """
+    progress = load_checkpoint(path, trained, optimizer)
+    if progress.get("start") != start_digest:
+        raise UserError(f"{path} is not of this run: it started from other weights")
+    try:
+        return int(progress["epoch"]), float(progress["seconds"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise UserError(f"{path} is damaged: it does not say how far the run came") from None
+
+
+def start_tracker(
+    folder: Path, rows: list[dict], config: Config, processes: devices.Processes
+) -> Tracker:
+    """The run in W&B, of the main process only."""
+    mode = config.wandb if processes.is_main else "disabled"
+    tracker = start_wandb(mode, folder, config.record())
+    # A resumed run is a new one in W&B, and begins with the rows of its first part.
+    for row in rows:
+        tracker.log(row)
+    return tracker
+
+
+def open_run_folder(
+    flowers: Flowers, train_index: torch.Tensor, config: Config, processes: devices.Processes
+) -> Path:
+    """The folder of the run, made by the main process unless the run is resumed."""
+    if config.resume:
+        return Path(config.resume)
+    if not processes.is_main:
+        return Path(config.runs)  # the others write nothing
+    splits = flowers.splits | {"train": train_index}
+    return runs.new_run(config.runs, config.name, config.record(), splits)
+
+
+def count_parameters(model: CLIP, flowers: Flowers, config: Config) -> dict[str, int]:
+    """Numbers of parameters, as result.json keeps them: trained ones of each part, and of all."""
+    n_classes = len(flowers.class_names)
+    counts = strategies.count_trainable(model, config.strategy, n_classes)
+    sizes = {f"trainable_{part}": count for part, count in counts.items()}
+    sizes["parameters"] = sum(p.numel() for p in model.parameters())
+    return sizes
+
+
+def print_start(
+    folder: Path, first_epoch: int, work: str, model: CLIP, sizes: dict[str, int], config: Config
+) -> None:
+    """A line of what is about to be done; `work` is how much of it in images and steps."""
+    if first_epoch > 0:
+        print(f"resuming {folder} after epoch {first_epoch} of {config.epochs}")
+    # The scale and the head are named only if they are trained.
+    parts = []
+    for part, parameters in towers(model).items():
+        count = sizes[f"trainable_{part}"]
+        if count > 0 or part != "scale":
+            total = sum(p.numel() for p in parameters)
+            parts.append(f"{part} {count:,} of {total:,}")
+    if sizes["trainable_head"]:
+        parts.append(f"head {sizes['trainable_head']:,}")
+    print(
+        f"{folder}: {config.architecture}, {config.strategy}, {work} on "
+        f"{model.logit_scale.device}; trainable {', '.join(parts)}; "
+        f"{sizes['parameters']:,} parameters"
+    )
+
+
+def progress_bar(done: int, total: int, processes: devices.Processes) -> tqdm:
+    """A bar of steps, hidden if there are none, and in all processes but the main one."""
+    hidden = total == 0 or not processes.is_main
+    return tqdm(total=total, initial=done, unit="step", desc="training", disable=hidden)
+
+
+def diverged_error(loss: float, step: int, checkpoint_file: Path) -> UserError:
+    """What to tell the user whose loss or weights are no longer finite."""
+    return UserError(
+        f"the loss is {loss} at step {step}, or a weight no number after it: lower --lr; "
+        f"the last whole epoch is in {checkpoint_file}"
+    )
+
+
+# -----------------------------------------------------------------------------
+# results
+
+
+def evaluate_images(
+    model: CLIP,
+    head: tuple[torch.Tensor, torch.Tensor],
+    flowers: Flowers,
+    pixels: torch.Tensor,
+    index: np.ndarray,
+    captions: list[list[str]] | None,
+) -> tuple[dict[str, float], torch.Tensor]:
+    """All metrics of the images at `index` (m,) under a head, and their probabilities (m, C).
+
+    head: weight (C, D) and bias (C,). captions: of each image; the first one is for the retrieval
+    of image and sentence.
+    """
+    sentence_features = None
+    if captions:
+        sentence_features = text_features(model, [captions[i][0] for i in index])
+    features = image_features(model, pixels, torch.tensor(index))  # (m, D)
+    return evaluate.evaluate_features(features, head, flowers.labels[index], sentence_features)
+
+
+def fit_head(
+    model: CLIP,
+    zero_shot: tuple[torch.Tensor, torch.Tensor],
+    flowers: Flowers,
+    data: TrainingData,
+    eval_index: np.ndarray,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], dict, float]:
+    """The head of `linear`, the content of classifier.pt, and the seconds that it took.
+
+    C is chosen on val with --holdout, and says so.
+    """
+    start = time.perf_counter()
+    features = torch.cat(data.views).cpu()  # (views * n, D)
+    labels = data.labels[data.index].repeat(len(data.views))
+    val = None
+    if data.config.holdout:
+        val_index = torch.tensor(eval_index)
+        val = image_features(model, data.pixels, val_index), data.labels[val_index]
+    head, c, iterations = strategies.fit_linear(features, labels, zero_shot, val)
+    choice = " (chosen on val)" if val else ""
+    print(f"logistic regression with C = {c:g}{choice}, {iterations} iterations")
+    weight, bias = head
+    classifier = {"weight": weight, "bias": bias, "class_names": list(flowers.class_names)}
+    return head, classifier, time.perf_counter() - start
+
+
+def save_outputs(
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    classifier: dict | None,
+    probabilities: torch.Tensor,
+    flowers: Flowers,
+    eval_index: np.ndarray,
+    rows: list[dict],
+) -> None:
+    """Write model.pt, classifier.pt if the strategy has one, predictions, and pictures."""
+    # First the classifier: a model.pt without it would be evaluated by its prompts.
+    if classifier:
+        files.save_tensors(folder / "classifier.pt", classifier)
+    files.save_tensors(folder / "model.pt", state)
+    evaluate.save_outputs(folder, probabilities, flowers, eval_index)
+    if rows:
+        figures.training_curve(rows, folder / "curve.png")
+
+
+def costs(
+    frozen_seconds: float, train_seconds: float, eval_seconds: float, n_images: int
+) -> dict[str, float]:
+    """Time and memory of the run, as result.json keeps them.
+
+    n_images: trained on, over all epochs.
+    """
+    row = {"frozen_seconds": round(frozen_seconds, 2), "train_seconds": round(train_seconds, 2)}
+    # --epochs 0 takes no time.
+    if train_seconds:
+        row["train_images_per_s"] = round(n_images / train_seconds, 1)
+    row["eval_seconds"] = round(eval_seconds, 2)
+    row["peak_memory_mb"] = devices.peak_memory_mb()
+    return row
+
+
+def print_results(folder: Path, metrics: dict[str, float], result: dict, config: Config) -> None:
+    """A table of the metrics, and a line of the costs."""
+    print(evaluate.format_table({f"{folder.name} ({config.eval_split})": metrics}))
+    print(
+        f"frozen parts {result['frozen_seconds']:.0f} s, training {result['train_seconds']:.0f} s, "
+        f"peak memory {result['peak_memory_mb']:,} MB; results and pictures in {folder}/"
+    )
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of train.py. A default of None is filled in by `resolve`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_data_arguments(parser)
-    group = parser.add_argument_group("model and text")
+    add_model_arguments(parser.add_argument_group("model and text"))
+    add_strategy_arguments(parser.add_argument_group("what is trained"))
+    add_loss_arguments(parser.add_argument_group("loss"))
+    add_optimisation_arguments(parser.add_argument_group("optimisation"))
+    add_run_arguments(parser.add_argument_group("run"))
+    return parser
+
+
+def add_model_arguments(group) -> None:
+    # What the training starts from.
     group.add_argument(
         "--architecture",
         default="ViT-B/32",
-        help="where to start: a name of clip.available_models(), tiny, tiny-rn (a small ResNet), or the path of a state dict or run "
-        "(default: %(default)s)",
+        help="where to start: a name of clip.available_models(), tiny, tiny-rn (a small ResNet), "
+        "or the path of a state dict or run (default: %(default)s)",
     )
+    # What an image is matched with.
     group.add_argument(
         "--prompt_template",
         action="append",
-        help=f"text with {{}} for the class name; with several, training draws one for each image (default: "
-        f"'{evaluate.TEMPLATE}')",
+        help="text with {} for the class name; repeatable: training draws one of them for each "
+        f"image (default: '{evaluate.TEMPLATE}')",
     )
     group.add_argument(
         "--captions",
-        help="captions.jsonl[.gz]: train on a sentence of the image, drawn anew each epoch, instead of the prompt",
+        help="captions.jsonl[.gz]: train on a sentence of the image, drawn anew each epoch, "
+        "instead of the prompt",
     )
-    group = parser.add_argument_group("what is trained")
+
+
+def add_strategy_arguments(group) -> None:
     group.add_argument(
         "--strategy",
         choices=strategies.STRATEGIES,
         default="full",
         help="see flowers/strategies.py (default: %(default)s)",
     )
+    # Each of these belongs to one strategy.
     group.add_argument(
         "--blocks",
         type=int,
@@ -104,34 +845,42 @@ def main():
         default=4,
         help="prompt: learned vectors before the class name (default: %(default)s)",
     )
+    # Which of the training images.
     group.add_argument(
         "--classes",
         choices=["base", "new", "all"],
         default="all",
-        help="train on the first half of the classes, the second, or all; evaluation tells them apart (default: %(default)s)",
+        help="train on the first half of the classes, the second, or all; evaluation tells them "
+        "apart (default: %(default)s)",
     )
     group.add_argument(
-        "--shots", type=int, help="train on so many images a class, drawn by --seed (default: all)"
+        "--shots",
+        type=int,
+        help="train on at most so many images a class, drawn by --seed (default: all)",
     )
+    # Frozen parts, which are computed once.
     group.add_argument(
         "--views",
         type=int,
         default=4,
-        help="augmented views kept of each image, where a frozen part of the image tower is "
-        "computed once and --augment is not none (default: %(default)s)",
+        help="augmented views of each image that a frozen part of the image tower is computed "
+        "for, if --augment is not none (default: %(default)s)",
     )
     group.add_argument(
         "--no_cache",
         action="store_true",
         help="compute frozen parts again at every step, to see what keeping them gains",
     )
-    group = parser.add_argument_group("loss")
+
+
+def add_loss_arguments(group) -> None:
     group.add_argument(
         "--positives",
         choices=["pair", "class"],
-        help="what matches in a batch: each image its own text, or every text of its class (default: class; with "
-        "--captions pair)",
+        help="what matches in a batch: each image its own text, or every text of its class "
+        "(default: class; with --captions pair)",
     )
+    # The temperature tau is 1 / exp(logit_scale).
     group.add_argument(
         "--temperature",
         type=float,
@@ -141,11 +890,15 @@ def main():
         "--learn_temperature", action="store_true", help="train tau too (default: fixed)"
     )
     group.add_argument("--tau_lr", type=float, help="learning rate of log(1/tau) (default: --lr)")
-    group = parser.add_argument_group("optimisation")
+
+
+def add_optimisation_arguments(group) -> None:
+    # Length, and size of a step.
     group.add_argument(
         "--epochs",
         type=int,
-        help="passes over the training images (default: 5; tiny from random weights: 19)",
+        help=f"passes over the training images (default: {DEFAULT_EPOCHS}; tiny from random "
+        f"weights: {RANDOM_EPOCHS})",
     )
     group.add_argument(
         "--batch_size",
@@ -157,13 +910,15 @@ def main():
         "--chunk_size",
         type=int,
         default=0,
-        help="images in memory at a time, for a batch larger than the memory: same gradient, a third slower "
-        "(default: 0, the whole batch)",
+        help="images in memory at a time, for a batch larger than the memory: same gradient, a "
+        "third slower (default: 0, the whole batch)",
     )
+    # AdamW.
     group.add_argument(
         "--lr",
         type=float,
-        help="peak learning rate (default: by strategy, 1e-5 for full; tiny from random weights: 5e-4)",
+        help="peak learning rate (default: by strategy, 1e-5 for full; tiny from random weights: "
+        f"{RANDOM_LR:g})",
     )
     group.add_argument(
         "--wd",
@@ -171,18 +926,23 @@ def main():
         default=0.1,
         help="weight decay, not on biases, norms and the temperature (default: %(default)s)",
     )
+    # Randomness.
     group.add_argument(
         "--augment",
         choices=["none", "flip", "crop"],
-        help="none, mirror, or mirror and random crop (default: crop; none where the image tower's start is frozen)",
+        help="none, mirror, or mirror and random crop (default: crop; none where the image "
+        "tower's start is frozen)",
     )
     group.add_argument(
         "--seed", type=int, default=0, help="of weights, order, augmentation (default: %(default)s)"
     )
+    # Speed.
     group.add_argument(
         "--compile", action="store_true", help="torch.compile of the image tower (CUDA)"
     )
-    group = parser.add_argument_group("run")
+
+
+def add_run_arguments(group) -> None:
     group.add_argument(
         "--eval_every",
         type=int,
@@ -190,390 +950,6 @@ def main():
         help="evaluate val every so many epochs; needs --holdout (default: 0, never)",
     )
     runs.add_run_arguments(group, resume=True)
-    args = parser.parse_args()
-
-    if args.resume:
-        folder = Path(args.resume)
-        stored = runs.arguments_to_resume(folder, "train")
-        if stored is None:
-            return
-        flags = runs.as_flags({k: v for k, v in stored.items() if k in vars(args)})
-        args = parser.parse_args([*flags, f"--resume={folder}", f"--wandb={args.wandb}"])
-    from_random = args.architecture in RANDOM
-    image_blocks, text_blocks = strategies.cut_points(
-        args.strategy, args.blocks
-    )  # where the frozen part of each tower ends
-    if args.strategy == "prompt" and not args.resume and (args.captions or args.prompt_template):
-        raise UserError(
-            "--strategy prompt learns the prompt: leave out --captions and --prompt_template"
-        )
-    args.prompt_template = (
-        [strategies.context_template(args.context_tokens)]
-        if args.strategy == "prompt"
-        else args.prompt_template or [evaluate.TEMPLATE]
-    )
-    args.augment = args.augment or ("crop" if image_blocks is None else "none")
-    args.positives = args.positives or ("pair" if args.captions else "class")
-    args.lr = (
-        args.lr
-        if args.lr is not None
-        else (5e-4 if from_random else strategies.LEARNING_RATES[args.strategy])
-    )
-    args.tau_lr = args.tau_lr if args.tau_lr is not None else args.lr
-    args.epochs = (
-        0
-        if args.strategy == "linear"
-        else args.epochs
-        if args.epochs is not None
-        else (19 if from_random else 5)
-    )
-    if args.eval_every and not args.holdout:
-        raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
-    given = [v for v in (args.temperature, args.shots) if v is not None]
-    if not (
-        min(args.epochs, args.chunk_size) >= 0
-        and args.batch_size > 1
-        and args.views > 0
-        and all(v >= 0 for v in (args.lr, args.tau_lr, args.wd))
-        and all(v > 0 for v in given)
-    ):  # in this form no NaN passes
-        raise UserError(
-            "--epochs, --lr, --tau_lr, --wd and --chunk_size must be at least 0, --batch_size at least 2, --views at least 1, --shots and "
-            "--temperature above 0"
-        )
-    if args.strategy == "linear" and args.no_cache:
-        raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
-
-    # data and model
-    rank, world, device = (
-        devices.processes()
-    )  # one, unless torchrun started more; only rank 0 writes
-    if args.resume and stored.get("processes") != world:
-        raise UserError(
-            f"{folder} was begun with {stored.get('processes')} processes: go on with as many, for the same result"
-        )
-    torch.set_float32_matmul_precision("high")
-    devices.seed_everything(args.seed)
-    with devices.rank_zero_first(rank, world):
-        flowers = open_flowers(
-            args.data_root, args.splits_path, args.splits, args.holdout, args.class_names
-        )
-        captions = read_captions(args.captions, flowers.files) if args.captions else None
-        model = load_model(args.architecture, device)
-        pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
-    strategies.prepare(model, args.strategy, args.blocks, args.rank, args.context_tokens)
-    if args.temperature is not None:
-        torch.nn.init.constant_(model.logit_scale, -math.log(args.temperature))
-    model.logit_scale.requires_grad_(args.learn_temperature)
-    labels = torch.from_numpy(flowers.labels.copy())
-    n_classes = len(flowers.class_names)
-    train = torch.from_numpy(
-        select(
-            flowers.splits["train"], flowers.labels, n_classes, args.classes, args.shots, args.seed
-        )
-    )
-    if len(train) < 2 * world:
-        raise UserError(
-            f"{len(train)} training images are left by --classes {args.classes}: training needs two for each process"
-        )
-    held = "val" if args.holdout else "test"
-    held_index = flowers.splits[held]
-    held_places = torch.from_numpy(held_index.copy())
-    if not len(held_index):
-        raise UserError("the splits list no image for val: --holdout has nothing to hold out")
-    prompts = evaluate.fill_templates(flowers.class_names, args.prompt_template)
-    config = {
-        "job": "train",
-        **{k: v for k, v in vars(args).items() if k not in ("name", "resume")},
-        "processes": world,
-    }
-    if not args.resume:
-        folder = (
-            Path(args.runs)
-            if rank
-            else runs.new_run(args.runs, args.name, config, {**flowers.splits, "train": train})
-        )
-
-    # the texts of image i are rows first[i] ... first[i] + count[i] - 1 of `texts`: prompts of its class, or its own captions
-    if captions:
-        texts = tokenize([sentence for own in captions for sentence in own])
-        count = torch.tensor([len(own) for own in captions])
-        first = count.cumsum(0) - count
-    else:
-        texts = tokenize(prompts)
-        count = torch.full_like(labels, len(args.prompt_template))
-        first = labels * count
-
-    # what the frozen part of each tower makes of them does not change: it is computed once, or with --no_cache at every step
-    image_trunk, image_rest = split_image_tower(model, image_blocks)
-    text_trunk, text_rest = split_text_tower(model, text_blocks)
-    image_rest = torch.compile(image_rest) if args.compile else image_rest
-    start = time.perf_counter()
-    ends, views, kept_texts = texts.argmax(1).to(device), None, None
-    with devices.rank_zero_first(rank, world):
-        if image_blocks is not None and not args.no_cache:
-            views = [
-                to_device(
-                    frozen.image_activations(
-                        model, flowers, pixels, train, image_blocks, args.augment, args.seed, view
-                    ),
-                    device,
-                )
-                for view in range(1 if args.augment == "none" else args.views)
-            ]
-        if (
-            text_blocks == 0 or text_blocks and not captions
-        ) and not args.no_cache:  # activations of every caption would not fit
-            kept_texts = frozen.text_activations(model, flowers, texts, text_blocks).to(device)
-    frozen_seconds = time.perf_counter() - start
-
-    def encode_images(x):
-        return image_rest(image_trunk(x) if views is None else x)
-
-    def encode_texts(rows):
-        return text_rest(
-            text_trunk(texts[rows.cpu()].to(device)) if kept_texts is None else kept_texts[rows],
-            ends[rows],
-        )
-
-    def evaluation(head):
-        sentences = text_features(model, [captions[i][0] for i in held_index]) if captions else None
-        return evaluate.evaluate_features(
-            image_features(model, pixels, held_places), head, flowers.labels[held_index], sentences
-        )
-
-    # optimiser
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n != "logit_scale"]
-    decayed = [p for n, p in named if p.ndim >= 2]
-    others = [p for n, p in named if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": args.wd, "peak": args.lr},
-        {"params": others, "weight_decay": 0.0, "peak": args.lr},
-        {"params": [model.logit_scale], "weight_decay": 0.0, "peak": args.tau_lr},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    per_process = min(args.batch_size, len(train) // world)
-    batch_size, own = per_process * world, slice(rank * per_process, (rank + 1) * per_process)
-    steps_per_epoch = len(train) // batch_size
-    total = args.epochs * steps_per_epoch
-
-    epoch, seconds = 0, 0.0
-    start_key = frozen.fingerprint(
-        {n: t for n, t in model.state_dict(keep_vars=True).items() if not t.requires_grad}
-    ).hex()
-    metrics_file, checkpoint_file = folder / "metrics.jsonl", folder / "checkpoint.pt"
-    if args.resume and checkpoint_file.exists():
-        epoch, seconds = restore(checkpoint_file, start_key, model, optimizer)
-        if rank == 0:
-            print(f"resuming {folder} after epoch {epoch} of {args.epochs}")
-    rows = [
-        row for row in files.read_lines(metrics_file, "epoch") if row["epoch"] <= epoch
-    ]  # what came after the checkpoint is done again
-
-    tracker = start_wandb(args.wandb if rank == 0 else "disabled", folder, config)
-    for row in rows:
-        tracker.log(row)  # a resumed run is a run of its own in W&B
-    counts, parameters = (
-        strategies.count_trainable(model, args.strategy, n_classes),
-        sum(p.numel() for p in model.parameters()),
-    )
-    if rank == 0:
-        files.write_lines(metrics_file, rows)
-        size = {name: sum(p.numel() for p in own) for name, own in towers(model).items()}
-        print(
-            f"{folder}: {args.architecture}, {args.strategy}, {len(train):,} images, {total:,} steps of {batch_size} on {device}; trainable "
-            + ", ".join(
-                f"{name} {n:,}" + (f" of {size[name]:,}" if name in size else "")
-                for name, n in counts.items()
-                if n or name in ("image", "text")
-            )
-            + f"; {parameters:,} parameters"
-        )
-
-    bar = tqdm(
-        total=total,
-        initial=epoch * steps_per_epoch,
-        unit="step",
-        desc="training",
-        disable=rank > 0 or not total,
-    )
-    while epoch < args.epochs:
-        draw = devices.generator(args.seed, epoch)
-        order = torch.randperm(len(train), generator=draw)
-        chosen = first + (torch.rand(len(first), generator=draw) * count).long()
-        epoch_start = time.perf_counter()
-        for i in range(steps_per_epoch):
-            step_start = time.perf_counter()
-            step = epoch * steps_per_epoch + i
-            share = training.learning_rate_factor(step, total)
-            for g in optimizer.param_groups:
-                g["lr"] = g["peak"] * share
-
-            places = order[i * batch_size : (i + 1) * batch_size]
-            index = train[places]
-            if views is None:
-                images = get_batch(pixels, index, device, args.augment, draw, own)
-            else:
-                view = views[epoch % len(views)]
-                images = view[places[own].to(view.device)].to(device)
-            distinct, inverse = (
-                x.to(device) for x in torch.unique(chosen[index[own]], return_inverse=True)
-            )  # a text that occurs twice is encoded once
-            matches = same_class(labels[index].to(device)) if args.positives == "class" else None
-
-            def loss_of(image_features, text_features):
-                return info_nce(
-                    gather_features(image_features),
-                    gather_features(text_features.index_select(0, inverse)),
-                    model.logit_scale.exp(),
-                    matches,
-                )
-
-            if args.chunk_size:
-                loss = backward_in_chunks(
-                    [encode_images, encode_texts], [images, distinct], loss_of, args.chunk_size
-                )
-            else:
-                loss = loss_of(encode_images(images), encode_texts(distinct))
-                loss.backward()
-            trained = [p for p in model.parameters() if p.grad is not None]
-            average_gradients(trained)
-            torch.nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            if args.learn_temperature:
-                with torch.no_grad():
-                    model.logit_scale.clamp_(max=math.log(MAX_SCALE))
-
-            value = loss.item()
-            if (
-                not math.isfinite(value)
-                or i == steps_per_epoch - 1
-                and not all(p.isfinite().all() for p in trained)
-            ):  # no such checkpoint
-                bar.close()
-                raise UserError(
-                    f"the loss is {value} at step {step}, or a weight no number after it: lower --lr; the last whole epoch is in {checkpoint_file}"
-                )
-            rows.append(
-                {
-                    "epoch": epoch + 1,
-                    "step": step + 1,
-                    "train/loss": value,
-                    "train/lr": args.lr * share,
-                    "train/tau": math.exp(-model.logit_scale.item()),
-                    "train/images_per_s": batch_size / (time.perf_counter() - step_start),
-                }
-            )
-            tracker.log(rows[-1])
-            bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
-            bar.update()
-        epoch += 1
-        seconds += time.perf_counter() - epoch_start
-        if rank > 0:
-            continue
-        if args.eval_every and (epoch % args.eval_every == 0 or epoch == args.epochs):
-            metrics, _ = evaluation(
-                evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template)
-            )
-            rows.append(
-                {
-                    "epoch": epoch,
-                    "step": epoch * steps_per_epoch,
-                    **{f"val/{k}": v for k, v in metrics.items()},
-                }
-            )
-            tracker.log(rows[-1])
-            bar.write(f"epoch {epoch}: val top-1 {metrics['top1']:.2f}%")
-        files.write_lines(metrics_file, rows)
-        files.save_tensors(
-            checkpoint_file,
-            {
-                "model": {n: p for n, p in model.named_parameters() if p.requires_grad},
-                "start": start_key,
-                "optimizer": optimizer.state_dict(),
-                "epoch": epoch,
-                "seconds": seconds,
-            },
-        )
-    bar.close()
-    if rank > 0:
-        return
-
-    # the last epoch is the result: val if it was held out, else test, once
-    state, classifier = strategies.export(model)
-    head = evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template)
-    if args.strategy == "linear":
-        start = time.perf_counter()
-        features = torch.cat(views).cpu()
-        val = (
-            (image_features(model, pixels, held_places), labels[held_places])
-            if args.holdout
-            else None
-        )
-        head, c, iterations = strategies.fit_linear(
-            features, labels[train].repeat(len(features) // len(train)), head, val
-        )
-        classifier = {"weight": head[0], "bias": head[1], "class_names": list(flowers.class_names)}
-        seconds = time.perf_counter() - start
-        print(
-            f"logistic regression with C = {c:g}{' (chosen on val)' if val else ''}, {iterations} iterations"
-        )
-    start = time.perf_counter()
-    metrics, probabilities = evaluation(head)
-    if classifier:
-        files.save_tensors(
-            folder / "classifier.pt", classifier
-        )  # first: a model.pt without it would be evaluated by its prompts
-    files.save_tensors(folder / "model.pt", state)
-    evaluate.save_outputs(folder, probabilities, flowers, held_index)
-    if rows:
-        figures.training_curve(rows, folder / "curve.png")
-    result = {
-        **{f"{held}/{k}": v for k, v in metrics.items()},
-        "frozen_seconds": round(frozen_seconds, 2),
-        "train_seconds": round(seconds, 2),
-        **(
-            {
-                "train_images_per_s": round(
-                    max(args.epochs * steps_per_epoch * batch_size, len(train)) / seconds, 1
-                )
-            }
-            if seconds
-            else {}
-        ),
-        "eval_seconds": round(time.perf_counter() - start, 2),
-        "peak_memory_mb": devices.peak_memory_mb(),
-        **{f"trainable_{name}": n for name, n in counts.items()},
-        "parameters": parameters,
-    }
-    runs.finish(folder, {"name": folder.name, **result, **config})
-    tracker.log(result)
-    log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, held_index))
-    tracker.finish()
-    print(evaluate.format_table({f"{folder.name} ({held})": metrics}))
-    print(
-        f"frozen parts {frozen_seconds:.0f} s, training {seconds:.0f} s, peak memory {result['peak_memory_mb']:,} MB; results and pictures in {folder}/"
-    )
-
-
-def restore(
-    path: Path, start_key: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
-    """Give model and optimizer what a checkpoint holds; returns its epochs and seconds. Raises UserError if it is damaged, or of another run."""
-    checkpoint = files.load_tensors(path)
-    try:
-        if set(checkpoint["model"]) != {n for n, p in model.named_parameters() if p.requires_grad}:
-            raise ValueError("it trains other parameters")
-        if checkpoint["start"] != start_key:
-            raise ValueError("it started from other weights")
-        model.load_state_dict(checkpoint["model"], strict=False)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        return int(checkpoint["epoch"]), float(checkpoint["seconds"])
-    except Exception as error:  # torch raises many kinds at what it did not expect
-        raise UserError(
-            f"{path} is not of this run: {type(error).__name__} {reason(error)}"
-        ) from None
 
 
 if __name__ == "__main__":

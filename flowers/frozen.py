@@ -1,7 +1,8 @@
-"""What the frozen part of a model makes of images and texts: computed once, kept in `.cache/`, used by every epoch and every run.
+"""What the frozen part of a model makes of images and texts: computed once, kept in `.cache/`.
 
-A kept array has the precision that the model computes in (fp32 on a CPU, bf16 under autocast), so that training from it gives the
-losses and gradients of training without it.
+Every epoch and every run reads it from there. The arrays have the precision that the model computes
+in (fp32 on a CPU, bf16 under autocast), so training from them gives the losses and gradients of
+training without them.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from flowers import UserError, cache, devices, pixels
 from flowers.data import Flowers
 from flowers.models import progress_chunks, split_image_tower, split_text_tower
 
-MOST_BYTES = 50 << 30  # kept in one cache folder; beyond it what was used least recently goes
+# In one cache folder, 50 GiB; beyond it the least recently used arrays are removed.
+MAX_CACHE_BYTES = 50 << 30
 
 
 def image_activations(
@@ -33,111 +35,136 @@ def image_activations(
     seed: int = 0,
     view: int = 0,
 ) -> torch.Tensor:
-    """What enters the last `blocks` blocks of the image tower, (n, tokens, width) or (n, channels, side, side), for the images at index (n,).
+    """What enters the last `blocks` blocks of the image tower, for the images at `index` (n,).
 
-    blocks = 0: the features (n, D), of length 1. images: the dataset's pixels, (N, 3, R, R); augment, seed and view say which augmented view.
+    Returns (n, tokens, width), of a ResNet (n, channels, side, side); with blocks = 0 the features
+    (n, D), of length 1.
+
+    images: the pixels of the dataset, (N, 3, R, R) uint8.
+    augment, seed, view: how the images are augmented; each view is another random augmentation.
     Raises UserError if the disk is full.
     """
     device = model.logit_scale.device
     trunk, _ = split_image_tower(model, blocks)
-    frozen = {
-        n: t
-        for n, t in model.visual.state_dict(keep_vars=True).items()
-        if blocks == 0 or not t.requires_grad
-    }
+    # The key says all that the result depends on, so other weights or images have another file.
+    tower = model.visual.state_dict(keep_vars=True)
+    weights = fingerprint(_frozen_weights(tower, blocks))
+    pixel_key = pixels.key(flowers, images.shape[-1])
+    # Without augmentation, seed and view make no difference.
+    random = None if augment == "none" else [seed, view]
     key = cache.key_of(
-        "images",
-        fingerprint(frozen),
-        pixels.key(flowers, images.shape[-1]),
-        index.tolist(),
-        blocks,
-        augment,
-        [seed, view] if augment != "none" else None,
-        device.type,
+        "images", weights, pixel_key, index.tolist(), blocks, augment, random, device.type
     )
 
-    def compute():
-        draw = devices.generator(seed, view)
+    def activations() -> Iterator[torch.Tensor]:
+        generator = devices.generator(seed, view)
         for part in progress_chunks(index, "encoding images"):
-            yield trunk(pixels.get_batch(images, part, device, augment, draw))
+            yield trunk(pixels.get_batch(images, part, device, augment, generator))
 
-    return _kept(
-        flowers.root,
-        key,
-        len(index),
-        lambda: trunk(pixels.get_batch(images, index[:1], device)),
-        compute,
-    )
+    def first_row() -> torch.Tensor:
+        return trunk(pixels.get_batch(images, index[:1], device))
+
+    return _cached_rows(flowers.root, key, len(index), first_row, activations)
 
 
 def text_activations(
     model: CLIP, flowers: Flowers, tokens: torch.Tensor, blocks: int = 0
 ) -> torch.Tensor:
-    """The same for texts (P, L): what enters the last `blocks` blocks of the text tower, (P, L, width), or with 0 the features (P, D)."""
+    """What enters the last `blocks` blocks of the text tower, for the texts `tokens` (P, L).
+
+    Returns (P, L, width); with blocks = 0 the features (P, D), of length 1.
+    Raises UserError if the disk is full.
+    """
     device = model.logit_scale.device
     trunk, _ = split_text_tower(model, blocks)
-    frozen = {
-        n: t
-        for n, t in model.state_dict(keep_vars=True).items()
-        if not n.startswith("visual.")
-        and n != "logit_scale"
-        and (blocks == 0 or not t.requires_grad)
-    }
-    key = cache.key_of(
-        "texts", fingerprint(frozen), fingerprint({"tokens": tokens}), blocks, device.type
-    )
-    return _kept(
-        flowers.root,
-        key,
-        len(tokens),
-        lambda: trunk(tokens[:1].to(device)),
-        lambda: (trunk(part.to(device)) for part in progress_chunks(tokens, "encoding texts")),
-    )
+    # All parameters outside the image tower, but for the temperature.
+    tower = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not name.startswith("visual.") and name != "logit_scale":
+            tower[name] = tensor
+    weights = fingerprint(_frozen_weights(tower, blocks))
+    key = cache.key_of("texts", weights, fingerprint({"tokens": tokens}), blocks, device.type)
+
+    def activations() -> Iterator[torch.Tensor]:
+        for part in progress_chunks(tokens, "encoding texts"):
+            yield trunk(part.to(device))
+
+    def first_row() -> torch.Tensor:
+        return trunk(tokens[:1].to(device))
+
+    return _cached_rows(flowers.root, key, len(tokens), first_row, activations)
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> bytes:
-    """SHA-256 of names, shapes and values."""
+    """SHA-256 of the names, shapes, types and values of a state dict: 32 bytes."""
     digest = hashlib.sha256()
+    # Sorted, because the order of a state dict depends on the order in which modules were made.
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        # As bytes, because numpy has no bf16.
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
     return digest.digest()
 
 
+def _frozen_weights(tower: dict[str, torch.Tensor], blocks: int) -> dict[str, torch.Tensor]:
+    """The weights that activations depend on: all of a frozen tower, else those not trained."""
+    # The trained weights of a tower come after the cut.
+    if blocks == 0:
+        return tower
+    return {name: tensor for name, tensor in tower.items() if not tensor.requires_grad}
+
+
 @torch.inference_mode()
-def _kept(
-    root: Path, key: bytes, n: int, one: Callable[[], torch.Tensor], compute: Callable
+def _cached_rows(
+    root: Path,
+    key: bytes,
+    n: int,
+    first_row: Callable[[], torch.Tensor],
+    activations: Callable[[], Iterable[torch.Tensor]],
 ) -> torch.Tensor:
-    """The rows that compute() yields in pieces, (n, ...), memory-mapped from the cache; `one` makes a first row, to know shape and precision."""
-    row = one()
-    shape = (n, *row.shape[1:-1], row.shape[-1] * row.element_size())  # as bytes: numpy has no bf16
+    """The n rows that activations() yields in pieces, (n, ...), memory-mapped from the cache.
+
+    first_row: makes one row, (1, ...), which tells the shape and the precision.
+    """
+    row = first_row()
+    # Stored as bytes, because numpy has no bf16.
+    shape = (n, *row.shape[1:-1], row.shape[-1] * row.element_size())
+    size = int(np.prod(shape))
     path = cache.cache_folder(root) / f"frozen-{key.hex()[:16]}.npy"
-    _make_room(path, int(np.prod(shape)))
+    _make_room(path, size)
+
+    def as_bytes() -> Iterator[np.ndarray]:
+        for piece in activations():
+            yield piece.cpu().contiguous().view(torch.uint8).numpy()
+
     try:
-        data = cache.cached_array(
-            path,
-            key,
-            shape,
-            "|u1",
-            lambda: (piece.cpu().contiguous().view(torch.uint8).numpy() for piece in compute()),
-        )
+        data = cache.cached_array(path, key, shape, "|u1", as_bytes)
     except OSError as error:
+        # Any other error says by itself what is wrong with the file.
         if error.errno != errno.ENOSPC:
             raise
         raise UserError(
-            f"{path.parent} has no room for {np.prod(shape) / 2**30:.1f} GiB: free some, or use --no_cache"
+            f"{path.parent} has no room for {size / 2**30:.1f} GiB: free some, or use --no_cache"
         ) from None
-    with contextlib.suppress(PermissionError):  # of another user's file
+    # The time of the last use, for _make_room. A file of another user keeps its own.
+    with contextlib.suppress(PermissionError):
         os.utime(path)
     return torch.from_numpy(data).view(row.dtype)
 
 
 def _make_room(path: Path, size: int) -> None:
-    """Remove what was used least recently, if the kept arrays and a new one of `size` bytes exceed MOST_BYTES or the disk."""
+    """Remove the least recently used arrays until a new one of `size` bytes fits.
+
+    Together they may not exceed MAX_CACHE_BYTES, nor the new one what is free on the disk.
+    """
+    # It will be used again: nothing is written.
     if path.exists():
         return
-    kept = sorted(path.parent.glob("frozen-*.npy"), key=lambda p: p.stat().st_mtime)
-    total = size + sum(p.stat().st_size for p in kept)
-    while kept and (total > MOST_BYTES or shutil.disk_usage(path.parent).free < size):
-        total -= kept[0].stat().st_size
-        kept.pop(0).unlink(missing_ok=True)
+    arrays = sorted(path.parent.glob("frozen-*.npy"), key=lambda file: file.stat().st_mtime)
+    total = size + sum(file.stat().st_size for file in arrays)
+    # The oldest first.
+    while arrays and (total > MAX_CACHE_BYTES or shutil.disk_usage(path.parent).free < size):
+        oldest = arrays.pop(0)
+        total -= oldest.stat().st_size
+        oldest.unlink(missing_ok=True)

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
 
 
 def info_nce(
@@ -18,72 +16,73 @@ def info_nce(
 
     With s_ij the cosine of image i and text j, and tau = 1 / logit_scale, the plain form is
 
-        L = -1/2N sum_i [ log exp(s_ii / tau) / sum_j exp(s_ij / tau)  +  log exp(s_ii / tau) / sum_j exp(s_ji / tau) ]
+        L = -1/2N sum_i [ log exp(s_ii / tau) / sum_j exp(s_ij / tau)
+                        + log exp(s_ii / tau) / sum_j exp(s_ji / tau) ]
 
-    so each of the N pairs is told from N^2 - N others (van den Oord et al. 2018; both directions as in CLIP, Radford et al. 2021).
-    `matches` (N, N) bool says which pairs belong together when that is not just the diagonal: the log-likelihood is then averaged
-    over the matches of a row, and of a column (UniCL, Yang et al. 2022; L_out of SupCon, Khosla et al. 2020). Where the texts of a class
-    are all the same this equals the plain form: only with several prompts, or captions, does it make a difference.
+    (van den Oord et al. 2018; both directions as in CLIP, Radford et al. 2021). Each pair is
+    contrasted with all others of the batch.
 
-    image_features, text_features: (N, D), of length 1.
+    With `matches` the log-likelihood is averaged over all matches of a row, and of a column (UniCL,
+    Yang et al. 2022; L_out of SupCon, Khosla et al. 2020). Where all texts of a class are the same
+    this equals the plain form. With several prompts or captions for a class it does not.
+
+    image_features, text_features: (N, D), rows of length 1.
+    matches: (N, N) bool, whether image i and text j belong together; by default the diagonal.
     """
-    logits = logit_scale * image_features @ text_features.t()
+    logits = logit_scale * image_features @ text_features.t()  # (N, N), a row for each image
     if matches is None:
-        target = text_target = torch.arange(len(logits), device=logits.device)
+        # cross_entropy takes the index of the one right column.
+        image_targets = torch.arange(len(logits), device=logits.device)
+        text_targets = image_targets
     else:
-        target, text_target = (
-            m / m.sum(1, keepdim=True) for m in (matches.float(), matches.t().float())
-        )
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), text_target)) / 2
+        # Each row of the targets is a distribution: equal probabilities for all matches.
+        image_positives = matches.float()
+        text_positives = matches.t().float()
+        image_targets = image_positives / image_positives.sum(dim=1, keepdim=True)
+        text_targets = text_positives / text_positives.sum(dim=1, keepdim=True)
+    image_loss = F.cross_entropy(logits, image_targets)  # which text for this image?
+    text_loss = F.cross_entropy(logits.t(), text_targets)  # which image for this text?
+    return (image_loss + text_loss) / 2
 
 
 def same_class(labels: torch.Tensor) -> torch.Tensor:
-    """Which pairs of a batch share their class: (N,) -> (N, N) bool. At batch 64 every second flower has a classmate there."""
+    """Which pairs of a batch share their class: labels (N,) -> (N, N) bool."""
     return labels[:, None] == labels[None, :]
 
 
 def backward_in_chunks(
-    encoders: Sequence[Callable], inputs: Sequence[torch.Tensor], loss_of: Callable, chunk: int
+    encoders: Sequence[Callable],
+    inputs: Sequence[torch.Tensor],
+    loss_of: Callable,
+    chunk_size: int,
 ) -> torch.Tensor:
-    """Backpropagate loss_of(*features) while the graph of only `chunk` inputs is held at a time; returns the loss.
+    """Backpropagate loss_of(*features), the graph of one chunk at a time; returns the loss.
 
-    Every feature is computed once without a graph; the loss of the whole batch gives the gradient at the features; then each chunk is
-    encoded again, with a graph, and takes its share of it. The gradient is that of the whole batch, as each feature depends on its own
-    input alone, at the price of a second forward pass (GradCache: Gao et al. 2021, arXiv 2101.06983).
+    GradCache (Gao et al. 2021, arXiv 2101.06983). The gradient is that of the whole batch, because
+    a feature depends on its own input alone. The price is a second forward pass.
 
-    encoders: one function (B, ...) -> (B, D) for each tensor of `inputs`; loss_of: features of each -> scalar.
+    encoders: for each tensor of `inputs` a function (B, ...) -> (B, D).
+    loss_of: takes the features of each, (B, D), and returns a scalar.
+    chunk_size: inputs whose graph is in memory at a time.
     """
-    chunks = [x.split(chunk) for x in inputs]
+    chunked_inputs = [tensor.split(chunk_size) for tensor in inputs]
+
+    # 1. All features, without a graph.
+    features = []
     with torch.no_grad():
-        features = [
-            torch.cat([encode(part) for part in parts]) for encode, parts in zip(encoders, chunks)
-        ]
-    features = [f.requires_grad_() for f in features]
+        for encode, chunks in zip(encoders, chunked_inputs):
+            features.append(torch.cat([encode(chunk) for chunk in chunks]))
+
+    # 2. The loss of the whole batch gives the gradient at the features.
+    features = [feature.requires_grad_() for feature in features]
     loss = loss_of(*features)
     loss.backward()
-    for encode, parts, feature in zip(encoders, chunks, features):
-        for part, grad in zip(parts, feature.grad.split(chunk)):
-            encoded = encode(part)
-            if not encoded.requires_grad:
+
+    # 3. Each chunk is encoded again, with a graph, and takes its part of that gradient.
+    for encode, chunks, feature in zip(encoders, chunked_inputs, features):
+        for chunk, gradient in zip(chunks, feature.grad.split(chunk_size)):
+            chunk_features = encode(chunk)
+            if not chunk_features.requires_grad:
                 break  # a frozen encoder has nothing to learn
-            encoded.backward(grad)
+            chunk_features.backward(gradient)
     return loss.detach()
-
-
-def gather_features(features: torch.Tensor) -> torch.Tensor:
-    """The features (B, D) of all processes as (processes * B, D), gradients included; with one process, the same features."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return features
-    return torch.cat(all_gather(features.contiguous()))
-
-
-def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all processes, in one exchange. As each process has the loss of the whole batch, and gather
-    sums what comes back to a feature, the mean is the gradient of one process with the whole batch; it works with chunks too."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters])
-        dist.all_reduce(flat)
-        for p, mean in zip(
-            parameters, (flat / dist.get_world_size()).split([p.numel() for p in parameters])
-        ):
-            p.grad.copy_(mean.view_as(p))

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
-from flowers import UserError, reason
-from flowers.files import load_tensors, save_tensors
+from flowers import UserError, files, reason
 
 MAX_GRADIENT_NORM = 1.0
 
 
 def parameter_groups(parameters: Mapping[str, torch.Tensor], lr: float, wd: float) -> list[dict]:
-    """The parameter groups of AdamW: weight decay on matrices and kernels, none on biases and norms.
+    """The parameter groups of AdamW: weight decay on matrices and kernels only.
 
     parameters: by name. lr: the peak learning rate, kept as `peak` for set_learning_rate.
     """
+    # Biases and the weights of norms are vectors.
     decayed = [p for p in parameters.values() if p.ndim >= 2]
     not_decayed = [p for p in parameters.values() if p.ndim < 2]
     return [
@@ -28,12 +28,14 @@ def parameter_groups(parameters: Mapping[str, torch.Tensor], lr: float, wd: floa
 def learning_rate_factor(step: int, total_steps: int, warmup: float = 0.1) -> float:
     """What the peak learning rate is multiplied by at a step (0-based).
 
-    A linear rise over the first `warmup` (a share of the steps), then a cosine down to 0.
+    A linear rise over the first `warmup` (a fraction of the steps), then a cosine down to 0.
     """
     warmup_steps = warmup * total_steps
+    # From a step above 0, or the first update would be lost.
     rise = (step + 1) / max(1, warmup_steps)
-    progress = max(0.0, step - warmup_steps) / max(1, total_steps - warmup_steps)
-    fall = 0.5 * (1 + math.cos(math.pi * progress))
+    # Half a turn of the cosine over the steps after the warm-up.
+    angle = math.pi * max(0.0, step - warmup_steps) / max(1, total_steps - warmup_steps)
+    fall = 0.5 * (1 + math.cos(angle))
     return min(rise, fall)
 
 
@@ -45,13 +47,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def update(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
     """Clip the gradients of `parameters` to MAX_GRADIENT_NORM, make a step, clear them."""
+    # The norm of all gradients together, as one vector.
     torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
     optimizer.step()
     optimizer.zero_grad()
 
 
 def diverged(loss: float, parameters: Sequence[torch.Tensor] = ()) -> bool:
-    """Whether the loss, or one of the weights, is no finite number."""
+    """Whether the loss, or one of the weights, is not a finite number."""
     if not math.isfinite(loss):
         return True
     return not all(bool(p.isfinite().all()) for p in parameters)
@@ -68,8 +71,9 @@ def save_checkpoint(
     progress: numbers and texts, such as the epoch, the seconds, or the digest of the start.
     Raises OSError on a full disk, and leaves nothing half-written.
     """
-    state = {"model": {name: p.detach() for name, p in parameters.items()}}
-    save_tensors(path, state | {"optimizer": optimizer.state_dict()} | progress)
+    weights = {name: p.detach() for name, p in parameters.items()}
+    state = {"model": weights, "optimizer": optimizer.state_dict(), **progress}
+    files.save_tensors(path, state)
 
 
 def load_checkpoint(
@@ -79,17 +83,21 @@ def load_checkpoint(
 
     Raises UserError if it is damaged, or of a run that trains other parameters.
     """
-    checkpoint = load_tensors(path)
-    # Optimiser state brings its own parameter groups, without `peak` where it is from before.
+    checkpoint = files.load_tensors(path)
+    # Optimiser state brings its own parameter groups. Before the schedule was shared, those of
+    # qwen_train.py had no `peak`, so this run's own is kept.
     peaks = [group["peak"] for group in optimizer.param_groups]
     try:
-        # qwen_train.py said `trained` once.
-        saved = checkpoint.pop("model" if "model" in checkpoint else "trained")
-        if set(saved) != set(parameters):
+        # Checkpoints of qwen_train.py once called the weights `trained`.
+        weights = checkpoint.pop("model" if "model" in checkpoint else "trained")
+        if set(weights) != set(parameters):
             raise ValueError("it trains other parameters")
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
+                # copy_ alone would broadcast a smaller tensor.
+                if weights[name].shape != parameter.shape:
+                    raise ValueError(f"{name} has another shape")
+                parameter.copy_(weights[name])
         optimizer.load_state_dict(checkpoint.pop("optimizer"))
     except Exception as error:  # torch raises many kinds at what it did not expect
         raise UserError(

@@ -29,7 +29,7 @@ from PIL import Image
 from test_report import write_run
 from test_web import html, pictures
 
-from flowers import UserError, cache, evaluate, files, pixels, runs, strategies, weights
+from flowers import UserError, cache, evaluate, files, pixels, runs, strategies, training, weights
 from flowers.data import open_flowers
 from flowers.gallery import data as gallery
 from flowers.layouts import read_captions
@@ -672,7 +672,8 @@ def test_checkpoints(survive, count, tmp_path):
         runpy.run_path(str(ROOT / "train.py"), run_name="train")["restore"],
         torch.nn.Linear(4, 3),
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trained = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(training.parameter_groups(trained, lr=1e-3, wd=0.01), lr=1e-3)
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     state = {
@@ -695,7 +696,7 @@ def test_checkpoints(survive, count, tmp_path):
 
     def read(data):
         (tmp_path / "checkpoint.pt").write_bytes(data)
-        done = restore(tmp_path / "checkpoint.pt", "abc", model, optimizer)
+        done = restore(tmp_path / "checkpoint.pt", "abc", trained, optimizer)
         optimizer.step()  # with what it was given
         return done, {n: p.detach().clone() for n, p in model.named_parameters()}
 

@@ -1,4 +1,8 @@
-"""Strategies: only what is named changes, frozen parts computed once change nothing, and every export is evaluated to the same answer."""
+"""What each strategy trains, keeps and leaves behind.
+
+Only what a strategy names changes, frozen parts computed once change nothing, every export is
+evaluated to the same answers, and two processes train as one.
+"""
 
 import json
 import os
@@ -13,43 +17,49 @@ import torch
 from conftest import ROOT, error_line
 from sklearn.linear_model import LogisticRegression
 
-from flowers import devices, evaluate, files, frozen, models, runs, strategies, weights
+from flowers import devices, evaluate, files, frozen, models, strategies, weights
 from flowers.data import open_flowers, select
 from flowers.losses import info_nce
 from flowers.pixels import load_pixels
 
-COMMON = ("--batch_size", 12, "--wandb", "disabled")
-VIT_LAST, RN_LAST = "visual.transformer.resblocks.3.", "visual.layer4.0."
-NAMED = {  # beginnings of the names that may change, for tiny and tiny-rn
+NO_WANDB = ("--wandb", "disabled")
+COMMON = ("--batch_size", 12, *NO_WANDB)
+
+# The beginnings of the names of weights that may change, in tiny and in tiny-rn.
+LAST_VIT_BLOCK, LAST_RESNET_BLOCK = "visual.transformer.resblocks.3.", "visual.layer4.0."
+TEXT_TOWER = (
+    "transformer.",
+    "token_embedding.",
+    "positional_embedding",
+    "ln_final.",
+    "text_projection",
+)
+LAST_BLOCKS = (
+    LAST_VIT_BLOCK,
+    "visual.proj",
+    LAST_RESNET_BLOCK,
+    "visual.attnpool.",
+    "transformer.resblocks.1.",
+    "text_projection",
+)
+BLOCK_MATRICES = (
+    "attn.in_proj_weight",
+    "attn.out_proj.weight",
+    "mlp.c_fc.weight",
+    "mlp.c_proj.weight",
+)
+LORA = tuple(
+    f"{tower}transformer.resblocks.{i}.{matrix}"
+    for tower in ("", "visual.")
+    for i in range(4)
+    for matrix in BLOCK_MATRICES
+) + tuple(f"visual.attnpool.{letter}_proj.weight" for letter in "qkvc")
+TRAINED_NAMES = {
     "full": ("",),
     "image": ("visual.",),
-    "text": (
-        "transformer.",
-        "token_embedding.",
-        "positional_embedding",
-        "ln_final.",
-        "text_projection",
-    ),
-    "last_blocks": (
-        VIT_LAST,
-        "visual.proj",
-        RN_LAST,
-        "visual.attnpool.",
-        "transformer.resblocks.1.",
-        "text_projection",
-    ),
-    "lora": tuple(
-        f"{tower}transformer.resblocks.{i}.{w}"
-        for tower in ("", "visual.")
-        for i in range(4)
-        for w in (
-            "attn.in_proj_weight",
-            "attn.out_proj.weight",
-            "mlp.c_fc.weight",
-            "mlp.c_proj.weight",
-        )
-    )
-    + tuple(f"visual.attnpool.{n}_proj.weight" for n in "qkvc"),
+    "text": TEXT_TOWER,
+    "last_blocks": LAST_BLOCKS,
+    "lora": LORA,
     "linear": (),
     "prompt": (),
 }
@@ -64,7 +74,29 @@ def start(request, tmp_path_factory):
     return path
 
 
-def options(strategy):
+@pytest.fixture
+def train(cli, small, tmp_path):
+    """train(name, *options) runs train.py on the small dataset; the run is tmp_path / name."""
+
+    def run(name, *options):
+        place = ("--data_root", small, "--runs", tmp_path, "--name", name)
+        return cli("train.py", *place, *COMMON, *options)
+
+    return run
+
+
+@pytest.fixture
+def evaluate_run(cli, small, tmp_path):
+    """evaluate_run(name, architecture, *options) runs baseline_eval.py on the small dataset."""
+
+    def run(name, architecture, *options):
+        place = ("--data_root", small, "--runs", tmp_path, "--name", name)
+        return cli("baseline_eval.py", *place, "--architecture", architecture, *NO_WANDB, *options)
+
+    return run
+
+
+def options_of(strategy):
     return ("--strategy", strategy, "--blocks", 1, "--rank", 4, "--lr", 1e-2)
 
 
@@ -73,78 +105,59 @@ def result(run):
 
 
 def losses(run):
-    return [row["train/loss"] for row in files.read_lines(run / "metrics.jsonl")]
+    rows = files.read_lines(run / "metrics.jsonl")
+    return [row["train/loss"] for row in rows]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+# -----------------------------------------------------------------------------
+# what changes, and what is left behind
 
 
 @pytest.mark.parametrize("strategy", strategies.STRATEGIES)
-def test_each_strategy(strategy, start, small, tmp_path, cli):
-    """Only the named parameters change; the export is evaluated to the same predictions; frozen parts computed once change no loss."""
-    common = (
-        "train.py",
-        "--data_root",
-        small,
-        "--architecture",
-        start,
-        "--runs",
-        tmp_path,
-        "--epochs",
-        2,
-        "--augment",
-        "none",
-        *COMMON,
-        *options(strategy),
-    )
-    code, out, err = cli(*common, "--name", "run")
+def test_each_strategy(strategy, start, tmp_path, train, evaluate_run):
+    """Only the named parameters change; the export is evaluated to the same predictions.
+
+    Frozen parts computed once change no loss.
+    """
+    common = ("--architecture", start, "--epochs", 2, "--augment", "none", *options_of(strategy))
+    code, out, err = train("run", *common)
     assert code == 0, err
-    before, after = (
-        torch.load(start, weights_only=True),
-        torch.load(tmp_path / "run" / "model.pt", weights_only=True),
-    )
+    names = TRAINED_NAMES[strategy]
+    before = load(start)
+    after = load(tmp_path / "run" / "model.pt")
     assert before.keys() == after.keys()
-    changed = {n for n in before if not torch.equal(before[n], after[n])}
-    assert all(n.startswith(NAMED[strategy]) for n in changed), changed
-    assert all(
-        any(n.startswith(prefix) for n in changed)
-        for prefix in NAMED[strategy]
-        if any(n.startswith(prefix) for n in before)
-    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(name.startswith(names) for name in changed), changed
+    for prefix in names:
+        if any(name.startswith(prefix) for name in before):
+            assert any(name.startswith(prefix) for name in changed), prefix
+
     run = result(tmp_path / "run")
     if strategy not in ("lora", "linear", "prompt"):
-        named = sum(
-            p.numel()
-            for n, p in weights.from_state_dict(before).named_parameters()
-            if n.startswith(NAMED[strategy]) and n != "logit_scale"
-        )
-        assert run["trainable_image"] + run["trainable_text"] == named
-    assert (
-        f"image {run['trainable_image']:,} of " in out
-        and f"; {run['parameters']:,} parameters" in out
-    )
-    assert (tmp_path / "run" / "classifier.pt").exists() == (strategy in ("linear", "prompt"))
+        parameters = weights.from_state_dict(before).named_parameters()
+        trained = [p for n, p in parameters if n.startswith(names) and n != "logit_scale"]
+        assert run["trainable_image"] + run["trainable_text"] == sum(p.numel() for p in trained)
+    assert f"image {run['trainable_image']:,} of " in out
+    assert f"; {run['parameters']:,} parameters" in out
+    has_classifier = (tmp_path / "run" / "classifier.pt").exists()
+    assert has_classifier == (strategy in ("linear", "prompt"))
 
-    code, _, err = cli(
-        "baseline_eval.py",
-        "--data_root",
-        small,
-        "--architecture",
-        tmp_path / "run" / "model.pt",
-        "--runs",
-        tmp_path,
-        "--name",
-        "e",
-        "--wandb",
-        "disabled",
-    )
+    code, _, err = evaluate_run("e", tmp_path / "run" / "model.pt")
     assert code == 0, err
-    assert (tmp_path / "e" / "predictions.csv").read_bytes() == (
-        tmp_path / "run" / "predictions.csv"
-    ).read_bytes()
+    predictions = (tmp_path / "run" / "predictions.csv").read_bytes()
+    assert (tmp_path / "e" / "predictions.csv").read_bytes() == predictions
+
     if strategy in ("image", "text", "last_blocks", "prompt"):
-        assert cli(*common, "--name", "plain", "--no_cache")[0] == 0
-        assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "run"), abs=2e-4)
-        assert losses(tmp_path / "run")[-1] != losses(tmp_path / "run")[0]
-        assert cli(*common, "--name", "chunks", "--chunk_size", 5)[0] == 0
-        assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "run"), abs=2e-4)
+        expected = losses(tmp_path / "run")
+        assert train("plain", *common, "--no_cache")[0] == 0
+        assert losses(tmp_path / "plain") == pytest.approx(expected, abs=2e-4)
+        assert expected[-1] != expected[0]
+        assert train("chunks", *common, "--chunk_size", 5)[0] == 0
+        assert losses(tmp_path / "chunks") == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-rn"])
@@ -152,199 +165,36 @@ def test_each_strategy(strategy, start, small, tmp_path, cli):
 def test_towers_in_two_parts_give_the_whole_gradient(name, blocks):
     torch.manual_seed(0)
     model = models.build(name)
-    images, tokens = (
-        torch.randn(6, 3, 64, 64),
-        models.tokenize(
-            ["rose", "a lenten rose", "globe thistle", "iris", "lotus flower", "mallow"]
-        ),
-    )
+    images = torch.randn(6, 3, 64, 64)
+    texts = ["rose", "a lenten rose", "globe thistle", "iris", "lotus flower", "mallow"]
+    tokens = models.tokenize(texts)
     if blocks:
         model.requires_grad_(False)
         for part in models.last_blocks(model, blocks):
             part.requires_grad_(True)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and n != "logit_scale"}
+    parameters = dict(model.named_parameters())
+    del parameters["logit_scale"]
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
 
     def gradients(image_features, text_features):
         loss = info_nce(image_features, text_features, 20.0)
-        return loss.item(), torch.autograd.grad(
-            loss, trained.values()
-        ) if loss.requires_grad else ()
+        if not loss.requires_grad:
+            return loss.item(), ()
+        return loss.item(), torch.autograd.grad(loss, trained.values())
 
-    (image_trunk, image_rest), (text_trunk, text_rest) = (
-        models.split_image_tower(model, blocks),
-        models.split_text_tower(model, blocks),
-    )
-    middle = image_trunk(images)
-    loss, grads = gradients(image_rest(middle), text_rest(text_trunk(tokens), tokens.argmax(1)))
-    expected, expected_grads = gradients(
+    image_trunk, image_rest = models.split_image_tower(model, blocks)
+    text_trunk, text_rest = models.split_text_tower(model, blocks)
+    activations = image_trunk(images)
+    text_features = text_rest(text_trunk(tokens), tokens.argmax(1))
+    loss, grads = gradients(image_rest(activations), text_features)
+    expected_loss, expected_grads = gradients(
         models.encode_images(model, images), models.encode_texts(model, tokens)
     )
-    assert loss == pytest.approx(expected, abs=1e-5) and middle.requires_grad is False
+    assert loss == pytest.approx(expected_loss, abs=1e-5)
+    assert activations.requires_grad is False
     assert bool(grads) == (blocks != 0)
-    for name, a, b in zip(trained, grads, expected_grads):
-        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7, name
-
-
-@pytest.mark.parametrize("strategy", ["last_blocks", "lora", "prompt", "text"])
-def test_a_stopped_run_resumes_to_the_same_weights(strategy, small, tmp_path, cli, monkeypatch):
-    """Stopped after its first epoch; the views of --augment are those of the uninterrupted run too."""
-    common = (
-        "train.py",
-        "--data_root",
-        small,
-        "--architecture",
-        "tiny",
-        "--runs",
-        tmp_path,
-        "--epochs",
-        2,
-        "--augment",
-        "crop",
-        "--views",
-        2,
-        *COMMON,
-        *options(strategy),
-    )
-    assert cli(*common, "--name", "whole")[0] == 0
-    write, stopped = files.save_tensors, []
-
-    def stop_after_first(path, state):
-        write(path, state)
-        if not stopped:
-            stopped.append(path)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(files, "save_tensors", stop_after_first)
-    assert (
-        cli(*common, "--name", "stopped")[0] == 130
-        and len(stopped) == 1
-        and not (tmp_path / "stopped" / "result.json").exists()
-    )
-    code, out, err = cli("train.py", "--resume", tmp_path / "stopped", "--wandb", "disabled")
-    assert code == 0 and "after epoch 1 of 2" in out, err
-    for name in ("model.pt", "classifier.pt") if strategy == "prompt" else ("model.pt",):
-        a, b = (
-            torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "stopped")
-        )
-        assert all(torch.equal(a[k], b[k]) for k in a)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
-
-
-def test_resume_refuses_other_starting_weights(small, tmp_path, cli):
-    torch.manual_seed(1)
-    torch.save(models.build("tiny").state_dict(), tmp_path / "start.pt")
-    assert (
-        cli(
-            "train.py",
-            "--data_root",
-            small,
-            "--architecture",
-            tmp_path / "start.pt",
-            "--runs",
-            tmp_path,
-            "--name",
-            "run",
-            "--epochs",
-            1,
-            *COMMON,
-            *options("text"),
-        )[0]
-        == 0
-    )
-    (tmp_path / "run" / "result.json").unlink()
-    torch.manual_seed(2)
-    torch.save(models.build("tiny").state_dict(), tmp_path / "start.pt")
-    assert "other weights" in error_line(
-        cli("train.py", "--resume", tmp_path / "run", "--wandb", "disabled")
-    )
-
-
-def torchrun(script, *arguments):
-    """Two gloo processes of one thread each, on any free port."""
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
-            *map(str, (script, *arguments)),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_two_processes_equal_one_with_twice_the_batch(small, tmp_path, cli):
-    common = (
-        "--data_root",
-        small,
-        "--architecture",
-        "tiny",
-        "--runs",
-        tmp_path,
-        "--epochs",
-        2,
-        "--lr",
-        1e-3,
-        "--learn_temperature",
-        "--wandb",
-        "disabled",
-    )
-    done = torchrun(ROOT / "train.py", *common, "--batch_size", 6, "--name", "two")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert cli("train.py", *common, "--batch_size", 12, "--name", "one")[0] == 0
-    assert (
-        losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
-        and len(losses(tmp_path / "two")) == 6
-    )
-    assert losses(tmp_path / "two")[0] == pytest.approx(losses(tmp_path / "one")[0], abs=1e-5)
-    assert [
-        len(files.read_lines(tmp_path / "results.jsonl")),
-        result(tmp_path / "two")["processes"],
-    ] == [2, 2]
-    a, b = (
-        torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("one", "two")
-    )
-    for name in ("logit_scale", "visual.proj", "text_projection"):
-        assert a["model"][name].allclose(b["model"][name], atol=2e-3), name
-
-
-def test_gathered_gradients_are_those_of_the_whole_batch(tmp_path):
-    """Exact gradients of two gloo processes, each with half of the batch, before any optimiser."""
-    script = tmp_path / "gradients.py"
-    script.write_text("""
-import sys, torch, torch.distributed as dist
-from flowers import models
-from flowers.losses import average_gradients, gather, info_nce, same_class
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-torch.manual_seed(0)
-model = models.build("tiny")
-images, labels = torch.randn(8, 3, 64, 64), torch.tensor([0, 1, 2, 0, 3, 1, 4, 5])
-tokens = models.tokenize(["rose", "iris", "lotus", "mallow", "globe thistle", "primula"])[labels]
-own = slice(4 * rank, 4 * rank + 4)
-def grads(image, text):
-    model.zero_grad()
-    loss = info_nce(image, text, model.logit_scale.exp(), same_class(labels))
-    loss.backward()
-    return loss.item()
-whole = grads(models.encode_images(model, images), models.encode_texts(model, tokens))
-expected = {n: p.grad.clone() for n, p in model.named_parameters()}
-loss = grads(gather(models.encode_images(model, images[own])), gather(models.encode_texts(model, tokens[own])))
-average_gradients(list(model.parameters()))
-apart = max(((p.grad - expected[n]).norm() / expected[n].norm().clamp_min(1e-9)).item() for n, p in model.named_parameters())
-open(f"{sys.argv[1]}/{rank}", "w").write(f"{abs(loss - whole)} {apart}")  # two processes' prints may share a line
-dist.destroy_process_group()
-""")
-    done = torchrun(script, tmp_path)
-    assert done.returncode == 0, done.stderr[-1500:]
-    for rank in "01":
-        loss, apart = map(float, (tmp_path / rank).read_text().split())
-        assert loss < 1e-5 and apart < 1e-4, (loss, apart)
+    for name, grad, expected in zip(trained, grads, expected_grads):
+        assert (grad - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
 
 
 def test_lora_merges_to_what_it_computes():
@@ -356,312 +206,340 @@ def test_lora_merges_to_what_it_computes():
             plain = model.encode_image(x)
             strategies.prepare(model, "lora", rank=3)
             assert torch.allclose(model.encode_image(x), plain, atol=1e-6), "zero at the start"
-            for n, p in model.named_parameters():
-                if n.endswith(".up"):
-                    p.normal_(std=0.1)
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith(".up"):
+                    parameter.normal_(std=0.1)
             images, texts = model.encode_image(x), model.encode_text(tokens)
             assert not torch.allclose(images, plain, atol=1e-3)
             state, _ = strategies.export(model)
             again = weights.from_state_dict(dict(state))
-            assert torch.allclose(again.encode_image(x), images, atol=1e-5) and torch.allclose(
-                again.encode_text(tokens), texts, atol=1e-5
-            )
+            assert torch.allclose(again.encode_image(x), images, atol=1e-5)
+            assert torch.allclose(again.encode_text(tokens), texts, atol=1e-5)
 
 
 def test_a_learned_prompt_starts_as_the_words_and_leaves_other_texts_alone():
     torch.manual_seed(0)
     model = models.build("tiny")
     names = ["rose", "globe thistle"]
+    prompts = evaluate.fill_templates(names, [evaluate.TEMPLATE])
     with torch.no_grad():
-        plain, other = (
-            models.text_features(model, evaluate.fill_templates(names, [evaluate.TEMPLATE])),
-            models.text_features(model, ["red petals"]),
-        )
+        plain = models.text_features(model, prompts)
+        other = models.text_features(model, ["red petals"])
         strategies.prepare(model, "prompt", context_tokens=4)
         marked = evaluate.fill_templates(names, [strategies.context_template(4)])
         assert torch.allclose(models.text_features(model, marked), plain, atol=1e-6)
         model.context.add_(torch.randn_like(model.context))
         assert not torch.allclose(models.text_features(model, marked), plain, atol=1e-2)
         assert torch.equal(models.text_features(model, ["red petals"]), other)
+
+    # The tokens are those of the text, behind four placeholders.
     tokens = models.tokenize(marked)
-    assert (tokens[:, 1:5] == models.PLACEHOLDER).all() and torch.equal(
-        tokens[:, 5:], clip.tokenize([f"{n} flower" for n in names])[:, 1 : tokens.shape[1] - 4]
-    )
+    assert (tokens[:, 1:5] == models.PLACEHOLDER).all()
+    unmarked = clip.tokenize([f"{name} flower" for name in names])
+    assert torch.equal(tokens[:, 5:], unmarked[:, 1 : tokens.shape[1] - 4])
+
+    # A text that is too long is cut, and still ends with the end token.
     long = models.tokenize(["[V] " * 30 + "word " * 70])
-    assert (
-        long.shape == (1, 77) and long[0, -1] == 49407 and (long == models.PLACEHOLDER).sum() == 30
-    )
-    assert all(
-        models.PLACEHOLDER not in clip.tokenize([text])[0].tolist()
-        for text in ("\x00", "a\x00b", "[V] rose", "Ā")
-    )
+    assert long.shape == (1, 77)
+    assert long[0, -1] == 49407
+    assert (long == models.PLACEHOLDER).sum() == 30
+
+    # No text of a user holds the placeholder.
+    for text in ("\x00", "a\x00b", "[V] rose", "Ā"):
+        assert models.PLACEHOLDER not in clip.tokenize([text])[0].tolist()
 
 
-def test_linear_is_scikit_learn_s_regression(small, tmp_path, cli):
-    """With --holdout C is the best on val; classes without training images keep the zero-shot classifier."""
+def test_linear_is_scikit_learn_s_regression(small, tmp_path, cli, train):
+    """With --holdout C is the best on val; classes without training images stay zero-shot."""
     torch.save(models.build("tiny").state_dict(), tmp_path / "start.pt")
+    common = ("--architecture", tmp_path / "start.pt", "--strategy", "linear")
     for name, extra in (("h", ("--holdout",)), ("base", ("--classes", "base"))):
-        code, out, err = cli(
-            "train.py",
-            "--data_root",
-            small,
-            "--architecture",
-            tmp_path / "start.pt",
-            "--runs",
-            tmp_path,
-            "--name",
-            name,
-            *COMMON,
-            "--strategy",
-            "linear",
-            *extra,
-        )
-        assert code == 0 and ("chosen on val" in out) == (name == "h"), err
-    flowers, model = (
-        open_flowers(small, holdout=True),
-        weights.load_model(str(tmp_path / "start.pt")),
-    )
-    features = {
-        s: models.image_features(
-            model, load_pixels(flowers, 64), torch.from_numpy(i.copy())
-        ).numpy()
-        for s, i in flowers.splits.items()
-    }
-    y = {s: flowers.labels[i] for s, i in flowers.splits.items()}
-    best = max(
-        (
-            LogisticRegression(C=c, max_iter=1000).fit(features["train"], y["train"])
-            for c in strategies.INVERSE_REGULARISATION
-        ),
-        key=lambda fit: fit.score(features["val"], y["val"]),
-    )
-    assert result(tmp_path / "h")["val/top1"] == pytest.approx(
-        100 * best.score(features["val"], y["val"])
-    )
-    saved = torch.load(tmp_path / "base" / "classifier.pt", weights_only=True)
-    assert torch.allclose(
-        saved["weight"][3:],
-        evaluate.zero_shot_head(model, flowers.class_names, [evaluate.TEMPLATE])[0][3:],
-        atol=1e-5,
-    )
-    other = write_names(
-        shutil.copytree(small, tmp_path / "other", ignore=shutil.ignore_patterns(".cache"))
-    )
-    assert "other classes" in error_line(
-        cli(
-            "baseline_eval.py",
-            "--data_root",
-            other,
-            "--architecture",
-            tmp_path / "base",
-            "--runs",
-            tmp_path,
-            *COMMON[2:],
-        )
-    )
+        code, out, err = train(name, *common, *extra)
+        assert code == 0, err
+        assert ("chosen on val" in out) == (name == "h"), err
+
+    flowers = open_flowers(small, holdout=True)
+    model = weights.load_model(str(tmp_path / "start.pt"))
+    pixels = load_pixels(flowers, 64)
+    features, labels = {}, {}
+    for split, index in flowers.splits.items():
+        split_features = models.image_features(model, pixels, torch.from_numpy(index.copy()))
+        features[split] = split_features.numpy()
+        labels[split] = flowers.labels[index]
+    scores = []
+    for c in strategies.INVERSE_REGULARISATION:
+        regression = LogisticRegression(C=c, max_iter=1000)
+        regression.fit(features["train"], labels["train"])
+        scores.append(regression.score(features["val"], labels["val"]))
+    assert result(tmp_path / "h")["val/top1"] == pytest.approx(100 * max(scores))
+
+    saved = load(tmp_path / "base" / "classifier.pt")
+    zero_shot, _ = evaluate.zero_shot_head(model, flowers.class_names, [evaluate.TEMPLATE])
+    assert torch.allclose(saved["weight"][3:], zero_shot[3:], atol=1e-5)
+
+    other = shutil.copytree(small, tmp_path / "other", ignore=shutil.ignore_patterns(".cache"))
+    rename_a_class(other)
+    place = ("--data_root", other, "--architecture", tmp_path / "base", "--runs", tmp_path)
+    assert "other classes" in error_line(cli("baseline_eval.py", *place, *NO_WANDB))
 
 
-def write_names(root):
-    names = json.loads((root / "cat_to_name.json").read_text())
-    (root / "cat_to_name.json").write_text(json.dumps(names | {"1": "another flower"}))
-    return root
+def rename_a_class(root):
+    path = root / "cat_to_name.json"
+    names = json.loads(path.read_text())
+    path.write_text(json.dumps(names | {"1": "another flower"}))
 
 
-def test_base_and_new_classes(small, tmp_path, cli):
+def test_what_has_no_meaning_ends_with_one_line(tmp_path, train):
+    common = ("--architecture", "tiny", "--runs", tmp_path / "runs")
+
+    def error(*options):
+        return error_line(train("run", *common, *options))
+
+    too_many_blocks = error("--strategy", "last_blocks", "--blocks", 9)
+    assert "--blocks 9: the image tower has 4" in too_many_blocks
+    assert "--rank 999" in error("--strategy", "lora", "--rank", 999)
+    assert "--context_tokens 60" in error("--strategy", "prompt", "--context_tokens", 60)
+    assert "learns the prompt" in error("--strategy", "prompt", "--prompt_template", "{}")
+    assert "--shots" in error("--shots", 0)
+    assert not (tmp_path / "runs").exists()
+
+
+# -----------------------------------------------------------------------------
+# stopped and resumed
+
+
+@pytest.mark.parametrize("strategy", ["last_blocks", "lora", "prompt", "text"])
+def test_a_stopped_run_resumes_to_the_same_weights(strategy, tmp_path, cli, train, monkeypatch):
+    """Stopped after its first epoch; the views of --augment are those of the whole run too."""
+    common = ("--architecture", "tiny", "--epochs", 2, "--augment", "crop", "--views", 2)
+    assert train("whole", *common, *options_of(strategy))[0] == 0
+    save, stopped = files.save_tensors, []
+
+    def stop_after_first(path, state):
+        save(path, state)
+        if not stopped:
+            stopped.append(path)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "save_tensors", stop_after_first)
+    assert train("stopped", *common, *options_of(strategy))[0] == 130
+    assert len(stopped) == 1
+    assert not (tmp_path / "stopped" / "result.json").exists()
+    code, out, err = cli("train.py", "--resume", tmp_path / "stopped", *NO_WANDB)
+    assert code == 0 and "after epoch 1 of 2" in out, err
+
+    names = ["model.pt", "classifier.pt"] if strategy == "prompt" else ["model.pt"]
+    for name in names:
+        whole, resumed = load(tmp_path / "whole" / name), load(tmp_path / "stopped" / name)
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+
+
+def test_resume_refuses_other_starting_weights(tmp_path, cli, train):
+    path = tmp_path / "start.pt"
+    torch.manual_seed(1)
+    torch.save(models.build("tiny").state_dict(), path)
+    assert train("run", "--architecture", path, "--epochs", 1, *options_of("text"))[0] == 0
+    (tmp_path / "run" / "result.json").unlink()
+    torch.manual_seed(2)
+    torch.save(models.build("tiny").state_dict(), path)
+    outcome = cli("train.py", "--resume", tmp_path / "run", *NO_WANDB)
+    assert "other weights" in error_line(outcome)
+
+
+# -----------------------------------------------------------------------------
+# two processes
+
+
+def torchrun(script, *arguments):
+    """Two gloo processes of one thread each, on any free port."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command += [str(part) for part in (script, *arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(small, tmp_path, cli):
+    common = ("--data_root", small, "--architecture", "tiny", "--runs", tmp_path, *NO_WANDB)
+    common += ("--epochs", 2, "--lr", 1e-3, "--learn_temperature")
+    done = torchrun(ROOT / "train.py", *common, "--batch_size", 6, "--name", "two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert cli("train.py", *common, "--batch_size", 12, "--name", "one")[0] == 0
+
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(two) == 6
+    assert two == pytest.approx(one, abs=1e-3)
+    assert two[0] == pytest.approx(one[0], abs=1e-5)
+    assert len(files.read_lines(tmp_path / "results.jsonl")) == 2
+    assert result(tmp_path / "two")["processes"] == 2
+    checkpoint_one, checkpoint_two = (load(tmp_path / n / "checkpoint.pt") for n in ("one", "two"))
+    for name in ("logit_scale", "visual.proj", "text_projection"):
+        expected = checkpoint_one["model"][name]
+        assert expected.allclose(checkpoint_two["model"][name], atol=2e-3), name
+
+
+GRADIENTS_OF_TWO_PROCESSES = """
+import sys
+
+import torch
+import torch.distributed as dist
+
+from flowers import devices, models
+from flowers.losses import info_nce, same_class
+
+processes = devices.start_processes()
+torch.manual_seed(0)
+model = models.build("tiny")
+images = torch.randn(8, 3, 64, 64)
+labels = torch.tensor([0, 1, 2, 0, 3, 1, 4, 5])
+names = ["rose", "iris", "lotus", "mallow", "globe thistle", "primula"]
+tokens = models.tokenize(names)[labels]
+
+
+def backward(image_features, text_features):
+    model.zero_grad()
+    scale = model.logit_scale.exp()
+    loss = info_nce(image_features, text_features, scale, same_class(labels))
+    loss.backward()
+    return loss.item()
+
+
+# The whole batch in one process.
+image_features = models.encode_images(model, images)
+text_features = models.encode_texts(model, tokens)
+expected_loss = backward(image_features, text_features)
+expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+# Half of it in each.
+own = processes.part(images)
+image_features = processes.gather(models.encode_images(model, images[own]))
+text_features = processes.gather(models.encode_texts(model, tokens[own]))
+loss = backward(image_features, text_features)
+processes.average_gradients(list(model.parameters()))
+
+apart = 0.0
+for name, p in model.named_parameters():
+    distance = (p.grad - expected[name]).norm() / expected[name].norm().clamp_min(1e-9)
+    apart = max(apart, distance.item())
+# Into files, because what two processes print may share a line.
+with open(f"{sys.argv[1]}/{processes.rank}", "w") as file:
+    file.write(f"{own.start} {abs(loss - expected_loss)} {apart}")
+dist.destroy_process_group()
+"""
+
+
+def test_gathered_gradients_are_those_of_the_whole_batch(tmp_path):
+    """Exact gradients of two gloo processes, each with half of the batch, before any optimiser."""
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS_OF_TWO_PROCESSES)
+    done = torchrun(script, tmp_path)
+    assert done.returncode == 0, done.stderr[-1500:]
+    for rank in (0, 1):
+        start, loss, apart = map(float, (tmp_path / str(rank)).read_text().split())
+        assert start == 4 * rank, "each its own half"
+        assert loss < 1e-5 and apart < 1e-4, (loss, apart)
+
+
+# -----------------------------------------------------------------------------
+# base and new classes, WiSE-FT
+
+
+def test_base_and_new_classes(small, tmp_path, train):
     flowers = open_flowers(small)
-    train = flowers.splits["train"]
-    base, new = (select(train, flowers.labels, 6, part) for part in ("base", "new"))
-    assert set(flowers.labels[base]) == {0, 1, 2} and sorted([*base, *new]) == sorted(train)
-    few = select(train, flowers.labels, 6, "all", 3, seed=1)
-    assert np.bincount(flowers.labels[few]).tolist() == [3] * 6 and np.array_equal(
-        few, select(train, flowers.labels, 6, "all", 3, seed=1)
-    )
-    assert not np.array_equal(few, select(train, flowers.labels, 6, "all", 3, seed=2)) and set(
-        few
-    ) <= set(train)
-    code, _, err = cli(
-        "train.py",
-        "--data_root",
-        small,
-        "--architecture",
-        "tiny",
-        "--classes",
-        "base",
-        "--shots",
-        3,
-        "--epochs",
-        1,
-        "--runs",
-        tmp_path,
-        "--name",
-        "b",
-        "--wandb",
-        "disabled",
-        "--batch_size",
-        4,
-    )
+    index, labels = flowers.splits["train"], flowers.labels
+    base, new = (select(index, labels, 6, part) for part in ("base", "new"))
+    assert set(labels[base]) == {0, 1, 2}
+    assert sorted([*base, *new]) == sorted(index)
+
+    few = select(index, labels, 6, "all", 3, seed=1)
+    assert np.bincount(labels[few]).tolist() == [3] * 6
+    assert set(few) <= set(index)
+    assert np.array_equal(few, select(index, labels, 6, "all", 3, seed=1))
+    assert not np.array_equal(few, select(index, labels, 6, "all", 3, seed=2))
+
+    few_base = ("--classes", "base", "--shots", 3, "--epochs", 1, "--batch_size", 4)
+    code, _, err = train("b", "--architecture", "tiny", *few_base)
     assert code == 0, err
-    assert (
-        json.loads((tmp_path / "b" / "args.json").read_text())["split_sizes"]["train"] == 9
-        and len(losses(tmp_path / "b")) == 2
-    )
-    assert {"test/base_top1", "test/new_top1", "test/harmonic_mean"} <= result(
-        tmp_path / "b"
-    ).keys()
+    args = json.loads((tmp_path / "b" / "args.json").read_text())
+    assert args["split_sizes"]["train"] == 9
+    assert len(losses(tmp_path / "b")) == 2
+    expected_keys = {"test/base_top1", "test/new_top1", "test/harmonic_mean"}
+    assert expected_keys <= result(tmp_path / "b").keys()
 
 
 def test_base_to_new_is_counted_among_their_own_classes():
     rng = np.random.default_rng(0)
-    labels, scores = (
-        torch.from_numpy(rng.integers(0, 7, 300)),
-        torch.from_numpy(rng.normal(size=(300, 7))),
-    )
+    labels = torch.from_numpy(rng.integers(0, 7, 300))
+    scores = torch.from_numpy(rng.normal(size=(300, 7)))
     scores[torch.arange(300), labels] += 1
-    got = evaluate.base_to_new(scores, labels)
+    metrics = evaluate.base_to_new(scores, labels)
     hits = {"base": [], "new": []}
-    for row, y in zip(scores.tolist(), labels.tolist()):
-        part = range(0, 4) if y < 4 else range(4, 7)
-        hits["base" if y < 4 else "new"].append(max(part, key=lambda c: row[c]) == y)
-    base, new = (100 * sum(h) / len(h) for h in hits.values())
-    assert (got["base_top1"], got["new_top1"]) == pytest.approx((base, new)) and got[
-        "harmonic_mean"
-    ] == pytest.approx(2 * base * new / (base + new))
+    for row, label in zip(scores.tolist(), labels.tolist()):
+        half, classes = ("base", range(0, 4)) if label < 4 else ("new", range(4, 7))
+        best = max(classes, key=lambda c, row=row: row[c])
+        hits[half].append(best == label)
+    base, new = (100 * sum(half) / len(half) for half in hits.values())
+    assert (metrics["base_top1"], metrics["new_top1"]) == pytest.approx((base, new))
+    assert metrics["harmonic_mean"] == pytest.approx(2 * base * new / (base + new))
     assert evaluate.base_to_new(scores[labels < 4], labels[labels < 4]) == {}
 
 
-def test_wise_ft_runs_from_start_to_fine_tuned(small, tmp_path, cli):
-    assert (
-        cli(
-            "train.py",
-            "--data_root",
-            small,
-            "--architecture",
-            "tiny",
-            "--seed",
-            3,
-            "--epochs",
-            2,
-            "--runs",
-            tmp_path,
-            "--name",
-            "run",
-            *COMMON,
-        )[0]
-        == 0
-    )
-    code, out, err = cli(
-        "baseline_eval.py",
-        "--data_root",
-        small,
-        "--architecture",
-        tmp_path / "run",
-        "--wise_ft",
-        0,
-        "--wise_ft",
-        0.5,
-        "--wise_ft",
-        1,
-        "--runs",
-        tmp_path,
-        "--name",
-        "curve",
-        "--wandb",
-        "disabled",
-    )
-    assert code == 0 and "alpha 0.5" in out and (tmp_path / "curve" / "wise_ft.png").exists(), err
+def test_wise_ft_runs_from_start_to_fine_tuned(tmp_path, train, evaluate_run):
+    assert train("run", "--architecture", "tiny", "--seed", 3, "--epochs", 2)[0] == 0
+    alphas = (0, 0.5, 1)
+    flags = [part for alpha in alphas for part in ("--wise_ft", alpha)]
+    code, out, err = evaluate_run("curve", tmp_path / "run", *flags)
+    assert code == 0 and "alpha 0.5" in out, err
+    assert (tmp_path / "curve" / "wise_ft.png").exists()
     rows = files.read_lines(tmp_path / "curve" / "metrics.jsonl")
+
     devices.seed_everything(3)
     start = weights.load_model("tiny").state_dict()
-    tuned = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    tuned = load(tmp_path / "run" / "model.pt")
     assert evaluate.load_starting_weights(str(tmp_path / "run")).keys() == start.keys()
-    for alpha, row in zip((0, 0.5, 1), rows):
-        torch.save(
-            {n: (1 - alpha) * start[n] + alpha * tuned[n] for n in tuned}, tmp_path / f"{alpha}.pt"
-        )
-        assert (
-            cli(
-                "baseline_eval.py",
-                "--data_root",
-                small,
-                "--architecture",
-                tmp_path / f"{alpha}.pt",
-                "--runs",
-                tmp_path,
-                "--name",
-                f"e{alpha}",
-                "--wandb",
-                "disabled",
-            )[0]
-            == 0
-        )
-        assert row["alpha"] == alpha and row["test/top1"] == pytest.approx(
-            result(tmp_path / f"e{alpha}")["test/top1"]
-        )
-    assert (
-        row["test/top1"]
-        == result(tmp_path / "run")["test/top1"]
-        == result(tmp_path / "curve")["test/top1"]
-    )
-    assert "no run of train.py" in error_line(
-        cli(
-            "baseline_eval.py",
-            "--data_root",
-            small,
-            "--architecture",
-            tmp_path / "0.5.pt",
-            "--wise_ft",
-            0.5,
-            "--runs",
-            tmp_path / "r",
-            "--wandb",
-            "disabled",
-        )
-    )
+    for alpha, row in zip(alphas, rows):
+        between = {name: (1 - alpha) * start[name] + alpha * tuned[name] for name in tuned}
+        torch.save(between, tmp_path / f"{alpha}.pt")
+        assert evaluate_run(f"e{alpha}", tmp_path / f"{alpha}.pt")[0] == 0
+        assert row["alpha"] == alpha
+        assert row["test/top1"] == pytest.approx(result(tmp_path / f"e{alpha}")["test/top1"])
+    assert row["test/top1"] == result(tmp_path / "run")["test/top1"]
+    assert row["test/top1"] == result(tmp_path / "curve")["test/top1"]
+    outcome = evaluate_run("r", tmp_path / "0.5.pt", "--wise_ft", 0.5)
+    assert "no run of train.py" in error_line(outcome)
+
+
+# -----------------------------------------------------------------------------
+# frozen parts that are kept
 
 
 def test_kept_activations_follow_weights_and_cut(small, tmp_path, monkeypatch):
     root = shutil.copytree(small, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
     flowers, model = open_flowers(root), models.build("tiny")
     pixels, index = load_pixels(flowers, 64), torch.arange(20)
+
+    def kept_files():
+        return set((root / ".cache").glob("frozen-*"))
+
     features = frozen.image_activations(model, flowers, pixels, index)
     assert torch.equal(features, models.image_features(model, pixels, index))
-    kept = set((root / ".cache").glob("frozen-*"))
-    stamp = next(iter(kept)).stat().st_ino
+    kept = kept_files()
+    inodes = {path.stat().st_ino for path in kept}
+    assert len(inodes) == 1
     frozen.image_activations(model, flowers, pixels, index)
-    assert {p.stat().st_ino for p in (root / ".cache").glob("frozen-*")} == {stamp}, "used again"
-    assert frozen.image_activations(model, flowers, pixels, index, blocks=1).shape == (20, 65, 128)
+    assert {path.stat().st_ino for path in kept_files()} == inodes, "used again"
+
+    # Another cut, and other weights, have files of their own.
+    one_block = frozen.image_activations(model, flowers, pixels, index, blocks=1)
+    assert one_block.shape == (20, 65, 128)
     model.visual.proj.data.mul_(-1)
-    assert torch.allclose(
-        frozen.image_activations(model, flowers, pixels, index), -features, atol=1e-6
-    )
-    assert len(list((root / ".cache").glob("frozen-*"))) == 3
-    monkeypatch.setattr(frozen, "MOST_BYTES", 30_000)
+    negated = frozen.image_activations(model, flowers, pixels, index)
+    assert torch.allclose(negated, -features, atol=1e-6)
+    assert len(kept_files()) == 3
+
+    # Where the room is used up, the oldest go.
+    monkeypatch.setattr(frozen, "MAX_CACHE_BYTES", 30_000)
     frozen.image_activations(model, flowers, pixels, index[:5])
-    assert sum(
-        p.stat().st_size for p in (root / ".cache").glob("frozen-*")
-    ) <= 30_000 and not kept & set((root / ".cache").glob("frozen-*"))
-
-
-def test_what_has_no_meaning_ends_with_one_line(small, tmp_path, cli):
-    common = (
-        "train.py",
-        "--data_root",
-        small,
-        "--architecture",
-        "tiny",
-        "--runs",
-        tmp_path / "runs",
-        *COMMON,
-    )
-    assert "--blocks 9: the image tower has 4" in error_line(
-        cli(*common, "--strategy", "last_blocks", "--blocks", 9)
-    )
-    assert "--rank 999" in error_line(cli(*common, "--strategy", "lora", "--rank", 999))
-    assert "--context_tokens 60" in error_line(
-        cli(*common, "--strategy", "prompt", "--context_tokens", 60)
-    )
-    assert "learns the prompt" in error_line(
-        cli(*common, "--strategy", "prompt", "--prompt_template", "{}")
-    )
-    assert "--shots" in error_line(cli(*common, "--shots", 0))
-    assert not (tmp_path / "runs").exists()
+    assert sum(path.stat().st_size for path in kept_files()) <= 30_000
+    assert not kept & kept_files()
