@@ -1,4 +1,8 @@
-"""Arrays that are computed once and kept beside the data: pixels, features, thumbnails. Whole or not at all, memory-mapped when read."""
+"""Arrays that are computed once and kept beside the data: pixels, features, thumbnails.
+
+A cache file is complete or does not exist, and is memory-mapped when it is read. It is a .npy file
+with a trailer of 36 bytes: the key of 32 bytes, and the CRC-32 of the array in 4, little-endian.
+"""
 
 import hashlib
 import json
@@ -12,34 +16,51 @@ import numpy as np
 
 from flowers.files import atomic
 
+KEY_SIZE = 32
+CRC_SIZE = 4
+
 
 def cache_folder(root: Path) -> Path:
-    """`.cache/` in the data folder; where either is read-only (by its mode, so for the superuser too), a folder of its own in ~/.cache."""
-    path = root / ".cache"
-    place = path if path.exists() else root
-    if not (place.stat().st_mode & 0o222 and os.access(place, os.W_OK)):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = home / "flowers-102" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    """The folder for the cached arrays of a dataset; it is made if it is missing.
+
+    It is `.cache/` in the data folder, or a folder in ~/.cache where that one is read-only.
+    """
+    folder = root / ".cache"
+    target = folder if folder.exists() else root  # what would be written to
+    # The superuser may write anywhere, so the mode counts too: read-only data is left alone.
+    has_write_mode = target.stat().st_mode & 0o222
+    if not has_write_mode or not os.access(target, os.W_OK):
+        user_caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # One folder for each dataset, by its path.
+        digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+        folder = user_caches / "flowers-102" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def array_path(root: Path, title: str, files: Sequence[Path]) -> Path:
-    """Where an array about `files` is kept; other files of the same dataset have another path."""
-    names = hashlib.sha256("".join(file.name for file in files).encode()).hexdigest()[:8]
-    return cache_folder(root) / f"{title}-{names}.npy"
+    """Where an array about `files` is cached. Other files of the same dataset have another path."""
+    # The names only: an image that changes makes this file stale, it does not leave it behind.
+    names = "".join(file.name for file in files)
+    digest = hashlib.sha256(names.encode()).hexdigest()[:8]
+    return cache_folder(root) / f"{title}-{digest}.npy"
 
 
 def key_of(*parts) -> bytes:
-    """32 bytes that change when any of `parts` does; a Path stands for its file's name, size and time."""
+    """A key of 32 bytes that changes when any of `parts` does.
 
-    def plain(part):
-        if isinstance(part, Path):
-            stat = part.stat()
-            return [part.name, stat.st_size, stat.st_mtime_ns]
-        return part.hex()
+    parts: what JSON can hold, bytes, and paths. A path stands for the name, size and modification
+        time of its file.
+    """
+    return hashlib.sha256(json.dumps(parts, default=_as_json).encode()).digest()
 
-    return hashlib.sha256(json.dumps(parts, default=plain).encode()).digest()
+
+def _as_json(part: Path | bytes) -> list | str:
+    """What stands for a part of a key that JSON can't hold."""
+    if isinstance(part, Path):
+        stat = part.stat()
+        return [part.name, stat.st_size, stat.st_mtime_ns]
+    return part.hex()
 
 
 def cached_array(
@@ -49,43 +70,59 @@ def cached_array(
     dtype: str,
     rows: Callable[[], Iterable[np.ndarray]],
 ) -> np.ndarray:
-    """The array (shape, dtype) kept at `path`, memory-mapped; if it is missing, damaged or not of `key`, `rows()` makes it anew.
+    """The array cached at `path`, memory-mapped, and computed first if it is missing.
 
-    rows: yields the array's rows in order, in pieces of any length. A damaged or stale file is told of with a warning. Raises OSError
-    on a full disk, and leaves nothing half-written.
+    key: what the array depends on, from `key_of`. A file of another key or a damaged one is
+        replaced, with a warning.
+    shape, dtype: those of the array, as numpy writes them: "|u1", "<f4".
+    rows: called to compute the array; yields its rows in order, in pieces of any length.
+
+    Raises OSError on a full disk, and leaves nothing half-written.
     """
-    problem = _problem(path, key, shape, dtype) if path.exists() else "is missing"
-    if problem not in ("", "is missing"):
-        print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
-    if problem:
-        crc = 0
-        with atomic(path) as out:
-            np.lib.format.write_array_header_1_0(
-                out, {"descr": dtype, "fortran_order": False, "shape": shape}
-            )
-            for row in rows():
-                data = np.ascontiguousarray(row, dtype).tobytes()
-                crc = zlib.crc32(data, crc)
-                out.write(data)
-            out.write(key + crc.to_bytes(4, "little"))
-    return np.load(path, mmap_mode="c")  # copy on write: torch has no read-only tensors
+    # Another process may map the same file: it is replaced by renaming, never written over.
+    if not path.exists():
+        _write(path, key, shape, dtype, rows())
+    else:
+        problem = _find_problem(path, key, shape, dtype)
+        if problem:
+            print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
+            _write(path, key, shape, dtype, rows())
+    # Copy on write ("c"), since torch has no read-only tensors. The file itself never changes.
+    return np.load(path, mmap_mode="c")
 
 
-def _problem(path: Path, key: bytes, shape: tuple[int, ...], dtype: str) -> str:
-    """What is wrong with a cache file, or the empty string. Behind the array stand the key and a checksum."""
+def _write(
+    path: Path, key: bytes, shape: tuple[int, ...], dtype: str, rows: Iterable[np.ndarray]
+) -> None:
+    """Write a cache file piece by piece: the array need not fit into memory."""
+    # np.save would need the whole array. Its header alone, then the bytes, make the same file.
+    crc = 0  # of the array alone, without the header
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    with atomic(path) as out:
+        np.lib.format.write_array_header_1_0(out, header)
+        for piece in rows:
+            data = np.ascontiguousarray(piece, dtype).tobytes()
+            crc = zlib.crc32(data, crc)
+            out.write(data)
+        out.write(key + crc.to_bytes(CRC_SIZE, "little"))
+
+
+def _find_problem(path: Path, key: bytes, shape: tuple[int, ...], dtype: str) -> str:
+    """What is wrong with a cache file, as the end of a sentence, or the empty string."""
     try:
         data = np.load(path, mmap_mode="r")
+        # numpy ignores what stands behind the array.
         with path.open("rb") as file:
-            file.seek(-36, os.SEEK_END)
+            file.seek(-(KEY_SIZE + CRC_SIZE), os.SEEK_END)
             trailer = file.read()
     except Exception:  # numpy raises many kinds at a damaged header
         return "is damaged"
-    if trailer[:32] != key:
+    if trailer[:KEY_SIZE] != key:
         return "is of something else or damaged"
-    intact = (
-        data.shape == shape
-        and data.dtype == np.dtype(dtype)
-        and data.flags.c_contiguous
-        and zlib.crc32(data).to_bytes(4, "little") == trailer[32:]
-    )
-    return "" if intact else "is damaged"
+
+    # The header has no checksum: a damaged one may claim another type, shape or order of axes.
+    if data.shape != shape or data.dtype != np.dtype(dtype) or not data.flags.c_contiguous:
+        return "is damaged"
+    if zlib.crc32(data).to_bytes(CRC_SIZE, "little") != trailer[KEY_SIZE:]:
+        return "is damaged"
+    return ""

@@ -1,4 +1,4 @@
-"""Pictures from disk as arrays, without torch: what exploration and the page need."""
+"""Images from disk as arrays, without torch: what exploration and the page need."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +23,9 @@ def read_checked(file: Path) -> bytearray:
 
     Raises ValueError if it is too large, and whatever Pillow raises for a damaged header.
     """
-    # Path.read_bytes, since torchvision's reader takes no path outside of UTF-8.
-    with Image.open(file, formats=["JPEG"]) as image:  # reads the header only
+    # Opening reads the header only. The bytes are read by Python, since torchvision's reader takes
+    # no path outside of UTF-8; a bytearray, since torch.frombuffer warns of memory it can't write.
+    with Image.open(file, formats=["JPEG"]) as image:
         data = bytearray(file.read_bytes())
         n_pixels = image.width * image.height
     if n_pixels > MAX_PIXELS or data.count(SCAN_MARKER) > MAX_SCANS:
@@ -36,7 +37,7 @@ def read_checked(file: Path) -> bytearray:
 
 
 def undecodable(file: Path, error: Exception) -> UserError:
-    """The one line about a picture that can't be decoded."""
+    """The error about an image that can't be decoded, to be raised."""
     return UserError(f"{file} can't be decoded ({reason(error)}): replace it by a fresh copy")
 
 
@@ -51,9 +52,11 @@ def read_rgb(file: Path) -> np.ndarray:
 
 
 def decode_all(files: Sequence[Path], read: Callable[[Path], np.ndarray]) -> Iterator[np.ndarray]:
-    """read(file) of every file in order, in threads, with a progress bar."""
+    """read(file) for each file in order, in threads, with a progress bar."""
     bar = tqdm(total=len(files), desc="decoding", unit="img", leave=False)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        # In chunks, so that decoding is never far ahead of what is written: the rest of a dataset
+        # would wait in memory.
         for start in range(0, len(files), CHUNK):
             for array in pool.map(read, files[start : start + CHUNK]):
                 yield array

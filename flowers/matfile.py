@@ -1,4 +1,12 @@
-"""MATLAB's files, read without scipy, whose reader can end the process at a damaged one."""
+"""MATLAB's files, read without scipy.
+
+scipy's reader ends the process, with no exception to catch, at about one damaged file in a hundred.
+
+Source: MathWorks, MAT-File Format (Level 5), R2024b. A file is a header of 128 bytes and a row of
+elements. An element is a tag (data type and number of bytes, 4 bytes each), its data, and padding
+up to a multiple of 8 bytes. Data of at most 4 bytes stand within the tag itself. A matrix is an
+element whose data are elements again; a compressed matrix is zlib data that unpack to one.
+"""
 
 import struct
 import zlib
@@ -7,10 +15,18 @@ from pathlib import Path
 
 import numpy as np
 
-MOST_BYTES = (
-    1 << 26
-)  # of labels, splits or captions once unpacked, more than a dataset of flowers has: what claims more is a bomb, or damaged
-MAT_TYPES = {
+# The most that labels, splits or captions may take once unpacked, in bytes. No dataset of flowers
+# needs as much: a file that claims more is damaged, or made to fill the memory.
+MOST_BYTES = 1 << 26
+
+HEADER_SIZE = 128
+# The last two bytes of the header are the characters MI, written as a number of two bytes.
+BYTE_ORDERS = {b"IM": "<", b"MI": ">"}
+
+# Data types of elements: miMATRIX, miCOMPRESSED, and the numbers as numpy calls them.
+MATRIX = 14
+COMPRESSED = 15
+NUMBER_TYPES = {
     1: "i1",
     2: "u1",
     3: "i2",
@@ -22,54 +38,87 @@ MAT_TYPES = {
     12: "i8",
     13: "u8",
 }
+# Classes of a matrix: mxDOUBLE_CLASS to mxUINT64_CLASS. Others are cells, structures and text.
+NUMERIC_CLASSES = range(6, 16)
 
 
 def read_mat(path: Path) -> dict[str, np.ndarray]:
-    """The real numeric matrices of a MATLAB file by name. Raises ValueError, struct.error or zlib.error if it is damaged, as far as that shows: what is
-    compressed has a checksum. scipy's reader takes the process down with it at about one damaged file in a hundred.
+    """The real numeric matrices of a MATLAB 5 file, by name.
 
-    Source: MathWorks, MAT-File Format (Level 5), R2024b.
+    Raises ValueError, struct.error or zlib.error if the file is damaged, as far as that shows:
+    compressed matrices have a checksum, others have none.
     """
-    if path.stat().st_size > MOST_BYTES or (data := path.read_bytes())[126:128] not in (
-        b"IM",
-        b"MI",
-    ):
+    if path.stat().st_size > MOST_BYTES:
         raise ValueError("no MATLAB 5 file")
-    order, found = "<" if data[126:128] == b"IM" else ">", {}
+    data = path.read_bytes()
+    order = BYTE_ORDERS.get(data[HEADER_SIZE - 2 : HEADER_SIZE])
+    if order is None:
+        raise ValueError("no MATLAB 5 file")
 
-    def elements(data: bytes) -> Iterator[tuple[int, bytes]]:
-        at = 0
-        while at < len(data):
-            kind, size = struct.unpack_from(order + "II", data, at)
-            short, at = (
-                kind >> 16,
-                at + (4 if kind >> 16 else 8),
-            )  # up to four bytes stand within the tag itself
-            kind, size = (kind & 0xFFFF, short) if short else (kind, size)
-            if size > (4 if short else len(data) - at):
-                raise ValueError("cut off")
-            yield kind, data[at : at + size]
-            at += 4 if short else size + (-size % 8 if kind != 15 else 0)
+    matrices = {}
+    budget = MOST_BYTES  # for all compressed elements together
+    for data_type, content in _iterate_elements(data[HEADER_SIZE:], order):
+        if data_type == COMPRESSED:
+            unpacked = _unpack(content, budget)
+            budget -= len(unpacked)
+            # What is compressed is one element. The next is not looked at.
+            data_type, content = next(_iterate_elements(unpacked, order), (0, b""))
+        if data_type == MATRIX:
+            matrices.update(_read_matrix(content, order))
+    return matrices
 
-    left = MOST_BYTES
-    for kind, content in elements(data[128:]):
-        if kind == 15:
-            unpack = zlib.decompressobj()
-            content = unpack.decompress(content, left)
-            left -= len(content)
-            if not unpack.eof or left <= 0:
-                raise ValueError("cut off, or too large")
-            kind, content = next(elements(content), (0, b""))
-        if kind != 14:
-            continue
-        (_, flags), (_, shape), (_, name), (kind, values), *_ = [
-            *elements(content),
-            *[(0, b"")] * 4,
-        ]
-        if (
-            len(flags) == 8 and 6 <= struct.unpack(order + "II", flags)[0] & 0xFF <= 15
-        ):  # double to uint64; no cells, structures, text
-            shape = np.frombuffer(shape, order + "i4").tolist()
-            values = np.frombuffer(values, order + MAT_TYPES.get(kind, "no number"))
-            found[name.decode("ascii")] = values.reshape(shape, order="F")
-    return found
+
+def _iterate_elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
+    """Data type and data of each element. Raises ValueError if one is longer than what is left."""
+    start = 0
+    while start < len(data):
+        data_type, size = struct.unpack_from(order + "II", data, start)
+        # A small element has its size in the upper half of the data type, and its data where other
+        # elements have the size: 8 bytes together.
+        small_size = data_type >> 16
+        if small_size:
+            data_type, size = data_type & 0xFFFF, small_size
+            start += 4
+            available = 4
+            step = 4
+        else:
+            start += 8
+            available = len(data) - start
+            padding = 0 if data_type == COMPRESSED else -size % 8
+            step = size + padding
+        if size > available:
+            raise ValueError("cut off")
+        yield data_type, data[start : start + size]
+        start += step
+
+
+def _unpack(data: bytes, budget: int) -> bytes:
+    """Decompress at most `budget` bytes. Raises ValueError if there is more, or it is cut off."""
+    unpacker = zlib.decompressobj()
+    unpacked = unpacker.decompress(data, budget)
+    # `eof` is set once the checksum at the end has been read and compared.
+    if not unpacker.eof or len(unpacked) >= budget:
+        raise ValueError("cut off, or too large")
+    return unpacked
+
+
+def _read_matrix(data: bytes, order: str) -> dict[str, np.ndarray]:
+    """Name and values of a numeric matrix; an empty dict for cells, structures and text."""
+    # A matrix is flags (8 bytes, the class in the lowest byte of the first number), shape, name,
+    # real part and perhaps an imaginary part. Missing elements count as empty.
+    elements = list(_iterate_elements(data, order))
+    elements += [(0, b"")] * 4
+    (_, flags), (_, shape), (_, name), (data_type, values) = elements[:4]
+
+    if len(flags) != 8:
+        return {}
+    matrix_class = struct.unpack(order + "II", flags)[0] & 0xFF
+    if matrix_class not in NUMERIC_CLASSES:
+        return {}
+
+    # The numbers may be stored in a smaller type than that of the class.
+    if data_type not in NUMBER_TYPES:
+        raise ValueError(f"no numbers: data type {data_type}")
+    numbers = np.frombuffer(values, order + NUMBER_TYPES[data_type])
+    dimensions = np.frombuffer(shape, order + "i4").tolist()
+    return {name.decode("ascii"): numbers.reshape(dimensions, order="F")}  # column by column

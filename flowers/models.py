@@ -1,7 +1,11 @@
-"""The architectures: the nine of CLIP and two small ones; their tokens, features, and where their towers can be cut."""
+"""CLIP's architectures: the nine released ones and two small ones.
+
+Building them, tokens, features, and the two towers cut in two where training starts.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,189 +18,191 @@ from flowers.devices import autocast
 from flowers.pixels import get_batch
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # clip imports pkg_resources, which says that it is old
+    # clip imports pkg_resources, which warns of its age.
+    warnings.simplefilter("ignore")
     import clip
-    from clip.model import CLIP, ModifiedResNet
+    from clip.model import CLIP, ModifiedResNet, VisionTransformer
 
-# embedding, resolution, image layers, image width, patch, text width, text heads, text layers (the released weights' shapes)
+# -----------------------------------------------------------------------------
+# architectures
+
+
+class Shape(NamedTuple):
+    """What decides the architecture of a CLIP."""
+
+    embedding: int  # D, the length of a feature
+    resolution: int  # side of an image, in pixels
+    image_layers: int | tuple[int, int, int, int]  # of a ResNet: bottlenecks of each stage
+    image_width: int
+    patch: int | None  # side of a ViT's patch, in pixels; a ResNet has none
+    text_width: int
+    text_heads: int
+    text_layers: int
+
+
+# The first nine are the shapes of OpenAI's released weights.
 SHAPES = {
-    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 512, 8, 12),
-    "RN101": (512, 224, (3, 4, 23, 3), 64, None, 512, 8, 12),
-    "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, 640, 10, 12),
-    "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, 768, 12, 12),
-    "RN50x64": (1024, 448, (3, 15, 36, 10), 128, None, 1024, 16, 12),
-    "ViT-B/32": (512, 224, 12, 768, 32, 512, 8, 12),
-    "ViT-B/16": (512, 224, 12, 768, 16, 512, 8, 12),
-    "ViT-L/14": (768, 224, 24, 1024, 14, 768, 12, 12),
-    "ViT-L/14@336px": (768, 336, 24, 1024, 14, 768, 12, 12),
-    "tiny": (128, 64, 4, 128, 8, 128, 2, 2),
-    "tiny-rn": (128, 64, (1, 1, 1, 1), 16, None, 128, 2, 2),
+    "RN50": Shape(1024, 224, (3, 4, 6, 3), 64, None, 512, 8, 12),
+    "RN101": Shape(512, 224, (3, 4, 23, 3), 64, None, 512, 8, 12),
+    "RN50x4": Shape(640, 288, (4, 6, 10, 6), 80, None, 640, 10, 12),
+    "RN50x16": Shape(768, 384, (6, 8, 18, 8), 96, None, 768, 12, 12),
+    "RN50x64": Shape(1024, 448, (3, 15, 36, 10), 128, None, 1024, 16, 12),
+    "ViT-B/32": Shape(512, 224, 12, 768, 32, 512, 8, 12),
+    "ViT-B/16": Shape(512, 224, 12, 768, 16, 512, 8, 12),
+    "ViT-L/14": Shape(768, 224, 24, 1024, 14, 768, 12, 12),
+    "ViT-L/14@336px": Shape(768, 336, 24, 1024, 14, 768, 12, 12),
+    "tiny": Shape(128, 64, 4, 128, 8, 128, 2, 2),
+    "tiny-rn": Shape(128, 64, (1, 1, 1, 1), 16, None, 128, 2, 2),
 }
-RANDOM = ("tiny", "tiny-rn")  # these start from random weights; all others from OpenAI's
-CONTEXT, VOCABULARY = 77, 49408
-CONTEXT_MARK, PLACEHOLDER = (
-    "[V] ",
-    188,
-)  # a learned context vector in a prompt, and its token: byte 0, which cleaned text never has
+RANDOM = ("tiny", "tiny-rn")  # these start from random weights, all others from OpenAI's
+
+CONTEXT = 77  # tokens of a text, with its start and end
+VOCABULARY = 49408
+
+# A learned context vector as it is written at the beginning of a prompt, and the token that stands
+# for it: byte 0, which the tokenizer's cleaned text never has.
+CONTEXT_MARK = "[V] "
+PLACEHOLDER = 188
 
 
 def build(name: str) -> CLIP:
     """A CLIP of one of SHAPES with random weights, in eval mode."""
-    embed, resolution, layers, width, patch, text_width, heads, text_layers = SHAPES[name]
-    return CLIP(
-        embed, resolution, layers, width, patch, CONTEXT, VOCABULARY, text_width, heads, text_layers
-    ).eval()
+    return build_shape(SHAPES[name])
+
+
+def build_shape(shape: Shape, context: int = CONTEXT, vocabulary: int = VOCABULARY) -> CLIP:
+    """A CLIP of any shape with random weights, in eval mode."""
+    model = CLIP(
+        embed_dim=shape.embedding,
+        image_resolution=shape.resolution,
+        vision_layers=shape.image_layers,
+        vision_width=shape.image_width,
+        vision_patch_size=shape.patch,
+        context_length=context,
+        vocab_size=vocabulary,
+        transformer_width=shape.text_width,
+        transformer_heads=shape.text_heads,
+        transformer_layers=shape.text_layers,
+    )
+    return model.eval()
+
+
+# -----------------------------------------------------------------------------
+# parts of a model
+
+
+def is_resnet(model: CLIP) -> bool:
+    """Whether the image tower is a ResNet; otherwise it is a ViT."""
+    return isinstance(model.visual, ModifiedResNet)
 
 
 def towers(model: CLIP) -> dict[str, list[torch.nn.Parameter]]:
-    """The parameters by tower; the logit scale belongs to neither."""
-    named = dict(model.named_parameters())
-    scale = named.pop("logit_scale")
-    return {
-        "image": [p for n, p in named.items() if n.startswith("visual.")],
-        "text": [p for n, p in named.items() if not n.startswith("visual.")],
-        "scale": [scale],
-    }
+    """The parameters of the `image` tower, the `text` tower, and the logit `scale` of neither."""
+    parameters = {"image": [], "text": [], "scale": []}
+    for name, parameter in model.named_parameters():
+        if name == "logit_scale":
+            parameters["scale"].append(parameter)
+        elif name.startswith("visual."):
+            parameters["image"].append(parameter)
+        else:
+            parameters["text"].append(parameter)
+    return parameters
+
+
+def image_blocks(model: CLIP) -> torch.nn.Sequential:
+    """The residual blocks of the image tower in order; those of a ResNet are its bottlenecks."""
+    visual = model.visual
+    if not is_resnet(model):
+        return visual.transformer.resblocks
+    return torch.nn.Sequential(*visual.layer1, *visual.layer2, *visual.layer3, *visual.layer4)
+
+
+def last_blocks(model: CLIP, blocks: int) -> list[torch.nn.Module | torch.nn.Parameter]:
+    """The last blocks of both towers and their projections.
+
+    Raises UserError if a tower has fewer than `blocks`.
+    """
+    image_layers = image_blocks(model)
+    text_layers = model.transformer.resblocks
+    for name, layers in (("image", image_layers), ("text", text_layers)):
+        if not 1 <= blocks <= len(layers):
+            raise UserError(f"--blocks {blocks}: the {name} tower has {len(layers)}")
+
+    # A ResNet projects within its attention pooling.
+    image_projection = model.visual.attnpool if is_resnet(model) else model.visual.proj
+    return [
+        image_layers[-blocks:],
+        image_projection,
+        text_layers[-blocks:],
+        model.text_projection,
+    ]
+
+
+# -----------------------------------------------------------------------------
+# tokens and features
 
 
 def tokenize(texts: Sequence[str]) -> torch.Tensor:
-    """Token ids (P, L), L that of the longest text: CLIP's causal text tower gives the same features without the padding up to 77.
+    """Token ids of P texts, (P, L) with L the length of the longest text in tokens.
 
-    Each CONTEXT_MARK at the beginning of a text becomes a PLACEHOLDER.
+    CLIP's text tower is causal, so it gives the same features without the padding up to 77. If a
+    text begins with CONTEXT_MARK, each mark in it becomes a PLACEHOLDER after the start token. A
+    text that is too long is cut off, and keeps its end token.
     """
-    marks = [
-        (len(text) - len(text.replace(CONTEXT_MARK, ""))) // len(CONTEXT_MARK)
-        if text.startswith(CONTEXT_MARK)
-        else 0
-        for text in texts
-    ]
-    tokens = clip.tokenize(
-        [text.replace(CONTEXT_MARK, "") if m else text for text, m in zip(texts, marks)],
-        truncate=True,
-    )
-    for row, m in zip(tokens, marks):
-        if m:
-            row[1 + m :] = row[1 : CONTEXT - m].clone()
-            row[1 : 1 + m] = PLACEHOLDER
-            if row[-1]:
-                row[-1] = VOCABULARY - 1  # the end token, where the text was too long
-    return tokens[:, : int(tokens.argmax(1).max()) + 1]
+    # The marks are taken out before the texts are tokenized: they are no words.
+    n_marks = [text.count(CONTEXT_MARK) if text.startswith(CONTEXT_MARK) else 0 for text in texts]
+    plain = [text.replace(CONTEXT_MARK, "") if n else text for text, n in zip(texts, n_marks)]
+    tokens = clip.tokenize(plain, truncate=True)  # (P, 77), zeros after the end token
+
+    for row, n in zip(tokens, n_marks):
+        if n == 0:
+            continue
+        row[1 + n :] = row[1 : CONTEXT - n].clone()
+        row[1 : 1 + n] = PLACEHOLDER
+        if row[-1] != 0:  # the text is too long now, and may have lost its end
+            row[-1] = VOCABULARY - 1
+
+    # The end token has the largest id of all.
+    longest = int(tokens.argmax(1).max()) + 1
+    return tokens[:, :longest]
 
 
 def encode_images(model: CLIP, images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, R, R) -> (B, D) fp32 features of length 1."""
+    """(B, 3, R, R) normalised images -> (B, D) fp32 features of length 1."""
     with autocast(images.device):
         features = model.encode_image(images)
     return F.normalize(features.float(), dim=-1)
 
 
 def encode_texts(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """(P, L) -> (P, D) fp32 features of length 1."""
+    """(P, L) token ids -> (P, D) fp32 features of length 1."""
     with autocast(tokens.device):
         features = model.encode_text(tokens)
     return F.normalize(features.float(), dim=-1)
 
 
-def last_blocks(model: CLIP, blocks: int) -> list[torch.nn.Module | torch.nn.Parameter]:
-    """The last blocks of both towers and their projections. Raises UserError if a tower has fewer."""
-    for name, found in (("image", image_blocks(model)), ("text", model.transformer.resblocks)):
-        if not 1 <= blocks <= len(found):
-            raise UserError(f"--blocks {blocks}: the {name} tower has {len(found)}")
-    projection = (
-        model.visual.attnpool if isinstance(model.visual, ModifiedResNet) else model.visual.proj
-    )
-    return [
-        image_blocks(model)[-blocks:],
-        projection,
-        model.transformer.resblocks[-blocks:],
-        model.text_projection,
-    ]
+@torch.inference_mode()
+def image_features(model: CLIP, pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Features of the images at `index`, (n, D) fp32 on the CPU, with a progress bar.
 
-
-def image_blocks(model: CLIP) -> torch.nn.Sequential:
-    """The residual blocks of the image tower in order; of a ResNet, its bottlenecks."""
-    v = model.visual
-    return (
-        torch.nn.Sequential(*v.layer1, *v.layer2, *v.layer3, *v.layer4)
-        if isinstance(v, ModifiedResNet)
-        else v.transformer.resblocks
-    )
-
-
-def split_image_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callable]:
-    """The image tower as two functions, trunk and rest: rest(trunk(images (B, 3, R, R))) are the features (B, D) of length 1.
-
-    `rest` is the last `blocks` blocks and the projection; with 0 the trunk does everything, with None the rest does. The trunk is frozen:
-    it has no graph. What is between them is (B, tokens, width), or (B, channels, side, side) in a ResNet.
+    pixels: (N, 3, R, R) uint8; index: (n,) int64.
     """
-    if blocks is None:
-        return lambda x: x, lambda images: encode_images(model, images)
-    if blocks == 0:
-        return torch.no_grad()(lambda images: encode_images(model, images)), lambda x: x
-    v, layers = model.visual, image_blocks(model)
-
-    @torch.no_grad()
-    def trunk(x):
-        with autocast(x.device):
-            if isinstance(v, ModifiedResNet):
-                for i in (1, 2, 3):
-                    x = getattr(v, f"relu{i}")(getattr(v, f"bn{i}")(getattr(v, f"conv{i}")(x)))
-                return layers[:-blocks](v.avgpool(x))
-            x = v.conv1(x).flatten(2).transpose(1, 2)  # (B, patches, width)
-            x = torch.cat(
-                [v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1
-            ) + v.positional_embedding.to(x.dtype)
-            return layers[:-blocks](v.ln_pre(x).transpose(0, 1)).transpose(
-                0, 1
-            )  # CLIP's blocks take (tokens, B, width)
-
-    def rest(x):
-        with autocast(x.device):
-            x = (
-                v.attnpool(layers[-blocks:](x))
-                if isinstance(v, ModifiedResNet)
-                else v.ln_post(layers[-blocks:](x.transpose(0, 1))[0]) @ v.proj
-            )
-        return F.normalize(x.float(), dim=-1)
-
-    return trunk, rest
+    device = model.logit_scale.device
+    features = []
+    for part in progress_chunks(index, "encoding images"):
+        images = get_batch(pixels, part, device)  # (256, 3, R, R)
+        features.append(encode_images(model, images).cpu())
+    return torch.cat(features)
 
 
-def split_text_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callable]:
-    """The text tower as two functions: rest(trunk(tokens (P, L)), ends (P,)) are the features (P, D); ends are the end tokens' places."""
-    if blocks is None:
-        return lambda x: x, lambda tokens, ends: encode_texts(model, tokens)
-    if blocks == 0:
-        return torch.no_grad()(lambda tokens: encode_texts(model, tokens)), lambda x, ends: x
-    layers = model.transformer.resblocks
-
-    @torch.no_grad()
-    def trunk(tokens):
-        with autocast(tokens.device):
-            x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]
-            return layers[:-blocks](x.transpose(0, 1)).transpose(0, 1)
-
-    def rest(x, ends):
-        with autocast(x.device):
-            x = (
-                model.ln_final(layers[-blocks:](x.transpose(0, 1)))[
-                    ends, torch.arange(len(ends), device=x.device)
-                ]
-                @ model.text_projection
-            )
-        return F.normalize(x.float(), dim=-1)
-
-    return trunk, rest
-
-
-def count_flops(work: Callable) -> int:
-    """Floating-point operations of work(), a multiply-add as two; on the meta device nothing is computed to count them."""
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):  # it does not know a CPU's own attention
-        work()
-    return counter.get_total_flops()
+@torch.inference_mode()
+def text_features(model: CLIP, texts: Sequence[str]) -> torch.Tensor:
+    """Features of P texts, (P, D) fp32 on the CPU, with a progress bar."""
+    device = model.logit_scale.device
+    features = []
+    for tokens in progress_chunks(tokenize(texts), "encoding texts", size=512):
+        features.append(encode_texts(model, tokens.to(device)).cpu())
+    return torch.cat(features)
 
 
 def progress_chunks(items: torch.Tensor, title: str, size: int = 256) -> Iterator[torch.Tensor]:
@@ -207,25 +213,126 @@ def progress_chunks(items: torch.Tensor, title: str, size: int = 256) -> Iterato
             bar.update(len(part))
 
 
-@torch.inference_mode()
-def image_features(model: CLIP, pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Features (N, D) on the CPU of the images at `index` (N,), with a progress bar."""
-    device = model.logit_scale.device
-    return torch.cat(
-        [
-            encode_images(model, get_batch(pixels, part, device)).cpu()
-            for part in progress_chunks(index, "encoding images")
-        ]
-    )
+# -----------------------------------------------------------------------------
+# towers cut in two: a frozen trunk, which can be computed once, and the rest, which is trained
 
 
-@torch.inference_mode()
-def text_features(model: CLIP, texts: Sequence[str]) -> torch.Tensor:
-    """Features (P, D) on the CPU of the sentences."""
-    device = model.logit_scale.device
-    return torch.cat(
-        [
-            encode_texts(model, part.to(device)).cpu()
-            for part in progress_chunks(tokenize(texts), "encoding texts", 512)
-        ]
-    )
+def split_image_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callable]:
+    """The image tower as two functions, trunk and rest.
+
+    rest(trunk(images)) are the features (B, D) fp32 of length 1 of images (B, 3, R, R).
+
+    blocks: the rest is the last `blocks` blocks and the projection. With 0 the trunk does
+        everything and the rest nothing, with None the other way round.
+
+    The trunk has no graph. Its result is (B, tokens, width), or (B, channels, side, side) of a
+    ResNet, or the features if `blocks` is 0.
+    """
+    if blocks is None:
+        return _identity, lambda images: encode_images(model, images)
+    if blocks == 0:
+        return torch.no_grad()(lambda images: encode_images(model, images)), _identity
+
+    layers = image_blocks(model)
+    split = _split_resnet if is_resnet(model) else _split_vit
+    frozen_half, trained_half = split(model.visual, layers[:-blocks], layers[-blocks:])
+
+    @torch.no_grad()
+    def trunk(images):
+        with autocast(images.device):
+            return frozen_half(images)
+
+    def rest(x):
+        with autocast(x.device):
+            features = trained_half(x)
+        return F.normalize(features.float(), dim=-1)
+
+    return trunk, rest
+
+
+def _split_resnet(
+    visual: ModifiedResNet, frozen: torch.nn.Sequential, trained: torch.nn.Sequential
+) -> tuple[Callable, Callable]:
+    """ModifiedResNet.forward in two halves, cut between the bottlenecks `frozen` and `trained`."""
+
+    def frozen_half(images):
+        x = visual.relu1(visual.bn1(visual.conv1(images)))  # (B, width / 2, R / 2, R / 2)
+        x = visual.relu2(visual.bn2(visual.conv2(x)))
+        x = visual.relu3(visual.bn3(visual.conv3(x)))  # (B, width, R / 2, R / 2)
+        return frozen(visual.avgpool(x))  # (B, channels, side, side)
+
+    def trained_half(x):
+        return visual.attnpool(trained(x))  # (B, D)
+
+    return frozen_half, trained_half
+
+
+def _split_vit(
+    visual: VisionTransformer, frozen: torch.nn.Sequential, trained: torch.nn.Sequential
+) -> tuple[Callable, Callable]:
+    """VisionTransformer.forward in two halves, cut between the blocks `frozen` and `trained`."""
+
+    def frozen_half(images):
+        patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, patches, width)
+        class_token = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        tokens = torch.cat([class_token, patches], 1)  # (B, tokens, width)
+        tokens = tokens + visual.positional_embedding.to(tokens.dtype)
+        tokens = visual.ln_pre(tokens).transpose(0, 1)  # CLIP's blocks take (tokens, B, width)
+        return frozen(tokens).transpose(0, 1)
+
+    def trained_half(tokens):
+        tokens = trained(tokens.transpose(0, 1))  # (tokens, B, width)
+        return visual.ln_post(tokens[0]) @ visual.proj  # (B, D), of the class token
+
+    return frozen_half, trained_half
+
+
+def split_text_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callable]:
+    """The text tower as two functions, trunk and rest.
+
+    rest(trunk(tokens), ends) are the features (P, D) fp32 of length 1 of token ids (P, L).
+    ends: (P,) int64, the position of the end token in each row. `blocks` is as in
+    split_image_tower; the result of the trunk is (P, L, width).
+    """
+    if blocks is None:
+        return _identity, lambda tokens, ends: encode_texts(model, tokens)
+    if blocks == 0:
+        return torch.no_grad()(lambda tokens: encode_texts(model, tokens)), lambda x, ends: x
+
+    layers = model.transformer.resblocks
+    frozen_layers, trained_layers = layers[:-blocks], layers[-blocks:]
+
+    @torch.no_grad()
+    def trunk(tokens):
+        with autocast(tokens.device):
+            positions = model.positional_embedding[: tokens.shape[1]]  # (L, width)
+            x = model.token_embedding(tokens) + positions  # (P, L, width)
+            return frozen_layers(x.transpose(0, 1)).transpose(0, 1)
+
+    def rest(x, ends):
+        with autocast(x.device):
+            x = model.ln_final(trained_layers(x.transpose(0, 1)))  # (L, P, width)
+            texts = torch.arange(len(ends), device=x.device)
+            features = x[ends, texts] @ model.text_projection  # (P, D), of the end tokens
+        return F.normalize(features.float(), dim=-1)
+
+    return trunk, rest
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+# -----------------------------------------------------------------------------
+# cost
+
+
+def count_flops(work: Callable) -> int:
+    """Floating-point operations of work(), a multiply-add counted as two.
+
+    On the meta device nothing is computed to count them.
+    """
+    # The counter does not know the fused attention of a CPU: the plain one is used instead.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()

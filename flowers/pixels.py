@@ -1,9 +1,12 @@
-"""Images become one uint8 tensor, once; batches of it are normalised and augmented on the device.
+"""Images as one uint8 tensor, and batches of it that are augmented and normalised on the device.
 
-CLIP's preprocessing is: resize the short side to R (bicubic, antialiased), crop the centre R x R, scale, normalise. All but the last
-two steps are the same in every epoch and for every run, so they are done once per (images, R) and kept as (N, 3, R, R) uint8.
-The pixels equal those of clip's own transform (PIL) up to rounding in the resize: the same decoder, at most one level apart but for
-about one value in ten million, which is two apart (benchmarks/pixels.py counts them).
+CLIP's preprocessing is: resize the short side to R (bicubic, antialiased), crop the centre R x R,
+scale, normalise. All but the last two steps are the same in every epoch and every run, so they are
+done once per (images, R) and cached as (N, 3, R, R) uint8.
+
+The pixels equal those of clip's own transform (PIL) up to rounding in the resize. The decoder is
+the same; values are at most one level apart, but for about one in ten million that is two apart
+(counted by benchmarks/pixels.py).
 """
 
 from collections.abc import Iterator
@@ -17,40 +20,44 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from flowers import cache, images
 from flowers.data import Flowers
 
-FORMAT = 2  # raise it when the stored bytes change, so that older caches are rebuilt
-CLIP_MEAN, CLIP_STD = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)  # openai/CLIP, clip/clip.py
+# Raised when the stored bytes change, so that older caches are rebuilt.
+FORMAT = 2
+
+# openai/CLIP, clip/clip.py; of red, green and blue in [0, 1].
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# -----------------------------------------------------------------------------
+# from files to uint8
 
 
 def load_pixels(flowers: Flowers, resolution: int) -> torch.Tensor:
-    """All images as (N, 3, R, R) uint8, memory-mapped from the cache, which is made first if it is missing, damaged or stale.
+    """All images of the dataset as (N, 3, R, R) uint8, memory-mapped from the cache.
 
-    The cache lies in `.cache/` beside the data, or in the user's cache folder where the data is read-only. Raises UserError naming
-    the file if an image can't be decoded.
+    The cache is in `.cache/` beside the data, or in the user's cache folder where the data is
+    read-only. It is made first if it is missing, damaged or stale. Raises UserError naming the file
+    if an image can't be decoded.
     """
-    shape = (len(flowers.files), 3, resolution, resolution)
-    return torch.from_numpy(
-        cache.cached_array(
-            cache.array_path(flowers.root, f"pixels-{resolution}", flowers.files),
-            key(flowers, resolution),
-            shape,
-            "|u1",
-            lambda: _decode_squares(flowers.files, resolution),
-        )
+    array = cache.cached_array(
+        cache.array_path(flowers.root, f"pixels-{resolution}", flowers.files),
+        key(flowers, resolution),
+        shape=(len(flowers.files), 3, resolution, resolution),
+        dtype="|u1",
+        rows=lambda: _decode_squares(flowers.files, resolution),
     )
+    return torch.from_numpy(array)
 
 
 def key(flowers: Flowers, resolution: int) -> bytes:
-    """What the pixels depend on."""
+    """The cache key of the pixels: it changes with the files and the resolution."""
     return cache.key_of(FORMAT, resolution, *flowers.files)
 
 
 def read_jpeg(file: Path) -> torch.Tensor:
-    """One JPEG as (3, H, W) uint8. Raises UserError naming the file if it can't be decoded, or is too large.
+    """One JPEG as (3, H, W) uint8.
 
-    JPEG has no checksum: of damage within the compressed data only what breaks the code shows.
+    Raises UserError naming the file if it can't be decoded or is too large. JPEG has no checksum:
+    damage within the compressed data shows only where it breaks the code.
     """
     try:
         data = images.read_checked(file)
@@ -60,20 +67,50 @@ def read_jpeg(file: Path) -> torch.Tensor:
 
 
 def read_square(file: Path, resolution: int) -> torch.Tensor:
-    """One JPEG as (3, R, R) uint8: short side to R, centre crop, sizes rounded as torchvision's Resize and CenterCrop do."""
+    """One JPEG as (3, R, R) uint8: short side to R, centre crop. Raises as read_jpeg does."""
     return resize_and_crop(read_jpeg(file), resolution)
 
 
 def resize_and_crop(image: torch.Tensor, resolution: int) -> torch.Tensor:
-    """(3, H, W) uint8 -> (3, R, R): the second half of `decode`, for a picture that is no file of the dataset."""
+    """Short side to R, then the centre: (3, H, W) uint8 -> (3, R, R) uint8."""
+    # Sizes are rounded as torchvision's Resize (down) and CenterCrop (half to even) do.
     height, width = image.shape[1:]
     if width <= height:
         width, height = resolution, int(resolution * height / width)
     else:
         width, height = int(resolution * width / height), resolution
-    image = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
-    top, left = round((height - resolution) / 2), round((width - resolution) / 2)
-    return image[:, top : top + resolution, left : left + resolution]
+    batch = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)
+
+    top = round((height - resolution) / 2)
+    left = round((width - resolution) / 2)
+    return batch[0, :, top : top + resolution, left : left + resolution]
+
+
+def _decode_squares(files: tuple[Path, ...], resolution: int) -> Iterator[np.ndarray]:
+    """Each file as (3, R, R) uint8."""
+
+    def read(file: Path) -> np.ndarray:
+        return read_square(file, resolution).numpy()
+
+    # Many files at a time with one torch thread each are faster than many threads for one file.
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield from images.decode_all(files, read)
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+# -----------------------------------------------------------------------------
+# from uint8 to batches
+
+
+def to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the GPU if it takes less than half of the free memory, else where it is."""
+    if device.type != "cuda":
+        return pixels
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return pixels.to(device) if pixels.nbytes < free_bytes / 2 else pixels
 
 
 def get_batch(
@@ -84,50 +121,56 @@ def get_batch(
     generator: torch.Generator | None = None,
     rows: slice = slice(None),
 ) -> torch.Tensor:
-    """The images at `index` (B,) as (B, 3, R, R) float32, augmented and normalised on the device; with `rows`, only those of the batch.
+    """A batch of images as (B, 3, R, R) float32, augmented and normalised on the device.
 
-    augmentation: 'none'; 'flip' mirrors half of them; 'crop' also shifts them by up to an eighth of the side, reflected at the border.
-    Random numbers come from `generator` (CPU) for the whole batch, so that a seed gives the same images on every device and rank.
+    pixels: (N, 3, R, R) uint8, from load_pixels.
+    index: (B,) int64, which images.
+    augmentation: 'none'; 'flip' mirrors half of the images; 'crop' also shifts them by up to an
+        eighth of the side, with reflection at the border.
+    generator: of the random numbers, on the CPU.
+    rows: return these rows of the batch only, as one of several processes does.
     """
-    n, side = len(index), pixels.shape[-1]
-    images = pixels.index_select(0, index[rows].to(pixels.device)).to(
-        device, non_blocking=True
-    )  # on a CPU ten times as fast as pixels[index]
+    batch_size = len(index)
+    # index_select is ten times as fast on a CPU as pixels[index].
+    batch = pixels.index_select(0, index[rows].to(pixels.device))  # (b, 3, R, R), b of the B rows
+    batch = batch.to(device, non_blocking=True)
+
+    # Random numbers are drawn on the CPU for the whole batch, and then cut down to `rows`: a seed
+    # gives the same images on every device and with any number of processes.
     if augmentation == "crop":
-        reach = side // 8
-        offsets = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator)[:, rows].to(
-            device
-        ) + torch.arange(side, device=device)
-        padded = F.pad(images.float(), (reach,) * 4, mode="reflect").to(
-            images.dtype
-        )  # reflection is not written for uint8
-        images = padded[
-            torch.arange(len(images), device=device)[:, None, None],
-            :,
-            offsets[0][:, :, None],
-            offsets[1][:, None, :],
-        ].movedim(-1, 1)
+        reach = pixels.shape[-1] // 8
+        shifts = torch.randint(0, 2 * reach + 1, (2, batch_size, 1), generator=generator)
+        batch = _shift(batch, shifts[:, rows].to(device), reach)
     if augmentation != "none":
-        mirrored = torch.randint(0, 2, (n, 1, 1, 1), generator=generator, dtype=torch.bool)[
-            rows
-        ].to(device)
-        images = torch.where(mirrored, images.flip(-1), images)
-    mean, std = (255 * torch.tensor(v, device=device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    images = images.float()
-    return torch.addcmul(-mean / std, images, 1 / std, out=images)
+        mirrored = torch.randint(0, 2, (batch_size, 1, 1, 1), generator=generator, dtype=torch.bool)
+        batch = torch.where(mirrored[rows].to(device), batch.flip(-1), batch)
+    return _normalise(batch)
 
 
-def to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The whole tensor on the GPU if it takes less than half of what is free there, else where it is."""
-    fits = device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return pixels.to(device) if fits else pixels
+def _shift(batch: torch.Tensor, shifts: torch.Tensor, reach: int) -> torch.Tensor:
+    """Pad images by `reach` on all sides and crop each R x R at its own corner.
+
+    batch: (b, 3, R, R) uint8; shifts: (2, b, 1) int64, top and left of the crop, 0 ... 2 * reach.
+    Returns (b, 3, R, R) uint8.
+    """
+    side = batch.shape[-1]
+    # Reflection is not written for uint8.
+    padded = F.pad(batch.float(), (reach,) * 4, mode="reflect").to(batch.dtype)
+
+    steps = torch.arange(side, device=batch.device)  # (R,)
+    y, x = shifts + steps  # (b, R) each: the rows and the columns of a crop
+    image = torch.arange(len(batch), device=batch.device)
+
+    # One gather instead of a loop over images. The three index tensors broadcast to (b, R, R); the
+    # slice between them takes all channels, and numpy's rule puts that axis last: (b, R, R, 3).
+    cropped = padded[image[:, None, None], :, y[:, :, None], x[:, None, :]]
+    return cropped.movedim(-1, 1)
 
 
-def _decode_squares(files: tuple[Path, ...], resolution: int) -> Iterator[np.ndarray]:
-    """Each file as (3, R, R) uint8, one torch thread a file: that beats many threads for one file."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield from images.decode_all(files, lambda file: read_square(file, resolution).numpy())
-    finally:
-        torch.set_num_threads(threads)
+def _normalise(batch: torch.Tensor) -> torch.Tensor:
+    """(b, 3, R, R) uint8 -> float32 with CLIP's mean and standard deviation."""
+    # (x - mean) / std as one multiply-add, in place: one pass over memory. Levels are 0 ... 255.
+    mean = 255 * torch.tensor(CLIP_MEAN, device=batch.device).view(3, 1, 1)
+    std = 255 * torch.tensor(CLIP_STD, device=batch.device).view(3, 1, 1)
+    batch = batch.float()
+    return torch.addcmul(-mean / std, batch, 1 / std, out=batch)
