@@ -40,7 +40,8 @@ def clouds(rng: Rng, side: int, *cells: int) -> Array:
     noise = np.zeros((side, side), np.float32)
     for octave, n in enumerate(cells):
         grid = rng.uniform(-1, 1, (n, n)).astype(np.float32)
-        noise += cv2.resize(grid, (side, side), interpolation=cv2.INTER_CUBIC) * 0.5**octave
+        smooth_grid = cv2.resize(grid, (side, side), interpolation=cv2.INTER_CUBIC)
+        noise += smooth_grid * 0.5**octave
     return noise
 
 
@@ -65,10 +66,11 @@ def mix_paints(rng: Rng) -> Paints:
     n = len(RGB)
     rgb = np.array([list(RGB.values())], np.float32) / 255  # (1, n, 3)
     hsv = cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)  # hue in degrees, saturation and value in [0, 1]
-    hue = hsv[0, :, 0]
-    hsv[0, :, 0] = (hue + rng.normal(0, 8, n)) % 360
-    factors = rng.uniform((0.75, 0.8), (1.15, 1.08), (n, 2))
-    hsv[0, :, 1:] = np.minimum(hsv[0, :, 1:] * factors, 1)
+    hue = hsv[0, :, 0]  # views: hsv changes with them
+    saturation_value = hsv[0, :, 1:]
+    hue[:] = (hue + rng.normal(0, 8, n)) % 360
+    saturation_value *= rng.uniform((0.75, 0.8), (1.15, 1.08), (n, 2))
+    saturation_value[:] = np.minimum(saturation_value, 1)
     mixed = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0]
     return dict(zip(RGB, mixed))
 
@@ -102,8 +104,9 @@ def stamp(
 
     # the part of the canvas that the sprite can touch
     reach = SPAN * np.abs(turn).sum(1)
+    height, width = canvas.shape[:2]
     first = np.maximum(np.floor(centre - reach), 0)
-    last = np.minimum(np.ceil(centre + reach), canvas.shape[1::-1])
+    last = np.minimum(np.ceil(centre + reach), (width, height))
     left, top = first.astype(int).tolist()
     right, bottom = last.astype(int).tolist()
     if right <= left or bottom <= top:
@@ -114,11 +117,13 @@ def stamp(
     middle = (centre[0] - left, centre[1] - top)
     top_left = turn @ (-SPAN, SPAN) + middle
     matrix = np.column_stack([turn * (step, -step), top_left])
-    patch = cv2.warpAffine(image, matrix, (right - left, bottom - top))
+    size = (right - left, bottom - top)
+    patch = cv2.warpAffine(image, matrix, size)
 
     region = canvas[top:bottom, left:right]
+    behind = 1 - patch[..., 3]
     # numpy's broadcasting over four channels is five times slower than this
-    region *= cv2.merge([1 - patch[..., 3]] * 4)
+    region *= cv2.merge([behind] * 4)
     brighten = np.diag((gain, gain, gain, 1)).astype(np.float32)
     region += cv2.transform(patch, brighten)
 
@@ -175,8 +180,8 @@ def petal_light(
     light = 0.72 + 0.3 * smooth(0, 0.45, u) - 0.2 * across**2 - 0.1 * crease
     light += 0.05 * noise + 0.04 * folds
     if pattern == "veins":
-        veins = smooth(0.75, 1, np.abs(np.sin(across * 7 + 0.4 * noise)))
-        light -= 0.2 * veins * (1 - smooth(0.35, 0.95, u))
+        lines = np.abs(np.sin(across * 7 + 0.4 * noise))
+        light -= 0.2 * smooth(0.75, 1, lines) * (1 - smooth(0.35, 0.95, u))
     elif pattern == "check":
         rows = np.sin(u * 22 + noise)
         columns = np.sin(across * 7)
@@ -225,9 +230,10 @@ def draw_disc(disc: Disc, paints: Paints, rng: Rng) -> Array:
         turn = i * GOLDEN_ANGLE
         position = np.array((np.sin(turn), np.cos(turn))) * distance
         pixel = (position / SPAN + 1) * DISC_PIXELS / 2
-        shade = (0.65, 1)[i % 2]
+        column, row = pixel.round().astype(int).tolist()
+        shade = 1 if i % 2 else 0.65
         floret = (middle + (rim - middle) * distance) * shade
-        cv2.circle(colour, pixel.round().astype(int).tolist(), 2, floret.tolist(), -1)
+        cv2.circle(colour, (column, row), 2, floret.tolist(), -1)
 
     light = 1.05 - 0.35 * r**2
     if disc.florets:
@@ -318,7 +324,8 @@ def draw_head(
                 angles = np.array(part.angles, float)
             stamp_petals(canvas, part, colours, angles, centre, unit, sun, rng)
         elif isinstance(part, Disc):
-            half = (part.radius * unit, part.radius * part.squash * unit)
+            height = part.radius * part.squash
+            half = (part.radius * unit, height * unit)
             stamp(canvas, draw_disc(part, paints, rng), centre, half)
         else:
             draw_stamens(canvas, part, paints, phase, centre, unit, rng)
