@@ -100,7 +100,7 @@ def embed(points: np.ndarray, k: int) -> tuple[np.ndarray, list[float], float]:
     pieces is joined where they are nearest.
     """
     n = len(points)
-    # exact for classes; for thousands of images it would take minutes
+    # Exact; for more points scikit-learn chooses ARPACK, which takes less time and memory.
     solver = "dense" if n < 300 else "auto"
     model = Isomap(n_neighbors=k, n_components=min(3, n - 1), eigen_solver=solver)
     with warnings.catch_warnings():
