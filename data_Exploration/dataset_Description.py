@@ -1,139 +1,242 @@
-"""What is in the dataset: images per class and split, image sizes, imbalance, and pictures that occur twice, also across train and test.
+"""What is in the dataset: images per class and split, image sizes, imbalance, near-duplicates.
 
     python data_Exploration/dataset_Description.py                          # Oxford Flowers 102
     python data_Exploration/dataset_Description.py --data_root sample       # any machine, offline
+    python data_Exploration/dataset_Description.py --sheet figures/sheet.png   # look at all classes
 
-Saves figures/classes.png (images per class, sorted, stacked by split) and figures/duplicates.csv (the pairs, for a look at them).
+Near-duplicates are pictures that occur twice, also across train and test. Saves
+figures/classes.png (images per class, sorted, stacked by split) and figures/duplicates.csv (the
+pairs, for a look at them).
 """
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy.fft import dctn
 
-from flowers import command, figures, files
+from flowers import cache, command, figures, files, images
 from flowers.data import Flowers, add_data_arguments, open_flowers
-from flowers.pixels import load_pixels
 
 plt = figures.plt
-PARTS = {
-    "tstid": "train",
-    "valid": "val",
-    "trnid": "test",
-}  # Oxford's names of what a swapped holdout calls so
+
+SIDE = 32  # pixels of the small squares that are searched for near-duplicates
+SQUARES_FORMAT = 1  # raise it when the stored squares change
+GREY = np.float32([0.299, 0.587, 0.114])  # weights of red, green and blue (ITU-R BT.601)
+
+# Oxford's names of the splits, and what they are called in a swapped split with a holdout
+OXFORD_SPLITS = {"tstid": "train", "valid": "val", "trnid": "test"}
+LEGEND = {
+    "tstid": "tstid (train if swapped, test if official)",
+    "valid": "valid (train, or val)",
+    "trnid": "trnid (test if swapped, train if official)",
+}
+
+# -----------------------------------------------------------------------------
+# near-duplicates
 
 
-def perceptual_hashes(pixels: np.ndarray) -> np.ndarray:
-    """64 bits an image, (N, 64) bool, of (N, 3, 32, 32) uint8: which of the lowest 8 x 8 frequencies of the grey image are above their median
-    (pHash; Zauner 2010). Rescaling, recompression and small changes of brightness leave it nearly the same."""
-    grey = np.einsum("nchw,c->nhw", pixels, np.float32([0.299, 0.587, 0.114]))
-    low = dctn(grey, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(grey), 64)
-    return low > np.median(low[:, 1:], axis=1, keepdims=True)  # without the mean brightness
+def read_square(file: Path) -> np.ndarray:
+    """Return the central square of one image, (SIDE, SIDE, 3) uint8."""
+    image = Image.fromarray(images.read_rgb(file))
+    scale = SIDE / min(image.size)
+    width, height = int(image.width * scale), int(image.height * scale)
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    left = round((width - SIDE) / 2)
+    top = round((height - SIDE) / 2)
+    return np.asarray(small.crop((left, top, left + SIDE, top + SIDE)))
+
+
+def load_squares(flowers: Flowers) -> np.ndarray:
+    """Return the central squares of all images, (N, SIDE, SIDE, 3) uint8, kept beside the data.
+
+    Raises UserError naming the file if an image can't be decoded.
+    """
+    # Not pixels.load_pixels, which would do: it needs torch, and exploration starts without.
+    path = cache.array_path(flowers.root, f"squares-{SIDE}", flowers.files)
+    key = cache.key_of(SQUARES_FORMAT, SIDE, *flowers.files)
+    shape = (len(flowers.files), SIDE, SIDE, 3)
+
+    def rows() -> Iterator[np.ndarray]:
+        return images.decode_all(flowers.files, read_square)
+
+    return cache.cached_array(path, key, shape, "|u1", rows)
+
+
+def perceptual_hashes(squares: np.ndarray) -> np.ndarray:
+    """Return 64 bits an image, (N, 64) bool, of squares (N, SIDE, SIDE, 3) uint8.
+
+    A bit says whether one of the lowest 8 x 8 frequencies of the grey image is above their median
+    (pHash; Zauner 2010). Rescaling, recompression and small changes of brightness leave nearly all
+    bits as they are.
+    """
+    grey = squares @ GREY  # (N, SIDE, SIDE)
+    frequencies = dctn(grey, axes=(1, 2), norm="ortho")
+    lowest = frequencies[:, :8, :8].reshape(len(grey), 64)
+    # the first is the mean brightness
+    median = np.median(lowest[:, 1:], axis=1, keepdims=True)
+    return lowest > median
 
 
 def near_pairs(hashes: np.ndarray, bits: int) -> np.ndarray:
-    """Pairs (P, 2), i < j, of rows that differ in at most so many bits."""
+    """Return the pairs (P, 2), i < j, of rows of hashes (N, 64) that differ in at most `bits`."""
     signs = 2 * hashes.astype(np.float32) - 1
+    n_bits = hashes.shape[1]
     pairs = []
-    for start in range(0, len(signs), 1024):
-        apart = (hashes.shape[1] - signs[start : start + 1024] @ signs.T) / 2
-        i, j = np.nonzero(apart <= bits)
-        pairs.append(np.stack([i + start, j], 1)[j > i + start])
+    for start in range(0, len(signs), 1024):  # (1024, N) distances at a time
+        block = signs[start : start + 1024]
+        distances = (n_bits - block @ signs.T) / 2  # Hamming's
+        i, j = np.nonzero(distances <= bits)
+        i += start
+        pairs.append(np.stack([i, j], 1)[i < j])
     return np.concatenate(pairs)
 
 
-def duplicates(pixels: np.ndarray, bits: int, levels: float) -> np.ndarray:
-    """Pairs (P, 2) of images whose hashes differ by at most `bits`, and whose 32 x 32 pixels by at most `levels` on average.
+def find_duplicates(squares: np.ndarray, bits: int, levels: float) -> np.ndarray:
+    """Return the pairs (P, 2) of images that are nearly the same.
 
-    The second condition is for plain pictures, whose few frequencies say little: brightness and contrast are taken out first.
+    Their hashes differ by at most `bits`, and their pixels by at most `levels` on average. The
+    second condition is for plain pictures, whose few frequencies say little.
     """
-    pairs = near_pairs(perceptual_hashes(pixels), bits)
-    first, second = (pixels[side].astype(np.float32) for side in pairs.T)
-    mean = lambda x: x.mean((1, 2, 3), keepdims=True)
-    first, second = first - mean(first), second - mean(second)
-    return pairs[abs(first - second).mean((1, 2, 3)) <= levels]
+    pairs = near_pairs(perceptual_hashes(squares), bits)
+    first = squares[pairs[:, 0]].astype(np.float32)
+    second = squares[pairs[:, 1]].astype(np.float32)
+    # compared without their brightness
+    first -= first.mean((1, 2, 3), keepdims=True)
+    second -= second.mean((1, 2, 3), keepdims=True)
+    difference = abs(first - second).mean((1, 2, 3))
+    return pairs[difference <= levels]
 
 
-def draw_classes(
-    counts: dict[str, np.ndarray], names: tuple[str, ...], path: Path, pdf: bool, title: str
-) -> Path:
-    """Horizontal bars, a class a row, most images first, stacked by Oxford's splits; with many classes in three columns."""
-    total = sum(counts.values())
-    order = np.argsort(-total, kind="stable")
-    columns = 3 if len(names) > 40 else 1
-    rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        1,
-        columns,
-        figsize=(7.4, 0.135 * rows + 1.1 if columns > 1 else 0.19 * rows + 1.1),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
+def print_duplicates(pairs: np.ndarray, flowers: Flowers, splits: np.ndarray) -> None:
+    """Print how many pairs there are within and across the splits of both conventions.
+
+    splits: (N,) Oxford's name of each image's split.
+    """
+    for name, test_split in (("swapped", "trnid"), ("official", "tstid")):
+        is_test = splits == test_split
+        n_test = is_test.sum()
+        in_test = is_test[pairs].sum(1)  # how many of a pair's two images
+        within_train, across, within_test = np.bincount(in_test, minlength=3)
+        crossing = pairs[in_test == 1]
+        n_leaking = len(np.unique(crossing[is_test[crossing]]))
+        print(
+            f"  {name} splits: {within_train} within train, {within_test} within test, "
+            f"{across} across train and test: {n_leaking} of {n_test:,} test images "
+            f"({100 * n_leaking / n_test:.2f}%) have their like in train"
+        )
+    labels = flowers.labels[pairs]
+    print(f"  {(labels[:, 0] != labels[:, 1]).sum()} pairs have two different labels")
+
+
+def duplicates_table(pairs: np.ndarray, flowers: Flowers, splits: np.ndarray) -> list[dict]:
+    """Return a row a pair: file, class and split of both images."""
+    rows = []
+    for pair in pairs:
+        row = {}
+        for number, image in enumerate(pair, 1):
+            row[f"file_{number}"] = flowers.files[image].name
+            row[f"class_{number}"] = flowers.class_names[flowers.labels[image]]
+            row[f"split_{number}"] = splits[image]
+        rows.append(row)
+    return rows
+
+
+# -----------------------------------------------------------------------------
+# counts and sizes
+
+
+def split_names(flowers: Flowers) -> np.ndarray:
+    """Return Oxford's name of each image's split, (N,); flowers: swapped, with a holdout."""
+    names = np.empty(len(flowers.files), dtype="U5")
+    for oxford, split in OXFORD_SPLITS.items():
+        names[flowers.splits[split]] = oxford
+    return names
+
+
+def print_counts(flowers: Flowers, counts: pd.DataFrame) -> None:
+    """Print the sizes of the splits and the imbalance; counts: images a class and Oxford split."""
+    n = counts.sum()
+    print(
+        f"{flowers.root}: {len(flowers.files):,} images of {len(counts)} classes; "
+        f"trnid {n['trnid']:,}, valid {n['valid']:,}, tstid {n['tstid']:,}"
     )
-    for axis, part in zip(axes[0], np.array_split(order, columns)):
-        y, left = np.arange(len(part)), np.zeros(len(part))
-        for (split, count), colour in zip(counts.items(), figures.PALETTE):
-            axis.barh(y, count[part], left=left, height=0.75, color=colour, label=split)
-            left += count[part]
-        for at, n in zip(y, total[part]):
-            axis.text(
-                n + 0.01 * total.max(), at, str(n), va="center", fontsize=5.5 if columns > 1 else 7
-            )
-        axis.set_yticks(y, [names[c] for c in part], fontsize=6 if columns > 1 else 8)
-        axis.set(ylim=(rows - 0.4, -0.6), xlim=(0, 1.12 * total.max()))
+    for name, test, train in (("swapped", "trnid", "tstid"), ("official", "tstid", "trnid")):
+        title = f"{name} splits:"
+        print(
+            f"  {title:16} train {n[train] + n['valid']:,} (valid + {train}), "
+            f"test {n[test]:,} ({test}); "
+            f"with --holdout train {n[train]:,}, val {n['valid']:,}"
+        )
+    per_class = counts.sum(axis=1)
+    fewest, most = per_class.min(), per_class.max()
+    print(
+        f"images per class: {fewest} ({per_class.idxmin()}) to {most} ({per_class.idxmax()}), "
+        f"ratio {most / max(fewest, 1):.1f}; "
+        f"mean {per_class.mean():.1f}, median {per_class.median():.0f}"
+    )
+
+
+def print_sizes(flowers: Flowers) -> None:
+    """Print the range of image sizes and the most frequent one."""
+    sizes = []
+    for file in flowers.files:
+        with Image.open(file) as image:  # reads the header only
+            sizes.append(image.size)
+    width, height = np.array(sizes).T
+    (common_width, common_height), times = Counter(sizes).most_common(1)[0]
+    print(
+        f"sizes: width {width.min()} to {width.max()}, height {height.min()} to {height.max()} "
+        f"pixels; {len(set(sizes))} different, most often {common_width} x {common_height} "
+        f"({100 * times / len(sizes):.0f}%)"
+    )
+
+
+def draw_classes(counts: pd.DataFrame, path: Path, pdf: bool, title: str) -> Path:
+    """Draw bars, a class a row, most images first, stacked by Oxford's splits.
+
+    counts: images a class (row) and Oxford split (column).
+    """
+    total = counts.sum(axis=1)
+    counts = counts.iloc[np.argsort(-total, kind="stable")]
+    many = len(counts) > 40
+    n_columns = 3 if many else 1
+    n_rows = -(-len(counts) // n_columns)
+    height = (0.135 if many else 0.19) * n_rows + 1.1  # inches
+    figure, axes = plt.subplots(
+        1, n_columns, figsize=(7.4, height), sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, rows in zip(axes[0], np.array_split(np.arange(len(counts)), n_columns)):
+        # pandas and not seaborn, whose stacked histogram wants a row an image: these are counts
+        part = counts.iloc[rows]
+        part.plot.barh(ax=axis, stacked=True, width=0.75, color=figures.PALETTE, legend=False)
+        totals = part.sum(axis=1)
+        axis.bar_label(axis.containers[-1], totals, padding=2, fontsize=5.5 if many else 7)
+        axis.set(ylim=(n_rows - 0.4, -0.6), xlim=(0, 1.12 * total.max()), ylabel="")
         axis.set_xlabel("images", fontsize=8)
         axis.tick_params(axis="x", labelsize=7)
-        axis.tick_params(axis="y", length=0)
+        axis.tick_params(axis="y", length=0, labelsize=6 if many else 8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *axis.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        fontsize=8,
-    )
+    handles, splits = axes[0, 0].get_legend_handles_labels()
+    labels = [LEGEND[split] for split in splits]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figures.save(figure, path, pdf)
 
 
-def report_duplicates(pairs: np.ndarray, flowers: Flowers, part: np.ndarray) -> list[dict]:
-    """Print how many pairs there are within and across the splits of both conventions; returns a row a pair."""
-    across = {
-        "swapped": part == "trnid",
-        "official": part == "tstid",
-    }  # which images are test images
-    for name, test in across.items():
-        inside = test[pairs].sum(1)
-        leaking = len(np.unique(pairs[inside == 1][test[pairs[inside == 1]]]))
-        print(
-            f"  {name} splits: {(inside == 0).sum()} within train, {(inside == 2).sum()} within test, {(inside == 1).sum()} across train and test: "
-            f"{leaking} of {test.sum():,} test images ({100 * leaking / test.sum():.2f}%) have their like in train"
-        )
-    differ = flowers.labels[pairs[:, 0]] != flowers.labels[pairs[:, 1]]
-    print(f"  {differ.sum()} pairs have two different labels")
-    return [
-        {
-            f"{column}_{k}": value
-            for k, i in enumerate(pair, 1)
-            for column, value in (
-                ("file", flowers.files[i].name),
-                ("class", flowers.class_names[flowers.labels[i]]),
-                ("split", part[i]),
-            )
-        }
-        for pair in pairs
-    ]
+# -----------------------------------------------------------------------------
 
 
-@command
-def main():
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_data_arguments(parser, splits=False)
+    # near-duplicates
     parser.add_argument(
         "--hash_bits",
         type=int,
@@ -144,76 +247,65 @@ def main():
         "--levels",
         type=float,
         default=8.0,
-        help="of 256 that their 32 x 32 pixels may differ by on average (default: %(default)s)",
+        help=f"of 256 that their {SIDE} x {SIDE} pixels may differ by on average "
+        "(default: %(default)s)",
+    )
+    # pictures
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        metavar="FILE",
+        help="also save a contact sheet, the first images of every class, as this PNG",
     )
     figures.add_figure_arguments(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+@command
+def main():
+    args = parse_arguments()
+    # The swapped splits with a holdout keep Oxford's three splits apart.
     flowers = open_flowers(
-        args.data_root, args.splits_path, "swapped", True, args.class_names
-    )  # the swapped holdout keeps Oxford's three apart
-    part = np.empty(len(flowers.files), dtype="U5")
-    for oxford, split in PARTS.items():
-        part[flowers.splits[split]] = oxford
-    n_classes = len(flowers.class_names)
-    counts = {
-        oxford: np.bincount(flowers.labels[part == oxford], minlength=n_classes) for oxford in PARTS
-    }
-    n = {oxford: int(count.sum()) for oxford, count in counts.items()}
+        args.data_root, args.splits_path, "swapped", holdout=True, class_names=args.class_names
+    )
+    splits = split_names(flowers)
 
-    print(
-        f"{flowers.root}: {len(flowers.files):,} images of {n_classes} classes; trnid {n['trnid']:,}, valid {n['valid']:,}, tstid {n['tstid']:,}"
-    )
-    for name, (test, train), note in (
-        ("swapped", ("trnid", "tstid"), " "),
-        ("official", ("tstid", "trnid"), ""),
-    ):
-        print(
-            f"  {name} splits:{note} train {n[train] + n['valid']:,} (valid + {train}), test {n[test]:,} ({test}); "
-            f"with --holdout train {n[train]:,}, val {n['valid']:,}"
-        )
-    total = sum(counts.values())
-    fewest, most = total.argmin(), total.argmax()
-    print(
-        f"images per class: {total[fewest]} ({flowers.class_names[fewest]}) to {total[most]} ({flowers.class_names[most]}), ratio "
-        f"{total[most] / max(total[fewest], 1):.1f}; mean {total.mean():.1f}, median {np.median(total):.0f}"
-    )
-    pixels, sizes = load_pixels(flowers, 32).numpy(), []  # every file can be decoded, then
-    for file in flowers.files:
-        with Image.open(file) as image:  # reads the header only
-            sizes.append(image.size)
-    width, height = np.array(sizes).T
-    common, times = Counter(sizes).most_common(1)[0]
-    print(
-        f"sizes: width {width.min()} to {width.max()}, height {height.min()} to {height.max()} pixels; {len(set(sizes))} different, most often "
-        f"{common[0]} x {common[1]} ({100 * times / len(sizes):.0f}%)"
-    )
-    pairs = duplicates(pixels, args.hash_bits, args.levels)
-    print(
-        f"{len(pairs)} pairs of near-duplicates (64-bit perceptual hash within {args.hash_bits} bits, pixels within {args.levels:g} levels)"
-    )
-    rows = report_duplicates(pairs, flowers, part)
+    # -------------------------------------------------------------------------
+    # numbers
 
-    title = f"{len(flowers.files):,} images of {n_classes} classes ({total.min()} to {total.max()} a class)"
-    roles = {
-        "tstid": "tstid (train if swapped, test if official)",
-        "valid": "valid (train, or val)",
-        "trnid": "trnid (test if swapped, train if official)",
-    }
-    saved = [
-        draw_classes(
-            {roles[k]: v for k, v in counts.items()},
-            flowers.class_names,
-            args.output / "classes.png",
-            args.pdf,
-            title,
-        )
-    ]
-    if rows:
-        files.write_csv(args.output / "duplicates.csv", rows)
-        saved.append(args.output / "duplicates.csv")
+    counts = pd.DataFrame(index=list(flowers.class_names))
+    for split in OXFORD_SPLITS:
+        labels = flowers.labels[splits == split]
+        counts[split] = np.bincount(labels, minlength=len(flowers.class_names))
+    print_counts(flowers, counts)
+    squares = load_squares(flowers)  # here, as it ends with an error if a file can't be decoded
+    print_sizes(flowers)
+    pairs = find_duplicates(squares, args.hash_bits, args.levels)
+    print(
+        f"{len(pairs)} pairs of near-duplicates (64-bit perceptual hash within {args.hash_bits} "
+        f"bits, pixels within {args.levels:g} levels)"
+    )
+    print_duplicates(pairs, flowers, splits)
+
+    # -------------------------------------------------------------------------
+    # pictures and table
+
+    per_class = counts.sum(axis=1)
+    title = (
+        f"{len(flowers.files):,} images of {len(counts)} classes "
+        f"({per_class.min()} to {per_class.max()} a class)"
+    )
+    pictures = [draw_classes(counts, args.output / "classes.png", args.pdf, title)]
+    if args.sheet:
+        pictures.append(figures.contact_sheet(flowers, args.sheet))
+    saved = list(pictures)
+    if len(pairs):
+        table = args.output / "duplicates.csv"
+        files.write_csv(table, duplicates_table(pairs, flowers, splits))
+        saved.append(table)
     print("saved " + ", ".join(map(str, saved)))
     if args.show:
-        figures.show(saved[:1])
+        figures.show(pictures)
 
 
 if __name__ == "__main__":

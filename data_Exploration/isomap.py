@@ -1,12 +1,12 @@
-"""Isomap (Tenenbaum et al. 2000): the classes, or the images, laid out on a page by their colours or by what a model makes of them.
+"""Isomap (Tenenbaum et al. 2000): classes or images laid out on a page by what they look like.
 
-    python data_Exploration/isomap.py --labels                                      # class centroids in the HSV cone
-    python data_Exploration/isomap.py --features clip --architecture runs/NAME      # features of any checkpoint
-    python data_Exploration/isomap.py --level image --run runs/NAME                 # a run's test images: right and wrong
-    python data_Exploration/isomap.py --data_root sample --labels                   # any machine, offline
+    python data_Exploration/isomap.py --labels                 # classes by their mean colours
+    python data_Exploration/isomap.py --features clip --architecture runs/NAME   # by a model
+    python data_Exploration/isomap.py --level image --run runs/NAME    # images, right and wrong
+    python data_Exploration/isomap.py --data_root sample --labels      # any machine, offline
 
-A class is shown by its medoid, the image with the least total distance to the others of its class. Prints residual variance and
-trustworthiness; saves figures/isomap_<level>_<features>.png.
+A class is shown by its medoid, the image with the least total distance to the others of its class.
+Prints residual variance and trustworthiness; saves figures/isomap_<level>_<features>.png.
 """
 
 import argparse
@@ -15,163 +15,251 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from matplotlib.text import Text
 from PIL import Image, ImageOps
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
 from sklearn.manifold import Isomap, trustworthiness
 from sklearn.neighbors import kneighbors_graph
 
-from flowers import UserError, colour, command, figures, frozen
+from flowers import UserError, colour, command, figures
 from flowers.colour import load_colours
 from flowers.data import Flowers, add_data_arguments, find_class, open_flowers
-from flowers.pixels import load_pixels, to_device
-from flowers.study.comparable import answers
-from flowers.weights import load_model
 
 plt = figures.plt
-MARKERS = "os^Dv<>P"
+MARKERS = ["o", "s", "^", "D", "v", "<", ">", "P"]  # one a coloured class
 UNITS = {
     "hsv": "distance in the HSV cone",
     "hsv_hist": "distance of root histograms",
     "clip": "distance of unit features",
 }
+THUMBNAIL_DPI = 150
+
+# -----------------------------------------------------------------------------
+# features
+
+
+def clip_features(flowers: Flowers, architecture: str) -> np.ndarray:
+    """Return a model's unit features (N, width) float32 of all images."""
+    # Here, since features of colours need no torch, which takes seconds to import.
+    import torch
+
+    from flowers import frozen
+    from flowers.pixels import load_pixels, to_device
+    from flowers.weights import load_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)  # of tiny's random weights
+    model = load_model(architecture, device)
+    pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
+    index = torch.arange(len(flowers.files))
+    features = frozen.image_activations(model, flowers, pixels, index)
+    return features.float().numpy()
+
+
+def load_features(flowers: Flowers, args: argparse.Namespace) -> np.ndarray:
+    """Return the features (N, D) that --features names."""
+    if args.features == "clip":
+        return clip_features(flowers, args.architecture)
+    colours = load_colours(flowers, args.mask)
+    return colour.cone(colours) if args.features == "hsv" else colour.hsv_hist(colours)
 
 
 def medoids(features: np.ndarray, labels: np.ndarray) -> dict[int, int]:
-    """For each class that occurs, the image (a row of features (N, D)) whose distances to the others of its class add up to the least."""
-    found = {}
-    for c in np.unique(labels).tolist():
-        members = np.flatnonzero(labels == c)
-        found[c] = int(members[cdist(features[members], features[members]).sum(1).argmin()])
-    return found
+    """Return the medoid of each class that occurs: label to row of features (N, D).
+
+    The distances of the medoid to the other images of its class add up to the least.
+    """
+    medoid_of = {}
+    for label in np.unique(labels).tolist():
+        members = np.flatnonzero(labels == label)
+        distances = cdist(features[members], features[members])
+        nearest = distances.sum(1).argmin()
+        medoid_of[label] = int(members[nearest])
+    return medoid_of
 
 
-def parts(points: np.ndarray, k: int) -> int:
-    """The number of pieces that the graph of k nearest neighbours falls into."""
-    return connected_components(kneighbors_graph(points, k), directed=False)[0]
+# -----------------------------------------------------------------------------
+# Isomap
+
+
+def count_pieces(points: np.ndarray, k: int) -> int:
+    """Return how many pieces the graph of k nearest neighbours of points (N, D) falls into."""
+    count, _ = connected_components(kneighbors_graph(points, k), directed=False)
+    return count
 
 
 def embed(points: np.ndarray, k: int) -> tuple[np.ndarray, list[float], float]:
-    """Isomap of points (N, D): places (N, 2), residual variance in 1, 2 and 3 dimensions, trustworthiness in 2 (Venna and Kaski 2001).
+    """Return Isomap's map of points (N, D) and how good it is.
 
-    Residual variance is 1 - r^2 of geodesic distances and distances on the page. A graph in pieces is joined where they are nearest.
+    The map (N, 2); residual variance in 1, 2 and 3 dimensions, which is 1 - r^2 of geodesic
+    distances and distances on the map; trustworthiness in 2 (Venna and Kaski 2001). A graph in
+    pieces is joined where they are nearest.
     """
-    model = Isomap(
-        n_neighbors=k,
-        n_components=min(3, len(points) - 1),
-        eigen_solver="dense" if len(points) < 300 else "auto",
-    )
+    n = len(points)
+    # Exact; for more points scikit-learn chooses ARPACK, which takes less time and memory.
+    solver = "dense" if n < 300 else "auto"
+    model = Isomap(n_neighbors=k, n_components=min(3, n - 1), eigen_solver=solver)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pieces that it joins: said by the caller, in words
-        places = model.fit_transform(points)
-    above = np.triu_indices(len(points), 1)
-    geodesic = model.dist_matrix_[above]
-    residual = [
-        1 - np.corrcoef(geodesic, cdist(places[:, :d], places[:, :d])[above])[0, 1] ** 2
-        for d in range(1, places.shape[1] + 1)
-    ]
-    trust = trustworthiness(points, places[:, :2], n_neighbors=min(k, (len(points) - 1) // 2))
-    return places[:, :2], residual, trust
+        warnings.simplefilter("ignore")  # about pieces: warn_about_pieces has said it in words
+        embedded = model.fit_transform(points)
+
+    pairs = np.triu_indices(n, 1)  # each pair of points once
+    geodesic = model.dist_matrix_[pairs]
+    residual_variances = []
+    for dimensions in range(1, embedded.shape[1] + 1):
+        low = embedded[:, :dimensions]
+        correlation = np.corrcoef(geodesic, cdist(low, low)[pairs])[0, 1]
+        residual_variances.append(1 - correlation**2)
+
+    flat = embedded[:, :2]
+    trust = trustworthiness(points, flat, n_neighbors=min(k, (n - 1) // 2))
+    return flat, residual_variances, trust
+
+
+def warn_about_pieces(points: np.ndarray, k: int) -> None:
+    """Warn if the graph of k nearest neighbours is not connected, and say which k would do."""
+    pieces = count_pieces(points, k)
+    if pieces == 1:
+        return
+    larger = range(k + 1, len(points))
+    enough = next((n for n in larger if count_pieces(points, n) == 1), None)
+    print(
+        f"warning: with {k} neighbours the graph falls into {pieces} pieces, which are joined "
+        "where they are nearest: distances between them are rough. "
+        f"--n_neighbors {enough} connects it",
+        file=sys.stderr,
+    )
+
+
+# -----------------------------------------------------------------------------
+# drawing
+
+
+def new_map(
+    size: tuple[float, float], xy: np.ndarray, title: str, unit: str
+) -> tuple[Figure, Axes]:
+    """Return a figure of `size` inches whose axes have room for the points xy (N, 2)."""
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    low, high = xy.min(0), xy.max(0)
+    margin = 0.08 * (high - low) + 1e-9  # more than nothing, if all points are one
+    (left, bottom), (right, top) = low - margin, high + margin
+    axis.set(xlim=(left, right), ylim=(bottom, top))
+    axis.set(xlabel=f"Isomap dimension 1 ({unit})", ylabel=f"Isomap dimension 2 ({unit})")
+    axis.set_title(title, fontsize=10)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def write_names(axis: Axes, names: list[str], fontsize: float) -> list[Text]:
+    """Write the names of the classes; where they belong is decided once their sizes are known."""
+    style = {"ha": "center", "va": "top", "linespacing": 0.9, "zorder": 3}
+    box = {"color": "white", "pad": 0.5, "alpha": 0.8}
+    return [axis.text(0, 0, name, fontsize=fontsize, bbox=box, **style) for name in names]
+
+
+def add_thumbnail(axis: Axes, file: Path, xy: np.ndarray, side: float) -> None:
+    """Draw the centre of a picture at xy (data coordinates), `side` inches wide."""
+    pixels = round(side * THUMBNAIL_DPI)
+    with Image.open(file) as picture:
+        thumbnail = ImageOps.fit(picture.convert("RGB"), (pixels, pixels))
+    image = OffsetImage(np.asarray(thumbnail), zoom=72 / THUMBNAIL_DPI)
+    frame = {"linewidth": 0.4, "edgecolor": "#888888"}
+    axis.add_artist(AnnotationBbox(image, xy, pad=0.06, zorder=2, bboxprops=frame))
+
+
+def spread_pictures(
+    axis: Axes, xy: np.ndarray, name_sizes: np.ndarray, side: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Push pictures apart that would hide each other, each with its name below it.
+
+    xy: where the pictures belong, data coordinates (n, 2); name_sizes: (n, 2) and side: in pixels
+    of the figure. Returns the centres of the pictures, the tops of the names (data coordinates,
+    (n, 2) each), and which pictures no longer lie on their points (n,).
+    """
+    inch = axis.figure.dpi
+    widths = np.maximum(side, name_sizes[:, 0])
+    heights = side + name_sizes[:, 1]
+    boxes = np.stack([widths, heights], 1) + 0.08 * inch
+
+    # Ours, and not adjustText's: that moves texts away from points, and here whole pictures with
+    # their names must not cover one another.
+    points = axis.transData.transform(xy)
+    centres = figures.spread(points, boxes, axis.bbox.padded(-4).extents)
+    moved = abs(centres - points).max(1) > side / 2
+
+    # a box has the picture at its top and the name at its bottom
+    pictures = centres + name_sizes * (0, 0.5)
+    names = pictures - (0, side / 2 + 0.03 * inch)
+    to_data = axis.transData.inverted()
+    return to_data.transform(pictures), to_data.transform(names), moved
 
 
 def draw_classes(
     flowers: Flowers,
-    places: np.ndarray,
-    shown: dict[int, int],
-    labels: bool,
+    xy: np.ndarray,
+    medoid_of: dict[int, int],
+    with_names: bool,
     path: Path,
     pdf: bool,
     title: str,
     unit: str,
 ) -> Path:
-    """Every class as a thumbnail of its medoid, pushed aside where they would hide each other; a dot and a line show the true place."""
-    many = len(shown) > 40
-    side, size = (0.36, 5) if many else (0.6, 7)  # inches, points
-    figure, axis = plt.subplots(figsize=(10, 8) if many else (7.4, 6.4), layout="constrained")
-    finish_axes(axis, places, title, unit)
+    """Draw every class as a thumbnail of its medoid.
+
+    xy: (classes, 2). Thumbnails are pushed aside where they would hide each other; then a dot
+    and a line show the true position.
+    """
+    many = len(medoid_of) > 40
+    side, fontsize = (0.36, 5) if many else (0.6, 7)  # inches, points
+    figure, axis = new_map((10, 8) if many else (7.4, 6.4), xy, title, unit)
+    # From here on positions are counted in the figure's pixels: its layout must stay.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    inch = figure.dpi
-    at = axis.transData.transform(places)
-    texts = (
-        [
-            axis.text(
-                0,
-                0,
-                flowers.class_names[c].replace(" ", "\n", 1) if many else flowers.class_names[c],
-                fontsize=size,
-                ha="center",
-                va="top",
-                zorder=3,
-                linespacing=0.9,
-                bbox={"color": "white", "pad": 0.5, "alpha": 0.8},
-            )
-            for c in shown
-        ]
-        if labels
-        else []
-    )
-    text_sizes = (
-        np.array([text.get_window_extent().size for text in texts])
-        if labels
-        else np.zeros((len(shown), 2))
-    )
-    boxes = (
-        np.stack([np.maximum(side * inch, text_sizes[:, 0]), side * inch + text_sizes[:, 1]], 1)
-        + 0.08 * inch
-    )
-    where = figures.spread(at, boxes, axis.bbox.padded(-4).extents)
-    for k, image in enumerate(shown.values()):
-        with Image.open(flowers.files[image]) as picture:
-            thumbnail = ImageOps.fit(picture.convert("RGB"), (round(side * 150),) * 2)
-        centre = axis.transData.inverted().transform(where[k] + [0, text_sizes[k, 1] / 2])
-        if abs(where[k] - at[k]).max() > side * inch / 2:  # else the picture lies on its place
-            axis.plot(*np.stack([places[k], centre], 1), color="grey", linewidth=0.6, zorder=1)
-            axis.plot(*places[k], ".", color="black", markersize=4, zorder=1)
-        axis.add_artist(
-            AnnotationBbox(
-                OffsetImage(np.asarray(thumbnail), zoom=72 / 150),
-                centre,
-                pad=0.06,
-                zorder=2,
-                bboxprops={"linewidth": 0.4, "edgecolor": "#888888"},
-            )
-        )
-        if labels:
-            texts[k].set_position(
-                axis.transData.inverted().transform(
-                    where[k] + [0, (text_sizes[k, 1] - side * inch) / 2 - 0.03 * inch]
-                )
-            )
+
+    name_sizes = np.zeros((len(medoid_of), 2))
+    if with_names:
+        names = [flowers.class_names[label] for label in medoid_of]
+        if many:  # two lines are narrower
+            names = [name.replace(" ", "\n", 1) for name in names]
+        texts = write_names(axis, names, fontsize)
+        name_sizes = np.array([text.get_window_extent().size for text in texts])
+
+    centres, name_tops, moved = spread_pictures(axis, xy, name_sizes, side * figure.dpi)
+    for i, image in enumerate(medoid_of.values()):
+        if moved[i]:
+            line = np.stack([xy[i], centres[i]], 1)
+            axis.plot(*line, color="grey", linewidth=0.6, zorder=1)
+            axis.plot(*xy[i], ".", color="black", markersize=4, zorder=1)
+        add_thumbnail(axis, flowers.files[image], centres[i], side)
+        if with_names:
+            texts[i].set_position(name_tops[i])
     return figures.save(figure, path, pdf)
 
 
 def draw_images(
-    places: np.ndarray, groups: dict[str, np.ndarray], path: Path, pdf: bool, title: str, unit: str
+    xy: np.ndarray, groups: dict[str, np.ndarray], path: Path, pdf: bool, title: str, unit: str
 ) -> Path:
-    """A dot an image; the groups (name: (N,) bool) in colours and shapes of their own, the rest light grey below them."""
-    figure, axis = plt.subplots(figsize=(7.4, 6.2), layout="constrained")
-    finish_axes(axis, places, title, unit)
+    """Draw a dot an image at xy (N, 2).
+
+    groups: name to (N,) bool. Each has its own colour and marker; the rest is light grey.
+    """
+    figure, axis = new_map((7.4, 6.2), xy, title, unit)
+    # matplotlib and not seaborn: groups are masks, and the rest lies below them in one grey
     rest = ~np.any(list(groups.values()), axis=0)
-    axis.scatter(
-        *places[rest].T,
-        s=6,
-        color="#cccccc",
-        linewidths=0,
-        label=f"{'other' if groups else 'all'} ({rest.sum()})" if rest.any() else None,
-    )
-    for (name, chosen), shade, marker in zip(groups.items(), figures.PALETTE, MARKERS):
-        axis.scatter(
-            *places[chosen].T,
-            s=14,
-            color=shade,
-            marker=marker,
-            linewidths=0.3,
-            edgecolors="white",
-            label=f"{name} ({chosen.sum()})",
-        )
+    if rest.any():
+        name = "other" if groups else "all"
+        label = f"{name} ({rest.sum()})"
+        axis.scatter(*xy[rest].T, s=6, color="#cccccc", linewidths=0, label=label)
+
+    for (name, members), shade, marker in zip(groups.items(), figures.PALETTE, MARKERS):
+        label = f"{name} ({members.sum()})"
+        style = {"s": 14, "linewidths": 0.3, "edgecolors": "white", "label": label}
+        axis.scatter(*xy[members].T, color=shade, marker=marker, **style)
     figure.legend(
         *axis.get_legend_handles_labels(),
         loc="outside lower center",
@@ -182,52 +270,58 @@ def draw_images(
     return figures.save(figure, path, pdf)
 
 
-def finish_axes(axis, places: np.ndarray, title: str, unit: str) -> None:
-    low, high = places.min(0), places.max(0)
-    (x0, y0), (x1, y1) = low - 0.08 * (high - low) - 1e-9, high + 0.08 * (high - low) + 1e-9
-    axis.set(
-        xlim=(x0, x1),
-        ylim=(y0, y1),
-        xlabel=f"Isomap dimension 1 ({unit})",
-        ylabel=f"Isomap dimension 2 ({unit})",
-    )
-    axis.set_title(title, fontsize=10)
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+# -----------------------------------------------------------------------------
+# a run
 
 
 def read_run(run: Path, flowers: Flowers) -> tuple[np.ndarray, np.ndarray]:
-    """The images of a run's predictions.csv, as places in `files`, and which were named rightly. Raises UserError if they are of other data."""
-    if not (run / "predictions.csv").is_file():
-        raise UserError(f"there is no {run / 'predictions.csv'}: give the folder of a finished run")
+    """Return the images of a run's predictions.csv, and which of them it names rightly.
+
+    Images are indices into `flowers.files`. Raises UserError if there are no predictions, or if
+    they are of other data.
+    """
+    # Here, as only this needs it: the module may import torch.
+    from flowers.runs import read_predictions
+
+    path = run / "predictions.csv"
+    if not path.is_file():
+        raise UserError(f"there is no {path}: give the folder of a finished run")
     try:
-        rows = answers(run)
+        predictions = read_predictions(run)
     except ValueError as error:
         raise UserError(f"{run}: {error}") from None
-    place = {file.name: i for i, file in enumerate(flowers.files)}
-    if any(
-        file not in place or label != flowers.class_names[flowers.labels[place[file]]]
-        for file, label, _ in rows
-    ):
+
+    # predictions.csv names files, not indices
+    index_of = {file.name: i for i, file in enumerate(flowers.files)}
+    index = predictions["file"].map(index_of)
+    is_same_data = index.notna().all()
+    if is_same_data:
+        index = index.to_numpy(int)
+        names = np.array(flowers.class_names, dtype=object)[flowers.labels[index]]
+        is_same_data = (predictions["label"] == names).all()
+    if not is_same_data:
         raise UserError(
-            f"{run / 'predictions.csv'} is of another dataset than {flowers.root}, or of other class names"
+            f"{path} is of another dataset than {flowers.root}, or of other class names"
         )
-    return np.array([place[file] for file, *_ in rows]), np.array(
-        [label == given for _, label, given in rows]
-    )
+    is_right = predictions["label"] == predictions["top1"]
+    return index, is_right.to_numpy(bool)
 
 
-@command
-def main():
+# -----------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_data_arguments(parser, splits=False)
+    # features
     parser.add_argument(
         "--features",
         choices=list(UNITS),
         default="hsv",
-        help="mean point in the HSV cone, joint histogram (16 x 4 x 4, square roots), or a model's (default: %(default)s)",
+        help="mean point in the HSV cone, joint histogram (16 x 4 x 4, square roots), or a model's "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--architecture",
@@ -240,17 +334,16 @@ def main():
         default="centre",
         help="pixels whose colours count (default: %(default)s)",
     )
-    parser.add_argument(
-        "--n_neighbors",
-        type=int,
-        help="of the graph (default: 5 between classes, 10 between images)",
-    )
+    # Isomap
     parser.add_argument(
         "--level",
         choices=["class", "image"],
         default="class",
         help="what is a point (default: %(default)s)",
     )
+    help_k = "of the graph (default: 5 between classes, 10 between images)"
+    parser.add_argument("--n_neighbors", type=int, help=help_k)
+    # drawing
     parser.add_argument("--labels", action="store_true", help="write the names under the pictures")
     parser.add_argument(
         "--class",
@@ -272,104 +365,97 @@ def main():
         help="--level image: at most so many, evenly taken; 0 for all (default: %(default)s)",
     )
     figures.add_figure_arguments(parser)
+
     args = parser.parse_args()
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError if flags contradict each other or are out of range."""
     if args.level == "class" and (args.classes or args.run):
         raise UserError("--class and --run need --level image")
-    if (
-        len(args.classes) > len(MARKERS)
-        or (args.n_neighbors is not None and args.n_neighbors < 1)
-        or args.images < 0
-    ):
+    too_few_neighbors = args.n_neighbors is not None and args.n_neighbors < 1
+    if len(args.classes) > len(MARKERS) or too_few_neighbors or args.images < 0:
         raise UserError(
             f"up to {len(MARKERS)} times --class, --n_neighbors at least 1, --images at least 0"
         )
-    flowers = open_flowers(args.data_root, args.splits_path, class_names=args.class_names)
-    chosen = [find_class(flowers, given) for given in args.classes]
-    index, right = (
-        read_run(args.run, flowers) if args.run else (np.arange(len(flowers.files)), None)
-    )
-    if args.level == "image" and args.images and len(index) > args.images:
-        keep = np.linspace(0, len(index) - 1, args.images).astype(int)
-        index, right = index[keep], right[keep] if args.run else None
 
-    if args.features == "clip":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.manual_seed(0)  # of tiny's random weights
-        model = load_model(args.architecture, device)
-        pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
-        features = (
-            frozen.image_activations(model, flowers, pixels, torch.arange(len(flowers.files)))
-            .float()
-            .numpy()
-        )
+
+def evenly(array: np.ndarray, n: int) -> np.ndarray:
+    """Return at most n rows of an array, evenly taken; all if n is 0."""
+    if n == 0 or len(array) <= n:
+        return array
+    return array[np.linspace(0, len(array) - 1, n).astype(int)]
+
+
+@command
+def main():
+    args = parse_arguments()
+
+    # -------------------------------------------------------------------------
+    # images
+
+    flowers = open_flowers(args.data_root, args.splits_path, class_names=args.class_names)
+    coloured_classes = [find_class(flowers, text) for text in args.classes]
+    if args.run:
+        index, is_right = read_run(args.run, flowers)
+        is_right = evenly(is_right, args.images)
     else:
-        features = {"hsv": colour.cone, "hsv_hist": colour.hsv_hist}[args.features](
-            load_colours(flowers, args.mask)
-        )
+        index = np.arange(len(flowers.files))
+    index = evenly(index, args.images)
+
+    # -------------------------------------------------------------------------
+    # points and their map
+
+    features = load_features(flowers, args)
+    # a point is the mean of a class's images, or an image
     if args.level == "class":
-        shown = medoids(features, flowers.labels)
-        points = np.stack([features[flowers.labels == c].mean(0) for c in shown])
+        medoid_of = medoids(features, flowers.labels)
+        centroids = [features[flowers.labels == label].mean(0) for label in medoid_of]
+        points = np.stack(centroids)
+        what, default_k = "classes", 5
     else:
         points = features[index]
-    k = args.n_neighbors or (5 if args.level == "class" else 10)
+        what, default_k = "images", 10
+    k = args.n_neighbors or default_k
     if k >= len(points):
-        raise UserError(
-            f"--n_neighbors {k}: there are only {len(points)} {'classes' if args.level == 'class' else 'images'}"
-        )
-    pieces = parts(points, k)
-    if pieces > 1:
-        enough = next((n for n in range(k + 1, len(points)) if parts(points, n) == 1), None)
-        print(
-            f"warning: with {k} neighbours the graph falls into {pieces} pieces, which are joined where they are nearest: distances between them "
-            f"are rough. --n_neighbors {enough} connects it",
-            file=sys.stderr,
-        )
-    places, residual, trust = embed(points, k)
-    print(
-        f"{len(points):,} {'classes' if args.level == 'class' else 'images'}, {points.shape[1]} features ({args.features}), {k} neighbours"
-    )
-    print(
-        "residual variance: "
-        + ", ".join(f"{v:.3f} in {d}" for d, v in enumerate(residual, 1))
-        + f" dimensions; trustworthiness in 2: {trust:.3f}"
-    )
+        raise UserError(f"--n_neighbors {k}: there are only {len(points)} {what}")
+    warn_about_pieces(points, k)
+    xy, residual, trust = embed(points, k)
 
-    of = {
+    print(f"{len(points):,} {what}, {points.shape[1]} features ({args.features}), {k} neighbours")
+    # such as "0.099 in 1, 0.025 in 2, 0.017 in 3"
+    residuals = ", ".join(f"{value:.3f} in {d}" for d, value in enumerate(residual, 1))
+    print(f"residual variance: {residuals} dimensions; trustworthiness in 2: {trust:.3f}")
+
+    # -------------------------------------------------------------------------
+    # picture
+
+    feature_names = {
         "hsv": "mean HSV colours",
         "hsv_hist": "HSV histograms",
         "clip": f"image features of {args.architecture}",
-    }[args.features]
-    path = args.output / f"isomap_{args.level}_{args.features}.png"
-    quality = (
-        f"residual variance {residual[min(1, len(residual) - 1)]:.2f}, trustworthiness {trust:.2f}"
+    }
+    in_2d = residual[min(1, len(residual) - 1)]  # of two points there is one dimension only
+    title = (
+        f"{len(points):,} {what} by {feature_names[args.features]}\n"
+        f"(residual variance {in_2d:.2f}, trustworthiness {trust:.2f})"
     )
+    unit = UNITS[args.features]
+    path = args.output / f"isomap_{args.level}_{args.features}.png"
     if args.level == "class":
-        draw_classes(
-            flowers,
-            places,
-            shown,
-            args.labels,
-            path,
-            args.pdf,
-            f"{len(points)} classes by {of}\n({quality})",
-            UNITS[args.features],
-        )
+        draw_classes(flowers, xy, medoid_of, args.labels, path, args.pdf, title, unit)
     else:
         labels = flowers.labels[index]
-        chosen = chosen or np.argsort(-np.bincount(labels), kind="stable")[: len(MARKERS)]
-        groups = (
-            {"wrong": ~right, "right": right}
-            if args.run
-            else {flowers.class_names[c]: labels == c for c in chosen}
-        )
-        draw_images(
-            places,
-            groups,
-            path,
-            args.pdf,
-            f"{len(points):,} images by {of}\n({quality})",
-            UNITS[args.features],
-        )
+        if args.run:
+            groups = {"wrong": ~is_right, "right": is_right}
+        else:
+            # the classes with the most images, unless some are named
+            largest = np.argsort(-np.bincount(labels), kind="stable")[: len(MARKERS)]
+            classes = coloured_classes or largest
+            groups = {flowers.class_names[label]: labels == label for label in classes}
+        draw_images(xy, groups, path, args.pdf, title, unit)
     print(f"saved {path}")
     if args.show:
         figures.show([path])

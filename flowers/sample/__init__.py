@@ -1,4 +1,4 @@
-"""The built-in sample dataset: drawn flowers in Oxford's layout, so that everything runs without a download."""
+"""The built-in sample dataset: drawn flowers in Oxford's layout, for use without a download."""
 
 from flowers.sample.dataset import write_sample
 

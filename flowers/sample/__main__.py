@@ -9,9 +9,8 @@ from flowers.sample.dataset import write_sample
 @command
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--root", default="data/sample", help="folder to make (default: %(default)s)"
-    )
+    help_root = "folder to make (default: %(default)s)"
+    parser.add_argument("--root", default="data/sample", help=help_root)
     args = parser.parse_args()
     print(write_sample(args.root))
 
