@@ -307,6 +307,7 @@ def answer(
 
     architectures = sorted(grid.architectures, key=size)
     correct = correct_answers(grid, untrained, architectures)
+    # Level 0 of strategy and architecture; the learning rates are sorted.
     names = ["strategy", "architecture", "learning rate"]
     reference = [0, 0, grid.rates // 2]
     shares = statistics.decompose(correct, names, reference, rounds)
@@ -347,9 +348,10 @@ def correct_answers(
     Level 0 of the strategies is the untrained model, which has no rates and no seeds: it is
     repeated over both.
     """
+    # (1, architectures, rates, seeds, images)
     levels = [[[[untrained[a].correct] * len(grid.seeds)] * grid.rates for a in architectures]]
     for strategy in grid.strategies:
-        level = []
+        level = []  # (architectures, rates, seeds, images)
         for architecture in architectures:
             cell = grid.runs[strategy, architecture]
             level.append([[by_seed[s].correct for s in grid.seeds] for by_seed in cell])
@@ -444,6 +446,7 @@ def answer_method(grid: Grid, architectures: Sequence[str], rounds: int) -> str:
 def results(runs: Sequence[Run], output: Path, name: str) -> str:
     """Return the results of a protocol: a table, a figure, and tests of all pairs of models."""
     groups = best_by_strategy(runs)
+    # Of models that tie, the first one is the best, here and in the closer look.
     top = int(np.argmax([mean(group) for group in groups]))
     pairs = compare_pairs(groups)
     # The p-value of each model against the best one.
@@ -461,6 +464,7 @@ def results(runs: Sequence[Run], output: Path, name: str) -> str:
         f"(pairs: {len(pairs)})"
     )
     parts = [f"### {title(runs[0])}", table(output, name, rows, caption)]
+    # With several learning rates or prompts, the table itself is a choice.
     configurations = len(grouped(runs))
     if configurations > len(groups):
         parts.append(
@@ -507,23 +511,29 @@ def result_row(group: Group, p_value: float | None) -> dict[str, str]:
     result = first.result
     trained = first.strategy != "none"
     row = dict.fromkeys(RESULT_COLUMNS, "")
+
+    # what was trained
     row["architecture"] = first.architecture
     row["strategy"] = first.strategy
     if trained and result.get("lr"):
         row["lr"] = f"{result['lr']:g}"
     row["seeds"] = str(len(group))
 
+    # accuracy
     row["top-1"] = f"{mean(group):.2f}"
     if len(group) > 1:
         _, low, high = interval(group)
         row["seeds 95%"] = f"[{low:.1f}, {high:.1f}]"
     images = len(first.labels)
+    # With several seeds, the interval around their mean number of right images.
     low, high = wilson(round(mean(group) * images / 100), images)
     row["images 95%"] = f"[{low:.1f}, {high:.1f}]"
     for column, metric in (("top-5", "top5"), ("per class", "mean_per_class")):
         if not math.isnan(mean(group, metric)):
             row[column] = f"{mean(group, metric):.2f}"
 
+    # cost
+    # trainable_image, trainable_text, ...: the parts of the model are counted apart.
     counts = [count for key, count in result.items() if key.startswith("trainable_")]
     if counts:
         row["trained"] = f"{sum(counts) if trained else 0:,}"
@@ -532,6 +542,7 @@ def result_row(group: Group, p_value: float | None) -> dict[str, str]:
         row["s"] = f"{np.mean(seconds):.0f}"
     if "peak_memory_mb" in result:
         row["MB"] = f"{result['peak_memory_mb']:,}"
+    # The best model has no test against itself.
     if p_value is not None:
         row["p"] = "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
     return row
@@ -596,6 +607,7 @@ def sweeps(runs: Sequence[Run], factor: str) -> list[list[Group]]:
 
     Each is a list over two or more levels of the factor, of the runs with that level.
     """
+    # An untrained model has none of these settings, and an older run may lack one.
     candidates = []
     for run in runs:
         if run.strategy != "none" and run.settings.get(factor) is not None:
@@ -693,6 +705,7 @@ def wise_ft(curves: Sequence[Run], output: Path, missing: list[str]) -> str:
     panels = {}
     for run in curves:
         prefix = f"{run.split}/"
+        # metrics.jsonl has other rows, too: those of the curve have all of these keys.
         needed = ("alpha", f"{prefix}top1", f"{prefix}top1_low", f"{prefix}top1_high")
         rows = []
         for row in read_lines(run.folder / "metrics.jsonl", *needed):
@@ -735,6 +748,7 @@ def class_accuracy(group: Group, names: Sequence[str]) -> list[float]:
     """Return the accuracy of each class in percent, over all seeds."""
     accuracy = []
     for name in names:
+        # All runs of a group have the same images, so this is (seeds, images of the class).
         of_class = [run.correct[run.labels == name] for run in group]
         accuracy.append(100 * np.mean(of_class))
     return accuracy
@@ -744,6 +758,7 @@ def cost_figure(groups: list[Group], path: Path) -> str:
     rows = []
     for group in groups:
         first = group[0]
+        # 0 is unknown: figures.cost leaves such a point out of the panel.
         seconds = [run.result.get("train_seconds", 0) for run in group]
         rows.append(
             {
@@ -838,12 +853,14 @@ def worst_classes(
     path: Path,
 ) -> str:
     """Return the worst classes of the best model, and how many of them models share."""
-    models = range(len(groups))
+    models = list(range(len(groups)))
     if len(groups) > MOST_MODELS:
         models = models_to_compare(groups, best)
+    # Twenty of 102 classes, at most a third of fewer.
     k = min(20, max(1, len(names) // 3))
     worst = {}
     for i in models:
+        # Stable: classes of equal accuracy are taken in the order of their names.
         order = np.argsort(accuracy[i], kind="stable")
         worst[i] = [names[c] for c in order[:k]]
     counts, p_values = shared_worst(list(worst.values()), len(names))

@@ -220,6 +220,7 @@ def decompose(
     rng = np.random.default_rng(seed)
     *levels, seeds, images = correct.shape
     percent = 100 * correct.reshape(-1, images).astype(float)  # (cells * seeds, images)
+    # A random half, the same in all rounds.
     first_half = np.zeros(images, bool)
     first_half[rng.permutation(images)[: images // 2]] = True
 
@@ -238,14 +239,19 @@ def decompose(
     estimates = estimate(np.ones(images), each_seed)
     resampled = []
     for _ in range(rounds):
-        # Drawing with replacement is the same as weighting by how often an image is drawn.
-        weights = np.zeros(images)
-        for half in (first_half, ~first_half):
-            size = half.sum()
-            weights[half] = rng.multinomial(size, np.full(size, 1 / size))
+        weights = _draw_images(first_half, rng)
         seed_index = rng.integers(seeds, size=(*levels, seeds))
         resampled.append(estimate(weights, seed_index))
     return _with_intervals(estimates, resampled)
+
+
+def _draw_images(first_half: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How often each image is drawn (images,), with replacement, as many as each half has."""
+    weights = np.zeros(len(first_half))
+    for half in (first_half, ~first_half):
+        size = half.sum()
+        weights[half] = rng.multinomial(size, np.full(size, 1 / size))
+    return weights
 
 
 def _divide(
