@@ -1309,7 +1309,7 @@ def test_damage_that_was_found_in_runs(two_runs, cli, small, tmp_path):
     ):
         (two_runs / "one" / "predictions.csv").write_text(content)
         with pytest.raises(ValueError, match="predictions.csv (is damaged|lacks answers)"):
-            comparable.answers(two_runs / "one")
+            runs.read_predictions(two_runs / "one")
         assert "predictions.csv" in error_line(
             cli(
                 "data_Exploration/isomap.py",

@@ -1,4 +1,5 @@
-"""report.py on synthetic run folders: what it finds, what it refuses to compare, that it repeats itself."""
+"""report.py on made-up run folders: what it finds, what it refuses to compare, and that the same
+runs give the same bytes."""
 
 import csv
 import json
@@ -40,24 +41,35 @@ CONFIG = {
     "wandb": "disabled",
     "holdout": True,
 }
-STRATEGIES = {"full": 0.4, "last_blocks": 0.3, "text": 0.15}  # and what each gains
-RATES = {1e-4: 0.5, 1e-3: 0.8, 5e-3: 1.0}  # and the share of it
+# What each strategy gains at its best learning rate, and the fraction of it at each rate.
+STRATEGIES = {"full": 0.4, "last_blocks": 0.3, "text": 0.15}
+RATES = {1e-4: 0.5, 1e-3: 0.8, 5e-3: 1.0}
+SEEDS = (0, 1)
+
+
+# -----------------------------------------------------------------------------
+# made-up runs
 
 
 def write_run(runs, name, accuracy, split="val", n=240, names=NAMES, first=0, **settings):
-    """A run folder whose answers are right with probability `accuracy`, more often for the first classes than for the last."""
-    config, folder, rng = CONFIG | settings, runs / name, np.random.default_rng(list(name.encode()))
+    """Write a run folder whose predictions are right with probability `accuracy`.
+
+    More often for the first classes than for the last. The images are numbered from `first`.
+    """
+    config = CONFIG | settings
+    rng = np.random.default_rng(list(name.encode()))
+    folder = runs / name
     folder.mkdir(parents=True)
     label = np.arange(n) % len(names)
     right = rng.random(n) < accuracy + 0.2 * (0.5 - label / len(names))
-    given = np.where(right, label, (label + rng.integers(1, 3, n)) % len(names))
+    wrong_label = (label + rng.integers(1, 3, n)) % len(names)
+    predicted = np.where(right, label, wrong_label)
     with (folder / "predictions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "label", "top1"])
-        writer.writerows(
-            [f"{split}_{i + first:05d}.jpg", names[t], names[g]]
-            for i, (t, g) in enumerate(zip(label, given))
-        )
+        for i in range(n):
+            writer.writerow([f"{split}_{i + first:05d}.jpg", names[label[i]], names[predicted[i]]])
+
     top1 = 100 * right.mean()
     metrics = {
         "n": n,
@@ -70,7 +82,7 @@ def write_run(runs, name, accuracy, split="val", n=240, names=NAMES, first=0, **
     }
     result = {
         "name": name,
-        **{f"{split}/{k}": v for k, v in metrics.items()},
+        **{f"{split}/{metric}": value for metric, value in metrics.items()},
         "train_seconds": 100 * accuracy * bool(config["epochs"]),
         "peak_memory_mb": 500,
         "trainable_image": 1000,
@@ -78,23 +90,22 @@ def write_run(runs, name, accuracy, split="val", n=240, names=NAMES, first=0, **
         "parameters": 7_500_000 if "rn" in name else 6_900_000,
         **config,
     }
+    arguments = config | {"name": name, "commit": "x", "device": "cpu"}
     (folder / "result.json").write_text(json.dumps(result))
-    (folder / "args.json").write_text(
-        json.dumps(config | {"name": name, "commit": "x", "device": "cpu"})
-    )
-    steps = [
-        {
-            "epoch": 1,
-            "step": i + 1,
-            "train/loss": 3 * math.exp(-i / 20 * accuracy) + rng.random() / 9,
-        }
-        for i in range(20 * (config["epochs"] or 0))
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    (folder / "args.json").write_text(json.dumps(arguments))
+
+    with (folder / "metrics.jsonl").open("w") as file:
+        for i in range(20 * (config["epochs"] or 0)):
+            loss = 3 * math.exp(-i / 20 * accuracy) + rng.random() / 9
+            file.write(json.dumps({"epoch": 1, "step": i + 1, "train/loss": loss}) + "\n")
 
 
 def write_study(runs, **options):
-    """Two architectures after a stand-in, three strategies, three rates, two seeds; the final table on test; temperatures; base to new."""
+    """Write the runs of a study.
+
+    Two architectures after a stand-in for pretraining, three strategies, three learning rates,
+    two seeds; the final table on test; temperatures; base to new classes.
+    """
     for architecture, bonus in (("tiny", 0.0), ("tiny-rn", 0.05)):
         write_run(
             runs,
@@ -107,59 +118,29 @@ def write_study(runs, **options):
         )
         start = options | {"architecture": f"somewhere/start-{architecture}"}
         for split in ("val", "test"):
-            write_run(
-                runs,
-                f"untrained-{architecture}-{split}",
-                0.3 + bonus,
-                split,
-                **start | {"epochs": 0, "holdout": split == "val"},
-            )
+            untrained = start | {"epochs": 0, "holdout": split == "val"}
+            name = f"untrained-{architecture}-{split}"
+            write_run(runs, name, 0.3 + bonus, split, **untrained)
         for strategy, gain in STRATEGIES.items():
-            own = start | {
-                "strategy": strategy,
-                "augment": "crop" if strategy == "full" else "none",
-            }
-            for seed in (0, 1):
-                for lr, share in RATES.items():
-                    write_run(
-                        runs,
-                        f"factorial-{architecture}-{strategy}-{lr}-{seed}",
-                        0.3 + bonus + gain * share,
-                        lr=lr,
-                        seed=seed,
-                        **own,
-                    )
-                write_run(
-                    runs,
-                    f"final-{architecture}-{strategy}-{seed}",
-                    0.3 + bonus + gain,
-                    "test",
-                    lr=5e-3,
-                    seed=seed,
-                    holdout=False,
-                    **own,
-                )
+            augment = "crop" if strategy == "full" else "none"
+            settings = start | {"strategy": strategy, "augment": augment}
+            for seed in SEEDS:
+                for lr, fraction in RATES.items():
+                    name = f"factorial-{architecture}-{strategy}-{lr}-{seed}"
+                    accuracy = 0.3 + bonus + gain * fraction
+                    write_run(runs, name, accuracy, lr=lr, seed=seed, **settings)
+                name = f"final-{architecture}-{strategy}-{seed}"
+                accuracy = 0.3 + bonus + gain
+                final = settings | {"lr": 5e-3, "seed": seed, "holdout": False}
+                write_run(runs, name, accuracy, "test", **final)
+
+    from_start = options | {"architecture": "x/start-tiny"}
     for tau in (0.003, 0.03, 0.3):
-        for seed in (0, 1):
-            write_run(
-                runs,
-                f"tau-{tau}-{seed}",
-                0.7 - 0.1 * abs(math.log10(tau / 0.03)),
-                temperature=tau,
-                seed=seed,
-                architecture="x/start-tiny",
-                **options,
-            )
+        accuracy = 0.7 - 0.1 * abs(math.log10(tau / 0.03))
+        for seed in SEEDS:
+            write_run(runs, f"tau-{tau}-{seed}", accuracy, temperature=tau, seed=seed, **from_start)
     for strategy in ("full", "text"):
-        write_run(
-            runs,
-            f"base-{strategy}",
-            0.5,
-            classes="base",
-            architecture="x/start-tiny",
-            strategy=strategy,
-            **options,
-        )
+        write_run(runs, f"base-{strategy}", 0.5, classes="base", strategy=strategy, **from_start)
     return runs
 
 
@@ -168,325 +149,299 @@ def study(tmp_path_factory):
     return write_study(tmp_path_factory.mktemp("study") / "runs")
 
 
-def rows_of(text: str, heading: str) -> list[dict]:
-    """The first Markdown table after a heading."""
-    lines = [
-        line
-        for line in text[text.rindex("\n", 0, text.index(heading)) + 1 :].split("\n")
-        if line.startswith("|") or line.startswith("#")
-    ]
-    table = lines[1 : next((i for i, line in enumerate(lines) if i and line.startswith("#")), None)]
-    cells = [[c.strip() for c in line.strip("|").split("|")] for line in table]
-    return [dict(zip(cells[0], row)) for row in cells[2:]]
-
-
 @pytest.fixture(scope="module")
 def report(study):
+    """The folder of the report on the study."""
     output = study.parent / "report"
-    subprocess.run(
-        [
-            sys.executable,
-            ROOT / "report.py",
-            "--runs",
-            study,
-            "--output",
-            output,
-            "--bootstrap",
-            "100",
-        ],
-        check=True,
-    )
+    flags = ["--runs", study, "--output", output, "--bootstrap", "100"]
+    subprocess.run([sys.executable, ROOT / "report.py", *flags], check=True)
     return output
 
 
-def test_the_report_of_a_study(study, report):
-    text = (report / "report.md").read_text()
-    # the answer: 45 points over the untrained tiny, about 40 by training it, 5 by the other architecture
-    total, low, high = map(
-        float, re.search(r"Of the \+([\d.]+) \[\+([\d.]+), \+([\d.]+)\] points", text).groups()
-    )
-    assert low < 45 < high and abs(total - 45) < 8
-    shares = {
-        r["factor"]: [float(x) for x in re.findall(r"-?\d+", r["gain"])]
-        for r in rows_of(text, "## Is it")[:3]
-    }
-    assert (
-        sum(v[0] for v in shares.values()) == pytest.approx(100, abs=2)
-        and shares["strategy"][0] > 70
-    )
-    variance = {r["factor"]: int(r["variance"].split("%")[0]) for r in rows_of(text, "## Is it")}
-    assert (
-        sum(variance.values()) == pytest.approx(100, abs=3)
-        and variance["strategy"] > variance["architecture"]
-    )
-    assert "stand in for" in text and "12 epochs on the base classes" in text
-    assert "3 strategies (full, last_blocks, text), 2 architectures, 3 learning rates" in text
-    # the final table, computed again from the predictions
+@pytest.fixture(scope="module")
+def text(report):
+    return (report / "report.md").read_text()
+
+
+# -----------------------------------------------------------------------------
+# reading reports and runs
+
+
+def rows_of(text: str, heading: str) -> list[dict]:
+    """The first Markdown table after a heading."""
+    start = text.rindex("\n", 0, text.index(heading)) + 1
+    table = []
+    for line in text[start:].split("\n")[1:]:
+        if line.startswith("#"):
+            break
+        if line.startswith("|"):
+            table.append([cell.strip() for cell in line.strip("|").split("|")])
+    keys, _, *rows = table
+    return [dict(zip(keys, row)) for row in rows]
+
+
+def correct_of(folder):
+    """Whether each image of a run was named rightly, (N,) bool, from its predictions."""
+    with (folder / "predictions.csv").open() as file:
+        return np.array([row["label"] == row["top1"] for row in csv.DictReader(file)])
+
+
+def compared_runs(runs):
+    loaded, _ = comparable.load(runs)
+    compared, _ = comparable.resolve(loaded)
+    return compared
+
+
+# -----------------------------------------------------------------------------
+# the report of a study
+
+
+def test_the_answer(text):
+    """45 points over the untrained tiny: about 40 by training it, 5 by the other architecture."""
+    pattern = r"Of the \+([\d.]+) \[\+([\d.]+), \+([\d.]+)\] points"
+    total, low, high = map(float, re.search(pattern, text).groups())
+    assert low < 45 < high
+    assert abs(total - 45) < 8
+
+    rows = rows_of(text, "## Is it")
+    share = {row["factor"]: int(re.match(r"-?\d+", row["gain"])[0]) for row in rows[:3]}
+    assert sum(share.values()) == pytest.approx(100, abs=2)
+    assert share["strategy"] > 70
+    variance = {row["factor"]: int(row["variance"].split("%")[0]) for row in rows}
+    assert sum(variance.values()) == pytest.approx(100, abs=3)
+    assert variance["strategy"] > variance["architecture"]
+
+    assert "stand in for" in text
+    assert "12 epochs on the base classes" in text
+    grid = "3 strategies (full, last_blocks, text), 2 architectures, 3 learning rates"
+    assert grid in text
+
+
+def test_the_final_table(study, text):
+    """Computed again from the predictions."""
     table = rows_of(text, "### test, 240 images of 12 classes")
-    assert {(r["architecture"], r["strategy"]) for r in table} == {
-        (a, s) for a in ("tiny", "tiny-rn") for s in ("none", *STRATEGIES)
-    }
-    right = {}
-    for seed in (0, 1):
-        with (study / f"final-tiny-full-{seed}" / "predictions.csv").open() as file:
-            right[seed] = np.array([row["label"] == row["top1"] for row in csv.DictReader(file)])
-    accuracy = [100 * x.mean() for x in right.values()]
-    row = next(r for r in table if (r["architecture"], r["strategy"]) == ("tiny", "full"))
-    half = 12.706 * np.std(accuracy, ddof=1) / math.sqrt(2)
-    assert (
-        row["top-1"] == f"{np.mean(accuracy):.2f}"
-        and row["seeds"] == "2"
-        and row["trained"] == "1,500"
-    )
-    assert (
-        row["seeds 95%"]
-        == f"[{max(0, np.mean(accuracy) - half):.1f}, {min(100, np.mean(accuracy) + half):.1f}]"
-    )
-    # a table has one protocol; the stand-ins are in none
-    assert (
-        text[text.index("## Results") : text.index("## One factor")].count("\n### ") == 3
-        and "start-tiny" not in text[: text.index("## Runs that others")]
-    )
-    assert [r["strategy"] for r in rows_of(text, "trained on base classes only")] == [
-        "full",
-        "text",
-    ]
-    assert [r["strategy"] for r in rows_of(text[text.index("## From base") :], "###")] == [
-        "full",
-        "text",
-    ]
-    assert [
-        r["level"]
-        for r in rows_of(text[text.index("## One factor") :], "### val")
-        if r["factor"].startswith("temperature")
-    ] == ["0.003", "0.03", "0.3"]
+    models = {(row["architecture"], row["strategy"]): row for row in table}
+    strategies = ("none", *STRATEGIES)
+    assert set(models) == {(a, s) for a in ("tiny", "tiny-rn") for s in strategies}
+
+    accuracy = [100 * correct_of(study / f"final-tiny-full-{seed}").mean() for seed in SEEDS]
+    mean = np.mean(accuracy)
+    half_width = 12.706 * np.std(accuracy, ddof=1) / math.sqrt(2)  # t(0.975, 1 degree of freedom)
+    low = max(0, mean - half_width)
+    high = min(100, mean + half_width)
+    row = models["tiny", "full"]
+    assert row["top-1"] == f"{mean:.2f}"
+    assert row["seeds"] == "2"
+    assert row["trained"] == "1,500"
+    assert row["seeds 95%"] == f"[{low:.1f}, {high:.1f}]"
+
+
+def test_a_table_has_one_protocol(text):
+    results = text[text.index("## Results") : text.index("## One factor")]
+    assert results.count("\n### ") == 3
+    # The stand-ins are in no table.
+    assert "start-tiny" not in text[: text.index("## Runs that others")]
+    base_rows = rows_of(text, "trained on base classes only")
+    assert [row["strategy"] for row in base_rows] == ["full", "text"]
+
+
+def test_factors_and_new_classes(text):
+    base_to_new = rows_of(text[text.index("## From base") :], "###")
+    assert [row["strategy"] for row in base_to_new] == ["full", "text"]
+    factors = rows_of(text[text.index("## One factor") :], "### val")
+    levels = [row["level"] for row in factors if row["factor"].startswith("temperature")]
+    assert levels == ["0.003", "0.03", "0.3"]
+    missing = text[text.index("## What is missing") :]
+    for section in ("batch size", "training images a class", "augmentation"):
+        assert f"the effect of the {section}" in missing
+
+
+def test_the_tests_of_pairs(study, report):
     with (report / "results-test-pairs.csv").open() as file:
-        pairs = list(csv.DictReader(file))
-    assert len(pairs) == 8 * 7 / 2 and all(float(p["p"]) <= float(p["holm"]) for p in pairs)
-    pair = next(p for p in pairs if (p["a"], p["b"]) == ("tiny full", "tiny-rn full"))
-    with (study / "final-tiny-rn-full-0" / "predictions.csv").open() as file:
-        other = np.array([row["label"] == row["top1"] for row in csv.DictReader(file)])
-    b, c = int((right[0] & ~other).sum()), int((other & ~right[0]).sum())
-    assert (int(pair["only a right"]), int(pair["only b right"])) == (b, c)
-    assert float(pair["p"]) == pytest.approx(
-        min(1, 2 * scipy.stats.binom.cdf(min(b, c), b + c, 0.5)), rel=1e-3
-    )
-    # what it links to is there, and the LaTeX tables are rectangular
-    assert (
-        set(re.findall(r"\]\((.*\.png)\)", text))
-        == {p.name for p in report.glob("*.png")}
-        == {f"{p.stem}.png" for p in report.glob("*.pdf")}
-    )
+        pairs = {(row["a"], row["b"]): row for row in csv.DictReader(file)}
+    assert len(pairs) == 8 * 7 / 2
+    assert all(float(pair["p"]) <= float(pair["holm"]) for pair in pairs.values())
+
+    pair = pairs["tiny full", "tiny-rn full"]
+    a = correct_of(study / "final-tiny-full-0")
+    b = correct_of(study / "final-tiny-rn-full-0")
+    only_a = int((a & ~b).sum())
+    only_b = int((b & ~a).sum())
+    assert (int(pair["only a right"]), int(pair["only b right"])) == (only_a, only_b)
+    tail = scipy.stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)
+    assert float(pair["p"]) == pytest.approx(min(1, 2 * tail), rel=1e-3)
+
+
+def test_what_a_report_links_to_is_there(report, text):
+    linked = set(re.findall(r"\]\((.*\.png)\)", text))
+    assert linked == {path.name for path in report.glob("*.png")}
+    assert linked == {f"{path.stem}.png" for path in report.glob("*.pdf")}
+
+
+def test_latex_tables_are_rectangular(report):
     for path in report.glob("*.tex"):
         lines = path.read_text().splitlines()
-        columns = len(re.fullmatch(r"\\begin\{tabular\}\{@\{\}([lr]+)@\{\}\}", lines[2])[1])
+        columns = re.fullmatch(r"\\begin\{tabular\}\{@\{\}([lr]+)@\{\}\}", lines[2])[1]
         body = [line for line in lines if line.endswith(r"\\")]
-        assert (
-            len(body) > 1
-            and all(len(re.findall(r"(?<!\\)&", line)) == columns - 1 for line in body)
-            and "_" not in re.sub(r"\\_", "", "".join(body))
-        )
-    for section in ("batch size", "training images a class", "augmentation"):
-        assert f"the effect of the {section}" in text[text.index("## What is missing") :]
+        assert len(body) > 1
+        for line in body:
+            separators = re.findall(r"(?<!\\)&", line)
+            assert len(separators) == len(columns) - 1
+            assert "_" not in line.replace(r"\_", "")
 
 
 def test_the_same_runs_give_the_same_bytes(study, report, tmp_path, cli):
-    """Elsewhere, in another process, in a folder that holds an older report and somebody's own files, which stay."""
-    shutil.copytree(study, tmp_path / "copy")
-    (tmp_path / "again").mkdir()
-    for name in ("results-old.png", "main.tex"):
-        (tmp_path / "again" / name).write_text("")
-    assert (
-        cli(
-            "report.py",
-            "--runs",
-            tmp_path / "copy",
-            "--output",
-            tmp_path / "again",
-            "--bootstrap",
-            100,
-        )[0]
-        == 0
-    )
-    a, b = (
-        {p.name: p.read_bytes() for p in folder.iterdir()}
-        for folder in (report, tmp_path / "again")
-    )
-    assert b.pop("main.tex") == b"" and a == b and len(a) > 15
+    """Elsewhere, in another process, in a folder with an older report and the user's files."""
+    runs = shutil.copytree(study, tmp_path / "copy")
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "results-old.png").write_text("")  # of an older report: goes
+    (again / "main.tex").write_text("")  # the user's own: stays
+    code, _, _ = cli("report.py", "--runs", runs, "--output", again, "--bootstrap", 100)
+    assert code == 0
+    first = {path.name: path.read_bytes() for path in report.iterdir()}
+    second = {path.name: path.read_bytes() for path in again.iterdir()}
+    assert second.pop("main.tex") == b""
+    assert first == second
+    assert len(first) > 15
 
 
 def test_any_subset_works_and_what_is_missing_is_said(study, tmp_path, cli):
     runs = tmp_path / "runs"
+    output = tmp_path / "report"
     runs.mkdir()
-    assert "no finished run" in error_line(
-        cli("report.py", "--runs", runs, "--output", tmp_path / "report")
-    )
+    assert "no finished run" in error_line(cli("report.py", "--runs", runs, "--output", output))
+
+    # One finished run, one that failed, one that failed first, and a damaged one.
     shutil.copytree(study / "final-tiny-full-0", runs / "one")
     (runs / "failed.jsonl").write_text(
         '{"name": "two", "error": "error: no memory"}\n{"name": "one", "error": "later mended"}\n'
     )
     (runs / "three").mkdir()
     (runs / "three" / "result.json").write_text("{")
-    assert cli("report.py", "--runs", runs, "--output", tmp_path / "report")[0] == 0
-    text = (tmp_path / "report" / "report.md").read_text()
+    assert cli("report.py", "--runs", runs, "--output", output)[0] == 0
+    text = (output / "report.md").read_text()
     missing = text[text.index("## What is missing") :]
-    assert (
-        "Not answered" in text
-        and "two failed: error: no memory" in missing
-        and "three can't be read" in missing
-        and "later mended" not in missing
-    )
-    assert (
-        "the change of each class" in missing
-        and "no untrained model" in missing
-        and rows_of(text, "### test")[0]["strategy"] == "full"
-    )
+    assert "Not answered" in text
+    assert "two failed: error: no memory" in missing
+    assert "three can't be read" in missing
+    assert "later mended" not in missing
+    assert "the change of each class" in missing
+    assert "no untrained model" in missing
+    assert rows_of(text, "### test")[0]["strategy"] == "full"
+
+    # With an untrained model and its start, the classes can be compared.
     shutil.copytree(study / "untrained-tiny-test", runs / "four")
     shutil.copytree(study / "start-tiny", runs / "start-tiny")
-    assert cli("report.py", "--runs", runs, "--output", tmp_path / "report")[0] == 0
-    text = (tmp_path / "report" / "report.md").read_text()
-    assert "the change of each class" not in text and (tmp_path / "report" / "classes.png").exists()
+    assert cli("report.py", "--runs", runs, "--output", output)[0] == 0
+    text = (output / "report.md").read_text()
+    assert "the change of each class" not in text
+    assert (output / "classes.png").exists()
+
+
+def test_many_models_that_tie_at_the_top(tmp_path, cli):
+    runs = tmp_path / "runs"
+    for architecture in ("tiny", "tiny-rn"):
+        for i in range(8):
+            name = f"{architecture}-{i}"
+            strategy = f"strategy{i}"
+            write_run(runs, name, 0.5, architecture=architecture, strategy=strategy)
+            # All have the predictions and the accuracy of the first.
+            predictions = (runs / "tiny-0" / "predictions.csv").read_text()
+            top1 = json.loads((runs / "tiny-0" / "result.json").read_text())["val/top1"]
+            (runs / name / "predictions.csv").write_text(predictions)
+            result = json.loads((runs / name / "result.json").read_text())
+            (runs / name / "result.json").write_text(json.dumps(result | {"val/top1": top1}))
+    output = tmp_path / "report"
+    code, _, err = cli("report.py", "--runs", runs, "--output", output, "--bootstrap", 20)
+    assert code == 0, err
+    assert (output / "worst.png").exists(), err
+
+
+# -----------------------------------------------------------------------------
+# which runs are compared
 
 
 def test_only_the_same_images_and_training_classes_are_compared(tmp_path):
     write_run(tmp_path, "a", 0.5)
     write_run(tmp_path, "b", 0.6, first=7)
-    write_run(tmp_path, "c", 0.6, names=[n.upper() for n in NAMES])
+    write_run(tmp_path, "c", 0.6, names=[name.upper() for name in NAMES])
     write_run(tmp_path, "d", 0.6, split="test")
     write_run(tmp_path, "e", 0.6, classes="base")
     write_run(tmp_path, "f", 0.6, lr=5.0)
     write_run(tmp_path, "g", 0.6, splits="official")
-    found, starts = comparable.resolve(comparable.load(tmp_path)[0])
-    same = {r.name for r in found if r.protocol == next(x for x in found if x.name == "a").protocol}
-    assert same == {"a", "f"} and len({r.protocol for r in found}) == 6 and not starts
+    runs, starts = comparable.resolve(comparable.load(tmp_path)[0])
+    protocol_of = {run.name: run.protocol for run in runs}
+    same = {name for name, protocol in protocol_of.items() if protocol == protocol_of["a"]}
+    assert same == {"a", "f"}
+    assert len(set(protocol_of.values())) == 6
+    assert not starts
 
 
 def test_a_seed_counts_once_and_an_evaluation_bears_its_run_s_name(tmp_path):
+    evaluation = {"job": "eval", "strategy": None, "epochs": None}
     write_run(tmp_path, "a", 0.5)
     write_run(tmp_path, "again", 0.5, eval_every=1)
     write_run(tmp_path, "b", 0.5, seed=1)
     write_run(tmp_path, "zero", 0.1, epochs=0)
-    write_run(
-        tmp_path,
-        "eval",
-        0.5,
-        "test",
-        job="eval",
-        architecture=str(tmp_path / "b" / "model.pt"),
-        strategy=None,
-        epochs=None,
-    )
-    write_run(
-        tmp_path,
-        "pretrained",
-        0.5,
-        "test",
-        job="eval",
-        architecture="ViT-B/32",
-        strategy=None,
-        epochs=None,
-    )
-    found, _ = comparable.resolve(comparable.load(tmp_path)[0])
-    assert [
-        [r.name for r in g] for g in comparable.grouped([r for r in found if r.split == "val"])
-    ] == [["a", "b"], ["zero"]]
-    assert {(r.name, r.architecture, r.strategy) for r in found if r.split == "test"} == {
-        ("eval", "tiny", "full"),
-        ("pretrained", "ViT-B/32", "none"),
-    }
-    assert next(r for r in found if r.name == "zero").strategy == "none"
+    model = str(tmp_path / "b" / "model.pt")
+    write_run(tmp_path, "eval", 0.5, "test", architecture=model, **evaluation)
+    write_run(tmp_path, "pretrained", 0.5, "test", architecture="ViT-B/32", **evaluation)
+
+    runs = compared_runs(tmp_path)
+    groups = comparable.grouped([run for run in runs if run.split == "val"])
+    assert [[run.name for run in group] for group in groups] == [["a", "b"], ["zero"]]
+    of_test = {(run.name, run.architecture, run.strategy) for run in runs if run.split == "test"}
+    assert of_test == {("eval", "tiny", "full"), ("pretrained", "ViT-B/32", "none")}
+    assert next(run for run in runs if run.name == "zero").strategy == "none"
+
+
+def test_evaluations_of_runs_are_those_runs(tmp_path):
+    """Three seeds evaluated on test are one configuration with three seeds."""
+    for seed in (0, 1, 2):
+        write_run(tmp_path, f"trained-{seed}", 0.5, seed=seed)
+        model = f"runs/trained-{seed}/model.pt"
+        name = f"evaluated-{seed}"
+        write_run(tmp_path, name, 0.5, "test", job="eval", seed=0, architecture=model)
+    stranger = {"job": "eval", "architecture": "elsewhere/other/model.pt"}
+    write_run(tmp_path, "stranger", 0.5, "test", epochs=None, strategy=None, **stranger)
+
+    runs, starts = comparable.resolve(comparable.load(tmp_path)[0])
+    assert not starts
+    assert sorted(len(group) for group in comparable.grouped(runs)) == [1, 3, 3]
+    by_name = {run.name: run for run in runs}
+    assert [by_name[f"evaluated-{seed}"].seed for seed in (0, 1, 2)] == [0, 1, 2]
+    assert by_name["stranger"].architecture == "other"
+    assert by_name["stranger"].strategy == "unknown"
+
+
+def test_processes_are_part_of_a_batch(tmp_path):
+    """Four processes of 16 images are a batch of 64."""
+    for name, processes, batch_size in (("one", 1, 64), ("four", 4, 16), ("large", 4, 64)):
+        batch = {"processes": processes, "batch_size": batch_size}
+        write_run(tmp_path, name, 0.5, seed=5 + processes, **batch)
+    groups = [{run.name for run in group} for group in comparable.grouped(compared_runs(tmp_path))]
+    assert {"one", "four"} <= next(group for group in groups if "one" in group)
+    assert not any({"one", "large"} <= group for group in groups)
 
 
 def test_incomplete_grids_lose_the_level_that_lacks_cells(study, tmp_path):
     runs = shutil.copytree(study, tmp_path / "runs")
-    grid = comparable.factorial(comparable.resolve(comparable.load(runs)[0])[0])
-    assert (grid.strategies, grid.architectures, grid.rates, grid.seeds, grid.dropped) == (
-        list(STRATEGIES),
-        ["tiny", "tiny-rn"],
-        3,
-        [0, 1],
-        [],
-    )
-    assert [cell[1].name for cell in grid.runs["text", "tiny-rn"]] == [
-        f"factorial-tiny-rn-text-{lr}-1" for lr in RATES
-    ]
+    grid = comparable.factorial(compared_runs(runs))
+    assert grid.strategies == list(STRATEGIES)
+    assert grid.architectures == ["tiny", "tiny-rn"]
+    assert grid.rates == 3
+    assert grid.seeds == [0, 1]
+    assert grid.dropped == []
+    names = [by_seed[1].name for by_seed in grid.runs["text", "tiny-rn"]]
+    assert names == [f"factorial-tiny-rn-text-{lr}-1" for lr in RATES]
+
     shutil.rmtree(runs / "factorial-tiny-text-0.001-0")
-    grid = comparable.factorial(comparable.resolve(comparable.load(runs)[0])[0])
-    assert (grid.strategies, grid.dropped, grid.seeds) == (
-        ["full", "last_blocks"],
-        ["text"],
-        [0, 1],
-    )
+    grid = comparable.factorial(compared_runs(runs))
+    assert grid.strategies == ["full", "last_blocks"]
+    assert grid.dropped == ["text"]
+    assert grid.seeds == [0, 1]
+
     for path in runs.glob("factorial-tiny-rn-*"):
         shutil.rmtree(path)
-    assert comparable.factorial(comparable.resolve(comparable.load(runs)[0])[0]) is None
-
-
-def test_evaluations_of_runs_are_those_runs_and_processes_are_part_of_a_batch(tmp_path):
-    """Three seeds evaluated on test are one configuration with three seeds; four processes of 16 images are a batch of 64."""
-    from flowers.study.comparable import grouped, load, resolve
-
-    options = {"architecture": "tiny", "holdout": True}
-    for seed in (0, 1, 2):
-        write_run(tmp_path, f"trained-{seed}", 0.5, seed=seed, **options)
-        write_run(
-            tmp_path,
-            f"evaluated-{seed}",
-            0.5,
-            "test",
-            job="eval",
-            seed=0,
-            **options | {"architecture": f"runs/trained-{seed}/model.pt"},
-        )
-    write_run(
-        tmp_path,
-        "stranger",
-        0.5,
-        "test",
-        job="eval",
-        **options | {"architecture": "elsewhere/other/model.pt", "epochs": None, "strategy": None},
-    )
-    found, starts = resolve(load(tmp_path)[0])
-    assert not starts and sorted(len(g) for g in grouped(found)) == [1, 3, 3]
-    by_name = {r.name: r for r in found}
-    assert [by_name[f"evaluated-{s}"].seed for s in (0, 1, 2)] == [0, 1, 2]
-    assert (by_name["stranger"].architecture, by_name["stranger"].strategy) == ("other", "unknown")
-    for name, processes, batch_size in (("one", 1, 64), ("four", 4, 16), ("large", 4, 64)):
-        write_run(
-            tmp_path,
-            name,
-            0.5,
-            processes=processes,
-            batch_size=batch_size,
-            seed=5 + processes,
-            **options,
-        )
-    groups = [{r.name for r in g} for g in grouped(resolve(load(tmp_path)[0])[0])]
-    assert {"one", "four"} <= next(g for g in groups if "one" in g) and not any(
-        {"one", "large"} <= g for g in groups
-    )
-
-
-def test_many_models_that_tie_at_the_top(tmp_path, cli):
-    for architecture in ("tiny", "tiny-rn"):
-        for i in range(8):
-            folder = tmp_path / "runs" / f"{architecture}-{i}"
-            write_run(
-                tmp_path / "runs",
-                folder.name,
-                0.5,
-                architecture=architecture,
-                strategy=f"strategy{i}",
-            )
-            rows = (tmp_path / "runs" / "tiny-0" / "predictions.csv").read_text()
-            (folder / "predictions.csv").write_text(rows)
-            top1 = json.loads((tmp_path / "runs" / "tiny-0" / "result.json").read_text())[
-                "val/top1"
-            ]
-            (folder / "result.json").write_text(
-                json.dumps(json.loads((folder / "result.json").read_text()) | {"val/top1": top1})
-            )
-    code, _, err = cli(
-        "report.py", "--runs", tmp_path / "runs", "--output", tmp_path / "report", "--bootstrap", 20
-    )
-    assert code == 0 and (tmp_path / "report" / "worst.png").exists(), err
+    assert comparable.factorial(compared_runs(runs)) is None
