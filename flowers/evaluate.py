@@ -16,6 +16,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
     top_k_accuracy_score,
 )
+from tabulate import tabulate
 
 from flowers import UserError, devices, figures, strategies
 from flowers.data import Flowers, base_classes
@@ -365,8 +366,14 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
 
     Percentages have two digits, and their interval behind them where there is one.
     """
-    columns = {name: _table_column(metrics) for name, metrics in results.items()}
-    return pd.DataFrame(columns).fillna("").to_string()
+    columns = [_table_column(metrics) for metrics in results.values()]
+    keys = dict.fromkeys(key for column in columns for key in column)
+    lines = [["", *results]]
+    for key in keys:
+        lines.append([key, *(column.get(key, "") for column in columns)])
+    # The names are a line like the others: as headers, tabulate would give them wider columns.
+    alignment = ["left"] + ["right"] * len(columns)
+    return tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=alignment)
 
 
 def _table_column(metrics: dict[str, float]) -> dict[str, str]:

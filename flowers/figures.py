@@ -232,7 +232,7 @@ def training_curve(rows: list[dict], path: Path, loss_name: str = "InfoNCE loss 
             estimator=None,
             color=DARK_BLUE,
             marker="o",
-            markersize=3,
+            markersize=4,
             markeredgewidth=0,
             ax=val_axis,
         )
