@@ -293,6 +293,23 @@ def confusion_matrix(
     return save(figure, path)
 
 
+def contact_sheet(flowers: Flowers, path: Path, per_class: int = 3, columns: int = 4) -> Path:
+    """Draw the first images of every class side by side, under its name. Returns `path`."""
+    n_rows = -(-len(flowers.class_names) // columns)
+    figsize = (2.4 * columns, 1.05 * n_rows)
+    figure, axes = plt.subplots(
+        n_rows, columns, figsize=figsize, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for c, (axis, name) in enumerate(zip(axes.flat, flowers.class_names)):
+        first = np.flatnonzero(flowers.labels == c)[:per_class]
+        thumbnails = [_thumbnail(flowers.files[i], side=160) for i in first]
+        axis.imshow(np.concatenate(thumbnails, axis=1))
+        axis.set_title(name, fontsize=8, pad=2)
+    return save(figure, path)
+
+
 def mistakes(probabilities: np.ndarray, flowers: Flowers, index: np.ndarray) -> list[Mistake]:
     """The wrong predictions, most confident first.
 
