@@ -76,6 +76,7 @@ def describe(architecture: str, strategies: list[str], **options: int) -> dict:
         with torch.device("meta"):
             model = build(architecture)
     else:
+        # Its shape is known once it is read.
         model = load_model(architecture).to("meta")
 
     parameters = {
@@ -84,6 +85,7 @@ def describe(architecture: str, strategies: list[str], **options: int) -> dict:
     side = model.visual.input_resolution
     image = torch.empty(1, 3, side, side, device="meta")
     tokens = torch.zeros(1, CONTEXT, dtype=torch.long, device="meta")
+    # Buffers are part of the file, though not of the parameters.
     file_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     text_width, embedding = model.text_projection.shape
     row = {
@@ -205,6 +207,7 @@ def draw_models(rows: list[dict], path: Path, pdf: bool) -> Path:
     Their numbers stand at their ends, as they span two orders of magnitude.
     """
     table = pd.DataFrame(rows).set_index("architecture")
+    # In millions. The temperature, a single parameter, is counted to the text tower.
     image_tower = table["image_parameters"] / 1e6
     all_parameters = table["parameters"] / 1e6
     parameters = pd.DataFrame(
@@ -223,6 +226,7 @@ def draw_models(rows: list[dict], path: Path, pdf: bool) -> Path:
     )
     for axis, (title, bars) in zip(axes, panels.items()):
         colours = [PALETTE[0], PALETTE[4]][: bars.shape[1]]
+        # A model that did not fit has no bar, and says so in its label.
         bars.fillna(0).plot.barh(stacked=True, width=0.8, color=colours, legend=False, ax=axis)
         totals = bars.sum(axis=1, skipna=False)
         labels = [_format_bar(total) for total in totals]
@@ -356,8 +360,7 @@ def _draw_architecture(
 # command line
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line. Raises UserError for flags that do not go together."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -378,21 +381,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     # --output, --pdf, --show
     figures.add_figure_arguments(parser)
-    # what is trained
-    group = parser.add_argument_group("trainable parameters")
-    group.add_argument(
-        "--strategy",
-        action="append",
-        choices=STRATEGIES,
-        help="count what these train; repeatable (default: all)",
-    )
-    group.add_argument(
-        "--blocks", type=int, default=2, help="blocks of last_blocks (default: %(default)s)"
-    )
-    group.add_argument("--rank", type=int, default=8, help="of lora (default: %(default)s)")
-    group.add_argument(
-        "--context_tokens", type=int, default=4, help="of prompt (default: %(default)s)"
-    )
+    add_strategy_arguments(parser)
     # speed and accuracy
     group = parser.add_argument_group("speed and accuracy")
     group.add_argument(
@@ -412,8 +401,31 @@ def parse_arguments() -> argparse.Namespace:
     )
     # what `measure_apart` starts
     group.add_argument("--measure_one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
 
+
+def add_strategy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --strategy, and the options of strategies that decide how much is trained."""
+    group = parser.add_argument_group("trainable parameters")
+    group.add_argument(
+        "--strategy",
+        action="append",
+        choices=STRATEGIES,
+        help="count what these train; repeatable (default: all)",
+    )
+    group.add_argument(
+        "--blocks", type=int, default=2, help="blocks of last_blocks (default: %(default)s)"
+    )
+    group.add_argument("--rank", type=int, default=8, help="of lora (default: %(default)s)")
+    group.add_argument(
+        "--context_tokens", type=int, default=4, help="of prompt (default: %(default)s)"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line. Raises UserError for flags that do not go together."""
+    args = build_parser().parse_args()
+    # 0 stands for the default, as no flag does.
     args.batch_size = args.batch_size or (64 if torch.cuda.is_available() else 4)
     if args.batch_size < 1:
         raise UserError("--batch_size must be at least 1")

@@ -62,7 +62,7 @@ def zero_shot_classifier(
 
 def zero_shot_head(model: CLIP, class_names: Sequence[str], templates: Sequence[str]) -> Head:
     """The zero-shot classifier as a head, at the model's temperature."""
-    scale = model.logit_scale.exp().item()
+    scale = model.logit_scale.exp().item()  # 1 / temperature, about 100 in CLIP
     weight = scale * zero_shot_classifier(model, class_names, templates)
     return weight, torch.zeros(len(weight))
 
@@ -84,6 +84,7 @@ def load_head(
     """
     source = Path(architecture)
     classifier_file = (source if source.is_dir() else source.parent) / "classifier.pt"
+    # The user's own prompts come before anything learned.
     if templates is not None or not source.exists() or not classifier_file.exists():
         templates = templates or [default]
         return zero_shot_head(model, class_names, templates), templates
@@ -95,6 +96,7 @@ def load_head(
         templates = [strategies.context_template(len(context))]
         return zero_shot_head(model, class_names, templates), templates
     if _holds_linear_head(learned, model, class_names):
+        # It needs no prompts: the default stands in the record of the run only.
         return (learned["weight"], learned["bias"]), [default]
     raise UserError(
         f"{classifier_file} is damaged, or a classifier of other classes: "
@@ -143,12 +145,13 @@ def evaluate_features(
     between images and sentences. Raises UserError for a model that diverged.
     """
     weight, bias = head
-    labels = torch.from_numpy(np.array(labels))
+    labels = torch.from_numpy(np.array(labels))  # a copy, as torch has no read-only tensors
     logits = images @ weight.t() + bias  # (N, C)
     if not logits.isfinite().all():
         raise UserError(
             "the model's scores are not numbers: it diverged; train it again with a lower --lr"
         )
+    # The keys are those of result.json, in its order.
     metrics = classification(logits, labels)
     metrics |= base_to_new(logits, labels)
     metrics |= _class_retrieval(logits, labels)
@@ -201,10 +204,11 @@ def base_to_new(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     2022). Empty if either half has no image.
     """
     n_base = base_classes(scores.shape[1])
-    is_base = labels < n_base
+    is_base = labels < n_base  # (N,)
     if is_base.all() or not is_base.any():
         return {}
 
+    # Each image competes among the classes of its own half only.
     halves = {
         "base": (scores[is_base, :n_base], labels[is_base]),
         "new": (scores[~is_base, n_base:], labels[~is_base] - n_base),
@@ -266,7 +270,7 @@ def _class_retrieval(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, fl
     Classes without images have nothing to be found: they are no queries.
     """
     relevant = F.one_hot(labels, logits.shape[1]).bool()  # (N, C)
-    present = labels.unique()
+    present = labels.unique()  # (classes that occur,)
     i2t = retrieval(logits, relevant)
     t2i = retrieval(logits.t()[present], relevant.t()[present])
     return _prefixed("i2t_", i2t) | _prefixed("t2i_", t2i)
@@ -277,8 +281,8 @@ def _caption_retrieval(similarities: torch.Tensor, labels: torch.Tensor) -> dict
 
     R@k asks for the sentence of the very image; mAP for all sentences of its class.
     """
-    same_image = torch.eye(len(labels), dtype=torch.bool)
-    same_class = labels[:, None] == labels[None]
+    same_image = torch.eye(len(labels), dtype=torch.bool)  # (N, N)
+    same_class = labels[:, None] == labels[None]  # (N, N)
     metrics = {}
     for direction, scores in (("i2t", similarities), ("t2i", similarities.t())):
         metrics |= _prefixed(f"caption_{direction}_", recall_at(scores, same_image))
@@ -315,7 +319,7 @@ def per_class(
         y, predicted, labels=classes, zero_division=0
     )
     mistakes = figures.count_confusions(y, predicted, len(classes))  # (C true, C predicted)
-    np.fill_diagonal(mistakes, 0)
+    np.fill_diagonal(mistakes, 0)  # these were right
     most_frequent = np.array(class_names, dtype=object)[mistakes.argmax(1)]
     table = pd.DataFrame(
         {
@@ -342,7 +346,7 @@ def predictions(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray
         row = {"file": flowers.files[i].name, "label": flowers.class_names[flowers.labels[i]]}
         for rank, (score, c) in enumerate(zip(scores, ranking), start=1):
             row[f"top{rank}"] = flowers.class_names[c]
-            row[f"score{rank}"] = round(score, 6)
+            row[f"score{rank}"] = round(score, 6)  # the digits that fp32 has
         rows.append(row)
     return rows
 

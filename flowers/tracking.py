@@ -58,15 +58,18 @@ def start_wandb(mode: str, folder: Path, config: dict) -> Tracker:
         _warn(f"wandb can't be imported ({reason(error)}); results are in the run folder only")
         return Tracker()
     if mode == "auto":
+        # Without a key and a terminal, wandb's own default raises.
         mode = "online" if _is_logged_in() else "offline"
 
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_TIMEOUT))
+    # The terminal belongs to the script, and its output is not captured.
     settings = wandb.Settings(
         init_timeout=INIT_TIMEOUT,
         silent=True,
         console="off",
         x_disable_stats=True,
     )
+    # Whatever is wrong with the server, an offline run can be sent later.
     modes = [mode] if mode == "offline" else [mode, "offline"]
     for attempt in modes:
         try:
