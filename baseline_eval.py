@@ -1,34 +1,39 @@
-"""Zero-shot evaluation of any CLIP: a pretrained one, a fine-tuned one, or `tiny` with random weights.
+"""Zero-shot evaluation of any CLIP: a pretrained one, a fine-tuned one, or `tiny`.
 
-    python baseline_eval.py                                          # ViT-B/32 on Oxford Flowers 102, swapped splits
-    python baseline_eval.py --architecture runs/NAME/model.pt        # what train.py made
-    python baseline_eval.py --architecture runs/NAME --wise_ft 0 --wise_ft 0.5 --wise_ft 1     # between its start and what it became
-    python baseline_eval.py --data_root sample --architecture tiny   # any machine, offline, seconds
+    python baseline_eval.py                                    # ViT-B/32, swapped splits
+    python baseline_eval.py --architecture runs/NAME/model.pt  # what train.py made
+    python baseline_eval.py --data_root sample --architecture tiny  # any machine, offline, seconds
 
-Prints a table, and leaves runs/NAME/ with predictions.csv, report.csv, result.json, a confusion matrix and the mistakes.
+Between the weights that a run started from and what it became (WiSE-FT):
+
+    python baseline_eval.py --architecture runs/NAME --wise_ft 0 --wise_ft 0.5 --wise_ft 1
+
+Prints a table, and leaves runs/NAME/ with predictions.csv, report.csv, result.json, a confusion
+matrix and the mistakes.
 """
 
 import argparse
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from flowers import UserError, command, devices, evaluate, figures, files, runs
-from flowers.data import add_data_arguments, open_flowers
+from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.layouts import read_captions
-from flowers.models import image_features, text_features
+from flowers.models import CLIP, image_features, text_features
 from flowers.pixels import load_pixels, to_device
-from flowers.study import figures as plots
+from flowers.study import figures as study_figures
 from flowers.tracking import log_mistakes, start_wandb
 from flowers.weights import load_model
 
 
-@command
-def main():
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    # images
     add_data_arguments(parser)
     parser.add_argument(
         "--split",
@@ -39,15 +44,18 @@ def main():
     parser.add_argument(
         "--captions", help="captions.jsonl[.gz]: also retrieval with one sentence an image"
     )
+    # model
     parser.add_argument(
         "--architecture",
         default="ViT-B/32",
-        help="a name of clip.available_models(), tiny, tiny-rn, or the path of a state dict or run (default: %(default)s)",
+        help="a name of clip.available_models(), tiny, tiny-rn, or the path of a state dict or run "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--prompt_template",
         action="append",
-        help=f"text with {{}} for the class name; repeat it for an ensemble (default: '{evaluate.TEMPLATE}')",
+        help="text with {} for the class name; repeat it for an ensemble "
+        f"(default: '{evaluate.TEMPLATE}')",
     )
     parser.add_argument(
         "--wise_ft",
@@ -55,17 +63,57 @@ def main():
         action="append",
         default=[],
         metavar="ALPHA",
-        help="also evaluate (1 - ALPHA) * the weights a run started from + ALPHA * its own (WiSE-FT); repeat it for a curve",
+        help="also evaluate (1 - ALPHA) * the weights a run started from + ALPHA * its own "
+        "(WiSE-FT); repeat it for a curve",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)"
     )
+    # run folder
     runs.add_run_arguments(parser, compare=True)
-    args = parser.parse_args()
-    earlier = {Path(run).name: runs.read_metrics(run, args.split) for run in args.compare}
+    return parser.parse_args()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def evaluate_along(
+    model: CLIP,
+    start: dict[str, torch.Tensor],
+    tuned: dict[str, torch.Tensor],
+    alphas: list[float],
+    pixels: torch.Tensor,
+    flowers: Flowers,
+    index: np.ndarray,
+    templates: list[str],
+) -> list[tuple[float, dict[str, float]]]:
+    """The metrics at each alpha on the line between two state dicts (WiSE-FT).
+
+    Changes the weights of `model`. Both towers move, so each alpha has a classifier of its own.
+    """
+    curve = []
+    for alpha in alphas:
+        evaluate.interpolate(model, start, tuned, alpha)
+        images = image_features(model, pixels, torch.from_numpy(index.copy()))
+        head = evaluate.zero_shot_head(model, flowers.class_names, templates)
+        metrics, _ = evaluate.evaluate_features(images, head, flowers.labels[index])
+        curve.append((alpha, metrics))
+    return curve
+
+
+def with_split(split: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics under the names that results have: test/top1, ..."""
+    return {f"{split}/{name}": value for name, value in metrics.items()}
+
+
+@command
+def main():
+    args = parse_arguments()
     devices.seed_everything(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Read first: a mistake in --compare should not be found after the work is done.
+    shown = {Path(run).name: runs.read_metrics(run, args.split) for run in args.compare}
+
+    # -----------------------------------------------------------------------------
+    # data
+
     flowers = open_flowers(
         args.data_root, args.splits_path, args.splits, args.holdout, args.class_names
     )
@@ -73,62 +121,80 @@ def main():
     if not len(index):
         raise UserError(f"the {args.split} split is empty: val needs --holdout")
     captions = read_captions(args.captions, flowers.files) if args.captions else None
+
+    # -----------------------------------------------------------------------------
+    # model
+
     model = load_model(args.architecture, device)
+    # A run may have left a head or a learned prompt of its own; the templates tell which.
     head, args.prompt_template = evaluate.load_head(
         args.architecture, model, flowers.class_names, args.prompt_template, evaluate.TEMPLATE
     )
     if args.wise_ft:
-        start_state, tuned_state = (
-            evaluate.load_starting_weights(args.architecture),
-            {n: t.clone() for n, t in model.state_dict().items()},
-        )
+        start_state = evaluate.load_starting_weights(args.architecture)
+        tuned_state = {name: weight.clone() for name, weight in model.state_dict().items()}
     pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
-    config = {
-        "job": "eval",
-        **{k: v for k, v in vars(args).items() if k not in ("name", "compare")},
-    }
+
+    # -----------------------------------------------------------------------------
+    # run folder
+
+    config = {"job": "eval", **vars(args)}
+    del config["name"], config["compare"]
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
     tracker = start_wandb(args.wandb, folder, config)
+
+    # -----------------------------------------------------------------------------
+    # features and metrics
+
     start = time.perf_counter()
-    places = torch.from_numpy(index.copy())
-    images = image_features(model, pixels, places)
-    sentences = text_features(model, [captions[i][0] for i in index]) if captions else None
+    images = image_features(model, pixels, torch.from_numpy(index.copy()))  # (N, D)
+    sentences = None
+    if captions:
+        first_captions = [captions[i][0] for i in index]
+        sentences = text_features(model, first_captions)  # (N, D)
     metrics, probabilities = evaluate.evaluate_features(
         images, head, flowers.labels[index], sentences
     )
     seconds = time.perf_counter() - start
-
     evaluate.save_outputs(folder, probabilities, flowers, index)
-    result = {
-        **{f"{args.split}/{k}": v for k, v in metrics.items()},
-        "eval_seconds": round(seconds, 3),
-        "eval_images_per_s": round(len(index) / seconds, 1),
-    }
-    rows = []
-    for alpha in args.wise_ft:
-        evaluate.interpolate(model, start_state, tuned_state, alpha)
-        along, _ = evaluate.evaluate_features(
-            image_features(model, pixels, places),
-            evaluate.zero_shot_head(model, flowers.class_names, args.prompt_template),
-            flowers.labels[index],
+
+    # -----------------------------------------------------------------------------
+    # WiSE-FT
+
+    if args.wise_ft:
+        curve = evaluate_along(
+            model,
+            start_state,
+            tuned_state,
+            args.wise_ft,
+            pixels,
+            flowers,
+            index,
+            args.prompt_template,
         )
-        rows.append({"alpha": alpha, **{f"{args.split}/{k}": v for k, v in along.items()}})
-        tracker.log(rows[-1])
-        earlier[f"alpha {alpha:g}"] = along
-    if rows:
+        rows = []
+        for alpha, along in curve:
+            rows.append({"alpha": alpha, **with_split(args.split, along)})
+            tracker.log(rows[-1])
+            shown[f"alpha {alpha:g}"] = along
         files.write_lines(folder / "metrics.jsonl", rows)
-        curve = [
-            {k.removeprefix(f"{args.split}/"): v for k, v in row.items()}
-            for row in sorted(rows, key=lambda row: row["alpha"])
-        ]
-        plots.wise_ft({f"{folder.name} ({args.split})": curve}, folder / "wise_ft.png")
-    runs.finish(
-        folder, {"name": folder.name, **result, **config}
-    )  # at the end: a run with a result is whole
+        points = [{"alpha": alpha, **along} for alpha, along in curve]
+        points.sort(key=lambda point: point["alpha"])
+        study_figures.wise_ft({f"{folder.name} ({args.split})": points}, folder / "wise_ft.png")
+
+    # -----------------------------------------------------------------------------
+    # results
+
+    result = with_split(args.split, metrics)
+    result["eval_seconds"] = round(seconds, 3)
+    result["eval_images_per_s"] = round(len(index) / seconds, 1)
+    # After all other files: a run that has a result is whole.
+    runs.finish(folder, {"name": folder.name, **result, **config})
     tracker.log(result)
     log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, index))
     tracker.finish()
-    print(evaluate.format_table({**earlier, folder.name: metrics}))
+    shown[folder.name] = metrics
+    print(evaluate.format_table(shown))
     print(f"{len(index):,} images in {seconds:.1f} s; results and pictures in {folder}/")
 
 

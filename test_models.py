@@ -1,11 +1,13 @@
-"""The CLIP architectures side by side: parameters, FLOPs and shapes of all nine without a download, speed and accuracy where asked.
+"""The CLIP architectures side by side: parameters, FLOPs, shapes; on request, speed and accuracy.
 
-    python test_models.py                                        # seconds: built on torch's meta device, no weights anywhere
+    python test_models.py                              # seconds: no weights, no download
     python test_models.py --architecture all --architecture runs/NAME --csv figures/models.csv
-    python test_models.py --measure                              # also images/s and peak memory here, with random weights
-    python test_models.py --results runs/results.jsonl           # also accuracy against parameters and against GFLOPs
+    python test_models.py --measure                    # also images/s and peak memory here
+    python test_models.py --results runs/results.jsonl # also accuracy against size and cost
 
-Prints three tables, sorted by --sort, and saves figures/models.png (and figures/accuracy.png). A tool, not a test: the tests are in tests/.
+Models are built on torch's meta device, which knows shapes and holds no numbers. Prints three
+tables, sorted by --sort, and saves figures/models.png (and figures/accuracy.png). This is a tool,
+not a test: the tests are in tests/.
 """
 
 import argparse
@@ -18,16 +20,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
+from tabulate import tabulate
 from tqdm import tqdm
 
 from flowers import UserError, command, devices, figures, files
-from flowers.models import CONTEXT, SHAPES, build, count_flops, encode_images, towers
+from flowers.figures import PALETTE, plt
+from flowers.models import CLIP, CONTEXT, SHAPES, build, count_flops, encode_images, towers
 from flowers.strategies import STRATEGIES, count_trainable, prepare
 from flowers.weights import load_model
 
-plt = figures.plt
+# The columns of the first two tables and of --csv.
 COST = [
     "parameters",
     "image_parameters",
@@ -48,78 +53,106 @@ SHAPE = [
     "text_width",
     "embedding",
 ]
-CLASSES = 102  # rows of the head that `linear` trains
+N_CLASSES = 102  # rows of the head that `linear` trains
+SECONDS = 2  # how long --measure encodes, and at least three batches
+
+# A series of accuracies: architecture -> test top-1 (%) of each of its runs.
+Series = dict[str, list[float]]
+
+
+# -----------------------------------------------------------------------------
+# what the shape alone decides
 
 
 def describe(architecture: str, strategies: list[str], **options: int) -> dict:
-    """What the shape alone decides, counted on the meta device: a row of COST, SHAPE and trainable_<strategy>.
+    """Count a model on the meta device: a row of COST, SHAPE and trainable_<strategy>.
 
-    gflops_*: 10^9 operations for one image, one text of 77 tokens; a multiply-add is two. file_mb: of the fp32 model.pt that train.py
-    writes (OpenAI's own files are fp16, half of it). resolution and patch in pixels; image_layers of a ResNet: bottlenecks by stage.
+    gflops_*: 10^9 operations for one image, or one text of 77 tokens; a multiply-add is two.
+    file_mb: 10^6 bytes of the fp32 model.pt of train.py; OpenAI's own files are fp16, half of it.
+    resolution, patch: pixels. image_layers: blocks of a ViT, bottlenecks by stage of a ResNet.
+    options: those of `strategies.prepare` (blocks, rank, context_tokens).
     """
     if architecture in SHAPES:
         with torch.device("meta"):
             model = build(architecture)
     else:
+        # Its shape is known once it is read.
         model = load_model(architecture).to("meta")
-    side, counts = (
-        model.visual.input_resolution,
-        {k: sum(p.numel() for p in v) for k, v in towers(model).items()},
-    )
-    vit = hasattr(model.visual, "transformer")
-    stages = [] if vit else [len(getattr(model.visual, f"layer{i}")) for i in (1, 2, 3, 4)]
+
+    parameters = {
+        tower: sum(weight.numel() for weight in weights) for tower, weights in towers(model).items()
+    }
+    side = model.visual.input_resolution
+    image = torch.empty(1, 3, side, side, device="meta")
+    tokens = torch.zeros(1, CONTEXT, dtype=torch.long, device="meta")
+    # Buffers are part of the file, though not of the parameters.
+    file_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    text_width, embedding = model.text_projection.shape
     row = {
         "architecture": architecture,
-        "family": "ViT" if vit else "ResNet",
-        "parameters": sum(counts.values()),
-        "image_parameters": counts["image"],
-        "text_parameters": counts["text"],
-        "gflops_image": count_flops(
-            lambda: model.encode_image(torch.empty(1, 3, side, side, device="meta"))
-        )
-        / 1e9,
-        "gflops_text": count_flops(
-            lambda: model.encode_text(torch.zeros(1, CONTEXT, dtype=torch.long, device="meta"))
-        )
-        / 1e9,
-        "image_layers": str(len(model.visual.transformer.resblocks))
-        if vit
-        else "+".join(map(str, stages)),
-        "image_width": model.visual.conv1.out_channels
-        if vit
-        else model.visual.layer1[0].conv1.out_channels,
-        "patch": model.visual.conv1.kernel_size[0] if vit else "",
+        "parameters": sum(parameters.values()),
+        "image_parameters": parameters["image"],
+        "text_parameters": parameters["text"],
+        "gflops_image": count_flops(lambda: model.encode_image(image)) / 1e9,
+        "gflops_text": count_flops(lambda: model.encode_text(tokens)) / 1e9,
+        "file_mb": file_bytes / 1e6,
         "resolution": side,
-        "embedding": model.text_projection.shape[1],
+        **_image_tower_shape(model),
         "text_layers": len(model.transformer.resblocks),
-        "text_width": model.text_projection.shape[0],
-        "file_mb": sum(t.nbytes for t in model.state_dict().values()) / 1e6,
+        "text_width": text_width,
+        "embedding": embedding,
     }
-    for strategy in sorted(
-        strategies, key=lambda s: s in ("lora", "prompt")
-    ):  # last those that add parameters, which the others would train too
+    # lora and prompt come last: they add parameters, which the others would train too.
+    for strategy in sorted(strategies, key=lambda name: name in ("lora", "prompt")):
         prepare(model, strategy, **options)
-        row[f"trainable_{strategy}"] = sum(count_trainable(model, strategy, CLASSES).values())
+        trained = count_trainable(model, strategy, N_CLASSES)
+        row[f"trainable_{strategy}"] = sum(trained.values())
     return row
 
 
-def measure(architecture: str, batch_size: int) -> dict:
-    """Images a second through the image tower and the most memory held (MB), with random weights, in this process and on this device.
+def _image_tower_shape(model: CLIP) -> dict:
+    visual = model.visual
+    if hasattr(visual, "transformer"):
+        return {
+            "family": "ViT",
+            "patch": visual.conv1.kernel_size[0],
+            "image_layers": str(len(visual.transformer.resblocks)),
+            "image_width": visual.conv1.out_channels,
+        }
+    stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
+    return {
+        "family": "ResNet",
+        "patch": "",
+        "image_layers": "+".join(str(len(stage)) for stage in stages),
+        "image_width": visual.layer1[0].conv1.out_channels,
+    }
 
-    On a CPU, memory is limited to what is free now: a model that does not fit raises an error instead of ending other programs.
+
+# -----------------------------------------------------------------------------
+# speed
+
+
+def measure(architecture: str, batch_size: int) -> dict:
+    """Images a second through the image tower, and the most memory held (MB), in this process.
+
+    On a CPU, memory is limited to what is free now: a model that does not fit raises an error
+    instead of ending other programs.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and sys.platform == "linux":
-        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
-        resource.setrlimit(resource.RLIMIT_DATA, (free, free))
+        meminfo = Path("/proc/meminfo").read_text()
+        free_kib = int(meminfo.split("MemAvailable:")[1].split()[0])
+        resource.setrlimit(resource.RLIMIT_DATA, (free_kib * 1024, free_kib * 1024))
+    # Random weights are as fast as trained ones, and need no download.
     with device:
-        model = (
-            build(architecture) if architecture in SHAPES else load_model(architecture, device)
-        ).requires_grad_(False)
-    side, seconds = model.visual.input_resolution, []
+        model = build(architecture) if architecture in SHAPES else load_model(architecture, device)
+    model.requires_grad_(False)
+
+    side = model.visual.input_resolution
     images = torch.randn(batch_size, 3, side, side, device=device)
-    encode_images(model, images)
-    while sum(seconds) < 2 or len(seconds) < 3:
+    encode_images(model, images)  # the first batch also sets things up
+    seconds = []
+    while sum(seconds) < SECONDS or len(seconds) < 3:
         start = time.perf_counter()
         encode_images(model, images).sum().item()  # reading a number waits for the device
         seconds.append(time.perf_counter() - start)
@@ -130,52 +163,60 @@ def measure(architecture: str, batch_size: int) -> dict:
 
 
 def measure_apart(architecture: str, batch_size: int) -> dict:
-    """`measure` in a process of its own, whose peak is that of this model alone; nothing where the model does not fit."""
-    outcome = subprocess.run(
-        [sys.executable, __file__, "--measure_one", architecture, "--batch_size", str(batch_size)],
-        capture_output=True,
-        text=True,
-    )
+    """`measure` in a process of its own, whose peak memory is that of this model alone.
+
+    Empty, with a line on stderr, where the model does not fit.
+    """
+    flags = ["--measure_one", architecture, "--batch_size", str(batch_size)]
+    outcome = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
     if outcome.returncode:
-        said = outcome.stderr.strip().splitlines() or [f"ended with {outcome.returncode}"]
-        print(f"{architecture} could not be measured: {said[-1]}", file=sys.stderr)
+        lines = outcome.stderr.strip().splitlines() or [f"ended with {outcome.returncode}"]
+        print(f"{architecture} could not be measured: {lines[-1]}", file=sys.stderr)
         return {}
     return json.loads(outcome.stdout)
 
 
-def table(rows: list[dict], keys: list[str]) -> str:
-    """The columns `keys` as text, names to the left, numbers to the right; a column that no row has is left out."""
+# -----------------------------------------------------------------------------
+# tables and figures
 
-    def cell(value) -> str:
-        return (
-            value
-            if isinstance(value, str)
-            else f"{value:,.{1 if value >= 10 else 3}f}"
-            if isinstance(value, float)
-            else f"{value:,}"
-        )
 
-    keys = ["architecture", *(key for key in keys if any(key in row for row in rows))]
-    columns = [
-        [key.removeprefix("trainable_"), *(cell(row.get(key, "")) for row in rows)] for key in keys
-    ]
-    widths = [max(map(len, column)) for column in columns]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])])
-        for line in zip(*columns)
-    )
+def format_table(rows: list[dict], columns: list[str]) -> str:
+    """The columns as text, names to the left, numbers to the right. Empty columns are left out."""
+    columns = [column for column in columns if any(column in row for row in rows)]
+    titles = [column.removeprefix("trainable_") for column in columns]
+    lines = [["architecture", *titles]]
+    for row in rows:
+        cells = [_format_value(row.get(column, "")) for column in columns]
+        lines.append([row["architecture"], *cells])
+    # The titles are a line like the others: as headers, tabulate would give them wider columns.
+    alignment = ["left"] + ["right"] * len(columns)
+    return tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=alignment)
+
+
+def _format_value(value: str | int | float) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
 
 
 def draw_models(rows: list[dict], path: Path, pdf: bool) -> Path:
-    """Bars: parameters by tower, GFLOPs an image, and images/s where measured; numbers at their ends, since they span two orders of magnitude."""
-    panels = ["parameters", "gflops_image"] + ["images_per_s"] * any(
-        "images_per_s" in row for row in rows
+    """Bars: parameters by tower, GFLOPs an image, and images/s where measured.
+
+    Their numbers stand at their ends, as they span two orders of magnitude.
+    """
+    table = pd.DataFrame(rows).set_index("architecture")
+    # In millions. The temperature, a single parameter, is counted to the text tower.
+    image_tower = table["image_parameters"] / 1e6
+    all_parameters = table["parameters"] / 1e6
+    parameters = pd.DataFrame(
+        {"image tower": image_tower, "text tower": all_parameters - image_tower}
     )
-    titles = {
-        "parameters": "Parameters (millions)",
-        "gflops_image": "GFLOPs per image",
-        "images_per_s": "Images per second",
-    }
+    panels = {"Parameters (millions)": parameters, "GFLOPs per image": table[["gflops_image"]]}
+    if "images_per_s" in table:
+        panels["Images per second"] = table[["images_per_s"]]
+
     figure, axes = plt.subplots(
         1,
         len(panels),
@@ -183,137 +224,151 @@ def draw_models(rows: list[dict], path: Path, pdf: bool) -> Path:
         sharey=True,
         layout="constrained",
     )
-    y = np.arange(len(rows))[::-1]
-    for axis, key in zip(axes, panels):
-        values = np.array([row.get(key, np.nan) for row in rows]) / (
-            1e6 if key == "parameters" else 1
-        )
-        if key == "parameters":
-            image = np.array([row["image_parameters"] for row in rows]) / 1e6
-            axis.barh(y, image, color=figures.PALETTE[0], label="image tower")
-            axis.barh(y, values - image, left=image, color=figures.PALETTE[4], label="text tower")
-        else:
-            axis.barh(y, values, color=figures.PALETTE[0])
-        for at, value in zip(y, values):
-            axis.annotate(
-                "not measured"
-                if np.isnan(value)
-                else f"{value:,.0f}"
-                if value >= 10
-                else f"{value:.2g}",
-                (np.nan_to_num(value), at),
-                (3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        axis.set(xlim=(0, 1.22 * np.nanmax(values)))
-        axis.set_title(titles[key], fontsize=10)
-        axis.set_yticks(y, [row["architecture"] for row in rows])
+    for axis, (title, bars) in zip(axes, panels.items()):
+        colours = [PALETTE[0], PALETTE[4]][: bars.shape[1]]
+        # A model that did not fit has no bar, and says so in its label.
+        bars.fillna(0).plot.barh(stacked=True, width=0.8, color=colours, legend=False, ax=axis)
+        totals = bars.sum(axis=1, skipna=False)
+        labels = [_format_bar(total) for total in totals]
+        axis.bar_label(axis.containers[-1], labels, padding=3, fontsize=8)
+        axis.set(xlim=(0, 1.22 * totals.max()), ylabel="")
+        axis.set_title(title, fontsize=10)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    axes[0].invert_yaxis()  # the first row of the table on top; the other panels share it
+    legend = axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figures.save(figure, path, pdf)
 
 
-def read_accuracies(path: Path, architectures: list[str]) -> dict[str, dict[str, list[float]]]:
-    """Test top-1 (%) of the finished runs in results.jsonl: series -> architecture -> one value a run.
+def _format_bar(value: float) -> str:
+    if np.isnan(value):
+        return "not measured"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
-    A series is zero-shot or a strategy, and what else sets a run apart: split, classes, shots, dataset. Raises UserError if there is none.
+
+# -----------------------------------------------------------------------------
+# accuracy
+
+
+def read_accuracies(path: Path, architectures: list[str]) -> dict[str, Series]:
+    """Test top-1 (%) of the finished runs in results.jsonl, by series and architecture.
+
+    A series is zero-shot or a strategy, and what else sets a run apart: split, classes, shots,
+    dataset. Raises UserError if there is none.
     """
-    rows = {
-        row["name"]: row
-        for row in files.read_lines(path, "name", "test/top1")
-        if row.get("architecture") in architectures
-    }.values()
-    series: dict[str, dict] = {}
-    roots = {row.get("data_root") for row in rows}
-    for row in rows:
-        untrained = row.get("job") == "eval" or (
-            row.get("epochs") == 0 and row.get("strategy") != "linear"
-        )
-        parts = ["zero-shot" if untrained else row.get("strategy", "full")]
-        parts += [f"{row.get('splits')} split"] * (row.get("splits", "swapped") != "swapped") + [
-            f"{row.get('shots')} shots"
-        ] * bool(row.get("shots"))
-        parts += [f"{row.get('classes')} classes"] * (
-            row.get("classes") not in (None, "all") and not untrained
-        )
-        parts += [Path(str(row.get("data_root"))).name] * (len(roots) > 1)
-        series.setdefault(", ".join(parts), {}).setdefault(row["architecture"], []).append(
-            row["test/top1"]
-        )
+    # A run that is there twice counts once, as it was last.
+    runs = {}
+    for row in files.read_lines(path, "name", "test/top1"):
+        if row.get("architecture") in architectures:
+            runs[row["name"]] = row
+    datasets = {row.get("data_root") for row in runs.values()}
+
+    series: dict[str, Series] = {}
+    for row in runs.values():
+        name = _series_of(row, several_datasets=len(datasets) > 1)
+        accuracies = series.setdefault(name, {}).setdefault(row["architecture"], [])
+        accuracies.append(row["test/top1"])
     if not series:
         raise UserError(
-            f"{path} has no test result of {', '.join(architectures)}: evaluate some with baseline_eval.py or train.py"
+            f"{path} has no test result of {', '.join(architectures)}: "
+            "evaluate some with baseline_eval.py or train.py"
         )
     return dict(sorted(series.items()))
 
 
-def draw_accuracies(
-    rows: list[dict], series: dict[str, dict[str, list[float]]], path: Path, pdf: bool
-) -> Path:
-    """Mean top-1 of an architecture's runs against parameters and against GFLOPs; a dot for each run where there are several."""
+def _series_of(row: dict, several_datasets: bool) -> str:
+    """What a run is compared as, such as `lora, official split, 16 shots`."""
+    # Without epochs nothing is trained, except the head of `linear`, which has none.
+    never_trained = row.get("epochs") == 0 and row.get("strategy") != "linear"
+    is_zero_shot = row.get("job") == "eval" or never_trained
+    parts = ["zero-shot" if is_zero_shot else row.get("strategy", "full")]
+    if row.get("splits", "swapped") != "swapped":
+        parts.append(f"{row.get('splits')} split")
+    if row.get("shots"):
+        parts.append(f"{row.get('shots')} shots")
+    # `classes` are those of the training.
+    if row.get("classes") not in (None, "all") and not is_zero_shot:
+        parts.append(f"{row.get('classes')} classes")
+    if several_datasets:
+        parts.append(Path(str(row.get("data_root"))).name)
+    return ", ".join(parts)
+
+
+def draw_accuracies(rows: list[dict], series: dict[str, Series], path: Path, pdf: bool) -> Path:
+    """Mean top-1 of each architecture's runs against parameters and against GFLOPs.
+
+    A small dot is one run, a line joins the series of an architecture.
+    """
+    colours = dict(zip(series, PALETTE * len(series)))
+    sizes = {
+        "parameters (millions)": [row["parameters"] / 1e6 for row in rows],
+        "GFLOPs per image": [row["gflops_image"] for row in rows],
+    }
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 4), sharey=True, layout="constrained")
-    labelled = {}
-    for axis, key, label in zip(
-        axes, ("parameters", "gflops_image"), ("parameters (millions)", "GFLOPs per image")
-    ):
-        points = labelled.setdefault(axis, [])
-        for row in rows:
-            x, marker = (
-                row[key] / (1e6 if key == "parameters" else 1),
-                "s" if row["family"] == "ViT" else "o",
-            )
-            found = [
-                (colour, values[row["architecture"]])
-                for colour, values in zip(figures.PALETTE * len(series), series.values())
-                if row["architecture"] in values
-            ]
-            for colour, values in found:
-                axis.plot(x, np.mean(values), marker, color=colour, markersize=6)
-                axis.plot([x] * len(values), values, ".", color=colour, markersize=3, alpha=0.6)
-            means = sorted(np.mean(values) for _, values in found)
-            axis.plot([x] * len(means), means, color="#cccccc", linewidth=0.8, zorder=0)
-            name = (
-                row["architecture"]
-                if row["architecture"] in SHAPES
-                else Path(row["architecture"]).name
-            )
-            points += [(x, mean, name if mean == means[-1] else "") for mean in means]
+    points_of = {}
+    for axis, (label, xs) in zip(axes, sizes.items()):
+        points_of[axis] = []
+        for row, x in zip(rows, xs):
+            points_of[axis] += _draw_architecture(axis, row, x, series, colours)
         axis.set(xscale="log", xlabel=label)
-        axis.margins(0.12, 0.17)
+        axis.margins(0.12, 0.17)  # room for the names
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_locator(NullLocator())
         axis.spines[["top", "right"]].set_visible(False)
-    for name, colour in zip(series, figures.PALETTE * len(series)):
-        axis.plot([], [], color=colour, linewidth=4, label=name)
-    for family, marker in (("ResNet", "o"), ("ViT", "s")):
-        axis.plot([], [], marker, color="grey", label=family)
     axes[0].set_ylabel("test top-1 (%)")
-    figure.legend(
-        *axis.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=5,
-        frameon=False,
-        fontsize=8,
-    )
+
+    # Lines without points, for the legend.
+    for name, colour in colours.items():
+        axes[1].plot([], [], color=colour, linewidth=4, label=name)
+    for family, marker in (("ResNet", "o"), ("ViT", "s")):
+        axes[1].plot([], [], marker, color="grey", label=family)
+    legend = axes[1].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.suptitle("Accuracy of the architectures against their size and cost", fontsize=11)
-    for axis, points in labelled.items():
+    # Last: the names find their places in the finished figure.
+    for axis, points in points_of.items():
         figures.label_points(axis, points)
     return figures.save(figure, path, pdf)
 
 
-@command
-def main():
+def _draw_architecture(
+    axis: plt.Axes, row: dict, x: float, series: dict[str, Series], colours: dict[str, str]
+) -> list[tuple[float, float, str]]:
+    """Draw the accuracies of one architecture at x; return its points with their labels."""
+    architecture = row["architecture"]
+    marker = "s" if row["family"] == "ViT" else "o"
+    means = []
+    for name, accuracies_of in series.items():
+        if architecture in accuracies_of:
+            accuracies = accuracies_of[architecture]
+            mean = np.mean(accuracies)
+            axis.plot(x, mean, marker, color=colours[name], markersize=6)
+            dots = {"color": colours[name], "markersize": 3, "alpha": 0.6}
+            axis.plot([x] * len(accuracies), accuracies, ".", **dots)
+            means.append(mean)
+    means.sort()
+    axis.plot([x] * len(means), means, color="#cccccc", linewidth=0.8, zorder=0)
+
+    # The name stands at the best series; the other points are obstacles.
+    label = architecture if architecture in SHAPES else Path(architecture).name
+    return [(x, mean, label if mean == means[-1] else "") for mean in means]
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--architecture",
         action="append",
-        help=f"one of {', '.join(SHAPES)}, 'all' of them, or the path of a state dict or run; repeatable (default: all)",
+        help=f"one of {', '.join(SHAPES)}, 'all' of them, or the path of a state dict or run; "
+        "repeatable (default: all)",
     )
     parser.add_argument(
         "--sort",
@@ -324,21 +379,10 @@ def main():
     parser.add_argument(
         "--csv", type=Path, help="also write every column to this file, one row an architecture"
     )
+    # --output, --pdf, --show
     figures.add_figure_arguments(parser)
-    group = parser.add_argument_group("trainable parameters")
-    group.add_argument(
-        "--strategy",
-        action="append",
-        choices=STRATEGIES,
-        help="count what these train; repeatable (default: all)",
-    )
-    group.add_argument(
-        "--blocks", type=int, default=2, help="blocks of last_blocks (default: %(default)s)"
-    )
-    group.add_argument("--rank", type=int, default=8, help="of lora (default: %(default)s)")
-    group.add_argument(
-        "--context_tokens", type=int, default=4, help="of prompt (default: %(default)s)"
-    )
+    add_strategy_arguments(parser)
+    # speed and accuracy
     group = parser.add_argument_group("speed and accuracy")
     group.add_argument(
         "--measure",
@@ -355,62 +399,100 @@ def main():
         type=Path,
         help="results.jsonl of finished runs: draw their test accuracy against size and cost",
     )
-    parser.add_argument("--measure_one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    # what `measure_apart` starts
+    group.add_argument("--measure_one", help=argparse.SUPPRESS)
+    return parser
+
+
+def add_strategy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --strategy, and the options of strategies that decide how much is trained."""
+    group = parser.add_argument_group("trainable parameters")
+    group.add_argument(
+        "--strategy",
+        action="append",
+        choices=STRATEGIES,
+        help="count what these train; repeatable (default: all)",
+    )
+    group.add_argument(
+        "--blocks", type=int, default=2, help="blocks of last_blocks (default: %(default)s)"
+    )
+    group.add_argument("--rank", type=int, default=8, help="of lora (default: %(default)s)")
+    group.add_argument(
+        "--context_tokens", type=int, default=4, help="of prompt (default: %(default)s)"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line. Raises UserError for flags that do not go together."""
+    args = build_parser().parse_args()
+    # 0 stands for the default, as no flag does.
     args.batch_size = args.batch_size or (64 if torch.cuda.is_available() else 4)
     if args.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
-    if args.measure_one:
-        print(json.dumps(measure(args.measure_one, args.batch_size)))
-        return
     if args.results and not args.results.is_file():
         raise UserError(
             f"no results at {args.results}: train.py and baseline_eval.py write runs/results.jsonl"
         )
     if args.sort == "images_per_s" and not args.measure:
         raise UserError("--sort images_per_s needs --measure")
+    args.strategy = args.strategy or list(STRATEGIES)
+    return args
 
-    names = list(
-        dict.fromkeys(
-            n for a in args.architecture or ["all"] for n in (SHAPES if a == "all" else [a])
-        )
-    )
-    strategies = args.strategy or list(STRATEGIES)
-    rows = [
-        describe(
-            name, strategies, blocks=args.blocks, rank=args.rank, context_tokens=args.context_tokens
-        )
-        for name in names
-    ]
+
+def resolve_architectures(names: list[str] | None) -> list[str]:
+    """The architectures to describe, each once: 'all', the default, stands for all of them."""
+    resolved = []
+    for name in names or ["all"]:
+        resolved += SHAPES if name == "all" else [name]
+    return list(dict.fromkeys(resolved))
+
+
+@command
+def main():
+    args = parse_arguments()
+    if args.measure_one:
+        print(json.dumps(measure(args.measure_one, args.batch_size)))
+        return
+
+    # -----------------------------------------------------------------------------
+    # count, and measure
+
+    architectures = resolve_architectures(args.architecture)
+    options = {"blocks": args.blocks, "rank": args.rank, "context_tokens": args.context_tokens}
+    rows = [describe(architecture, args.strategy, **options) for architecture in architectures]
     if args.measure:
-        rows = [
-            row | measure_apart(row["architecture"], args.batch_size)
-            for row in tqdm(rows, desc="measuring", leave=False)
-        ]
+        for row in tqdm(rows, desc="measuring", leave=False):
+            row |= measure_apart(row["architecture"], args.batch_size)
     rows.sort(key=lambda row: row.get(args.sort, 0))
-    trained = [f"trainable_{strategy}" for strategy in strategies]
-    for title, keys in (
-        ("Size and cost", COST),
-        ("Shape", SHAPE),
-        ("Parameters that each --strategy trains", trained),
-    ):
-        print(f"\n{title}\n{table(rows, keys)}")
-    saved = [draw_models(rows, args.output / "models.png", args.pdf)]
+
+    # -----------------------------------------------------------------------------
+    # tables
+
+    trainable = [f"trainable_{strategy}" for strategy in args.strategy]
+    print("\nSize and cost")
+    print(format_table(rows, COST))
+    print("\nShape")
+    print(format_table(rows, SHAPE))
+    print("\nParameters that each --strategy trains")
+    print(format_table(rows, trainable))
+
+    # -----------------------------------------------------------------------------
+    # files
+
+    pictures = [draw_models(rows, args.output / "models.png", args.pdf)]
+    if args.results:
+        series = read_accuracies(args.results, architectures)
+        pictures.append(draw_accuracies(rows, series, args.output / "accuracy.png", args.pdf))
+    saved = list(pictures)
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
-        files.write_csv(
-            args.csv,
-            [
-                {key: row.get(key, "") for key in ["architecture", *COST, *SHAPE, *trained]}
-                for row in rows
-            ],
-        )
-    if args.results:
-        series = read_accuracies(args.results, names)
-        saved.append(draw_accuracies(rows, series, args.output / "accuracy.png", args.pdf))
-    print("\nsaved " + ", ".join(map(str, saved + [args.csv] * bool(args.csv))))
+        columns = ["architecture", *COST, *SHAPE, *trainable]
+        table = [{column: row.get(column, "") for column in columns} for row in rows]
+        files.write_csv(args.csv, table)
+        saved.append(args.csv)
+    print("\nsaved " + ", ".join(map(str, saved)))
     if args.show:
-        figures.show(saved)
+        figures.show(pictures)
 
 
 if __name__ == "__main__":

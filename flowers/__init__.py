@@ -1,65 +1,78 @@
-"""What the scripts must agree on: where the images are, how they become pixels, models, losses and results."""
+"""Fine-tuning vision-language models on Oxford Flowers 102: what two scripts must agree on."""
 
 import functools
 import os
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something that the user can mend; its message is one line that says what is wrong and what to do."""
+    """An error that the user can mend. Its message is one line: what is wrong and what to do."""
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an error says, or its kind if it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    """The first line of an error's message, at most 200 characters; its type if it has none."""
+    message = str(error) or type(error).__name__
+    return message.splitlines()[0][:200]
 
 
-def command(main):
-    """Wrap a script's `main`: a user's mistake, a file system that refuses, or a GPU that is too small ends with one line on stderr and exit code 2."""
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorate the `main` of a script, so that errors a user can mend end with one line on stderr.
+
+    Exit codes: 2 for a UserError, an OSError (a full disk, a missing permission) and a GPU that is
+    too small; 1 when the reader of a pipe has gone; 130 for Ctrl-C. Any other error is a bug of
+    ours and keeps its traceback.
+    """
 
     @functools.wraps(main)
     def wrapped():
-        if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-            sys.stdout.reconfigure(
-                errors="backslashreplace"
-            )  # a name or degree sign that the terminal can't show is no reason to fail
-        code = 0
+        # A name or a degree sign that the terminal can't show is no reason to fail. The standard
+        # output of a notebook can't be reconfigured.
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             main()
-            if sys.stdout:
-                sys.stdout.flush()
-        except BrokenPipeError:  # the reader of a pipe has seen enough
+            # Flushed here, so that a full disk is reported like every other error.
+            _flush_stdout()
+            return
+        except BrokenPipeError:
+            # As in `train.py | head`: the reader has seen enough.
             code = 1
-        except (UserError, OSError, RuntimeError) as error:
-            if (
-                isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError"
-            ):  # torch's own; not imported here
-                raise
-            for bar in list(getattr(tqdm, "_instances", ())):
-                bar.close()  # the error has a line of its own
-            said = " ".join(str(error).split())
-            print(
-                "error: "
-                + (
-                    said
-                    if not isinstance(error, RuntimeError)
-                    else f"{said[:120]} ...: lower --batch_size, or in training --chunk_size"
-                ),
-                file=sys.stderr,
-            )
-            code = 2
         except KeyboardInterrupt:
             code = 130
-        if code:
-            try:
-                if sys.stdout:
-                    sys.stdout.flush()
-            except OSError:
-                os.dup2(
-                    os.open(os.devnull, os.O_WRONLY), 1
-                )  # else Python tries again at its end, and complains
-            sys.exit(code)
+        except (UserError, OSError) as error:
+            _print_error(_one_line(error))
+            code = 2
+        except RuntimeError as error:
+            # torch.OutOfMemoryError, by its name: exploration does not load torch.
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            advice = "lower --batch_size, or in training --chunk_size"
+            _print_error(f"{_one_line(error)[:120]} ...: {advice}")
+            code = 2
+        try:
+            _flush_stdout()
+        except OSError:
+            # What is left can't be written. Python would try again when it ends, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(code)
 
     return wrapped
+
+
+def _flush_stdout() -> None:
+    if sys.stdout is not None:  # it is None where standard output is closed
+        sys.stdout.flush()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _print_error(message: str) -> None:
+    # A progress bar that is still open would share its line with the error.
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(f"error: {message}", file=sys.stderr)

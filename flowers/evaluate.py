@@ -1,19 +1,22 @@
-"""What a model makes of a split: zero-shot classification, per-class report, retrieval, intervals. Tensors in, dicts out."""
+"""What a model makes of a split: zero-shot classification, retrieval, a report by class.
 
-import warnings
+Metrics take tensors and return dicts, in percent. N images, C classes, D dimensions.
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
-from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import (
     label_ranking_average_precision_score,
     precision_recall_fscore_support,
     top_k_accuracy_score,
 )
+from tabulate import tabulate
 
 from flowers import UserError, devices, figures, strategies
 from flowers.data import Flowers, base_classes
@@ -23,119 +26,162 @@ from flowers.weights import load_model
 
 TEMPLATE = "an image of the {} flower"
 
+# A head turns image features into logits: its weight (C, D) and bias (C,).
+Head = tuple[torch.Tensor, torch.Tensor]
+
+
+# -----------------------------------------------------------------------------
+# zero-shot classification
+
 
 def fill_templates(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every class name in every template, the templates of a class side by side. Raises UserError for a template without {}."""
+    """Put every class name into every template: C * len(templates) prompts, class by class.
+
+    Raises UserError for a template without {}.
+    """
     for template in templates:
         if "{}" not in template:
             raise UserError(
                 f"the prompt template {template!r} has no {{}} where the class name goes"
             )
-    return [
-        template.replace("{}", name) for name in class_names for template in templates
-    ]  # replace: other braces stay as they are
+    # replace, not format: a template may hold other braces.
+    return [template.replace("{}", name) for name in class_names for template in templates]
 
 
 def zero_shot_classifier(
-    model, class_names: Sequence[str], templates: Sequence[str]
+    model: CLIP, class_names: Sequence[str], templates: Sequence[str]
 ) -> torch.Tensor:
-    """(C, D) weights of length 1: the normalised mean of the features of a class's prompts (Radford et al. 2021, section 3.1.4)."""
+    """The normalised mean of the features of each class's prompts, (C, D).
+
+    Prompt ensembling as in Radford et al. 2021, section 3.1.4.
+    """
     features = text_features(model, fill_templates(class_names, templates))
-    return F.normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
+    features = features.view(len(class_names), len(templates), -1)  # (C, templates, D)
+    return F.normalize(features.mean(1), dim=-1)
 
 
-def zero_shot_head(
-    model, class_names: Sequence[str], templates: Sequence[str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The zero-shot classifier as weight (C, D) and bias (C,) of the logits, at the model's temperature."""
-    weight = model.logit_scale.exp().item() * zero_shot_classifier(model, class_names, templates)
+def zero_shot_head(model: CLIP, class_names: Sequence[str], templates: Sequence[str]) -> Head:
+    """The zero-shot classifier as a head, at the model's temperature."""
+    scale = model.logit_scale.exp().item()  # 1 / temperature, about 100 in CLIP
+    weight = scale * zero_shot_classifier(model, class_names, templates)
     return weight, torch.zeros(len(weight))
+
+
+def load_head(
+    architecture: str,
+    model: CLIP,
+    class_names: Sequence[str],
+    templates: Sequence[str] | None,
+    default: str,
+) -> tuple[Head, list[str]]:
+    """The head that belongs to a model, and the templates of its prompts.
+
+    A run may have left a linear head or a learned prompt in classifier.pt beside its model.pt.
+    Without either, and if the user gave `templates`, it is the zero-shot classifier.
+
+    architecture: what the model was loaded from. default: the template if `templates` is None.
+    Raises UserError if classifier.pt is damaged or of other classes.
+    """
+    source = Path(architecture)
+    classifier_file = (source if source.is_dir() else source.parent) / "classifier.pt"
+    # The user's own prompts come before anything learned.
+    if templates is not None or not source.exists() or not classifier_file.exists():
+        templates = templates or [default]
+        return zero_shot_head(model, class_names, templates), templates
+
+    learned = load_tensors(classifier_file)
+    if _holds_context(learned, model):
+        context = learned["context"]  # (context tokens, text width)
+        strategies.attach_context(model, context.to(model.token_embedding.weight.device))
+        templates = [strategies.context_template(len(context))]
+        return zero_shot_head(model, class_names, templates), templates
+    if _holds_linear_head(learned, model, class_names):
+        # It needs no prompts: the default stands in the record of the run only.
+        return (learned["weight"], learned["bias"]), [default]
+    raise UserError(
+        f"{classifier_file} is damaged, or a classifier of other classes: "
+        "give --prompt_template to evaluate by prompts instead"
+    )
+
+
+def _holds_context(learned: dict, model: CLIP) -> bool:
+    """Whether a learned prompt of this model is there; it may fill half of the context."""
+    context = learned.get("context")
+    if not _is_float_tensor(context) or context.ndim != 2:
+        return False
+    tokens, width = context.shape
+    text_width = model.text_projection.shape[0]
+    return width == text_width and 1 <= tokens <= model.context_length // 2
+
+
+def _holds_linear_head(learned: dict, model: CLIP, class_names: Sequence[str]) -> bool:
+    """Whether a linear head of this model and these classes is there."""
+    weight, bias = learned.get("weight"), learned.get("bias")
+    if not _is_float_tensor(weight) or not _is_float_tensor(bias):
+        return False
+    n_classes = len(class_names)
+    embedding = model.text_projection.shape[1]
+    fits = weight.shape == (n_classes, embedding) and bias.shape == (n_classes,)
+    return fits and learned.get("class_names") == list(class_names)
+
+
+def _is_float_tensor(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+# -----------------------------------------------------------------------------
+# metrics
 
 
 def evaluate_features(
     images: torch.Tensor,
-    head: tuple[torch.Tensor, torch.Tensor],
+    head: Head,
     labels: np.ndarray,
     captions: torch.Tensor | None = None,
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """All metrics of image features (N, D) under a head, weight (C, D) and bias (C,), and the class probabilities (N, C).
+    """All metrics of image features (N, D) under a head, and the class probabilities (N, C).
 
-    captions (N, D): the feature of one sentence for each image, for the retrieval of image and sentence. Raises UserError for a model that diverged.
+    labels: (N,). captions: (N, D), the feature of one sentence for each image, for retrieval
+    between images and sentences. Raises UserError for a model that diverged.
     """
-    labels, scores = torch.from_numpy(np.array(labels)), images @ head[0].t() + head[1]
-    if not scores.isfinite().all():
+    weight, bias = head
+    labels = torch.from_numpy(np.array(labels))  # a copy, as torch has no read-only tensors
+    logits = images @ weight.t() + bias  # (N, C)
+    if not logits.isfinite().all():
         raise UserError(
             "the model's scores are not numbers: it diverged; train it again with a lower --lr"
         )
-    present = labels.unique()
-    metrics = classification(scores, labels) | base_to_new(scores, labels)
-    metrics |= {
-        f"i2t_{k}": v
-        for k, v in retrieval(scores, F.one_hot(labels, scores.shape[1]).bool()).items()
-    }
-    metrics |= {
-        f"t2i_{k}": v
-        for k, v in retrieval(scores.t()[present], labels[None] == present[:, None]).items()
-    }
+    # The keys are those of result.json, in its order.
+    metrics = classification(logits, labels)
+    metrics |= base_to_new(logits, labels)
+    metrics |= _class_retrieval(logits, labels)
     if captions is not None:
-        pairs = images @ captions.t()
-        own, kin = torch.eye(len(labels), dtype=torch.bool), labels[:, None] == labels[None]
-        for way, similarities in (("i2t", pairs), ("t2i", pairs.t())):
-            metrics |= {
-                f"caption_{way}_{k}": v
-                for k, v in retrieval(similarities, own).items()
-                if k != "mAP"
-            }
-            metrics[f"caption_{way}_mAP"] = retrieval(similarities, kin)["mAP"]
-    return metrics, scores.softmax(1)
-
-
-def base_to_new(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Top-1 among the base classes of their images, among the new ones of theirs, and the harmonic mean, in percent, with Wilson 95% intervals
-    (CoCoOp, Zhou et al. 2022: the base classes are the first half). Empty if either half has no image."""
-    n_base, metrics = base_classes(scores.shape[1]), {}
-    for name, mine, columns in (
-        ("base", labels < n_base, slice(0, n_base)),
-        ("new", labels >= n_base, slice(n_base, None)),
-    ):
-        n = int(mine.sum())
-        if not n:
-            return {}
-        correct = int(
-            (
-                _first_of_best(scores[mine, columns]) + (columns.start or 0) == labels[mine].numpy()
-            ).sum()
-        )
-        metrics[f"{name}_top1"], (metrics[f"{name}_top1_low"], metrics[f"{name}_top1_high"]) = (
-            100 * correct / n,
-            wilson(correct, n),
-        )
-    base, new = metrics["base_top1"], metrics["new_top1"]
-    return metrics | {"harmonic_mean": 2 * base * new / (base + new) if base + new else 0.0}
+        metrics |= _caption_retrieval(images @ captions.t(), labels)
+    return metrics, logits.softmax(1)
 
 
 def classification(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Metrics in percent of scores (N, C) against labels (N,): top-1/3/5 with Wilson 95% intervals of top-1, the mean of the accuracies
-    of the classes that occur (the dataset's official measure), and precision, recall and F1 weighted by class size."""
+    """Metrics of scores (N, C) against labels (N,), in percent.
+
+    top-1, top-3 and top-5; the Wilson 95% interval of top-1; the mean of the accuracies of the
+    classes that occur (the dataset's official measure); precision, recall and F1 weighted by
+    class size.
+    """
     n, n_classes = scores.shape
-    y, s, present = labels.numpy(), scores.double().numpy(), np.unique(labels)
-    correct = {
-        k: top_k_accuracy_score(y, s, k=k, labels=np.arange(n_classes), normalize=False)
-        if k < n_classes
-        else n
-        for k in (1, 3, 5)
-    }
-    predicted = _first_of_best(scores)
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UndefinedMetricWarning
-        )  # a class that is never predicted has precision 0
-        _, recalls, _, _ = precision_recall_fscore_support(
-            y, predicted, labels=present, zero_division=0
-        )
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            y, predicted, labels=present, average="weighted", zero_division=0
-        )
+    y = labels.numpy()
+    predicted = _top1(scores)
+    correct = {1: n, 3: n, 5: n}  # of few classes, each is among the best
+    for k in correct:
+        if k < n_classes:
+            correct[k] = top_k_accuracy_score(
+                y, scores.double().numpy(), k=k, labels=np.arange(n_classes), normalize=False
+            )
+    # A class that is never predicted has precision 0.
+    options = {"labels": np.unique(y), "zero_division": 0}
+    _, recalls, _, _ = precision_recall_fscore_support(y, predicted, **options)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        y, predicted, average="weighted", **options
+    )
     low, high = wilson(int(correct[1]), n)
     return {
         "n": n,
@@ -151,59 +197,156 @@ def classification(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, floa
     }
 
 
+def base_to_new(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Top-1 of the base and of the new classes, each among its own kind, and the harmonic mean.
+
+    In percent, with Wilson 95% intervals. Base classes are the first half (CoCoOp, Zhou et al.
+    2022). Empty if either half has no image.
+    """
+    n_base = base_classes(scores.shape[1])
+    is_base = labels < n_base  # (N,)
+    if is_base.all() or not is_base.any():
+        return {}
+
+    # Each image competes among the classes of its own half only.
+    halves = {
+        "base": (scores[is_base, :n_base], labels[is_base]),
+        "new": (scores[~is_base, n_base:], labels[~is_base] - n_base),
+    }
+    metrics = {}
+    for name, (half_scores, half_labels) in halves.items():
+        n = len(half_labels)
+        correct = int((_top1(half_scores) == half_labels.numpy()).sum())
+        metrics[f"{name}_top1"] = 100 * correct / n
+        metrics[f"{name}_top1_low"], metrics[f"{name}_top1_high"] = wilson(correct, n)
+
+    base, new = metrics["base_top1"], metrics["new_top1"]
+    metrics["harmonic_mean"] = 2 * base * new / (base + new) if base + new else 0.0
+    return metrics
+
+
 def wilson(correct: int, n: int) -> tuple[float, float]:
-    """95% interval, in percent, of a share of n independent trials (Wilson 1927)."""
+    """The 95% interval, in percent, of a proportion of n independent trials (Wilson 1927)."""
+    # scipy's, not statsmodels' proportion_confint: the ends of 0 and n correct are exactly 0 and
+    # 100, where statsmodels gives 99.99999999999999 for 1020 of 1020, less than the accuracy.
     interval = binomtest(correct, n).proportion_ci(method="wilson")
     return 100 * interval.low, 100 * interval.high
+
+
+def recall_at(
+    scores: torch.Tensor, relevant: torch.Tensor, ks: Sequence[int] = (1, 3, 5, 10)
+) -> dict[str, float]:
+    """R@k: the percentage of Q queries that have a relevant one of G items among their k best.
+
+    scores, relevant (bool): (Q, G).
+    """
+    n_best = min(max(ks), scores.shape[1])
+    best = scores.topk(n_best, dim=1).indices  # (Q, n_best)
+    hits = relevant.gather(1, best)
+    return {f"R@{k}": 100 * hits[:, :k].any(1).double().mean().item() for k in ks}
+
+
+def mean_average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> float:
+    """The mean over Q queries of the mean precision at their relevant items, in percent.
+
+    scores, relevant (bool): (Q, G); every query has a relevant item.
+    """
+    precision = label_ranking_average_precision_score(relevant.numpy(), scores.double().numpy())
+    return 100 * float(precision)
 
 
 def retrieval(
     scores: torch.Tensor, relevant: torch.Tensor, ks: Sequence[int] = (1, 3, 5, 10)
 ) -> dict[str, float]:
-    """Scores and relevance (Q, G) of Q queries for G items, to percent: R@k, the share of queries with a relevant item among the k best,
-    and mAP, the mean over queries of the mean precision at their relevant items. Every query needs a relevant item."""
-    best = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices
-    hits = relevant.gather(1, best)
-    metrics = {f"R@{k}": 100 * hits[:, :k].any(1).double().mean().item() for k in ks}
-    return metrics | {
-        "mAP": 100
-        * float(label_ranking_average_precision_score(relevant.numpy(), scores.double().numpy()))
-    }
+    """R@k and mAP, in percent, of Q queries for G items; scores and relevant (bool) are (Q, G)."""
+    metrics = recall_at(scores, relevant, ks)
+    metrics["mAP"] = mean_average_precision(scores, relevant)
+    return metrics
+
+
+def _class_retrieval(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Retrieval of the class for an image (i2t), and of the images of a class (t2i).
+
+    Classes without images have nothing to be found: they are no queries.
+    """
+    relevant = F.one_hot(labels, logits.shape[1]).bool()  # (N, C)
+    present = labels.unique()  # (classes that occur,)
+    i2t = retrieval(logits, relevant)
+    t2i = retrieval(logits.t()[present], relevant.t()[present])
+    return _prefixed("i2t_", i2t) | _prefixed("t2i_", t2i)
+
+
+def _caption_retrieval(similarities: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Retrieval between images (rows) and sentences (columns), (N, N), in both directions.
+
+    R@k asks for the sentence of the very image; mAP for all sentences of its class.
+    """
+    same_image = torch.eye(len(labels), dtype=torch.bool)  # (N, N)
+    same_class = labels[:, None] == labels[None]  # (N, N)
+    metrics = {}
+    for direction, scores in (("i2t", similarities), ("t2i", similarities.t())):
+        metrics |= _prefixed(f"caption_{direction}_", recall_at(scores, same_image))
+        metrics[f"caption_{direction}_mAP"] = mean_average_precision(scores, same_class)
+    return metrics
+
+
+def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in metrics.items()}
+
+
+def _top1(scores: torch.Tensor) -> np.ndarray:
+    """The best column of each row, (N,)."""
+    # topk, not argmax: predictions.csv is made by topk, and a tie must fall to the same class.
+    return scores.topk(1, dim=1).indices[:, 0].numpy()
+
+
+# -----------------------------------------------------------------------------
+# tables
 
 
 def per_class(
     probabilities: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str]
 ) -> list[dict]:
-    """A row a class that occurs: images, precision, recall and F1 in percent, and the name it is most often mistaken for."""
-    predicted, y = _first_of_best(probabilities), labels.numpy()
-    columns = precision_recall_fscore_support(
-        y, predicted, labels=np.arange(len(class_names)), zero_division=0
+    """A row for each class that occurs: how many images, how well, and its most frequent confusion.
+
+    probabilities: (N, C); labels: (N,). Precision, recall and F1 are in percent; `mistaken_for`
+    is the name that most of its mistakes have, empty if it has none.
+    """
+    y = labels.numpy()
+    predicted = _top1(probabilities)
+    classes = np.arange(len(class_names))
+    precision, recall, f1, images = precision_recall_fscore_support(
+        y, predicted, labels=classes, zero_division=0
     )
-    rows = []
-    for c, (precision, recall, f1, n) in enumerate(zip(*columns)):
-        wrong = np.bincount(predicted[(y == c) & (predicted != c)], minlength=len(class_names))
-        if n:
-            rows.append(
-                {
-                    "class": class_names[c],
-                    "images": int(n),
-                    "precision": round(100 * precision, 2),
-                    "recall": round(100 * recall, 2),
-                    "f1": round(100 * f1, 2),
-                    "mistaken_for": class_names[wrong.argmax()] if wrong.any() else "",
-                }
-            )
-    return rows
+    mistakes = figures.count_confusions(y, predicted, len(classes))  # (C true, C predicted)
+    np.fill_diagonal(mistakes, 0)  # these were right
+    most_frequent = np.array(class_names, dtype=object)[mistakes.argmax(1)]
+    table = pd.DataFrame(
+        {
+            "class": class_names,
+            "images": images,
+            "precision": (100 * precision).round(2),
+            "recall": (100 * recall).round(2),
+            "f1": (100 * f1).round(2),
+            "mistaken_for": np.where(mistakes.any(1), most_frequent, ""),
+        }
+    )
+    return table[table["images"] > 0].to_dict("records")
 
 
 def predictions(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray) -> list[dict]:
-    """A row an image: file, label (the name), and the five best names with their probabilities."""
-    values, places = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
+    """A row for each image: file, label (the name), and the five best names with probabilities.
+
+    probabilities: (N, C); index: (N,), the images' positions in `flowers`.
+    """
+    n_best = min(5, probabilities.shape[1])
+    best, classes = probabilities.topk(n_best, dim=1)  # (N, n_best)
     rows = []
-    for i, value, place in zip(index, values.tolist(), places.tolist()):
+    for i, scores, ranking in zip(index, best.tolist(), classes.tolist()):
         row = {"file": flowers.files[i].name, "label": flowers.class_names[flowers.labels[i]]}
-        for k, (v, c) in enumerate(zip(value, place), 1):
-            row |= {f"top{k}": flowers.class_names[c], f"score{k}": round(v, 6)}
+        for rank, (score, c) in enumerate(zip(scores, ranking), start=1):
+            row[f"top{rank}"] = flowers.class_names[c]
+            row[f"score{rank}"] = round(score, 6)  # the digits that fp32 has
         rows.append(row)
     return rows
 
@@ -211,130 +354,86 @@ def predictions(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray
 def save_outputs(
     folder: Path, probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray
 ) -> None:
-    """Leave predictions.csv, report.csv, confusion.png and mistakes.png of an evaluation in the run folder."""
+    """Leave predictions.csv, report.csv, confusion.png and mistakes.png in the run folder."""
     labels = flowers.labels[index]
+    names = flowers.class_names
+    report = per_class(probabilities, torch.from_numpy(labels), names)
     write_csv(folder / "predictions.csv", predictions(probabilities, flowers, index))
-    write_csv(
-        folder / "report.csv",
-        per_class(probabilities, torch.from_numpy(labels), flowers.class_names),
-    )
-    figures.confusion_matrix(
-        probabilities.numpy(), labels, flowers.class_names, folder / "confusion.png"
-    )
-    figures.mistakes_sheet(
-        figures.mistakes(probabilities.numpy(), flowers, index), folder / "mistakes.png"
-    )
+    write_csv(folder / "report.csv", report)
+    figures.confusion_matrix(probabilities.numpy(), labels, names, folder / "confusion.png")
+    mistakes = figures.mistakes(probabilities.numpy(), flowers, index)
+    figures.mistakes_sheet(mistakes, folder / "mistakes.png")
 
 
 def format_table(results: dict[str, dict[str, float]]) -> str:
-    """Results by name, a column each, as text; percentages with two digits, top-1 with its interval."""
+    """Results as text, a column for each name and a row for each metric that any of them has.
 
-    def cell(metrics: dict, key: str) -> str:
-        if key not in metrics:
-            return ""
-        interval = (
-            f" [{metrics[key + '_low']:.1f}, {metrics[key + '_high']:.1f}]"
-            if key + "_low" in metrics
-            else ""
-        )
-        return f"{metrics[key]:,}" if key == "n" else f"{metrics[key]:.2f}{interval}"
-
-    keys = [
-        k
-        for k in dict.fromkeys(k for metrics in results.values() for k in metrics)
-        if not k.endswith(("_low", "_high"))
-    ]
-    rows = [["", *results]] + [
-        ["images" if k == "n" else k, *(cell(metrics, k) for metrics in results.values())]
-        for k in keys
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])])
-        for row in rows
-    )
-
-
-def _first_of_best(scores: torch.Tensor) -> np.ndarray:
-    return scores.topk(1, dim=1).indices[:, 0].numpy()
-
-
-def load_head(
-    architecture: str,
-    model: CLIP,
-    class_names: Sequence[str],
-    templates: Sequence[str] | None,
-    default: str,
-):
-    """The head that belongs to a model: what lies in classifier.pt beside it, else its zero-shot classifier; and the templates used.
-
-    templates: the user's own, which come before a learned prompt; None if there are none. Raises UserError if classifier.pt is
-    damaged or of other classes.
+    Percentages have two digits, and their interval behind them where there is one.
     """
-    path = Path(architecture)
-    path = (path if path.is_dir() else path.parent) / "classifier.pt"
-    learned = (
-        load_tensors(path)
-        if Path(architecture).exists() and path.exists() and templates is None
-        else None
-    )
+    columns = [_table_column(metrics) for metrics in results.values()]
+    keys = dict.fromkeys(key for column in columns for key in column)
+    lines = [["", *results]]
+    for key in keys:
+        lines.append([key, *(column.get(key, "") for column in columns)])
+    # The names are a line like the others: as headers, tabulate would give them wider columns.
+    alignment = ["left"] + ["right"] * len(columns)
+    return tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=alignment)
 
-    def holds(key: str, *shape: int) -> bool:
-        value = learned.get(key)
-        return (
-            isinstance(value, torch.Tensor)
-            and value.dtype == torch.float32
-            and value.shape == shape
-        )
 
-    if learned is not None:
-        width, embedding = model.text_projection.shape
-        if context := next(
-            (m for m in range(1, model.context_length // 2 + 1) if holds("context", m, width)), 0
-        ):
-            strategies.attach_context(
-                model, learned["context"].to(model.token_embedding.weight.device)
-            )
-            templates = [strategies.context_template(context)]
-        elif (
-            holds("weight", len(class_names), embedding)
-            and holds("bias", len(class_names))
-            and learned.get("class_names") == list(class_names)
-        ):
-            return (learned["weight"], learned["bias"]), [default]
-        else:
-            raise UserError(
-                f"{path} is damaged, or a classifier of other classes: give --prompt_template to evaluate by prompts instead"
-            )
-    templates = templates or [default]
-    return zero_shot_head(model, class_names, templates), templates
+def _table_column(metrics: dict[str, float]) -> dict[str, str]:
+    column = {}
+    for key, value in metrics.items():
+        if key.endswith(("_low", "_high")):
+            continue  # they stand behind the metric that they belong to
+        if key == "n":
+            column["images"] = f"{value:,}"
+            continue
+        column[key] = f"{value:.2f}"
+        if key + "_low" in metrics:
+            low, high = metrics[key + "_low"], metrics[key + "_high"]
+            column[key] += f" [{low:.1f}, {high:.1f}]"
+    return column
+
+
+# -----------------------------------------------------------------------------
+# WiSE-FT
 
 
 def load_starting_weights(run: str) -> dict[str, torch.Tensor]:
-    """The weights that a run of train.py started from. Raises UserError if `run` is none, or left the weights as they were."""
+    """Load the weights that a run of train.py started from.
+
+    run: its folder, or a file in it. Raises UserError if it is no run of train.py, or one that
+    left the weights as they were.
+    """
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     try:
         args = checked(read_json(folder / "args.json"))
-        origin, strategy, seed = args["architecture"], args["strategy"], args["seed"]
+        architecture, strategy, seed = args["architecture"], args["strategy"], args["seed"]
     except (OSError, ValueError, KeyError):
         raise UserError(
             f"{folder} is no run of train.py: its args.json says where the weights started"
         ) from None
     if strategy in ("linear", "prompt"):
         raise UserError(
-            f"{folder} was trained with --strategy {strategy}, which leaves the weights as they were: there is nothing to interpolate"
+            f"{folder} was trained with --strategy {strategy}, which leaves the weights as they "
+            "were: there is nothing to interpolate"
         )
-    devices.seed_everything(seed)  # as train.py does before it makes random weights
-    return load_model(origin).state_dict()
+    # As train.py does before it makes the random weights of `tiny`.
+    devices.seed_everything(seed)
+    return load_model(architecture).state_dict()
 
 
 def interpolate(
     model: CLIP, start: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], alpha: float
 ) -> None:
-    """Give the model the weights (1 - alpha) * start + alpha * tuned (WiSE-FT, Wortsman et al. 2022)."""
-    model.load_state_dict(
-        {
-            n: torch.lerp(start[n].to(t), t, alpha) if t.is_floating_point() else t
-            for n, t in tuned.items()
-        }
-    )
+    """Give the model the weights (1 - alpha) * start + alpha * tuned (Wortsman et al. 2022).
+
+    start, tuned: state dicts of the same model.
+    """
+    state = {}
+    for name, weight in tuned.items():
+        if weight.is_floating_point():
+            state[name] = torch.lerp(start[name].to(weight), weight, alpha)
+        else:
+            state[name] = weight  # BatchNorm's count of batches
+    model.load_state_dict(state)

@@ -1,7 +1,10 @@
-"""Files that are whole or not there: atomic writes, JSON and its lines, CSV, tensors that are read without trust."""
+"""Files that are whole or not there: atomic writes, JSON, JSON lines, CSV, and safe tensor files.
+
+A run may be killed at any moment, by several causes on several machines that share a disk. So a
+file is written beside its place and renamed, and a file that is read may be damaged.
+"""
 
 import contextlib
-import csv
 import json
 import os
 import platform
@@ -9,41 +12,18 @@ import re
 import sys
 import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from flowers import UserError, reason
 
-# what `checked` expects: numbers, and in arguments, where None stands for a default, numbers and texts
-NUMBERS = (
-    "alpha",
-    "epoch",
-    "step",
-    "parameters",
-    "peak_memory_mb",
-    "frozen_seconds",
-    "train_seconds",
-    "eval_seconds",
-)
-SETTINGS = ("lr", "tau_lr", "temperature", "seed", "epochs", "batch_size", "processes", "shots")
-TEXTS = (
-    "name",
-    "job",
-    "architecture",
-    "strategy",
-    "classes",
-    "splits",
-    "class_names",
-    "data_root",
-    "protocol",
-    "positives",
-    "augment",
-    "error",
-)
+# -----------------------------------------------------------------------------
+# atomic writes
 
 
 @contextlib.contextmanager
-def naming(path: str | Path):
-    """Add the file to an OSError that does not name it, as that of a full disk."""
+def naming(path: str | Path) -> Iterator[None]:
+    """Add the path to an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -53,23 +33,21 @@ def naming(path: str | Path):
 
 
 @contextlib.contextmanager
-def atomic(path: str | Path, mode: str = "wb"):
-    """Open a temporary file beside `path`, and rename it to `path` when the block ends well: readers see the old file or the new one."""
+def atomic(path: str | Path, mode: str = "wb") -> Iterator:
+    """Open a temporary file beside `path` and rename it to `path` when the block ends well.
+
+    A reader sees the file as it was before or as it is after, never half of it. Raises OSError,
+    naming `path`, if it can't be written; then the file is as it was before.
+    """
     path = Path(path)
-    for left in path.parent.glob(".*.tmp"):  # of a process that was killed
-        of = re.fullmatch(rf".*\.{re.escape(platform.node())}-(\d+)\.tmp", left.name)
-        if of and not _alive(int(of[1])):
-            left.unlink(missing_ok=True)
-    temporary = path.with_name(
-        f".{path.name}.{threading.get_ident()}.{platform.node()}-{os.getpid()}.tmp"
-    )
+    _remove_abandoned(path.parent)
+    # The thread, the machine and the process: nobody else writes to a file of this name.
+    writer = f"{threading.get_ident()}.{platform.node()}-{os.getpid()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
+    # Text is UTF-8 and its line ends are written as they are, whatever the locale.
+    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with (
-            naming(path),
-            open(
-                temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})
-            ) as file,
-        ):
+        with naming(path), open(temporary, mode, **text_options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -79,8 +57,30 @@ def atomic(path: str | Path, mode: str = "wb"):
         raise
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of processes of this machine that are dead."""
+    pattern = re.compile(rf".*\.{re.escape(platform.node())}-(\d+)\.tmp")
+    for temporary in folder.glob(".*.tmp"):
+        writer = pattern.fullmatch(temporary.name)
+        if writer and not _is_alive(int(writer[1])):
+            temporary.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # signal 0 only asks whether there is such a process
+    except OSError as error:
+        # Permission is denied where it is there and belongs to another user.
+        return isinstance(error, PermissionError)
+    return True
+
+
+# -----------------------------------------------------------------------------
+# JSON and JSON lines
+
+
 def parse_json(text: str) -> dict:
-    """A JSON object. Raises ValueError for anything else, however deeply it is nested."""
+    """Parse a JSON object. Raises ValueError for anything else, however deeply it is nested."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -91,99 +91,154 @@ def parse_json(text: str) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError if it holds anything else, OSError if there is no such file."""
+    """Read a JSON object. Raises ValueError if the file holds none, OSError if it is missing."""
     return parse_json(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file, whole or not at all."""
     with atomic(path, "w") as file:
         json.dump(value, file, indent=1)
 
 
 def append_line(path: Path, row: dict) -> None:
-    """Append one JSON line in one write, so that two processes never mix theirs; a line cut off by a kill is closed first."""
+    """Append one JSON line. Raises OSError, naming the file, on a full disk.
+
+    It is written at once, so that the lines of two processes never mix.
+    """
     with naming(path), path.open("a+b") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            file.write(b"\n")
+        # A kill may have cut off the last line: close it first, so that this one can be read.
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
         file.write(json.dumps(row).encode() + b"\n")
 
 
 def read_lines(path: Path, *keys: str) -> list[dict]:
-    """The rows of a .jsonl file that have all of `keys`; lines that were cut off or damaged are left out, with a warning."""
-    rows, damaged = [], 0
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    """Read the rows of a .jsonl file that have all of `keys`; a missing file has no rows.
+
+    Lines that were cut off or damaged are left out, with a warning.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = []
+    damaged = 0
+    for line in filter(None, lines):
         try:
-            rows += [checked(parse_json(line.decode()))] if line else []
+            rows.append(checked(parse_json(line.decode())))
         except ValueError:
             damaged += 1
     if damaged:
-        print(
-            f"warning: {damaged} damaged line{'s' * (damaged > 1)} of {path} left out",
-            file=sys.stderr,
-        )
+        plural = "s" if damaged > 1 else ""
+        print(f"warning: {damaged} damaged line{plural} of {path} left out", file=sys.stderr)
     return [row for row in rows if all(key in row for key in keys)]
 
 
-def checked(row: dict) -> dict:
-    """A row of arguments, metrics or results, as it is. Raises ValueError naming a key whose value is of another kind: the file was damaged."""
-    for key, value in row.items():
-        percent = "/" in key and not key.startswith("train/") and not key.endswith("/n")
-        if percent or "/" in key or key in NUMBERS or key.startswith("trainable_"):
-            fits = type(value) in (int, float) and (
-                0 <= value <= 100.001 if percent else abs(value) < 1e15
-            )
-        else:
-            fits = (
-                value is None
-                or key not in (*TEXTS, *SETTINGS)
-                or isinstance(value, str if key in TEXTS else (int, float))
-                and value == value
-            )
-        if not fits:
-            raise ValueError(f"{key} is {str(value)[:40]!r}")
-    return row
-
-
 def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write a .jsonl file, one row a line, whole or not at all."""
     with atomic(path, "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+# -----------------------------------------------------------------------------
+# what the values of a row must be
+
+
+def _is_number(value) -> bool:
+    # By type, as True is an int to Python. A comparison with nan is false.
+    return type(value) in (int, float) and abs(value) < 1e15
+
+
+def _is_percentage(value) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 100.001
+
+
+def _is_setting(value) -> bool:
+    """A number on the command line, or None where its default is left to the script."""
+    is_nan = value != value
+    return value is None or isinstance(value, (int, float)) and not is_nan
+
+
+def _is_text(value) -> bool:
+    return value is None or isinstance(value, str)
+
+
+NUMBERS = "alpha epoch step parameters peak_memory_mb frozen_seconds train_seconds eval_seconds"
+SETTINGS = "lr tau_lr temperature seed epochs batch_size processes shots"
+TEXTS = (
+    "name job architecture strategy classes splits class_names data_root protocol positives "
+    "augment error"
+)
+CHECK_OF_KEY = {
+    **dict.fromkeys(NUMBERS.split(), _is_number),
+    **dict.fromkeys(SETTINGS.split(), _is_setting),
+    **dict.fromkeys(TEXTS.split(), _is_text),
+}
+
+
+def _is_plausible(key: str, value) -> bool:
+    """Whether a value is of the kind that its key stands for. Unknown keys hold anything."""
+    if "/" in key:  # a metric of a split, such as test/top1
+        is_percentage = not (key.startswith("train/") or key.endswith("/n"))
+        return _is_percentage(value) if is_percentage else _is_number(value)
+    if key.startswith("trainable_"):
+        return _is_number(value)
+    if key in CHECK_OF_KEY:
+        return CHECK_OF_KEY[key](value)
+    return True
+
+
+def checked(row: dict) -> dict:
+    """Return a row of arguments, metrics or results if its values are plausible.
+
+    Raises ValueError naming a key whose value is of another kind: then the file was damaged.
+    """
+    for key, value in row.items():
+        if not _is_plausible(key, value):
+            raise ValueError(f"{key} is {str(value)[:40]!r}")
+    return row
+
+
+# -----------------------------------------------------------------------------
+# tables and tensors
+
+
 def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write a CSV file with a header, whole or not at all. Lines end as RFC 4180 has it (CR LF)."""
+    import pandas as pd  # here, as exploration reads and writes other files without it
+
+    # As objects, every value is written as Python prints it: 1 does not become 1.0 beside a gap.
+    table = pd.DataFrame(rows, dtype=object)
     with atomic(path, "w") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+        table.to_csv(file, index=False, lineterminator="\r\n")
 
 
 def save_tensors(path: Path, state: dict) -> None:
     """torch.save, whole or not at all. Raises OSError on a full disk."""
-    import torch  # most who read and write files need none
+    import torch  # here, as most who read and write files need none
 
     with atomic(path) as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:  # torch's writer hides what the file system said
+        except RuntimeError as error:
+            # torch's writer hides the OSError that it met.
             raise error.__context__ or error from None
 
 
 def load_tensors(path: Path) -> dict:
-    """Read a checkpoint or state dict, plain tensors only. Raises UserError if it is missing, damaged (checksums are
-    compared, numbers finite), or not a dict."""
+    """Read a checkpoint or a state dict: plain tensors on the CPU, in nested dicts and lists.
+
+    Raises UserError if the file is missing, damaged, or holds no dict. A file may come from
+    anywhere, so nothing in it is run, and nothing in it can fill the memory.
+    """
     import torch
 
     try:
         if zipfile.is_zipfile(path):
-            with (
-                zipfile.ZipFile(path) as archive
-            ):  # torch compares no checksums, and unpacks what is compressed, which it never writes itself
-                if (
-                    sum(info.file_size for info in archive.infolist()) > path.stat().st_size
-                    or archive.testzip()
-                ):
-                    raise ValueError("its checksum or size is wrong")
+            _check_archive(path)
+        # weights_only: any other pickle may run code. No mmap: the file may change while in use.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-        if not _plain(state):
+        if not _is_sound(state):
             raise ValueError("a tensor is sparse, complex, not finite, or larger than its numbers")
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
@@ -194,32 +249,32 @@ def load_tensors(path: Path) -> dict:
     return state
 
 
-def _plain(value) -> bool:
-    """Whether all tensors in nested dicts and lists are dense, real and finite, and none is a few numbers that claim to be many."""
+def _check_archive(path: Path) -> None:
+    """Raise ValueError if a file of torch's zip format is damaged or compressed."""
+    with zipfile.ZipFile(path) as archive:
+        # torch never compresses, but would unpack: a small file could become more than memory.
+        unpacked_bytes = sum(member.file_size for member in archive.infolist())
+        compressed = unpacked_bytes > path.stat().st_size
+        # torch does not compare the checksums: a flipped bit would be another weight.
+        if compressed or archive.testzip():
+            raise ValueError("its checksum or size is wrong")
+
+
+def _is_sound(value) -> bool:
+    """Whether all tensors in nested dicts and lists are dense, real, finite and of full size."""
     import torch
 
-    if isinstance(value, torch.Tensor):
-        dense = (
-            value.layout == torch.strided
-            and not value.is_complex()
-            and value.nbytes <= value.untyped_storage().nbytes()
-        )
-        return dense and bool(value.isfinite().all())
-    return all(
-        map(
-            _plain,
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, (list, tuple))
-            else (),
-        )
-    )
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True
+    if isinstance(value, dict):
+        return all(_is_sound(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_sound(item) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return True
+    # The models are dense and real: anything else is no checkpoint of ours.
+    if value.layout != torch.strided or value.is_complex():
+        return False
+    # With strides of 0 a few numbers claim to be many, and a copy of them would fill the memory.
+    if value.nbytes > value.untyped_storage().nbytes():
+        return False
+    # A model that diverged: everything made from it would be nan.
+    return bool(value.isfinite().all())

@@ -1,4 +1,4 @@
-"""What the tests share: a small drawn dataset, the real images where they are, and the real scripts run in this process."""
+"""What the tests share: a small drawn dataset, the real images, and the real scripts, run here."""
 
 import importlib
 import json
@@ -17,56 +17,66 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("FLOWERS_TEST_DATA") or ROOT.parent / "shared" / "oxford-flowers-102")
 NAMES = ["rose", "lotus", "ball moss", "tree mallow", "mallow", "globe-flower"]
 
+# Rows of the table at the end of the session: see `tally`.
+TALLY = []
+
 
 @pytest.fixture(scope="session")
 def real():
-    """The folder of real images; tests that need it are skipped, saying so, where it is missing."""
+    """The folder of real images. Tests that need it are skipped, saying so, where it is missing."""
     if not (REAL / "setid.mat").exists():
         pytest.skip(f"no real images at {REAL}; set FLOWERS_TEST_DATA")
     return REAL
 
 
 def write_dataset(root: Path, per_class: int = 8, names=NAMES) -> Path:
-    """Oxford's layout with coloured discs; ids run over the classes, a quarter trnid, a quarter valid, half tstid."""
+    """Write a dataset in Oxford's layout: discs in a colour for each class, on noise.
+
+    The ids run over the classes. A quarter is trnid, a quarter valid, half tstid.
+    """
     (root / "jpg").mkdir(parents=True)
     rng = np.random.default_rng(0)
     n = per_class * len(names)
-    labels = np.arange(n) % len(names) + 1
-    for i, label in enumerate(labels, 1):
-        image = rng.integers(0, 60, (70 + i % 7, 90 - i % 5, 3), dtype=np.uint8)
-        colour = tuple(int(c) for c in 255 * np.array([label & 1, label >> 1 & 1, label >> 2 & 1]))
-        cv2.circle(image, (45 + i % 9 - 4, 35), 18, colour, -1)
-        cv2.imwrite(str(root / "jpg" / f"image_{i:05d}.jpg"), image)
-    quarter = (np.arange(n) // len(names)) % 4
     ids = np.arange(1, n + 1)
+    labels = np.arange(n) % len(names) + 1
+    for i, label in zip(ids, labels):
+        # No two pictures of one size, as in the real dataset.
+        image = rng.integers(0, 60, (70 + i % 7, 90 - i % 5, 3), dtype=np.uint8)
+        bits = np.array([label & 1, label >> 1 & 1, label >> 2 & 1])
+        colour = tuple(int(channel) for channel in 255 * bits)
+        centre = (int(45 + i % 9 - 4), 35)
+        cv2.circle(image, centre, 18, colour, -1)
+        cv2.imwrite(str(root / "jpg" / f"image_{i:05d}.jpg"), image)
+
+    quarter = (np.arange(n) // len(names)) % 4
+    splits = {
+        "trnid": ids[quarter == 0][None],
+        "valid": ids[quarter == 1][None],
+        "tstid": ids[quarter > 1][None],
+    }
+    scipy.io.savemat(root / "setid.mat", splits)
     scipy.io.savemat(root / "imagelabels.mat", {"labels": labels[None].astype(np.uint8)})
-    scipy.io.savemat(
-        root / "setid.mat",
-        {
-            "trnid": ids[quarter == 0][None],
-            "valid": ids[quarter == 1][None],
-            "tstid": ids[quarter > 1][None],
-        },
-    )
-    (root / "cat_to_name.json").write_text(
-        json.dumps(dict(enumerate(names, 1)), ensure_ascii=False), encoding="utf-8"
-    )
+    cat_to_name = json.dumps(dict(enumerate(names, 1)), ensure_ascii=False)
+    (root / "cat_to_name.json").write_text(cat_to_name, encoding="utf-8")
     return root
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """48 images of six classes; tests do not change it."""
+    """48 images of six classes. Tests do not change it."""
     return write_dataset(tmp_path_factory.mktemp("data") / "small")
 
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """Run a script of the repository as its user would, here: cli("train.py", "--epochs", 1) -> (exit code, stdout, stderr)."""
+    """Run a script of the repository as its user would, in this process.
+
+    cli("train.py", "--epochs", 1) -> (exit code, stdout, stderr)
+    """
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        capfd.readouterr()
+        capfd.readouterr()  # what was printed before
         code = 0
         try:
             if script.endswith(".py"):
@@ -81,15 +91,25 @@ def cli(monkeypatch, capfd):
     return run
 
 
-TALLY = []
+def error_line(outcome) -> str:
+    """The one line with which a script ends at a user's mistake; outcome: what `cli` returns."""
+    code, _, err = outcome
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
 
 
 @pytest.fixture
 def tally():
-    """tally(name, tried, survived, note): a row of the table at the end of the session, of inputs, kills, faults tried and survived."""
-    return lambda name, tried, survived, note="": TALLY.append(
-        (name, f"{tried:,}", f"{survived:,}", note)
-    )
+    """tally(name, tried, survived, note) adds a row to the table at the end of the session.
+
+    It counts inputs, kills and faults that were tried, and those that were survived.
+    """
+
+    def add(name, tried, survived, note=""):
+        TALLY.append((name, f"{tried:,}", f"{survived:,}", note))
+
+    return add
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -97,11 +117,3 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("\n| what | tried | survived | |\n|---|---|---|---|")
     for row in TALLY:
         terminalreporter.write_line(f"| {' | '.join(row)} |")
-
-
-def error_line(outcome) -> str:
-    """The one line that a user's mistake ends with."""
-    code, _, err = outcome
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]

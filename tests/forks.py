@@ -120,16 +120,17 @@ def child(request: dict) -> None:
 
 def serve() -> None:
     sys.path.insert(0, str(ROOT))
-    import flowers.comparable
-    import flowers.plots
     import torch
 
     import flowers.frozen
     import flowers.strategies
+    import flowers.study.comparable
+    import flowers.study.figures
     import flowers.tracking  # noqa: F401  (what the scripts import)
 
     # the encodings are those of PDF: another user may not be able to read Python's own files
     for package in (
+        "seaborn",
         "sklearn.linear_model",
         "sklearn.manifold",
         "sklearn.neighbors",

@@ -13,37 +13,34 @@ from conftest import ROOT
 
 from flowers import UserError, command, devices, files, runs, tracking, training
 
+# -----------------------------------------------------------------------------
+# files
+
 
 def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"old": 1})
     with pytest.raises(TypeError):
         files.write_json(path, {"new": object()})
-    assert json.loads(path.read_text()) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_atomic_removes_what_a_killed_process_left(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    here, alive, elsewhere = (
-        f".a.json.{tag}.tmp"
-        for tag in (
-            f"{platform.node()}-{dead.pid}",
-            f"{platform.node()}-{os.getppid()}",
-            f"other-host-{dead.pid}",
-        )
-    )
-    for name in (
-        here,
-        here.replace("a.json", "b[1].npy"),
-        alive,
-        elsewhere,
-    ):  # also of another file, which may never be written again
+    of_dead = f".a.json.{platform.node()}-{dead.pid}.tmp"
+    of_living = f".a.json.{platform.node()}-{os.getppid()}.tmp"
+    of_other_host = f".a.json.other-host-{dead.pid}.tmp"
+    # Also of another file, which may never be written again.
+    of_other_file = of_dead.replace("a.json", "b[1].npy")
+    for name in (of_dead, of_other_file, of_living, of_other_host):
         (tmp_path / name).write_text("half")
+
     files.write_json(tmp_path / "a.json", {})
-    assert sorted(os.listdir(tmp_path)) == sorted([alive, elsewhere, "a.json"]), (
-        "what is not known to be dead stays"
-    )
+
+    # What is not known to be dead stays.
+    assert sorted(os.listdir(tmp_path)) == sorted([of_living, of_other_host, "a.json"])
 
 
 def test_append_after_a_line_that_was_cut_off(tmp_path):
@@ -53,25 +50,27 @@ def test_append_after_a_line_that_was_cut_off(tmp_path):
     assert files.read_lines(path) == [{"a": 1}, {"c": 3}]
 
 
+# -----------------------------------------------------------------------------
+# run folders
+
+
 def test_a_killed_evaluation_is_begun_anew_and_nothing_else_overwritten(tmp_path):
     config = {"job": "eval", "architecture": "tiny"}
-    for name in ("killed", "ended"):
-        runs.new_run(tmp_path, name, config, {})
-    files.write_json(tmp_path / "ended" / "result.json", {"name": "ended"})  # and then killed
+    runs.new_run(tmp_path, "killed", config, {})
+    runs.new_run(tmp_path, "ended", config, {})
+    # Killed after its result, before its line in results.jsonl.
+    files.write_json(tmp_path / "ended" / "result.json", {"name": "ended"})
     runs.new_run(tmp_path, "training", config | {"job": "train"}, {})
+
     assert runs.new_run(tmp_path, "killed", config | {"seed": 1}, {}) == tmp_path / "killed"
     assert json.loads((tmp_path / "killed" / "args.json").read_text())["seed"] == 1
-    for name, job in (
-        ("ended", "eval"),
-        ("training", "eval"),
-        ("training", "train"),
-        ("killed", "train"),
-    ):
+
+    taken = [("ended", "eval"), ("training", "eval"), ("training", "train"), ("killed", "train")]
+    for name, job in taken:
         with pytest.raises(UserError, match="is a run already"):
             runs.new_run(tmp_path, name, config | {"job": job}, {})
-    assert files.read_lines(tmp_path / "results.jsonl") == [{"name": "ended"}], (
-        "its line was missing"
-    )
+    lines = files.read_lines(tmp_path / "results.jsonl")
+    assert lines == [{"name": "ended"}], "its line was missing"
 
 
 @pytest.mark.parametrize(
@@ -87,37 +86,35 @@ def test_a_killed_evaluation_is_begun_anew_and_nothing_else_overwritten(tmp_path
 def test_a_run_is_named_after_its_model(tmp_path, architecture, named):
     (tmp_path / "lr0.001-s0").mkdir()
     (tmp_path / "lr0.001-s0" / "model.pt").touch()
-    folder = runs.new_run(
-        tmp_path, None, {"architecture": architecture.format(tmp_path), "job": "train"}, {}
-    )
+    config = {"architecture": architecture.format(tmp_path), "job": "train"}
+    folder = runs.new_run(tmp_path, None, config, {})
     assert folder.name.startswith(f"{named}-train-2")
 
 
+# -----------------------------------------------------------------------------
+# schedule, errors and random numbers
+
+
 def test_the_learning_rate_rises_and_falls():
-    shares = [training.learning_rate_factor(step, 100) for step in range(100)]
-    assert (
-        shares[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-        and shares[55] == pytest.approx(0.5)
-        and shares[-1] < 1e-3
-    )
-    assert shares == shares[:10] + sorted(shares[10:], reverse=True)
+    factors = [training.learning_rate_factor(step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[-1] < 1e-3
+    assert factors[10:] == sorted(factors[10:], reverse=True)
 
 
 def test_a_gpu_that_is_too_small_is_one_line(capsys):
-    def main():
+    def out_of_memory():
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."
         )
 
     with pytest.raises(SystemExit) as end:
-        command(main)()
-    said = capsys.readouterr().err
-    assert (
-        end.value.code == 2
-        and said.count("\n") == 1
-        and "CUDA out of memory" in said
-        and "lower --batch_size" in said
-    )
+        command(out_of_memory)()
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert err.count("\n") == 1
+    assert "CUDA out of memory" in err and "lower --batch_size" in err
 
     def broken():
         raise RuntimeError("a mistake of ours")
@@ -126,22 +123,52 @@ def test_a_gpu_that_is_too_small_is_one_line(capsys):
         command(broken)()
 
 
+def test_generator_depends_on_all_numbers():
+    seeds = set()
+    for numbers in ((0, 1), (1, 0), (0, 2), (0,)):
+        seed = devices.generator(*numbers).initial_seed()
+        assert seed == devices.generator(*numbers).initial_seed()
+        seeds.add(seed)
+    assert len(seeds) == 4
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases
+
+CANT_BE_IMPORTED = "raise TypeError('Descriptors cannot be created')"
+CANT_START = """
+Settings = dict
+
+def init(**_):
+    raise TimeoutError()
+"""
+CANT_MAKE_PICTURES = """
+class Run:
+    def log(self, *_):
+        pass
+
+    finish = log
+
+def init(**_):
+    return Run()
+
+def Image(_):
+    raise OSError('no space')
+
+Settings, Table = dict, list
+"""
+
+
 @pytest.mark.parametrize(
-    "stub, said",
+    "stub, warning",
     [
-        ("raise TypeError('Descriptors cannot be created')", "can't be imported (Descriptors"),
-        (
-            "Settings = dict\ndef init(**_): raise TimeoutError()",
-            "W&B offline failed (TimeoutError)",
-        ),
-        (
-            "class Run:\n    log = finish = lambda *_: None\nSettings, init = dict, lambda **_: Run()\n"
-            "def Image(_): raise OSError('no space')\nTable = list",
-            "W&B failed (no space)",
-        ),
+        (CANT_BE_IMPORTED, "can't be imported (Descriptors"),
+        (CANT_START, "W&B offline failed (TimeoutError)"),
+        (CANT_MAKE_PICTURES, "W&B failed (no space)"),
     ],
+    ids=["import", "start", "pictures"],
 )
-def test_whatever_wandb_does_the_run_goes_on(tmp_path, monkeypatch, capsys, stub, said):
+def test_whatever_wandb_does_the_run_goes_on(tmp_path, monkeypatch, capsys, stub, warning):
     (tmp_path / "wandb.py").write_text(stub)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
@@ -149,43 +176,20 @@ def test_whatever_wandb_does_the_run_goes_on(tmp_path, monkeypatch, capsys, stub
     tracker.log({"a": 1})
     tracking.log_mistakes(tracker, [(tmp_path / "a.jpg", "rose", "iris", 0.5)])
     tracker.finish()
-    assert said in capsys.readouterr().err
+    assert warning in capsys.readouterr().err
     sys.modules.pop("wandb", None)
 
 
-def test_generator_depends_on_all_numbers():
-    draws = {
-        tuple(devices.generator(*n).initial_seed() for _ in range(2))
-        for n in ((0, 1), (1, 0), (0, 2), (0,))
-    }
-    assert len(draws) == 4 and all(a == b for a, b in draws)
-
-
 def train(small, tmp_path, *options, **environment):
-    env = (
-        {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-        | {"HOME": str(tmp_path)}
-        | environment
-    )
+    """train.py in a process of its own, without a W&B key: what it did, and its seconds."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    env["HOME"] = str(tmp_path)  # and so without ~/.netrc
+    env.update(environment)
+    command = [sys.executable, ROOT / "train.py", "--data_root", small, "--architecture", "tiny"]
+    command += ["--epochs", "1", "--batch_size", "12", "--runs", tmp_path, "--name", "w"]
     start = time.time()
     done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "train.py",
-            "--data_root",
-            small,
-            "--architecture",
-            "tiny",
-            "--epochs",
-            "1",
-            "--batch_size",
-            "12",
-            "--runs",
-            tmp_path,
-            "--name",
-            "w",
-            *options,
-        ],
+        [*command, *options],
         env=env,
         capture_output=True,
         text=True,
@@ -198,27 +202,26 @@ def train(small, tmp_path, *options, **environment):
 def test_wandb_without_a_key_is_offline_and_asks_nothing(small, tmp_path):
     done, _ = train(small, tmp_path)
     assert done.returncode == 0, done.stderr
-    kept = list((tmp_path / "w" / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(kept) == 1 and kept[0].stat().st_size > 1000
+    offline = list((tmp_path / "w" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(offline) == 1
+    assert offline[0].stat().st_size > 1000
     assert (tmp_path / "w" / "result.json").exists()
 
 
 def test_wandb_with_a_dead_server_does_not_cost_the_run(small, tmp_path):
-    done, seconds = train(
-        small, tmp_path, WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9"
-    )
-    assert done.returncode == 0 and (tmp_path / "w" / "result.json").exists(), done.stderr
+    dead_server = "http://127.0.0.1:9"
+    done, seconds = train(small, tmp_path, WANDB_API_KEY="0" * 40, WANDB_BASE_URL=dead_server)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "w" / "result.json").exists()
     assert "warning: W&B" in done.stderr and "Traceback" not in done.stderr
     assert list((tmp_path / "w" / "wandb").glob("offline-run-*")), "kept offline"
-    assert seconds < 120
+    assert seconds < 120  # it waits for the server, but not for long
 
 
 def test_without_wandb_installed(small, tmp_path):
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "wandb.py").write_text("raise ImportError('hidden')")
     done, _ = train(small, tmp_path, PYTHONPATH=str(tmp_path / "hide"))
-    assert (
-        done.returncode == 0
-        and "wandb can't be imported" in done.stderr
-        and (tmp_path / "w" / "result.json").exists()
-    )
+    assert done.returncode == 0
+    assert "wandb can't be imported" in done.stderr
+    assert (tmp_path / "w" / "result.json").exists()
