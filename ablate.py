@@ -278,12 +278,13 @@ def phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[
 
 
 def study_phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[Point]]]:
-    """Yield the parts of `study`, or of `final`, which goes on from a factorial that has been run."""
+    """Yield the parts of `study`, or of `final`, which needs a factorial that has been run."""
     rows = settings_of("factorial", levels)
     factorial = [make_point("factorial", row, common) for row in rows]
     yield "start", stand_ins(rows, common)
     if grid == "study":
         yield "factorial", factorial
+    # From here on the factorial has been run: its results choose what follows.
     best = choose(factorial, common.runs)
     if not best:
         print("# what follows is chosen on the results of factorial, and there are none yet")
@@ -477,6 +478,7 @@ def run(
     signal.signal(signal.SIGTERM, interrupt)
     try:
         while queue or running:
+            # Fill the free slots.
             free = [slot for slot in range(len(slots)) if slot not in running]
             for slot in free:
                 variables = os.environ | environment | slots[slot]
@@ -484,9 +486,12 @@ def run(
                 if started:
                     running[slot] = started
             time.sleep(0.1)
+
+            # A process that has ended frees its slot.
             ended = [slot for slot, (_, process) in running.items() if process.poll() is not None]
             for slot in ended:
                 point, process = running.pop(slot)
+                # None if the point finished
                 error = failure(folder / point.name, process.returncode)
                 outcomes.append(error is None)
                 progress = f"{point.name} ({len(outcomes)} of {len(points)})"

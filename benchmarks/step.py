@@ -1,5 +1,5 @@
-"""Full fine-tuning, a step and an epoch: ours against the plain recipe, open_clip's training step, and
-the CLIPModel(return_loss=True) of transformers.
+"""Full fine-tuning, a step and an epoch: ours against the plain recipe, open_clip's training step,
+and the CLIPModel(return_loss=True) of transformers.
 
     python benchmarks/step.py       # a step, ViT-B/32 shape, batch 64; ten minutes on two cores
     python benchmarks/step.py --architecture tiny --epoch_images 1024 --data_root data/flowers-102
@@ -7,8 +7,8 @@ the CLIPModel(return_loss=True) of transformers.
 The second command measures epochs from JPEGs: decoding, feeding, training. The peers take a caption
 of 77 tokens for each image (transformers: as long as the longest), ours takes each distinct prompt
 once, cut to length. In an epoch theirs come from a DataLoader with two workers and their own
-transform, ours from the pixel cache. All have random weights of the same shape. At the end it prints
-how far our loss and gradients are from those of the plain recipe.
+transform, ours from the pixel cache. All have random weights of the same shape. At the end it
+prints how far our loss and gradients are from those of the plain recipe.
 """
 
 import argparse

@@ -3,9 +3,9 @@ recipe with open_clip, and the pipeline of transformers.
 
     python benchmarks/zeroshot.py --data_root data/flowers-102      # ten minutes on two cores
 
-Shape of ViT-B/32, random weights, 128 images of the test split. CLIP_benchmark: the prompts of one
-class after the other through the text tower at 77 tokens, images from a DataLoader with two workers.
-The pipeline takes one image after the other and encodes all names anew with each; it gets
+Shape of ViT-B/32, random weights, 128 images of the test split. CLIP_benchmark: the prompts of
+one class after the other through the text tower at 77 tokens, images from a DataLoader with two
+workers. The pipeline takes one image after the other and encodes all names anew with each; it gets
 --pipeline_images of them. Ours is measured without a pixel cache, and with it.
 """
 
