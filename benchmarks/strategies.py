@@ -6,8 +6,8 @@ frozen part computes, against the plain recipe with requires_grad=False.
 
 Random weights; without flags the shape of ViT-B/32 and 64 images. The plain recipe decodes every
 image with PIL + clip's transform and sends it and a prompt of 77 tokens through both towers at
-every step. The limit counts the FLOPs that are left of our steps. `linear`: there the image tower and a
-step over each batch, here an iteration of L-BFGS over all features.
+every step. The limit counts the FLOPs that are left of our steps. `linear`: there the image tower
+and a step over each batch, here an iteration of L-BFGS over all features.
 """
 
 import argparse
