@@ -300,7 +300,7 @@ def first_visit(visitor: Visitor, addresses: dict, flowers: Flowers, folder: Pat
 
     # thumbnails and colours are made in the background
     begin = time.perf_counter()
-    caches = (folder / "cache" / "flowers-102", flowers.root)
+    caches = (folder / "cache" / "flowers-102", flowers.root / ".cache")
     while not any(list(cache.rglob("thumbnail-hsv*.npy")) for cache in caches):
         time.sleep(0.2)
     seconds = time.perf_counter() - begin
