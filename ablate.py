@@ -1,14 +1,17 @@
-"""Run a grid of train.py, a process for each point: finished points are skipped, killed ones resumed, failed ones recorded while the rest go on.
+"""Run a grid of train.py, one process a point. Finished points are skipped, interrupted ones are
+resumed, and failed ones are recorded while the others go on.
 
-    python ablate.py temperature                                             # ViT-B/32, six temperatures and a learned one, seeds 0 1 2
-    python ablate.py factorial --architecture ViT-B/32 RN50 --gpus 0 1 2 3   # strategy x architecture x learning rate
-    python ablate.py learning_rate --strategy lora --seeds 0 --epochs 3      # flags it does not know go to train.py
-    python ablate.py temperature --sweep                                     # a W&B sweep file instead, for agents on several machines
-    python ablate.py study --runs runs/study                                 # factorial; one-factor grids (first architecture and strategy); final table
+    python ablate.py temperature               # ViT-B/32, 5 fixed and 2 learned values, 3 seeds
+    python ablate.py factorial --architecture ViT-B/32 RN50 --gpus 0 1 2 3
+    python ablate.py learning_rate --strategy lora --seeds 0 --epochs 3  # --epochs is train.py's
+    python ablate.py temperature --sweep       # write a W&B sweep file, for many machines
+    python ablate.py study --runs runs/study   # factorial, then one factor at a time, then final
 
-All choices are made on val: grids run with --holdout. `final` (and the end of `study`) takes the best settings of each strategy and architecture
-there, trains on all training images, and touches test once. An architecture of random weights (tiny, tiny-rn) is first trained on the base classes,
-as a stand-in for pretraining. python report.py --runs RUNS makes the report.
+All choices are made on val: the grids run with --holdout. `final` (and the end of `study`) takes
+the best settings of each strategy and architecture, trains on all training images, and evaluates
+on test once. The one-factor grids of `study` use the first architecture and strategy. An
+architecture with random weights (tiny, tiny-rn) is first trained on the base classes, as a stand-in
+for pretraining. python report.py --runs RUNS makes the report.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,22 +36,35 @@ from flowers import UserError, command, evaluate, files, runs
 from flowers.models import RANDOM, SHAPES
 from flowers.strategies import LEARNING_RATES, STRATEGIES
 
-NINE = tuple(name for name in SHAPES if name not in RANDOM)
-TUNED = tuple(
-    s for s in STRATEGIES if s != "linear"
-)  # logistic regression has no learning rate to cross
-STAND_IN = 50  # learning rates of tiny and tiny-rn, in those of the pretrained models: 5e-4 to 1e-5
-OPENAI, PLAIN = "a photo of a {}, a type of flower.", "{}"
-# A grid is a list of blocks, a block a product of axes. A tuple holds the levels of an axis, which --architecture, --strategy, --times and --seeds
-# may replace; anything else is fixed. A list is a flag given several times. `times`: the learning rate, in the strategy's default.
-DEFAULTS = {
+# -----------------------------------------------------------------------------
+# the grids
+
+PRETRAINED = tuple(name for name in SHAPES if name not in RANDOM)  # OpenAI's nine
+# logistic regression ("linear") has no learning rate to cross
+TUNED = tuple(strategy for strategy in STRATEGIES if strategy != "linear")
+
+PROJECT = evaluate.TEMPLATE
+OPENAI = "a photo of a {}, a type of flower."
+NAME_ALONE = "{}"
+ALL_TEMPLATES = [PROJECT, OPENAI, NAME_ALONE]
+
+# A grid is a list of blocks, and a block is a product of axes. The value of an axis is
+#   a tuple: its levels, which --architecture, --strategy, --times and --seeds may replace;
+#   a list: one level, a flag given several times;
+#   anything else: one fixed level, which no flag replaces.
+# `times` is the learning rate as a multiple of the strategy's default.
+DEFAULT_AXES = {
     "seed": (0, 1, 2),
     "architecture": ("ViT-B/32",),
     "strategy": ("full",),
     "times": (1.0,),
 }
+# A linear probe gives the same result with every seed, so one is enough.
+UNTRAINED = {"architecture": PRETRAINED, "strategy": "full", "times": 1.0, "epochs": 0, "seed": 0}
+LINEAR = {"architecture": PRETRAINED, "strategy": "linear", "times": 1.0, "seed": 0}
+CROSSED = {"architecture": PRETRAINED, "strategy": TUNED, "times": (0.2, 1.0, 5.0)}
 GRIDS = {
-    "architecture": [{"architecture": NINE}],
+    "architecture": [{"architecture": PRETRAINED}],
     "strategy": [{"strategy": STRATEGIES}],
     "learning_rate": [{"times": (0.1, 0.3, 1.0, 3.0, 10.0)}],
     "temperature": [
@@ -56,52 +72,31 @@ GRIDS = {
         {"temperature": (0.01, 0.07), "learn_temperature": True},
     ],
     "batch_size": [{"batch_size": (16, 64, 256, 512), "chunk_size": 64}],
-    "positives": [
-        {"positives": ("pair", "class"), "prompt_template": [evaluate.TEMPLATE, OPENAI, PLAIN]}
-    ],
-    "prompt": [
-        {
-            "prompt_template": (
-                [evaluate.TEMPLATE],
-                [OPENAI],
-                [PLAIN],
-                [evaluate.TEMPLATE, OPENAI, PLAIN],
-            )
-        }
-    ],
+    # with one prompt a class both losses are the same, so there are three
+    "positives": [{"positives": ("pair", "class"), "prompt_template": ALL_TEMPLATES}],
+    "prompt": [{"prompt_template": ([PROJECT], [OPENAI], [NAME_ALONE], ALL_TEMPLATES)}],
     "augment": [{"augment": ("none", "flip", "crop")}],
     "base_to_new": [{"strategy": STRATEGIES, "classes": "base"}],
     "shots": [{"shots": (1, 2, 4, 8, 16)}],
-    "factorial": [
-        {
-            "architecture": NINE,
-            "strategy": "full",
-            "times": 1.0,
-            "epochs": 0,
-            "seed": 0,
-        },  # the model as it came
-        {
-            "architecture": NINE,
-            "strategy": "linear",
-            "times": 1.0,
-            "seed": 0,
-        },  # the same with every seed
-        {"architecture": NINE, "strategy": TUNED, "times": (0.2, 1.0, 5.0)},
-    ],
+    "factorial": [UNTRAINED, LINEAR, CROSSED],
 }
-ONE_FACTOR = (
-    "temperature",
-    "batch_size",
-    "positives",
-    "prompt",
-    "augment",
-    "shots",
-    "base_to_new",
-)  # of the study, after the factorial
+# These choose their settings from the results of `factorial`.
+CHOOSING = ("final", "study")
+# What the study runs after the factorial, with everything else at the best settings.
+ONE_FACTOR = ("temperature", "batch_size", "positives", "prompt", "augment", "shots", "base_to_new")
+
+# Random weights need larger steps than pretrained ones: 1e-5 becomes 5e-4.
+RANDOM_LR_FACTOR = 50
+# These would make a name too long; the digest at its end tells them apart.
+NOT_IN_NAME = (*DEFAULT_AXES, "prompt_template", "chunk_size")
+# ablate.py sets these flags of train.py itself.
+RESERVED = ("--lr", "--seed", "--name", "--holdout", "--resume", "--tau_lr")
 
 
 @dataclass(frozen=True)
 class Point:
+    """One run of train.py."""
+
     name: str
     settings: dict
     arguments: tuple[str, ...]  # of train.py, without --runs and --name
@@ -109,12 +104,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Common:
-    """What all points of one command share."""
+    """What all points of one command have in common."""
 
     runs: Path
-    data: tuple[str, ...]  # flags that say which images
-    rest: tuple[str, ...]  # flags for train.py, of the points only
-    start_epochs: int
+    data_flags: tuple[str, ...]  # which images
+    train_flags: tuple[str, ...]  # for train.py, but not for the stand-in for pretraining
+    start_epochs: int  # of the stand-in for pretraining
 
 
 @command
@@ -122,9 +117,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        allow_abbrev=False,  # a flag that is not ours goes to train.py as it is
     )
-    parser.add_argument("grid", choices=[*GRIDS, "final", "study"])
+    # Axes
+    parser.add_argument("grid", choices=[*GRIDS, *CHOOSING])
     parser.add_argument(
         "--architecture",
         nargs="+",
@@ -140,317 +136,415 @@ def main():
         "--times",
         nargs="+",
         type=float,
-        help="learning rates, in the strategy's default (default: the grid's own, else 1)",
+        help="learning rates, in multiples of the strategy's own (default: the grid's, else 1)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument(
         "--start_epochs",
         type=int,
         default=19,
-        help="of the stand-in for pretraining of tiny and tiny-rn (default: %(default)s)",
+        help="epochs of the stand-in for pretraining of tiny and tiny-rn (default: %(default)s)",
     )
+    # Data
     group = parser.add_argument_group("data")
-    for flag in ("--data_root", "--splits_path", "--splits", "--class_names"):
-        group.add_argument(flag, help="as in train.py")
+    group.add_argument("--data_root", help="as in train.py")
+    group.add_argument("--splits_path", help="as in train.py")
+    group.add_argument("--splits", help="as in train.py")
+    group.add_argument("--class_names", help="as in train.py")
+    # Running
     group = parser.add_argument_group("running")
     group.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
-    group.add_argument("--jobs", type=int, help="points at a time (default: one a GPU)")
+    group.add_argument("--jobs", type=int, help="points to run at a time (default: one a GPU)")
     group.add_argument(
-        "--gpus",
-        nargs="+",
-        help="numbers of the GPUs to share out (default: whatever train.py sees)",
+        "--gpus", nargs="+", help="numbers of the GPUs to use (default: those that train.py sees)"
     )
     group.add_argument(
         "--wandb",
         default="auto",
         help="as in train.py; the group is the grid's name (default: %(default)s)",
     )
-    group.add_argument("--only", help="run the point of this name alone")
-    group.add_argument("--dry_run", action="store_true", help="print the commands")
+    group.add_argument("--only", help="run only the point of this name")
+    group.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     group.add_argument(
         "--sweep",
         action="store_true",
         help="write RUNS/GRID.sweep.yaml for `wandb sweep`; each agent runs points of the grid",
     )
-    args, rest = parser.parse_known_args()
+    args, train_flags = parser.parse_known_args()
 
-    data = tuple(
-        x
-        for key in ("data_root", "splits_path", "splits", "class_names")
-        if getattr(args, key)
-        for x in (f"--{key}", getattr(args, key))
-    )
-    fixed = [
-        x
-        for x in rest
-        if x.split("=")[0] in ("--lr", "--seed", "--name", "--holdout", "--resume", "--tau_lr")
-    ]
-    if fixed or (rest and not rest[0].startswith("--")):
+    # -----------------------------------------------------------------------------
+    # settings
+    check_train_flags(train_flags)
+    common = Common(Path(args.runs), data_flags(args), tuple(train_flags), args.start_epochs)
+    levels = chosen_levels(args)
+    slots = make_slots(args.jobs, args.gpus)
+    if args.sweep:
+        print(write_sweep(args.grid, common, levels, sys.argv[1:]))
+        return
+
+    # -----------------------------------------------------------------------------
+    # run
+    outcomes = []
+    for grid, points in phases(args.grid, common, levels):
+        if args.only is not None:
+            # the stand-in for pretraining is what the others start from
+            points = [p for p in points if p.name == args.only or p.name.startswith("start-")]
+        if args.dry_run:
+            print(f"# {grid}: {len(points)} points")
+            for point in points:
+                print(shlex.join(["python", "train.py", *train_arguments(point, common.runs)]))
+        else:
+            environment = {"WANDB_RUN_GROUP": grid, "TQDM_MININTERVAL": "10"}
+            outcomes += run(points, common.runs, slots, environment, args.wandb)
+    if args.dry_run:
+        return
+
+    # -----------------------------------------------------------------------------
+    # result
+    finished = outcomes.count(True)
+    failed = outcomes.count(False)
+    print(f"{finished} points finished, {failed} failed; python report.py --runs {args.runs}")
+    if failed:
         raise UserError(
-            f"{(fixed or rest)[0]}: ablate.py sets the learning rate (--times), seeds (--seeds), names and --holdout itself"
+            f"{failed} points failed: see {common.runs / 'failed.jsonl'}, mend the cause, "
+            "and run the same command again"
         )
-    common = Common(Path(args.runs), data, tuple(rest), args.start_epochs)
-    given = {
+
+
+# -----------------------------------------------------------------------------
+# from flags to settings
+
+
+def check_train_flags(train_flags: Sequence[str]) -> None:
+    """Raise UserError for a flag that ablate.py sets itself, or a word that is no flag."""
+    wrong = [flag for flag in train_flags if flag.split("=")[0] in RESERVED]
+    if train_flags and not train_flags[0].startswith("--"):
+        wrong.append(train_flags[0])
+    if wrong:
+        raise UserError(
+            f"{wrong[0]}: ablate.py sets the learning rate (--times), seeds (--seeds), "
+            "names and --holdout itself"
+        )
+
+
+def data_flags(args: argparse.Namespace) -> tuple[str, ...]:
+    """The flags of train.py that say which images to use; those not given are left out."""
+    flags = []
+    for key in ("data_root", "splits_path", "splits", "class_names"):
+        value = getattr(args, key)
+        if value:
+            flags += [f"--{key}", value]
+    return tuple(flags)
+
+
+def chosen_levels(args: argparse.Namespace) -> dict[str, tuple]:
+    """The levels that the command line gives for some axes, in place of the grid's own."""
+    axes = {
         "architecture": args.architecture,
         "strategy": args.strategy,
         "times": args.times,
         "seed": args.seeds,
     }
-    given = {key: tuple(levels) for key, levels in given.items() if levels}
-    jobs = args.jobs if args.jobs is not None else len(args.gpus or [0])
+    return {axis: tuple(levels) for axis, levels in axes.items() if levels}
+
+
+def make_slots(jobs: int | None, gpus: Sequence[str] | None) -> list[dict[str, str]]:
+    """The environment of each process that may run at a time: its GPU, or its part of the cores."""
+    if jobs is None:
+        jobs = len(gpus) if gpus else 1
     if jobs < 1:
         raise UserError("--jobs must be at least 1")
-    slots = [
-        {"CUDA_VISIBLE_DEVICES": args.gpus[i % len(args.gpus)]}
-        if args.gpus
-        else {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
-        for i in range(jobs)
-    ]
-    if args.sweep:
-        print(write_sweep(args.grid, common, given, sys.argv[1:]))
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs)]
+    threads = max(1, os.cpu_count() // jobs)
+    return [{"OMP_NUM_THREADS": str(threads)} for _ in range(jobs)]
+
+
+# -----------------------------------------------------------------------------
+# from a grid to points
+
+
+def phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[Point]]]:
+    """Yield the parts of a grid in order, as (name, points).
+
+    A part that is chosen from the results of an earlier one is made only when it is asked for.
+    """
+    if grid in CHOOSING:
+        yield from study_phases(grid, common, levels)
         return
-
-    finished = failed = 0
-    for grid, points in phases(args.grid, common, given):
-        points = [p for p in points if args.only in (None, p.name) or p.name.startswith("start-")]
-        if args.dry_run:
-            print(
-                "\n".join(
-                    [f"# {grid}: {len(points)} points"]
-                    + [
-                        shlex.join(["python", "train.py", *train_arguments(p, common.runs)])
-                        for p in points
-                    ]
-                )
-            )
-            continue
-        ended = run(
-            points,
-            common.runs,
-            slots,
-            {"WANDB_RUN_GROUP": grid, "TQDM_MININTERVAL": "10"},
-            args.wandb,
-        )
-        finished, failed = finished + ended.count(True), failed + ended.count(False)
-    if not args.dry_run:
-        print(f"{finished} points finished, {failed} failed; python report.py --runs {args.runs}")
-        if failed:
-            raise UserError(
-                f"{failed} points failed: see {common.runs / 'failed.jsonl'}, mend the cause, and run the same command again"
-            )
+    rows = settings_of(grid, levels)
+    yield "start", stand_ins(rows, common)
+    yield grid, [make_point(grid, row, common) for row in rows]
 
 
-def phases(grid: str, common: Common, given: dict) -> Iterator[tuple[str, list[Point]]]:
-    """The parts of a grid in order. A part that is chosen from the results of an earlier one is made when it is asked for."""
-    several = grid in ("final", "study")
-    rows = settings_of("factorial" if several else grid, given)
-    yield (
-        "start",
-        [start(a, common) for a in dict.fromkeys(r["architecture"] for r in rows) if a in RANDOM],
-    )
-    if not several:
-        yield grid, [point(grid, r, common) for r in rows]
-        return
-    factorial = [point("factorial", r, common) for r in rows]
+def study_phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[Point]]]:
+    """Yield the parts of `study`, or of `final`, which needs a factorial that has been run."""
+    rows = settings_of("factorial", levels)
+    factorial = [make_point("factorial", row, common) for row in rows]
+    yield "start", stand_ins(rows, common)
     if grid == "study":
         yield "factorial", factorial
-    chosen = choose(factorial, common.runs)
-    if not chosen:
+    # From here on the factorial has been run: its results choose what follows.
+    best = choose(factorial, common.runs)
+    if not best:
         print("# what follows is chosen on the results of factorial, and there are none yet")
         return
     if grid == "study":
-        first = next(iter(chosen))[0]
-        trained = [s for a, s in chosen if a == first and s != "linear"]
-        for name in ONE_FACTOR:
-            strategies = trained if name == "base_to_new" else trained[:1]
-            yield (
-                name,
-                [
-                    point(name, r, common)
-                    for s in strategies
-                    for r in settings_of(
-                        name,
-                        given
-                        | {
-                            "architecture": (first,),
-                            "strategy": (s,),
-                            "times": (chosen[first, s]["times"],),
-                        },
-                    )
-                ],
-            )
-    last = [r for r in rows if r.get("epochs") == 0]
-    last += [
-        r | {"seed": seed}
-        for seed in given["seed"]
-        for r in chosen.values()
-        if r["strategy"] != "linear" or seed == given["seed"][0]
-    ]
-    yield "final", [point("final", r, common, holdout=False) for r in last]
+        yield from one_factor_phases(best, common, levels)
+    yield "final", final_points(rows, best, common, levels["seed"])
 
 
-def settings_of(grid: str, given: dict) -> list[dict]:
-    """The points of a grid as settings; the seed varies slowest, so that the table of the first seed is whole first."""
+def one_factor_phases(
+    best: dict[tuple[str, str], dict], common: Common, levels: dict
+) -> Iterator[tuple[str, list[Point]]]:
+    """Yield the one-factor grids, run at the best settings of the first architecture.
+
+    base_to_new compares all strategies that learn by gradient, the other grids use the first.
+    """
+    first = next(iter(best))[0]
+    trained = [s for architecture, s in best if architecture == first and s != "linear"]
+    for grid in ONE_FACTOR:
+        strategies = trained if grid == "base_to_new" else trained[:1]
+        points = []
+        for strategy in strategies:
+            setting = best[first, strategy]
+            fixed = {axis: (value,) for axis, value in setting.items()}
+            rows = settings_of(grid, levels | fixed)
+            points += [make_point(grid, row, common) for row in rows]
+        yield grid, points
+
+
+def final_points(
+    rows: list[dict], best: dict[tuple[str, str], dict], common: Common, seeds: Sequence[int]
+) -> list[Point]:
+    """The untrained models, and the best settings with every seed, on all training images."""
+    final = [row for row in rows if row.get("epochs") == 0]
+    for seed in seeds:
+        for setting in best.values():
+            # a linear probe gives the same result with every seed
+            if setting["strategy"] != "linear" or seed == seeds[0]:
+                final.append(setting | {"seed": seed})
+    return [make_point("final", row, common, holdout=False) for row in final]
+
+
+def settings_of(grid: str, levels: dict[str, tuple]) -> list[dict]:
+    """The settings of each point of a grid, `levels` in place of the grid's own.
+
+    The seed varies slowest, so that the table of the first seed is complete first.
+    """
     rows = []
     for block in GRIDS[grid]:
-        axes = {**DEFAULTS, **block}
-        axes |= {key: levels for key, levels in given.items() if isinstance(axes[key], tuple)}
-        axes = {
-            key: levels if isinstance(levels, tuple) else (levels,) for key, levels in axes.items()
-        }
-        rows += [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+        axes = {}
+        for axis, value in (DEFAULT_AXES | block).items():
+            if not isinstance(value, tuple):
+                axes[axis] = (value,)
+            else:
+                axes[axis] = levels.get(axis, value)
+        for values in itertools.product(*axes.values()):
+            rows.append(dict(zip(axes, values)))
     return rows
 
 
-def point(grid: str, settings: dict, common: Common, holdout: bool = True) -> Point:
-    """A point's name says its grid and settings, and ends in a digest of all its flags: with other flags it is another point."""
-    of_start = grid == "start"
-    model = settings["architecture"]
-    if model in RANDOM and not of_start:
-        model = str(common.runs / start(model, common).name)
-    lr = (
-        LEARNING_RATES[settings["strategy"]]
-        * settings["times"]
-        * (STAND_IN if settings["architecture"] in RANDOM else 1)
-    )
-    flags = [*common.data, *(() if of_start else common.rest), *(["--holdout"] if holdout else [])]
-    for key, value in {**settings, "architecture": model, "lr": f"{lr:.3g}"}.items():
-        for v in value if isinstance(value, list) else [value]:
-            flags += [] if key == "times" else [f"--{key}"] if v is True else [f"--{key}", str(v)]
-    digest = hashlib.sha256(json.dumps(flags).replace(str(common.runs), "").encode()).hexdigest()[
-        :6
-    ]
-    short = (
-        settings["architecture"]
-        if settings["architecture"] in SHAPES
-        else Path(settings["architecture"]).name
-    )
-    words = [
-        short,
-        settings["strategy"],
-        f"lr{lr:.3g}",
-        *(
-            f"{k}{'' if v is True else v}"
-            for k, v in settings.items()
-            if k not in (*DEFAULTS, "prompt_template", "chunk_size")
-        ),
-        f"s{settings['seed']}",
-        digest,
-    ]
-    return Point(
-        "-".join([grid, *words]).replace("/", "-").replace("_", ""), settings, tuple(flags)
-    )
+def stand_ins(rows: list[dict], common: Common) -> list[Point]:
+    """The stand-ins for pretraining that the rows start from, one a random architecture."""
+    architectures = dict.fromkeys(row["architecture"] for row in rows)
+    return [stand_in(name, common) for name in architectures if name in RANDOM]
 
 
-def start(architecture: str, common: Common) -> Point:
-    """The stand-in for pretraining: a random model trained whole on the base classes, the images of val and test left out."""
-    return point(
-        "start",
-        {
-            "architecture": architecture,
-            "strategy": "full",
-            "times": 1.0,
-            "classes": "base",
-            "epochs": common.start_epochs,
-            "seed": 0,
-        },
-        common,
-    )
+def stand_in(architecture: str, common: Common) -> Point:
+    """A stand-in for pretraining: full training of random weights on the base classes.
+
+    The images of val and test are left out.
+    """
+    settings = {
+        "architecture": architecture,
+        "strategy": "full",
+        "times": 1.0,
+        "classes": "base",
+        "epochs": common.start_epochs,
+        "seed": 0,
+    }
+    return make_point("start", settings, common)
+
+
+def make_point(grid: str, settings: dict, common: Common, holdout: bool = True) -> Point:
+    """The point of these settings: its name, and its flags of train.py.
+
+    The name says grid and settings, and ends in a digest of all flags: with other flags it is
+    another point.
+    """
+    lr = learning_rate(settings)
+    flags = [*common.data_flags]
+    if grid != "start":
+        flags += common.train_flags
+    if holdout:
+        flags.append("--holdout")
+    for key, value in settings.items():
+        if key == "architecture":
+            flags += to_flags(key, starting_weights(grid, value, common))
+        elif key != "times":
+            flags += to_flags(key, value)
+    flags += to_flags("lr", lr)
+
+    # Runs that were moved to another folder keep their names.
+    text = json.dumps(flags).replace(str(common.runs), "")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+
+    architecture = settings["architecture"]
+    if architecture not in SHAPES:
+        architecture = Path(architecture).name  # a checkpoint: the last part of its path
+    words = [grid, architecture, settings["strategy"], f"lr{lr}"]
+    for key, value in settings.items():
+        if key not in NOT_IN_NAME:
+            words.append(key if value is True else f"{key}{value}")
+    words += [f"s{settings['seed']}", digest]
+    name = "-".join(words).replace("/", "-").replace("_", "")
+    return Point(name, settings, tuple(flags))
+
+
+def learning_rate(settings: dict) -> str:
+    """The learning rate of a point, as train.py's --lr."""
+    lr = LEARNING_RATES[settings["strategy"]] * settings["times"]
+    if settings["architecture"] in RANDOM:
+        lr *= RANDOM_LR_FACTOR
+    return f"{lr:.3g}"
+
+
+def starting_weights(grid: str, architecture: str, common: Common) -> str:
+    """What --architecture of train.py becomes: a random one is replaced by its stand-in's run."""
+    if grid == "start" or architecture not in RANDOM:
+        return architecture
+    return str(common.runs / stand_in(architecture, common).name)
+
+
+def to_flags(key: str, value) -> list[str]:
+    """A setting as words of a command line. A list is a flag given several times."""
+    if value is True:
+        return [f"--{key}"]
+    flags = []
+    for item in value if isinstance(value, list) else [value]:
+        flags += [f"--{key}", str(item)]
+    return flags
+
+
+def train_arguments(point: Point, folder: Path) -> list[str]:
+    """All arguments of train.py for a point."""
+    return [*point.arguments, "--runs", str(folder), "--name", point.name]
 
 
 def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str], dict]:
-    """The settings of the best mean val/top1 over seeds, for each (architecture, strategy); a setting of which a seed is missing is not chosen."""
-    scores: dict[tuple, list[float]] = {}
-    for p in (p for p in points if p.settings.get("epochs") != 0):
-        path = folder / p.name / "result.json"
-        score = runs.read_metrics(path.parent, "val")["top1"] if path.exists() else math.nan
-        scores.setdefault(
-            (p.settings["architecture"], p.settings["strategy"], p.settings["times"]), []
-        ).append(score)
-    best: dict[tuple[str, str], tuple] = {}
-    for key, values in scores.items():
+    """The best settings of each (architecture, strategy): the highest mean val/top1 over seeds.
+
+    A setting that lacks a seed is not chosen. Test results are never looked at.
+    """
+    val_top1_of = defaultdict(list)
+    for point in points:
+        # The untrained model is there to compare with: there is nothing to choose.
+        if point.settings.get("epochs") == 0:
+            continue
+        setting = tuple(point.settings[axis] for axis in ("architecture", "strategy", "times"))
+        run_folder = folder / point.name
+        # A seed that has not finished counts as nan, so its setting is never chosen.
+        finished = (run_folder / "result.json").exists()
+        val_top1 = runs.read_metrics(run_folder, "val")["top1"] if finished else math.nan
+        val_top1_of[setting].append(val_top1)
+
+    best = {}
+    best_mean = {}
+    for (architecture, strategy, times), values in val_top1_of.items():
+        pair = architecture, strategy
         mean = sum(values) / len(values)
-        if not math.isnan(mean) and mean > best.get(key[:2], (-1,))[0]:
-            best[key[:2]] = mean, key
-    return {
-        pair: dict(zip(("architecture", "strategy", "times"), key))
-        for pair, (_, key) in best.items()
-    }
+        if mean > best_mean.get(pair, -1):  # false for nan
+            best_mean[pair] = mean
+            best[pair] = {"architecture": architecture, "strategy": strategy, "times": times}
+    return best
 
 
-def train_arguments(p: Point, folder: Path) -> list[str]:
-    return [*p.arguments, "--runs", str(folder), "--name", p.name]
+# -----------------------------------------------------------------------------
+# running
 
 
 def run(
     points: Sequence[Point], folder: Path, slots: Sequence[dict], environment: dict, wandb: str
 ) -> list[bool]:
-    """Run the points, one in each slot at a time; whether each is finished. A point that another process holds is waited for."""
-    queue, busy, ended = deque(points), {}, []
+    """Run the points, one in each slot at a time, and say of each that ended whether it finished.
 
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        while queue or busy:
-            for slot in [i for i in range(len(slots)) if i not in busy]:
-                held = 0
-                while queue and slot not in busy and held <= len(queue):
-                    p = queue.popleft()
-                    state = launch(p, folder, os.environ | environment | slots[slot], wandb)
-                    if state == "finished":
-                        ended.append(True)
-                    elif state == "held":
-                        queue.append(p)
-                        held += 1
-                    else:
-                        busy[slot] = p, state
-            time.sleep(0.1)
-            for slot, (p, process) in list(busy.items()):
-                if process.poll() is not None:
-                    del busy[slot]
-                    ended.append(
-                        process.returncode == 0 and (folder / p.name / "result.json").exists()
-                    )
-                    if not ended[-1]:
-                        log = (folder / p.name / "log.txt").read_text(
-                            errors="replace"
-                        ).splitlines() or [""]
-                        error = next(
-                            (
-                                line
-                                for line in reversed(log)
-                                if re.match(r"error: |\w+(Error|Exception)\b", line)
-                            ),
-                            log[-1],
-                        )
-                        files.append_line(
-                            folder / "failed.jsonl",
-                            {
-                                "name": p.name,
-                                "code": process.returncode,
-                                "error": error,
-                                "arguments": p.arguments,
-                            },
-                        )
-                    print(
-                        f"{'finished' if ended[-1] else 'FAILED'} {p.name} ({len(ended)} of {len(points)})"
-                        + ("" if ended[-1] else f": {error}"),
-                        flush=True,
-                    )
-    finally:
-        for _, process in busy.values():
-            process.terminate()
-    return ended
-
-
-def launch(p: Point, folder: Path, environment: dict, wandb: str) -> subprocess.Popen | str:
-    """Start, or resume, a point: its process, or 'finished', or 'held' while a process of this or a killed ablate.py works on it.
-
-    The lock is on the log that the process writes to: it inherits it, and holds it until its end, whatever becomes of its parent.
+    slots: the environment variables of each slot. environment: those of all processes.
+    A point that another process is working on is waited for.
     """
-    run_folder = folder / p.name
+    queue = deque(points)
+    running = {}  # slot: (point, process)
+    outcomes = []
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        while queue or running:
+            # Fill the free slots.
+            free = [slot for slot in range(len(slots)) if slot not in running]
+            for slot in free:
+                variables = os.environ | environment | slots[slot]
+                started = start_next(queue, outcomes, folder, variables, wandb)
+                if started:
+                    running[slot] = started
+            time.sleep(0.1)
+
+            # A process that has ended frees its slot.
+            ended = [slot for slot, (_, process) in running.items() if process.poll() is not None]
+            for slot in ended:
+                point, process = running.pop(slot)
+                # None if the point finished
+                error = failure(folder / point.name, process.returncode)
+                outcomes.append(error is None)
+                progress = f"{point.name} ({len(outcomes)} of {len(points)})"
+                if error is None:
+                    print(f"finished {progress}", flush=True)
+                    continue
+                row = {
+                    "name": point.name,
+                    "code": process.returncode,
+                    "error": error,
+                    "arguments": point.arguments,
+                }
+                files.append_line(folder / "failed.jsonl", row)
+                print(f"FAILED {progress}: {error}", flush=True)
+    finally:
+        # Ctrl-C and SIGTERM come here too: unless ablate.py is killed, its processes end with it.
+        for _, process in running.values():
+            process.terminate()
+    return outcomes
+
+
+def interrupt(*_) -> None:
+    """On SIGTERM: end as on Ctrl-C, so that the processes are ended too."""
+    raise KeyboardInterrupt
+
+
+def start_next(
+    queue: deque, outcomes: list[bool], folder: Path, environment: dict, wandb: str
+) -> tuple[Point, subprocess.Popen] | None:
+    """Start the first point of the queue that needs a process; None if none does.
+
+    Finished points leave the queue for `outcomes`; those held by another process go to its end.
+    """
+    for _ in range(len(queue)):
+        point = queue.popleft()
+        process = launch(point, folder, environment, wandb)
+        if process == "finished":
+            outcomes.append(True)
+        elif process == "held":
+            queue.append(point)
+        else:
+            return point, process
+    return None
+
+
+def launch(point: Point, folder: Path, environment: dict, wandb: str) -> subprocess.Popen | str:
+    """Start or resume a point and return its process, 'finished', or 'held'.
+
+    A point is held while a process of this or of another ablate.py works on it. The lock is on the
+    log: train.py inherits the open file, and with it the lock, and so holds it until its own end,
+    even if the ablate.py that started it is killed.
+    """
+    run_folder = folder / point.name
     run_folder.mkdir(parents=True, exist_ok=True)
     with (run_folder / "log.txt").open("ab") as log:
         try:
@@ -458,17 +552,16 @@ def launch(p: Point, folder: Path, environment: dict, wandb: str) -> subprocess.
         except BlockingIOError:
             return "held"
         if (run_folder / "result.json").exists():
+            # it may have been killed between result.json and its line in results.jsonl
             runs.register(run_folder)
             return "finished"
-        resume = (run_folder / "args.json").exists()
-        script = [sys.executable, str(Path(__file__).resolve().parent / "train.py")]
+        if (run_folder / "args.json").exists():
+            arguments = ["--resume", str(run_folder)]
+        else:
+            arguments = train_arguments(point, folder)
+        script = Path(__file__).resolve().parent / "train.py"
         return subprocess.Popen(
-            [
-                *script,
-                *(["--resume", str(run_folder)] if resume else train_arguments(p, folder)),
-                "--wandb",
-                wandb,
-            ],
+            [sys.executable, str(script), *arguments, "--wandb", wandb],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -476,33 +569,46 @@ def launch(p: Point, folder: Path, environment: dict, wandb: str) -> subprocess.
         )
 
 
-def write_sweep(grid: str, common: Common, given: dict, arguments: list[str]) -> Path:
-    """A sweep over the names of the grid's points: each agent calls this script for the next one. JSON, which is YAML too."""
-    if grid in ("final", "study"):
+def failure(run_folder: Path, code: int) -> str | None:
+    """What went wrong in a run whose process has ended: a line of its log. None if it finished."""
+    if code == 0 and (run_folder / "result.json").exists():
+        return None
+    # the last line that names an error; a killed process has none, so the last line of all
+    lines = (run_folder / "log.txt").read_text(errors="replace").splitlines()
+    for line in reversed(lines):
+        if re.match(r"error: |\w+(Error|Exception)\b", line):
+            return line
+    return lines[-1] if lines else ""
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases
+
+
+def write_sweep(grid: str, common: Common, levels: dict, arguments: list[str]) -> Path:
+    """Write a sweep over the names of the grid's points, and return its path.
+
+    Each agent calls this script with --only for the next name. The file is JSON, which is YAML too.
+    arguments: those of this command, which the agents repeat.
+    """
+    if grid in CHOOSING:
         raise UserError(
-            f"{grid} chooses its settings from results: sweep factorial, then run ablate.py {grid} where the runs are"
+            f"{grid} chooses its settings from results: sweep factorial, "
+            f"then run ablate.py {grid} where the runs are"
         )
+    names = [make_point(grid, row, common).name for row in settings_of(grid, levels)]
+    repeated = [argument for argument in arguments if argument != "--sweep"]
+    sweep = {
+        "name": grid,
+        "method": "grid",
+        "metric": {"name": "val/top1", "goal": "maximize"},
+        "program": "ablate.py",
+        "parameters": {"only": {"values": names}},
+        "command": ["${env}", "python", "${program}", *repeated, "${args}"],
+    }
     path = common.runs / f"{grid}.sweep.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(
-        path,
-        {
-            "name": grid,
-            "method": "grid",
-            "metric": {"name": "val/top1", "goal": "maximize"},
-            "program": "ablate.py",
-            "parameters": {
-                "only": {"values": [point(grid, r, common).name for r in settings_of(grid, given)]}
-            },
-            "command": [
-                "${env}",
-                "python",
-                "${program}",
-                *(a for a in arguments if a != "--sweep"),
-                "${args}",
-            ],
-        },
-    )
+    files.write_json(path, sweep)
     return path
 
 

@@ -1,11 +1,13 @@
-"""What the benchmarks share: works that take turns, the rows of the table that benchmarks/table.py prints, and what this machine can do at most."""
+"""What the benchmarks share: timing in alternating rounds, the rows of the table that
+benchmarks/table.py prints, and what this machine can do at most.
+"""
 
 import argparse
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +18,12 @@ TABLE = [
     "| | against | theirs | ours | times as fast [least, most] | physical limit |",
     "|---|---|---|---|---|---|",
 ]
-
-MATRICES = "counted FLOPs at the rate of a matrix product"  # a limit
+# one of the physical limits, in the words of the table
+MATRICES = "counted FLOPs at the rate of a matrix product"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --rounds and --rows."""
     parser.add_argument(
         "--rounds",
         type=int,
@@ -32,28 +35,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def seconds(work: Callable) -> float:
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
+# -----------------------------------------------------------------------------
+# timing
 
 
 def synchronize() -> None:
+    """Wait for the GPU, which works while Python goes on."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
+def seconds(work: Callable) -> float:
+    """Seconds that work() takes."""
+    synchronize()  # what was started before does not count
+    start = time.perf_counter()
+    work()
+    synchronize()  # what it started does
+    return time.perf_counter() - start
+
+
 def alternate(works: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each work in each round; in a round all take their turn, every second time in the other order. A first round warms up."""
+    """Seconds of each work in each round. A first round warms up and is not counted.
+
+    In a round all works take their turn, every second time in the opposite order, so that a machine
+    that gets slower or faster meanwhile favours none of them.
+    """
     if rounds < 1:
         raise UserError("--rounds must be at least 1")
     spent = {name: [] for name in works}
     for i in range(rounds + 1):
-        for name in list(works)[:: -1 if i % 2 else 1]:
+        order = list(works) if i % 2 == 0 else list(reversed(works))
+        for name in order:
             spent[name].append(seconds(works[name]))
     return {name: times[1:] for name, times in spent.items()}
+
+
+def per_item(spent: dict[str, list[float]], n: int) -> dict[str, list[float]]:
+    """Seconds of each work for one of its n items."""
+    return {name: [t / n for t in times] for name, times in spent.items()}
+
+
+# -----------------------------------------------------------------------------
+# the table
 
 
 def report(
@@ -63,31 +86,32 @@ def report(
     limit: float | None = None,
     limit_is: str = "",
 ) -> None:
-    """Print a line of the table for every peer against the last of `spent`, which is ours, and append them to `path`.
+    """Print a line of the table for every peer, and append its row to the file `path`.
 
-    spent: seconds for the same piece of work, by name, one a round. limit: seconds that the physical limit alone would take.
+    spent: seconds for the same piece of work, by name, one a round; the last name is ours, all
+    others are peers. limit: seconds that the physical limit alone would take; limit_is: its name.
     """
     *peers, ours = spent
-    mine = statistics.median(spent[ours])
+    ours_s = statistics.median(spent[ours])
+    if limit:
+        limit_text = f"{limit_is}: {duration(limit)}, we take {ours_s / limit:.1f} times that"
+    else:
+        limit_text = limit_is or "-"
     for peer in peers:
-        ratios = [a / b for a, b in zip(spent[peer], spent[ours])]
-        near = (
-            f"{limit_is}: {duration(limit)}, we take {mine / limit:.1f} times that"
-            if limit
-            else limit_is or "-"
-        )
+        # the ratio of each round: both sides of it were measured one after the other
+        ratios = [theirs / own for theirs, own in zip(spent[peer], spent[ours])]
         row = {
             "what": what,
             "peer": peer,
             "theirs_s": statistics.median(spent[peer]),
             "ours": ours,
-            "ours_s": mine,
+            "ours_s": ours_s,
             "ratio": statistics.median(ratios),
             "least": min(ratios),
             "most": max(ratios),
             "rounds": len(ratios),
             "limit_s": limit,
-            "limit": near,
+            "limit": limit_text,
         }
         print(line(row), flush=True)
         if path:
@@ -95,47 +119,84 @@ def report(
 
 
 def line(row: dict) -> str:
-    digits = lambda x: f"{x:,.0f}" if x >= 20 else f"{x:.1f}" if x >= 1.95 else f"{x:.2f}"
-    return (
-        f"| {row['what']} | {row['peer']} | {duration(row['theirs_s'])} | {row['ours']}, {duration(row['ours_s'])} | **{digits(row['ratio'])}** "
-        f"[{digits(row['least'])}, {digits(row['most'])}] | {row['limit']} |"
-    )
+    """A row as a line of the Markdown table."""
+    ours = f"{row['ours']}, {duration(row['ours_s'])}"
+    spread = f"[{ratio(row['least'])}, {ratio(row['most'])}]"
+    cells = [
+        row["what"],
+        row["peer"],
+        duration(row["theirs_s"]),
+        ours,
+        f"**{ratio(row['ratio'])}** {spread}",
+        row["limit"],
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def ratio(value: float) -> str:
+    """A ratio with the digits that the spread of the rounds leaves it."""
+    if value >= 20:
+        return f"{value:,.0f}"
+    if value >= 1.95:
+        return f"{value:.1f}"
+    return f"{value:.2f}"
 
 
 def duration(spent: float) -> str:
-    unit, scale = next(
-        ((u, s) for u, s in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if spent * s >= 1), ("ns", 1e9)
-    )
-    return f"{spent * scale:.3g} {unit}"
+    """Seconds in three digits and a unit that suits them."""
+    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if spent * scale >= 1:
+            return f"{spent * scale:.3g} {unit}"
+    return f"{spent * 1e9:.3g} ns"
+
+
+# -----------------------------------------------------------------------------
+# physical limits
 
 
 def peak_flops(device: torch.device | str = "cpu") -> float:
-    """Operations a second of a large matrix product here, at the precision that the models compute in: what no model can exceed."""
-    kind = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    n = 8192 if torch.device(device).type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=kind)
-    return max(2 * n**3 / seconds(lambda: a @ a) for _ in range(6))
+    """Operations a second of a large matrix product, at the precision that the models compute in.
+
+    No model can exceed it.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    n = 8192 if on_gpu else 2048
+    matrix = torch.randn(n, n, device=device, dtype=dtype)
+    operations = 2 * n**3  # a multiplication and an addition each
+    return max(operations / seconds(lambda: matrix @ matrix) for _ in range(6))
 
 
 def bandwidth() -> float:
-    """Bytes a second of a large copy, read and written counted."""
-    a = torch.zeros(1 << 28, dtype=torch.uint8)
-    b = torch.empty_like(a)
-    return max(2 * len(a) / seconds(lambda: b.copy_(a)) for _ in range(5))
+    """Bytes a second of a large copy, those read and those written both counted."""
+    source = torch.zeros(1 << 28, dtype=torch.uint8)  # 256 MB, more than any cache
+    target = torch.empty_like(source)
+    return max(2 * len(source) / seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
 def machine() -> str:
-    """The processor, or the GPU, in words."""
+    """The GPU in words, or the number and kind of the cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpu = Path("/proc/cpuinfo")
-    model = (
-        [
-            x.split(":")[1].strip()
-            for x in cpu.read_text().splitlines()
-            if x.startswith("model name")
-        ]
-        if cpu.exists()
-        else [platform.processor()]
-    )
-    return f"{os.cpu_count()} cores, {model[0] if model else 'unknown processor'}, no GPU"
+    return f"{os.cpu_count()} cores, {processor()}, no GPU"
+
+
+def processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    for text in cpuinfo.read_text().splitlines():
+        if text.startswith("model name"):
+            return text.split(":")[1].strip()
+    return "unknown processor"
+
+
+# -----------------------------------------------------------------------------
+# images
+
+
+def spread_over(items: Sequence, n: int) -> Sequence:
+    """At most n items, evenly spread over all of them."""
+    step = max(1, len(items) // n)
+    return items[::step][:n]

@@ -1,10 +1,13 @@
-"""Full fine-tuning, a step and an epoch: ours against the plain recipe, open_clip's training step, and transformers' CLIPModel(return_loss=True).
+"""Full fine-tuning, a step and an epoch: ours against the plain recipe, open_clip's training step,
+and the CLIPModel(return_loss=True) of transformers.
 
-    python benchmarks/step.py                                                                    # a step, ViT-B/32 shape, batch 64; ten minutes on two cores
-    python benchmarks/step.py --architecture tiny --epoch_images 1024 --data_root data/flowers-102   # whole epochs from JPEGs: decoding, feeding, training
+    python benchmarks/step.py       # a step, ViT-B/32 shape, batch 64; ten minutes on two cores
+    python benchmarks/step.py --architecture tiny --epoch_images 1024 --data_root data/flowers-102
 
-Peers take a caption of 77 tokens for each image (transformers: as long as the longest), ours each distinct prompt once, cut to length. In an epoch
-theirs come from a DataLoader with two workers and their own transform, ours from the pixel cache. Random weights of the same shape; at the end it
+The second command measures epochs from JPEGs: decoding, feeding, training. The peers take a caption
+of 77 tokens for each image (transformers: as long as the longest), ours takes each distinct prompt
+once, cut to length. In an epoch theirs come from a DataLoader with two workers and their own
+transform, ours from the pixel cache. All have random weights of the same shape. At the end it
 prints how far our loss and gradients are from those of the plain recipe.
 """
 
@@ -16,7 +19,7 @@ from pathlib import Path
 import clip
 import torch
 import torch.nn.functional as F
-from measure import MATRICES, add_arguments, alternate, peak_flops, report
+from measure import MATRICES, add_arguments, alternate, peak_flops, report, spread_over
 from peers import (
     Pictures,
     clip_transform,
@@ -28,73 +31,16 @@ from peers import (
 )
 from torch.utils.data import DataLoader
 
+import flowers
 from flowers import command, devices, evaluate, models
-from flowers.data import add_data_arguments, open_flowers
+from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.losses import info_nce
 from flowers.pixels import get_batch, load_pixels, to_device
 
-
-def step_of(loss_of: Callable, model: torch.nn.Module, **options) -> Callable:
-    """A true step of AdamW at learning rate 0, which leaves the weights alone."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, **options)
-
-    def step(images, labels):
-        optimizer.zero_grad()
-        with devices.autocast(images.device):
-            loss = loss_of(images, labels)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def steps(architecture: str, prompts: list[str], device: torch.device) -> dict:
-    """One training step (images, labels) -> loss of each way, and our model."""
-    from open_clip.loss import ClipLoss
-
-    model = models.build(architecture).to(device)
-    their_clip, their_transformer = (
-        open_clip_model(architecture).to(device).train(),
-        transformers_model(architecture).to(device).train(),
-    )
-    long, short = clip.tokenize(prompts).to(device), models.tokenize(prompts).to(device)
-    ids, contrast = (
-        transformers_tokenizer()(prompts, padding=True, return_tensors="pt")["input_ids"].to(
-            device
-        ),
-        ClipLoss(),
-    )
-
-    def plain(images, labels):
-        image, text = (
-            F.normalize(f.float(), dim=1)
-            for f in (model.encode_image(images), model.encode_text(long[labels]))
-        )
-        return info_nce(image, text, model.logit_scale.exp())
-
-    def ours(images, labels):
-        distinct, inverse = torch.unique(labels, return_inverse=True)
-        return info_nce(
-            models.encode_images(model, images),
-            models.encode_texts(model, short[distinct]).index_select(0, inverse),
-            model.logit_scale.exp(),
-        )
-
-    return {
-        "model": model,
-        "plain recipe": step_of(plain, model),
-        "open_clip's step": step_of(
-            lambda images, labels: contrast(*their_clip(images, long[labels])[:3]), their_clip
-        ),
-        "transformers, return_loss=True": step_of(
-            lambda images, labels: (
-                their_transformer(input_ids=ids[labels], pixel_values=images, return_loss=True).loss
-            ),
-            their_transformer,
-        ),
-        "train.py's step": step_of(ours, model, fused=True),
-    }
+PLAIN = "plain recipe"
+OPEN_CLIP = "open_clip's step"
+TRANSFORMERS = "transformers, return_loss=True"
+OURS = "train.py's step"
 
 
 @command
@@ -123,84 +69,184 @@ def main():
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    names = list(
-        json.loads(Path(models.__file__).with_name("cat_to_name.json").read_text()).values()
-    )
-    flowers = (
-        open_flowers(args.data_root, args.splits_path, args.splits) if args.epoch_images else None
-    )
-    ways = steps(
-        args.architecture,
-        evaluate.fill_templates(flowers.class_names if flowers else names, [evaluate.TEMPLATE]),
-        device,
-    )
-    model = ways.pop("model")
+
+    # -----------------------------------------------------------------------------
+    # models and a batch
+    if args.epoch_images:
+        dataset = open_flowers(args.data_root, args.splits_path, args.splits)
+        class_names = dataset.class_names
+    else:
+        class_names = oxford_names()
+    prompts = evaluate.fill_templates(class_names, [evaluate.TEMPLATE])
+    model = models.build(args.architecture).to(device)
+    steps = {
+        PLAIN: plain_step(model, prompts),
+        OPEN_CLIP: open_clip_step(args.architecture, prompts, device),
+        TRANSFORMERS: transformers_step(args.architecture, prompts, device),
+        OURS: our_step(model, prompts),
+    }
     side = model.visual.input_resolution
     images = torch.randn(args.batch_size, 3, side, side, device=device)
-    labels = torch.randint(
-        0, len(flowers.class_names) if flowers else len(names), (args.batch_size,), device=device
-    )
-    plain, ours = ways["plain recipe"], ways["train.py's step"]
-    losses, gradients = [], []
-    for step in (plain, ours):
-        losses.append(step(images, labels))
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    apart = max(((a - b).norm() / a.norm().clamp_min(1e-12)).item() for a, b in zip(*gradients))
-    operations = models.count_flops(lambda: ours(images, labels))
+    labels = torch.randint(0, len(class_names), (args.batch_size,), device=device)
 
-    if not flowers:
-        spent = alternate(
-            {name: lambda step=step: step(images, labels) for name, step in ways.items()},
-            args.rounds,
-        )
-        report(
-            args.rows,
-            f"full fine-tuning step, {args.architecture}, batch {args.batch_size}",
-            spent,
-            operations / peak_flops(device),
-            MATRICES,
-        )
+    # -----------------------------------------------------------------------------
+    # the same loss and gradients?
+    plain_loss, plain_gradients = loss_and_gradients(model, steps[PLAIN], images, labels)
+    our_loss, our_gradients = loss_and_gradients(model, steps[OURS], images, labels)
+    difference = max(map(relative_difference, plain_gradients, our_gradients))
+
+    # -----------------------------------------------------------------------------
+    # time
+    flops = models.count_flops(lambda: steps[OURS](images, labels))
+    if args.epoch_images:
+        works, n = epochs(steps, dataset, side, args, device)
+        flops *= n / args.batch_size
+        what = f"full fine-tuning epoch from JPEGs, {args.architecture}, {n:,} images"
     else:
-        train = flowers.splits["train"][
-            :: max(1, len(flowers.splits["train"]) // args.epoch_images)
-        ][: args.epoch_images]
-        files, classes = [flowers.files[i] for i in train], torch.from_numpy(flowers.labels[train])
-        pixels, places = (
-            to_device(load_pixels(flowers, side), device),
-            torch.from_numpy(train.copy()),
-        )
-        loaders = {
-            name: DataLoader(
-                Pictures(files, classes, transform(side)),
-                args.batch_size,
-                shuffle=True,
-                num_workers=2,
-                persistent_workers=True,
-            )
-            for name, transform in zip(
-                ways, (clip_transform, open_clip_transform, transformers_transform)
-            )
-        }
-
-        def epoch(name):
-            feed = loaders.get(name) or (
-                (get_batch(pixels, places[part], device), classes[part])
-                for part in torch.randperm(len(files)).split(args.batch_size)
-            )
-            for x, y in feed:
-                ways[name](x.to(device), y.to(device))
-
-        spent = alternate({name: lambda name=name: epoch(name) for name in ways}, args.rounds)
-        report(
-            args.rows,
-            f"full fine-tuning epoch from JPEGs, {args.architecture}, {len(files):,} images, batch {args.batch_size}",
-            spent,
-            operations * len(files) / args.batch_size / peak_flops(device),
-            MATRICES,
-        )
+        works = {name: lambda step=step: step(images, labels) for name, step in steps.items()}
+        what = f"full fine-tuning step, {args.architecture}"
+    what += f", batch {args.batch_size}"
+    seconds = alternate(works, args.rounds)
+    report(args.rows, what, seconds, flops / peak_flops(device), MATRICES)
     print(
-        f"loss {losses[0]:.6f} (plain recipe) and {losses[1]:.6f} (ours); greatest relative difference of a parameter's gradient {apart:.1e}"
+        f"loss {plain_loss:.6f} (plain recipe) and {our_loss:.6f} (ours); "
+        f"greatest relative difference of a parameter's gradient {difference:.1e}"
     )
+
+
+def oxford_names() -> list[str]:
+    """The 102 names of the dataset, without the dataset."""
+    path = Path(flowers.__file__).with_name("cat_to_name.json")
+    return list(json.loads(path.read_text()).values())
+
+
+# -----------------------------------------------------------------------------
+# one training step (images, labels) -> loss of each way
+
+
+def optimizer_step(loss_of: Callable, model: torch.nn.Module, **options) -> Callable:
+    """A real step of AdamW at learning rate 0, which leaves the weights as they are."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, **options)
+
+    def step(images, labels):
+        optimizer.zero_grad()
+        with devices.autocast(images.device):
+            loss = loss_of(images, labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def plain_step(model: torch.nn.Module, prompts: list[str]) -> Callable:
+    """Each image with its own caption, through OpenAI's own forward pass."""
+    tokens = clip.tokenize(prompts).to(model.logit_scale.device)  # (C, 77)
+
+    def loss_of(images, labels):
+        image = F.normalize(model.encode_image(images).float(), dim=1)  # (B, D)
+        text = F.normalize(model.encode_text(tokens[labels]).float(), dim=1)  # (B, D)
+        return info_nce(image, text, model.logit_scale.exp())
+
+    return optimizer_step(loss_of, model)
+
+
+def open_clip_step(architecture: str, prompts: list[str], device: torch.device) -> Callable:
+    """The same with the model and the loss of open_clip."""
+    from open_clip.loss import ClipLoss
+
+    model = open_clip_model(architecture).to(device).train()
+    tokens = clip.tokenize(prompts).to(device)  # (C, 77)
+    contrastive_loss = ClipLoss()
+
+    def loss_of(images, labels):
+        image, text, scale = model(images, tokens[labels])[:3]
+        return contrastive_loss(image, text, scale)
+
+    return optimizer_step(loss_of, model)
+
+
+def transformers_step(architecture: str, prompts: list[str], device: torch.device) -> Callable:
+    """The same with the model of transformers, which computes its own loss."""
+    model = transformers_model(architecture).to(device).train()
+    tokenizer = transformers_tokenizer()
+    # (C, T), padded to the longest prompt
+    tokens = tokenizer(prompts, padding=True, return_tensors="pt")["input_ids"].to(device)
+
+    def loss_of(images, labels):
+        return model(input_ids=tokens[labels], pixel_values=images, return_loss=True).loss
+
+    return optimizer_step(loss_of, model)
+
+
+def our_step(model: torch.nn.Module, prompts: list[str]) -> Callable:
+    """Each distinct prompt of the batch once, cut to the longest one."""
+    tokens = models.tokenize(prompts).to(model.logit_scale.device)  # (C, T)
+
+    def loss_of(images, labels):
+        distinct, inverse = torch.unique(labels, return_inverse=True)
+        image = models.encode_images(model, images)  # (B, D)
+        text = models.encode_texts(model, tokens[distinct])  # (distinct, D)
+        return info_nce(image, text.index_select(0, inverse), model.logit_scale.exp())
+
+    return optimizer_step(loss_of, model, fused=True)
+
+
+def loss_and_gradients(
+    model: torch.nn.Module, step: Callable, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[float, list[torch.Tensor]]:
+    """The loss of a step, and the gradient that it leaves at each parameter."""
+    loss = step(images, labels)
+    return loss, [p.grad.clone() for p in model.parameters()]
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|a - b| / |a|."""
+    return ((a - b).norm() / a.norm().clamp_min(1e-12)).item()
+
+
+# -----------------------------------------------------------------------------
+# epochs
+
+
+def epochs(
+    steps: dict[str, Callable],
+    dataset: Flowers,
+    side: int,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> tuple[dict[str, Callable], int]:
+    """An epoch of each way, from JPEGs or from our cache, and the number of its images."""
+    index = spread_over(dataset.splits["train"], args.epoch_images)
+    files = [dataset.files[i] for i in index]
+    labels = torch.from_numpy(dataset.labels[index])
+    pixels = to_device(load_pixels(dataset, side), device)
+    index = torch.from_numpy(index.copy())  # a writable array, as torch wants it
+
+    def our_batches():
+        for part in torch.randperm(len(files)).split(args.batch_size):
+            yield get_batch(pixels, index[part], device), labels[part]
+
+    def loader(transform):
+        pictures = Pictures(files, labels, transform(side))
+        return DataLoader(
+            pictures, args.batch_size, shuffle=True, num_workers=2, persistent_workers=True
+        )
+
+    def epoch(step, batches):
+        for images, targets in batches:
+            step(images.to(device), targets.to(device))
+
+    peers = {
+        PLAIN: loader(clip_transform),
+        OPEN_CLIP: loader(open_clip_transform),
+        TRANSFORMERS: loader(transformers_transform),
+    }
+    works = {}
+    for name, batches in peers.items():
+        works[name] = lambda name=name, batches=batches: epoch(steps[name], batches)
+    works[OURS] = lambda: epoch(steps[OURS], our_batches())
+    return works, len(files)
 
 
 if __name__ == "__main__":

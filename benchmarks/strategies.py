@@ -1,20 +1,25 @@
-"""An epoch after the first, each strategy that freezes something: ours, which keeps the frozen part, against the plain recipe with requires_grad=False.
+"""An epoch after the first of each strategy that freezes something: ours, which keeps what the
+frozen part computes, against the plain recipe with requires_grad=False.
 
-    python benchmarks/strategies.py --data_root data/flowers-102               # ViT-B/32 shape, random weights, 64 images; 12 minutes on two cores
+    python benchmarks/strategies.py --data_root data/flowers-102    # 12 minutes on two cores
     python benchmarks/strategies.py --architecture ViT-L/14@336px --images 1024   # on a GPU
 
-The plain recipe decodes every image with PIL + clip's transform and sends it and a prompt of 77 tokens through both towers at every step. The limit
-counts the FLOPs that are left of our steps. `linear`: the image tower and a step over each batch there, an iteration of L-BFGS over all features here.
+Random weights; without flags the shape of ViT-B/32 and 64 images. The plain recipe decodes every
+image with PIL + clip's transform and sends it and a prompt of 77 tokens through both towers at
+every step. The limit counts the FLOPs that are left of our steps. `linear`: there the image tower
+and a step over each batch, here an iteration of L-BFGS over all features.
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import MATRICES, add_arguments, alternate, peak_flops, report
+from measure import MATRICES, add_arguments, alternate, peak_flops, report, spread_over
 from peers import Pictures, clip_transform
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
@@ -25,6 +30,31 @@ from flowers.losses import info_nce
 from flowers.pixels import get_batch, load_pixels
 
 MEASURED = ("last_blocks", "text", "prompt", "linear", "image", "lora")
+PLAIN = "plain recipe, requires_grad=False"
+SCALE = 100.0  # of the logits, as CLIP was trained
+
+
+@dataclass
+class Setup:
+    """What both ways of one strategy share."""
+
+    strategy: str
+    blocks: int  # of last_blocks
+    flowers: Flowers
+    labels: torch.Tensor  # (N,)
+    pixels: torch.Tensor  # (N, 3, R, R) uint8
+    model: torch.nn.Module
+    head: torch.nn.Linear  # of `linear`
+    tokens: torch.Tensor  # (C, T) on the CPU, cut to the longest prompt
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+    def update(self, loss: torch.Tensor) -> float:
+        """A real step of AdamW, at learning rate 0."""
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
 
 
 @command
@@ -47,132 +77,198 @@ def main():
         "--batch_size", type=int, default=64, help="images a step (default: %(default)s)"
     )
     parser.add_argument(
-        "--blocks", type=int, default=2, help="of last_blocks (default: %(default)s)"
+        "--blocks", type=int, default=2, help="blocks of last_blocks (default: %(default)s)"
     )
     parser.add_argument(
-        "--strategies", nargs="+", choices=MEASURED, default=MEASURED, help="(default: all)"
+        "--strategies",
+        nargs="+",
+        choices=MEASURED,
+        default=MEASURED,
+        help="strategies to measure (default: all)",
     )
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flowers = open_flowers(args.data_root, args.splits_path, args.splits)
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # the dataset's images in a folder of its own, whose cache goes with it
-        index = flowers.splits["train"][:: max(1, len(flowers.splits["train"]) // args.images)][
-            : args.images
-        ]
-        flowers = Flowers(
-            Path(folder),
-            tuple(flowers.files[i] for i in index),
-            flowers.labels[index],
-            flowers.class_names,
-            {},
-        )
-        labels, everything = torch.from_numpy(flowers.labels), torch.arange(len(index))
+
+    full = open_flowers(args.data_root, args.splits_path, args.splits)
+    index = spread_over(full.splits["train"], args.images)
+    files = tuple(full.files[i] for i in index)
+    # the images in a folder of their own, whose cache goes with it
+    with tempfile.TemporaryDirectory() as folder:
+        flowers = Flowers(Path(folder), files, full.labels[index], full.class_names, {})
         for strategy in args.strategies:
-            torch.manual_seed(0)
-            model = models.build(args.architecture).to(device)
-            strategies.prepare(model, strategy, args.blocks)
-            side = model.visual.input_resolution
-            template = strategies.context_template(4) if strategy == "prompt" else evaluate.TEMPLATE
-            short = models.tokenize(evaluate.fill_templates(flowers.class_names, [template]))
-            long, ends = (
-                F.pad(short, (0, 77 - short.shape[1])).to(device),
-                short.argmax(1).to(device),
-            )
-            head = torch.nn.Linear(model.text_projection.shape[1], len(flowers.class_names)).to(
-                device
-            )
-            trained = (
-                list(head.parameters())
-                if strategy == "linear"
-                else [p for p in model.parameters() if p.requires_grad]
-            )
-            optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
-
-            image_blocks, text_blocks = strategies.cut_points(strategy, args.blocks)
-            (_, image_rest), (text_trunk, text_rest) = (
-                models.split_image_tower(model, image_blocks),
-                models.split_text_tower(model, text_blocks),
-            )
-            pixels = load_pixels(flowers, side)
-            start = time.perf_counter()
-            kept = (
-                None
-                if image_blocks is None
-                else frozen.image_activations(model, flowers, pixels, everything, image_blocks).to(
-                    device
-                )
-            )
-            texts = (
-                None
-                if text_blocks is None
-                else frozen.text_activations(model, flowers, short, text_blocks).to(device)
-            )
-            first = time.perf_counter() - start
-
-            def step(loss):
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                return loss.item()
-
-            def plain(images, y):
-                image = models.encode_images(model, images.to(device))
-                if strategy == "linear":
-                    return step(F.cross_entropy(head(image), y.to(device)))
-                return step(info_nce(image, models.encode_texts(model, long[y.to(device)]), 100.0))
-
-            def ours(part):
-                image = image_rest(
-                    get_batch(pixels, part, device) if kept is None else kept[part.to(device)]
-                )
-                rows, inverse = (
-                    x.to(device) for x in torch.unique(labels[part], return_inverse=True)
-                )
-                text = text_rest(
-                    text_trunk(short.to(device)[rows]) if texts is None else texts[rows], ends[rows]
-                )
-                return step(info_nce(image, text.index_select(0, inverse), 100.0))
-
-            def regression():
-                fit = LogisticRegression(C=strategies.DEFAULT_C, max_iter=50).fit(
-                    kept.float().cpu().numpy(), labels.numpy()
-                )
-                iterations.append(int(fit.n_iter_[0]))
-
-            iterations, loader = (
-                [],
-                DataLoader(
-                    Pictures(flowers.files, flowers.labels, clip_transform(side)), args.batch_size
-                ),
-            )
-            name = f"train.py --strategy {strategy}"
-            works = {
-                "plain recipe, requires_grad=False": lambda: [plain(*pair) for pair in loader],
-                name: regression
-                if strategy == "linear"
-                else lambda: [ours(part) for part in everything.split(args.batch_size)],
-            }
-            what = f"epoch of {strategy}, {args.architecture}, {len(index)} images"
+            setup = prepare(strategy, flowers, args)
             if strategy == "linear":
-                spent = alternate(works, args.rounds)
-                spent[name] = [t / i for t, i in zip(spent[name], iterations[1:])]
-                limit = 4 * len(index) * head.weight.numel() / peak_flops(device)
+                measure_linear(setup, args)
             else:
-                part = everything[: args.batch_size]
-                losses = plain(get_batch(pixels, part, "cpu"), labels[part]), ours(part)
-                limit = (
-                    models.count_flops(lambda: ours(part))
-                    * len(index)
-                    / len(part)
-                    / peak_flops(device)
-                )
-                spent = alternate(works, args.rounds)
-                print(
-                    f"{strategy}: loss {losses[0]:.4f} (plain recipe) and {losses[1]:.4f} (ours), frozen part once {first:.1f} s"
-                )
-            report(args.rows, what, spent, limit, MATRICES)
+                measure_steps(setup, args)
+
+
+def prepare(strategy: str, flowers: Flowers, args: argparse.Namespace) -> Setup:
+    """Build the model and the optimiser of a strategy, with random weights."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = models.build(args.architecture).to(device)
+    strategies.prepare(model, strategy, args.blocks)
+    width = model.text_projection.shape[1]
+    head = torch.nn.Linear(width, len(flowers.class_names)).to(device)
+    if strategy == "linear":
+        trained = list(head.parameters())
+    else:
+        trained = [p for p in model.parameters() if p.requires_grad]
+
+    template = evaluate.TEMPLATE
+    if strategy == "prompt":
+        template = strategies.context_template(4)  # four learned words
+    prompts = evaluate.fill_templates(flowers.class_names, [template])
+    return Setup(
+        strategy=strategy,
+        blocks=args.blocks,
+        flowers=flowers,
+        labels=torch.from_numpy(flowers.labels),
+        pixels=load_pixels(flowers, model.visual.input_resolution),
+        model=model,
+        head=head,
+        tokens=models.tokenize(prompts),
+        optimizer=torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True),
+        device=device,
+    )
+
+
+# -----------------------------------------------------------------------------
+# the plain recipe
+
+
+def plain_step(setup: Setup) -> Callable:
+    """A step (images, labels) -> loss through both towers."""
+    model, device = setup.model, setup.device
+    padding = models.CONTEXT - setup.tokens.shape[1]
+    tokens = F.pad(setup.tokens, (0, padding)).to(device)  # (C, 77)
+
+    def step(images, labels):
+        labels = labels.to(device)
+        image = models.encode_images(model, images.to(device))  # (B, D)
+        if setup.strategy == "linear":
+            return setup.update(F.cross_entropy(setup.head(image), labels))
+        text = models.encode_texts(model, tokens[labels])  # (B, D)
+        return setup.update(info_nce(image, text, SCALE))
+
+    return step
+
+
+def plain_epoch(setup: Setup, batch_size: int) -> Callable:
+    """An epoch of such steps from the files, decoded anew."""
+    step = plain_step(setup)
+    transform = clip_transform(setup.model.visual.input_resolution)
+    pictures = Pictures(setup.flowers.files, setup.flowers.labels, transform)
+    loader = DataLoader(pictures, batch_size)
+
+    def epoch():
+        for images, labels in loader:
+            step(images, labels)
+
+    return epoch
+
+
+# -----------------------------------------------------------------------------
+# ours
+
+
+def our_step(setup: Setup) -> Callable:
+    """A step (index) -> loss, from what the frozen part has made of images and texts, kept."""
+    model, device = setup.model, setup.device
+    image_blocks, text_blocks = strategies.cut_points(setup.strategy, setup.blocks)
+    _, image_rest = models.split_image_tower(model, image_blocks)
+    text_trunk, text_rest = models.split_text_tower(model, text_blocks)
+    tokens = setup.tokens.to(device)
+    ends = tokens.argmax(1)  # the end token has the highest number
+
+    # None: nothing of that tower is frozen
+    images = texts = None
+    if image_blocks is not None:
+        images = image_activations(setup, image_blocks)
+    if text_blocks is not None:
+        texts = frozen.text_activations(model, setup.flowers, setup.tokens, text_blocks).to(device)
+
+    def step(index):
+        if images is None:
+            image = image_rest(get_batch(setup.pixels, index, device))  # (B, D)
+        else:
+            image = image_rest(images[index.to(device)])
+        # each distinct prompt of the batch once
+        distinct, inverse = torch.unique(setup.labels[index], return_inverse=True)
+        distinct = distinct.to(device)
+        inverse = inverse.to(device)
+        trunk = text_trunk(tokens[distinct]) if texts is None else texts[distinct]
+        text = text_rest(trunk, ends[distinct])  # (distinct, D)
+        return setup.update(info_nce(image, text.index_select(0, inverse), SCALE))
+
+    return step
+
+
+def image_activations(setup: Setup, blocks: int) -> torch.Tensor:
+    """What enters the last `blocks` blocks of the image tower, for all images."""
+    everything = torch.arange(len(setup.labels))
+    kept = frozen.image_activations(setup.model, setup.flowers, setup.pixels, everything, blocks)
+    return kept.to(setup.device)
+
+
+# -----------------------------------------------------------------------------
+# measuring
+
+
+def measure_steps(setup: Setup, args: argparse.Namespace) -> None:
+    """Measure a strategy that is trained by gradient steps."""
+    start = time.perf_counter()
+    step = our_step(setup)
+    frozen_s = time.perf_counter() - start
+
+    n = len(setup.labels)
+    batches = torch.arange(n).split(args.batch_size)
+
+    def our_epoch():
+        for index in batches:
+            step(index)
+
+    # both ways must have the same loss; the weights do not change
+    first = batches[0]
+    images = get_batch(setup.pixels, first, "cpu")
+    plain_loss = plain_step(setup)(images, setup.labels[first])
+    our_loss = step(first)
+    flops = models.count_flops(lambda: step(first)) * n / len(first)
+
+    ways = {
+        PLAIN: plain_epoch(setup, args.batch_size),
+        f"train.py --strategy {setup.strategy}": our_epoch,
+    }
+    seconds = alternate(ways, args.rounds)
+    print(
+        f"{setup.strategy}: loss {plain_loss:.4f} (plain recipe) and {our_loss:.4f} (ours), "
+        f"frozen part once {frozen_s:.1f} s"
+    )
+    what = f"epoch of {setup.strategy}, {args.architecture}, {n} images"
+    report(args.rows, what, seconds, flops / peak_flops(setup.device), MATRICES)
+
+
+def measure_linear(setup: Setup, args: argparse.Namespace) -> None:
+    """Measure `linear`, whose epoch is an iteration of L-BFGS over the features of all images."""
+    features = image_activations(setup, blocks=0).float().cpu().numpy()  # (N, D)
+    labels = setup.labels.numpy()
+    iterations = []
+
+    def regression():
+        model = LogisticRegression(C=strategies.DEFAULT_C, max_iter=50)
+        model.fit(features, labels)
+        iterations.append(int(model.n_iter_[0]))
+
+    ours = "train.py --strategy linear"
+    ways = {PLAIN: plain_epoch(setup, args.batch_size), ours: regression}
+    seconds = alternate(ways, args.rounds)
+    counted = iterations[1:]  # without the round that warms up
+    seconds[ours] = [fit / count for fit, count in zip(seconds[ours], counted)]
+
+    # logits and their gradient: two products of N x D x C, two operations each
+    flops = 4 * len(labels) * setup.head.weight.numel()
+    what = f"epoch of linear, {args.architecture}, {len(labels)} images"
+    report(args.rows, what, seconds, flops / peak_flops(setup.device), MATRICES)
 
 
 if __name__ == "__main__":

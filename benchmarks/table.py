@@ -1,9 +1,12 @@
-"""Run the benchmarks one after the other and print one table of ratios; it is also written to benchmarks/results.md, with date, commit and machine.
+"""Run the benchmarks one after the other and print one table of ratios.
+
+The table is also written to benchmarks/results.md, with date, commit and machine.
 
     make bench DATA_ROOT=data/flowers-102      # half an hour on two cores that do nothing else
     python benchmarks/table.py --data_root sample --only pixels colour
 
-Each row is measured in one run, the ways taking turns; the ratio is the median of the rounds, with the least and the greatest.
+Each row is measured in one run, the ways taking turns. The ratio is the median of the rounds, with
+the least and the greatest.
 """
 
 import argparse
@@ -19,18 +22,20 @@ from measure import TABLE, line, machine
 from flowers import UserError, command, files, runs
 
 HERE = Path(__file__).resolve().parent
-DATA = "--data_root"
+# script and settings of each benchmark
 BENCHMARKS = {
-    "pixels": ["pixels.py", DATA],
-    "zeroshot": ["zeroshot.py", "--images", "64", DATA],
+    "pixels": ["pixels.py"],
+    "zeroshot": ["zeroshot.py", "--images", "64"],
     "step": ["step.py", "--batch_size", "32"],
-    "epoch": ["step.py", "--architecture", "tiny", "--epoch_images", "1024", DATA],
-    "strategies": ["strategies.py", "--images", "32", "--batch_size", "32", DATA],
+    "epoch": ["step.py", "--architecture", "tiny", "--epoch_images", "1024"],
+    "strategies": ["strategies.py", "--images", "32", "--batch_size", "32"],
     "architectures": ["architectures.py"],
-    "colour": ["colour.py", DATA],
+    "colour": ["colour.py"],
     "qwen": ["qwen.py"],
-    "web": ["web.py", DATA],
+    "web": ["web.py"],
 }
+# these compute on random numbers, and need no --data_root
+WITHOUT_DATA = ("step", "architectures", "qwen")
 
 
 @command
@@ -39,7 +44,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        DATA,
+        "--data_root",
         default="sample",
         help="folder of the dataset, in torchvision's layout (default: %(default)s)",
     )
@@ -51,40 +56,58 @@ def main():
         nargs="+",
         choices=list(BENCHMARKS),
         default=list(BENCHMARKS),
-        help="(default: all)",
+        help="benchmarks to run (default: all)",
     )
     parser.add_argument(
-        "--output", type=Path, default=HERE / "results.md", help="(default: %(default)s)"
+        "--output",
+        type=Path,
+        default=HERE / "results.md",
+        help="file of the table (default: %(default)s)",
     )
     args = parser.parse_args()
-    here = machine()
+
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
+        rows_file = Path(folder) / "rows.jsonl"
         for name in args.only:
-            words = BENCHMARKS[name]
-            command = [
-                sys.executable,
-                str(HERE / words[0]),
-                *words[1:],
-                *([args.data_root] if words[-1] == DATA else []),
-                "--rounds",
-                str(args.rounds),
-                "--rows",
-                str(file),
-            ]
-            print("$ " + " ".join(["python", *command[1:-2]]), file=sys.stderr, flush=True)
-            if subprocess.run(command, stdout=sys.stderr).returncode:
-                raise UserError(f"the benchmark {name} failed; the table would be without it")
-        rows = files.read_lines(file)
-    environment = runs.environment()
-    head = (
-        f"`make bench DATA_ROOT=PATH`, {time.strftime('%Y-%m-%d')}, commit {environment['commit']}, {here}, {torch.get_num_threads()} threads, "
-        f"torch {environment['versions']['torch']}, random weights, medians of {args.rounds} alternating rounds."
-    )
+            run_benchmark(name, args.data_root, args.rounds, rows_file)
+        rows = files.read_lines(rows_file)
+
+    head = heading(args.rounds)
     text = "\n".join(["# Ratios", "", head, "", *TABLE, *map(line, rows), ""])
     with files.atomic(args.output, "w") as out:
         out.write(text)
     print(text)
+
+
+def run_benchmark(name: str, data_root: str, rounds: int, rows_file: Path) -> None:
+    """Run one benchmark, which appends its rows to the file. Raises UserError if it fails."""
+    script, *arguments = BENCHMARKS[name]
+    if name not in WITHOUT_DATA:
+        arguments += ["--data_root", data_root]
+    arguments += ["--rounds", str(rounds)]
+
+    # standard output is for the table alone
+    print("$ " + " ".join(["python", str(HERE / script), *arguments]), file=sys.stderr, flush=True)
+    words = [sys.executable, str(HERE / script), *arguments, "--rows", str(rows_file)]
+    ended = subprocess.run(words, stdout=sys.stderr)
+    if ended.returncode != 0:
+        raise UserError(f"the benchmark {name} failed; the table would be without it")
+
+
+def heading(rounds: int) -> str:
+    """What the ratios depend on, in a sentence."""
+    environment = runs.environment()
+    parts = [
+        "`make bench DATA_ROOT=PATH`",
+        time.strftime("%Y-%m-%d"),
+        f"commit {environment['commit']}",
+        machine(),
+        f"{torch.get_num_threads()} threads",
+        f"torch {environment['versions']['torch']}",
+        "random weights",
+        f"medians of {rounds} alternating rounds.",
+    ]
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

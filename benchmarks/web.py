@@ -1,10 +1,14 @@
-"""How long a visitor of web.py waits, beside the plain way: st.image(path) of the originals, and the folder listed in every rerun.
+"""How long a visitor of web.py waits, beside the plain way: st.image(path) of the originals, and
+the folder listed in every rerun.
 
-    python benchmarks/web.py --data_root data/flowers-102                   # two minutes; needs playwright (pip) and Chromium (apt-get install chromium)
-    python benchmarks/web.py --data_root data/flowers-102 --images 8189     # its images under so many ids: what does the number of images cost?
+    python benchmarks/web.py --data_root data/flowers-102                # two minutes
+    python benchmarks/web.py --data_root data/flowers-102 --images 8189  # does their number matter?
 
-Clock: from the click or address to the moment when the page rests and every picture is decoded, in a headless Chromium 1440 wide with an
-empty cache; both servers run on this machine and take turns, and the median of the rounds is given. Search uses a `tiny` of random weights.
+It needs playwright (pip) and Chromium (apt-get install chromium). The second command shows the
+images under so many ids, again and again. The clock runs from the click or address until the
+page rests and every picture is decoded, in a headless Chromium 1440 wide with an empty cache. Both
+servers run on this machine and take turns; the median of the rounds is given. Search uses a `tiny`
+of random weights.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +34,10 @@ from flowers import UserError, command, models
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.gallery.data import thumbnail
 
+# -----------------------------------------------------------------------------
+# what runs in Streamlit and in the browser
+
+# The page as one would write it at first: 48 pictures, a class, a button, or one image.
 PLAIN = """
 import json, os, sys
 import scipy.io
@@ -60,79 +69,31 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-RESTS = """n => {
+# All pictures of the page, those of web.py's own component (in a shadow root) included.
+PICTURES = """
     const pictures = [...document.querySelectorAll("[data-testid=stImage] img")];
-    for (const host of document.querySelectorAll("*")) if (host.shadowRoot) pictures.push(...host.shadowRoot.querySelectorAll("img"));
-    return document.querySelector("[data-testid=stApp]")?.dataset.testScriptState == "notRunning" && pictures.length >= n
-        && pictures.every(p => p.complete && p.naturalWidth) && pictures.map(p => p.src).join() != window.before;
-}"""
-REMEMBER = (
-    "() => { const s = []; for (const h of document.querySelectorAll('*')) { if (h.matches('[data-testid=stImage] img')) s.push(h.src);"
-    " if (h.shadowRoot) s.push(...[...h.shadowRoot.querySelectorAll('img')].map(i => i.src)) } window.before = s.join() }"
-)
+    for (const host of document.querySelectorAll("*"))
+        if (host.shadowRoot) pictures.push(...host.shadowRoot.querySelectorAll("img"));
+    const sources = pictures.map(p => p.src).join();
+"""
+# Remember which pictures are shown before the click.
+REMEMBER = f"() => {{ {PICTURES} window.before = sources; }}"
+# The page rests, shows at least n pictures, all decoded, and other ones than before.
+RESTS = f"""n => {{
+    {PICTURES}
+    const app = document.querySelector("[data-testid=stApp]");
+    return app?.dataset.testScriptState == "notRunning"
+        && pictures.length >= n
+        && pictures.every(p => p.complete && p.naturalWidth)
+        && sources != window.before;
+}}"""
+DECODED = "() => [...document.images].every(p => p.complete && p.naturalWidth)"
 
-
-def repeated(flowers: Flowers, n: int, root: Path) -> Path:
-    """A dataset of n images in torchvision's layout: links to those of `flowers`, again and again; every eighth is trnid, every next valid."""
-    (root / "jpg").mkdir(parents=True)
-    ids = np.arange(1, n + 1)
-    for i in ids:
-        (root / "jpg" / f"image_{i:05d}.jpg").symlink_to(
-            flowers.files[i % len(flowers.files)].resolve()
-        )
-    scipy.io.savemat(
-        root / "imagelabels.mat", {"labels": flowers.labels[ids % len(flowers.files)][None] + 1}
-    )
-    scipy.io.savemat(
-        root / "setid.mat",
-        {"trnid": ids[ids % 8 == 0], "valid": ids[ids % 8 == 1], "tstid": ids[ids % 8 > 1]},
-    )
-    (root / "cat_to_name.json").write_text(
-        json.dumps({str(c): name for c, name in enumerate(flowers.class_names, 1)})
-    )
-    return root
-
-
-def start(script: str, arguments: list[str], environment: dict) -> tuple[subprocess.Popen, str]:
-    """A streamlit server of its own, and its address, when it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "streamlit",
-            "run",
-            script,
-            "--server.headless=true",
-            "--server.address=127.0.0.1",
-            f"--server.port={port}",
-            "--browser.gatherUsageStats=false",
-            "--",
-            *arguments,
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5)
-            return process, f"http://127.0.0.1:{port}/"
-        except OSError:
-            time.sleep(0.1)
-    process.terminate()
-    raise UserError("streamlit did not start within 30 s")
-
-
-def waited(page, act, pictures: int) -> float:
-    """Seconds from the action until the page rests with at least so many pictures, other ones than before."""
-    page.evaluate(REMEMBER)
-    begin = time.perf_counter()
-    act()
-    page.wait_for_function(RESTS, arg=pictures, polling=10, timeout=120_000)
-    return time.perf_counter() - begin
+VIEWPORT = {"width": 1440, "height": 900}
+PER_PAGE = 48  # pictures of a page of the grid
+SINGLE = 13  # web.py shows an image with 12 neighbours
+PATIENCE_S = 300  # for a server that starts
+REST_MS = 120_000  # for a page
 
 
 @command
@@ -146,7 +107,7 @@ def main():
         "--images",
         type=int,
         default=0,
-        help="measure on so many, the dataset's own again and again (default: 0, the dataset as it is)",
+        help="images to show, the dataset's own again and again (default: 0, each once)",
     )
     parser.add_argument(
         "--chromium", default="/usr/bin/chromium", help="the browser (default: %(default)s)"
@@ -160,129 +121,266 @@ def main():
         raise UserError(
             f"there is no {args.chromium}: apt-get install chromium, or give --chromium"
         )
+
+    # -----------------------------------------------------------------------------
+    # the dataset, a model to search with, two servers, a browser
     flowers = open_flowers(args.data_root, args.splits_path)
-    work = Path(tempfile.mkdtemp())
-    if args.images:
-        flowers = open_flowers(repeated(flowers, args.images, work / "data"))
-    (work / "plain.py").write_text(PLAIN)
-    (work / "runs" / "tiny").mkdir(parents=True)
-    torch.save(models.build("tiny").state_dict(), work / "runs" / "tiny" / "model.pt")
-    environment = {**os.environ, "XDG_CACHE_HOME": str(work / "cache")}
-    identity = [
-        int(flowers.files[i].stem[6:])
-        for i in range(0, len(flowers.files), max(1, len(flowers.files) // args.rounds))
-    ]
-    rows: dict[str, dict[str, list[float]]] = {}
-    for i, file in enumerate(flowers.files[:48]):
-        (work / f"{i}.jpg").write_bytes(thumbnail(file))
-    (work / "static.html").write_text("".join(f"<img src={i}.jpg width=160>" for i in range(48)))
-    static: list[float] = []  # what the browser alone takes for 48 pictures
+    folder = Path(tempfile.mkdtemp())
     servers = []
     try:
-        plain = start(str(work / "plain.py"), [str(flowers.root)], environment)
-        servers.append(plain[0])
-        ours = start(
-            str(Path(__file__).resolve().parent.parent / "web.py"),
-            ["--data_root", str(flowers.root), "--runs", str(work / "runs")],
-            environment,
-        )
-        servers.append(ours[0])
+        if args.images:
+            flowers = open_flowers(repeated(flowers, args.images, folder / "data"))
+        write_files(flowers, folder)
+        environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+        root = str(flowers.root)
+        web = str(Path(__file__).resolve().parent.parent / "web.py")
+        addresses = {
+            "plain": start(servers, str(folder / "plain.py"), [root], environment),
+            "web.py": start(
+                servers, web, ["--data_root", root, "--runs", str(folder / "runs")], environment
+            ),
+        }
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=args.chromium, args=FLAGS)
-
-            def measure(name, way, address, pictures, act=None):
-                page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
-                seconds = waited(page, lambda: page.goto(address), pictures if act is None else 48)
-                if act is not None:
-                    page.wait_for_timeout(300)
-                    seconds = waited(page, lambda: act(page), pictures)
-                rows.setdefault(name, {}).setdefault(way, []).append(seconds)
-                page.context.close()
-
-            def sentence(page):
-                page.get_by_label("Sentence").fill("a yellow flower with a dark centre, please")
-                page.get_by_label("Sentence").press("Enter")
-
-            flip = lambda page: page.get_by_role("button", name="Next").click()
-            choose = lambda page: page.get_by_role("radio", name="train").click()
-            look = lambda page: page.locator(".pictures button").nth(20).click()
-            search = ours[1] + "?view=search&q=a+red+flower"
-            measure("first page after the server's start", "plain", plain[1], 48)
-            measure("first page after the server's start", "web.py", ours[1], 48)
-            begin = time.perf_counter()
-            while not list(work.glob("cache/flowers-102/*/thumbnail-hsv*.npy")) and not list(
-                flowers.root.glob(".cache/thumbnail-hsv*.npy")
-            ):
-                time.sleep(0.2)
-            print(
-                f"thumbnails and colours of {len(flowers.files):,} images: {time.perf_counter() - begin:.1f} s more in the background, once"
-            )
-            measure("first search: features of all images", "web.py", search, 48)
-            for i in range(args.rounds):
-                for way, address in (("plain", plain[1]), ("web.py", ours[1])):
-                    measure("first page", way, address, 48)
-                    measure("page flip", way, address, 48, flip)
-                    measure(
-                        "single image by its address",
-                        way,
-                        f"{address}?image={identity[i]}",
-                        13 if way == "web.py" else 1,
-                    )
-                page = browser.new_page(viewport={"width": 1440, "height": 900})
-                begin = time.perf_counter()
-                page.goto((work / "static.html").as_uri())
-                page.wait_for_function(
-                    "() => [...document.images].every(p => p.complete && p.naturalWidth)",
-                    polling=10,
-                )
-                static.append(time.perf_counter() - begin)
-                page.close()
-                measure("single image from the grid", "web.py", ours[1], 13, look)
-                measure("filter by split", "web.py", ours[1], 48, choose)
-                measure("search", "web.py", search, 48, sentence)
+            visitor = Visitor(browser)
+            first_visit(visitor, addresses, flowers, folder)
+            static = visit(visitor, addresses, flowers, folder, args.rounds)
             browser.close()
     finally:
         for process in servers:
             process.terminate()
             process.wait()
-        shutil.rmtree(work)
-    for name in ("first page", "page flip", "single image by its address"):
-        spent = {
-            "st.image(path) of the originals": rows[name]["plain"],
-            "web.py": rows[name]["web.py"],
+        shutil.rmtree(folder)
+
+    # -----------------------------------------------------------------------------
+    # results
+    report_rows(args.rows, visitor.seconds, static)
+    print_table(visitor.seconds, len(flowers.files))
+
+
+# -----------------------------------------------------------------------------
+# dataset and servers
+
+
+def repeated(flowers: Flowers, n: int, root: Path) -> Path:
+    """A dataset of n images in torchvision's layout: links to those of `flowers`, again and again.
+
+    Every eighth is in trnid, the one after it in valid, all others in tstid.
+    """
+    (root / "jpg").mkdir(parents=True)
+    ids = np.arange(1, n + 1)
+    index = ids % len(flowers.files)
+    for i in ids:
+        link = root / "jpg" / f"image_{i:05d}.jpg"
+        link.symlink_to(flowers.files[i % len(flowers.files)].resolve())
+    labels = flowers.labels[index][None] + 1  # (1, n), 1-based as Oxford's
+    splits = {"trnid": ids[ids % 8 == 0], "valid": ids[ids % 8 == 1], "tstid": ids[ids % 8 > 1]}
+    names = {str(c): name for c, name in enumerate(flowers.class_names, 1)}
+    scipy.io.savemat(root / "imagelabels.mat", {"labels": labels})
+    scipy.io.savemat(root / "setid.mat", splits)
+    (root / "cat_to_name.json").write_text(json.dumps(names))
+    return root
+
+
+def write_files(flowers: Flowers, folder: Path) -> None:
+    """Write the plain script, a model for the search, and a static page of thumbnails."""
+    (folder / "plain.py").write_text(PLAIN)
+    (folder / "runs" / "tiny").mkdir(parents=True)
+    torch.save(models.build("tiny").state_dict(), folder / "runs" / "tiny" / "model.pt")
+    for i, file in enumerate(flowers.files[:PER_PAGE]):
+        (folder / f"{i}.jpg").write_bytes(thumbnail(file))
+    pictures = [f"<img src={i}.jpg width=160>" for i in range(PER_PAGE)]
+    (folder / "static.html").write_text("".join(pictures))
+
+
+def start(servers: list, script: str, arguments: list[str], environment: dict) -> str:
+    """Start a Streamlit server, add its process to `servers`, and return its address.
+
+    Raises UserError if it does not answer.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    streamlit = [sys.executable, "-m", "streamlit", "run", script]
+    options = [
+        "--server.headless=true",
+        "--server.address=127.0.0.1",
+        f"--server.port={port}",
+        "--browser.gatherUsageStats=false",
+    ]
+    process = subprocess.Popen(
+        [*streamlit, *options, "--", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    servers.append(process)
+    address = f"http://127.0.0.1:{port}/"
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(address + "_stcore/health", timeout=5)
+            return address
+        except OSError:
+            time.sleep(0.1)
+    raise UserError(f"streamlit did not start within {PATIENCE_S} s")
+
+
+# -----------------------------------------------------------------------------
+# a visitor with a clock
+
+
+class Visitor:
+    """Opens pages and notes the seconds: seconds[what]["plain" or "web.py"], one value a visit."""
+
+    def __init__(self, browser):
+        self.browser = browser
+        self.seconds: dict[str, dict[str, list[float]]] = {}
+
+    def measure(
+        self, what: str, way: str, address: str, pictures: int, act: Callable | None = None
+    ) -> None:
+        """Note the seconds until the page at the address rests with at least so many pictures.
+
+        act(page): measure this action instead, on the grid that the address shows.
+        """
+        # a context of its own has an empty cache
+        page = self.browser.new_context(viewport=VIEWPORT).new_page()
+        if act is None:
+            seconds = wait_for(page, lambda: page.goto(address), pictures)
+        else:
+            wait_for(page, lambda: page.goto(address), PER_PAGE)
+            page.wait_for_timeout(300)  # what the page still does in the background
+            seconds = wait_for(page, lambda: act(page), pictures)
+        self.seconds.setdefault(what, {}).setdefault(way, []).append(seconds)
+        page.context.close()
+
+    def static_page(self, address: str) -> float:
+        """Seconds that the browser alone takes for a page of pictures."""
+        page = self.browser.new_page(viewport=VIEWPORT)
+        begin = time.perf_counter()
+        page.goto(address)
+        page.wait_for_function(DECODED, polling=10)
+        seconds = time.perf_counter() - begin
+        page.close()
+        return seconds
+
+
+def wait_for(page, act: Callable, pictures: int) -> float:
+    """Seconds from act() until the page rests with at least so many pictures, all of them new."""
+    page.evaluate(REMEMBER)
+    begin = time.perf_counter()
+    act()
+    page.wait_for_function(RESTS, arg=pictures, polling=10, timeout=REST_MS)
+    return time.perf_counter() - begin
+
+
+def next_page(page) -> None:
+    page.get_by_role("button", name="Next").click()
+
+
+def choose_train(page) -> None:
+    page.get_by_role("radio", name="train").click()
+
+
+def open_image(page) -> None:
+    page.locator(".pictures button").nth(20).click()
+
+
+def search_sentence(page) -> None:
+    sentence = page.get_by_label("Sentence")
+    sentence.fill("a yellow flower with a dark centre, please")
+    sentence.press("Enter")
+
+
+def first_visit(visitor: Visitor, addresses: dict, flowers: Flowers, folder: Path) -> None:
+    """The first page and the first search after the start, which fill the caches."""
+    for way, address in addresses.items():
+        visitor.measure("first page after the server's start", way, address, PER_PAGE)
+
+    # thumbnails and colours are made in the background
+    begin = time.perf_counter()
+    caches = (folder / "cache" / "flowers-102", flowers.root / ".cache")
+    while not any(list(cache.rglob("thumbnail-hsv*.npy")) for cache in caches):
+        time.sleep(0.2)
+    seconds = time.perf_counter() - begin
+    print(
+        f"thumbnails and colours of {len(flowers.files):,} images: "
+        f"{seconds:.1f} s more in the background, once"
+    )
+    search = search_address(addresses)
+    visitor.measure("first search: features of all images", "web.py", search, PER_PAGE)
+
+
+def visit(
+    visitor: Visitor, addresses: dict, flowers: Flowers, folder: Path, rounds: int
+) -> list[float]:
+    """Measure what visitors do, both ways in turn; return the seconds of the static page."""
+    static = []
+    step = max(1, len(flowers.files) // rounds)
+    for i in range(rounds):
+        # another image in each round: image_00001.jpg has the id 1
+        image_id = int(flowers.files[i * step % len(flowers.files)].stem[6:])
+        for way, address in addresses.items():
+            single = f"{address}?image={image_id}"
+            pictures = SINGLE if way == "web.py" else 1
+            visitor.measure("first page", way, address, PER_PAGE)
+            visitor.measure("page flip", way, address, PER_PAGE, next_page)
+            visitor.measure("single image by its address", way, single, pictures)
+        static.append(visitor.static_page((folder / "static.html").as_uri()))
+        ours = addresses["web.py"]
+        visitor.measure("single image from the grid", "web.py", ours, SINGLE, open_image)
+        visitor.measure("filter by split", "web.py", ours, PER_PAGE, choose_train)
+        search = search_address(addresses)
+        visitor.measure("search", "web.py", search, PER_PAGE, search_sentence)
+    return static
+
+
+def search_address(addresses: dict) -> str:
+    """web.py's search, with a sentence."""
+    return addresses["web.py"] + "?view=search&q=a+red+flower"
+
+
+# -----------------------------------------------------------------------------
+# results
+
+
+def report_rows(path: Path | None, seconds: dict, static: list[float]) -> None:
+    """Print the rows of the table of all benchmarks, and append them to the file `path`."""
+
+    def ways(what):
+        return {
+            "st.image(path) of the originals": seconds[what]["plain"],
+            "web.py": seconds[what]["web.py"],
         }
-        limit = (
-            (statistics.median(static), "the thumbnails as a static page")
-            if "single" not in name
-            else ()
-        )
-        report(
-            args.rows,
-            f"web page of 48 in a browser, {name}"
-            if limit
-            else f"web page, {name} (web.py: and 12 neighbours)",
-            spent,
-            *limit,
-        )
-    print(
-        f"\n{len(flowers.files):,} images, {os.cpu_count()} cores; load {os.getloadavg()[0]:.1f} at the end"
-    )
-    print(
-        f"{'seconds, median [least, most]':38s}{'plain':>20s}{'web.py':>20s}{'plain / web.py':>16s}"
-    )
-    for name, ways in rows.items():
-        cells = [
-            f"{statistics.median(ways[w]):.2f} [{min(ways[w]):.2f}, {max(ways[w]):.2f}]"
-            if w in ways
-            else "-"
-            for w in ("plain", "web.py")
-        ]
-        ratio = (
-            f"{statistics.median(a / b for a, b in zip(ways['plain'], ways['web.py'])):.2f}"
-            if "plain" in ways
-            else "-"
-        )
-        print(f"{name:38s}{cells[0]:>20s}{cells[1]:>20s}{ratio:>16s}")
+
+    limit = statistics.median(static)
+    for what in ("first page", "page flip"):
+        title = f"web page of 48 in a browser, {what}"
+        report(path, title, ways(what), limit, "the thumbnails as a static page")
+    what = "single image by its address"
+    report(path, f"web page, {what} (web.py: and 12 neighbours)", ways(what))
+
+
+def print_table(seconds: dict, n_images: int) -> None:
+    """Print the seconds of everything that was measured."""
+    load = os.getloadavg()[0]
+    print(f"\n{n_images:,} images, {os.cpu_count()} cores; load {load:.1f} at the end")
+    title = "seconds, median [least, most]"
+    print(f"{title:38s}{'plain':>20s}{'web.py':>20s}{'plain / web.py':>16s}")
+    for what, ways in seconds.items():
+        plain = summary(ways["plain"]) if "plain" in ways else "-"
+        ours = summary(ways["web.py"])
+        ratio = "-"
+        if "plain" in ways:
+            ratios = [a / b for a, b in zip(ways["plain"], ways["web.py"])]
+            ratio = f"{statistics.median(ratios):.2f}"
+        print(f"{what:38s}{plain:>20s}{ours:>20s}{ratio:>16s}")
+
+
+def summary(values: list[float]) -> str:
+    """The median, and the least and the greatest."""
+    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 if __name__ == "__main__":

@@ -1,25 +1,30 @@
-"""Zero-shot evaluation, images/s from JPEG files to metrics: baseline_eval.py's way against CLIP_benchmark's recipe with open_clip, and transformers' pipeline.
+"""Zero-shot evaluation from JPEG files to metrics: baseline_eval.py's way against CLIP_benchmark's
+recipe with open_clip, and the pipeline of transformers.
 
-    python benchmarks/zeroshot.py --data_root data/flowers-102      # ViT-B/32 shape, random weights, 128 images of the test split; ten minutes on two cores
+    python benchmarks/zeroshot.py --data_root data/flowers-102      # ten minutes on two cores
 
-CLIP_benchmark: the prompts of one class after the other through the text tower at 77 tokens, images from a DataLoader with two workers. The pipeline
-takes one image after the other and all names anew with each; it gets --pipeline_images of them. Ours once without a pixel cache, once with it.
+Shape of ViT-B/32, random weights, 128 images of the test split. CLIP_benchmark: the prompts of
+one class after the other through the text tower at 77 tokens, images from a DataLoader with two
+workers. The pipeline takes one image after the other and encodes all names anew with each; it gets
+--pipeline_images of them. Ours is measured without a pixel cache, and with it.
 """
 
 import argparse
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import clip
 import torch
 import torch.nn.functional as F
-from measure import MATRICES, add_arguments, alternate, peak_flops, report
+from measure import MATRICES, add_arguments, alternate, peak_flops, per_item, report, spread_over
 from peers import (
     Pictures,
     open_clip_model,
     open_clip_transform,
     transformers_model,
+    transformers_processor,
     transformers_tokenizer,
 )
 from torch.utils.data import DataLoader
@@ -27,6 +32,8 @@ from torch.utils.data import DataLoader
 from flowers import command, devices, evaluate, models
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.pixels import load_pixels
+
+BATCH = 64
 
 
 @command
@@ -42,117 +49,113 @@ def main():
         help="a ViT's shape, with random weights (default: %(default)s)",
     )
     parser.add_argument(
-        "--images", type=int, default=128, help="of the test split (default: %(default)s)"
+        "--images", type=int, default=128, help="images of the test split (default: %(default)s)"
     )
     parser.add_argument(
         "--pipeline_images",
         type=int,
         default=2,
-        help="for transformers' pipeline (default: %(default)s)",
+        help="images for the pipeline of transformers (default: %(default)s)",
     )
     args = parser.parse_args()
-    from transformers import CLIPImageProcessor, pipeline
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    flowers = open_flowers(args.data_root, args.splits_path, args.splits)
-    folder = Path(
-        tempfile.mkdtemp()
-    )  # the images in a folder of their own, whose cache can be deleted
-    index = flowers.splits["test"][:: max(1, len(flowers.splits["test"]) // args.images)][
-        : args.images
-    ]
-    flowers = Flowers(
-        folder,
-        tuple(flowers.files[i] for i in index),
-        flowers.labels[index],
-        flowers.class_names,
-        {},
-    )
     torch.manual_seed(0)
-    model, theirs = (
-        models.build(args.architecture).to(device),
-        open_clip_model(args.architecture).to(device).eval(),
-    )
-    side, everything, labels = (
-        model.visual.input_resolution,
-        torch.arange(len(flowers.files)),
-        torch.from_numpy(flowers.labels),
-    )
 
-    @torch.no_grad()
-    def clip_benchmark():
+    with tempfile.TemporaryDirectory() as folder:
+        # the images in a folder of their own, whose cache can be deleted
+        full = open_flowers(args.data_root, args.splits_path, args.splits)
+        index = spread_over(full.splits["test"], args.images)
+        files = tuple(full.files[i] for i in index)
+        flowers = Flowers(Path(folder), files, full.labels[index], full.class_names, {})
+        n = len(files)
+
+        model = models.build(args.architecture).to(device)
+
+        def ours():
+            pixels = load_pixels(flowers, model.visual.input_resolution)
+            features = models.image_features(model, pixels, torch.arange(n))  # (N, D)
+            head = evaluate.zero_shot_head(model, flowers.class_names, [evaluate.TEMPLATE])
+            return evaluate.evaluate_features(features, head, flowers.labels)
+
+        def ours_without_cache():
+            shutil.rmtree(flowers.root / ".cache", ignore_errors=True)
+            ours()
+
+        benchmark = "CLIP_benchmark's recipe with open_clip"
+        few = files[: args.pipeline_images]
+        ways = {
+            benchmark: clip_benchmark(args.architecture, flowers, device),
+            "transformers pipeline": pipeline_of(args.architecture, flowers, few, device),
+            "baseline_eval.py, no cache": ours_without_cache,
+            "baseline_eval.py": ours,
+        }
+        seconds = alternate(ways, args.rounds)
+
+        # seconds an image
+        pipeline = {"transformers pipeline": seconds.pop("transformers pipeline")}
+        each = per_item(seconds, n) | per_item(pipeline, args.pipeline_images)
+        peers = {name: each[name] for name in (benchmark, "transformers pipeline")}
+        limit = models.count_flops(ours) / n / peak_flops(device)
+
+    what = f"zero-shot evaluation, {args.architecture}, an image of {n}"
+    without_cache = {"baseline_eval.py, no cache": each["baseline_eval.py, no cache"]}
+    with_cache = {"baseline_eval.py, pixels cached": each["baseline_eval.py"]}
+    report(args.rows, what, peers | without_cache, limit, MATRICES)
+    report(args.rows, what, peers | with_cache, limit, MATRICES)
+
+
+def clip_benchmark(architecture: str, flowers: Flowers, device: torch.device) -> Callable:
+    """CLIP_benchmark's zero-shot evaluation, written from its zeroshot_classification.py."""
+    model = open_clip_model(architecture).to(device).eval()
+    labels = torch.from_numpy(flowers.labels)
+    pictures = Pictures(flowers.files, labels, open_clip_transform(models.SHAPES[architecture][1]))
+    loader = DataLoader(pictures, batch_size=BATCH, num_workers=2)
+
+    def classifier():
         columns = []
         for name in flowers.class_names:
+            tokens = clip.tokenize([evaluate.TEMPLATE.replace("{}", name)]).to(device)  # (1, 77)
             with devices.autocast(device):
-                features = F.normalize(
-                    theirs.encode_text(
-                        clip.tokenize([evaluate.TEMPLATE.replace("{}", name)]).to(device)
-                    ),
-                    dim=-1,
-                ).mean(0)
+                features = F.normalize(model.encode_text(tokens), dim=-1).mean(0)
                 columns.append(features / features.norm())
-        classifier = torch.stack(columns, 1)
-        scores = []
-        for images, _ in DataLoader(
-            Pictures(flowers.files, labels, open_clip_transform(side)), batch_size=64, num_workers=2
-        ):
+        return torch.stack(columns, 1)  # (D, C)
+
+    @torch.no_grad()
+    def work():
+        weights = classifier()
+        logits = []
+        for images, _ in loader:
             with devices.autocast(device):
-                scores.append(
-                    (100 * F.normalize(theirs.encode_image(images.to(device)), dim=-1) @ classifier)
-                    .float()
-                    .cpu()
-                )
-        best = torch.cat(scores).topk(5).indices == labels[:, None]
-        return {"acc1": best[:, 0].float().mean().item(), "acc5": best.any(1).float().mean().item()}
+                features = F.normalize(model.encode_image(images.to(device)), dim=-1)
+                logits.append((100 * features @ weights).float().cpu())
+        correct = torch.cat(logits).topk(5).indices == labels[:, None]  # (N, 5)
+        acc1 = correct[:, 0].float().mean().item()
+        acc5 = correct.any(1).float().mean().item()
+        return {"acc1": acc1, "acc5": acc5}
+
+    return work
+
+
+def pipeline_of(
+    architecture: str, flowers: Flowers, files: tuple[Path, ...], device: torch.device
+) -> Callable:
+    """The zero-shot pipeline of transformers, over the files."""
+    from transformers import pipeline
 
     pipe = pipeline(
         "zero-shot-image-classification",
-        model=transformers_model(args.architecture),
+        model=transformers_model(architecture),
         tokenizer=transformers_tokenizer(),
+        image_processor=transformers_processor(models.SHAPES[architecture][1]),
         device=device,
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        ),
     )
+    names = list(flowers.class_names)
 
-    def transformers_pipeline():
-        for file in flowers.files[: args.pipeline_images]:
-            pipe(
-                str(file),
-                candidate_labels=list(flowers.class_names),
-                hypothesis_template=evaluate.TEMPLATE,
-            )
+    def work():
+        for file in files:
+            pipe(str(file), candidate_labels=names, hypothesis_template=evaluate.TEMPLATE)
 
-    def ours():
-        features = models.image_features(model, load_pixels(flowers, side), everything)
-        return evaluate.evaluate_features(
-            features,
-            evaluate.zero_shot_head(model, flowers.class_names, [evaluate.TEMPLATE]),
-            flowers.labels,
-        )
-
-    def ours_anew():
-        shutil.rmtree(folder / ".cache", ignore_errors=True)
-        ours()
-
-    spent = alternate(
-        {
-            "CLIP_benchmark's recipe with open_clip": clip_benchmark,
-            "transformers pipeline": transformers_pipeline,
-            "baseline_eval.py, no cache": ours_anew,
-            "baseline_eval.py": ours,
-        },
-        args.rounds,
-    )
-    n = {name: args.pipeline_images if "pipeline" in name else len(flowers.files) for name in spent}
-    limit = models.count_flops(ours) / len(flowers.files) / peak_flops(device)
-    spent = {name: [t / n[name] for t in times] for name, times in spent.items()}
-    again = spent.pop("baseline_eval.py")
-    what = f"zero-shot evaluation, {args.architecture}, an image of {len(flowers.files)}"
-    report(args.rows, what, spent, limit, MATRICES)
-    spent.pop("baseline_eval.py, no cache")
-    report(args.rows, what, {**spent, "baseline_eval.py, pixels cached": again}, limit, MATRICES)
-    shutil.rmtree(folder)
+    return work
 
 
 if __name__ == "__main__":
