@@ -7,10 +7,10 @@ Three views: Browse (filters, a grid, one image), Runs (predictions of one or tw
 or baseline_eval.py) and Search (by a sentence, or by a picture of your own). The address of the
 page always opens the same view again. Nothing is written but thumbnails and features, to the
 dataset's `.cache/`.
-
-Streamlit runs this file from top to bottom for every visitor after each of their clicks. To read
-it, start at the end, with `show_page`; the HTML comes from flowers/gallery/panels.py.
 """
+
+# Streamlit runs this file from top to bottom for every visitor, after each of their clicks. To read
+# it, start at the end with `show_page`. The HTML comes from flowers/gallery/panels.py.
 
 import argparse
 import random
@@ -41,11 +41,12 @@ from flowers.gallery.search import Searcher, nearest
 from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES, Thumbnails, open_picture
 from flowers.layouts import read_captions
 
-PER_PAGE = 48
-NEIGHBOURS = 12
+PER_PAGE = 48  # pictures of a grid
+NEIGHBOURS = 12  # nearest images, under one image
 BEST = 5  # names in the ranking of a visitor's picture
 START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 
+# The options of buttons, the first of each being the default.
 VIEWS = ("browse", "runs", "search")
 PARTS = ("pictures", "classes", "confusion")  # of the view of runs
 SHOWS = ("all", "right", "wrong", "changed", "mended", "broken")  # keys of `outcomes`
@@ -101,6 +102,7 @@ def change(**choices) -> None:
 
 def change_filter() -> None:
     """Go back to the first page of the grid, as another list is to be shown."""
+    # Neither the page nor the image need be in the list that the new filter gives.
     change(page=1, image=None)
 
 
@@ -111,7 +113,7 @@ def read_address(allowed: dict[str, Collection]) -> None:
     not a number where one is due, becomes the default.
     """
     address = st.query_params.to_dict()
-    acted = state.pop("_acted", False)
+    acted = state.pop("_acted", False)  # a callback of this run's click
     opened = "_address" not in state
     went_back = not acted and address != state.get("_address")
     source = address if opened or went_back else state
@@ -138,6 +140,7 @@ def write_address() -> None:
         value = state.get(key, default)
         if value is not None and value != default:
             address[key] = str(value)
+    # Each time it is set the browser remembers a page to go back to: only when it is another one.
     if address != st.query_params.to_dict() or address != state.get("_address"):
         st.query_params.from_dict(address)
     state["_address"] = address
@@ -170,6 +173,7 @@ def stamp_of(*paths: Path) -> tuple:
     """Return something that changes when one of the files does."""
     times = []
     for path in paths:
+        # A missing file has a time, too, as it may come.
         times.append((str(path), path.stat().st_mtime_ns if path.exists() else 0))
     return tuple(times)
 
@@ -259,7 +263,8 @@ def picture_grid(
     lines: what stands under the id and class of an image, from its index.
     """
     flowers = data.flowers
-    with ThreadPoolExecutor() as pool:  # as long as no thumbnails are stored, they are made here
+    # As long as no thumbnails are stored, they are made here.
+    with ThreadPoolExecutor() as pool:
         jpegs = pool.map(data.thumbnails.__getitem__, index)
     items = []
     for i, jpeg in zip(index, jpegs):
@@ -299,6 +304,7 @@ def toolbar():
 def pager(index: np.ndarray) -> np.ndarray:
     """Show the buttons that turn pages; return the part of `index` that is on this page."""
     n_pages = max(1, -(-len(index) // PER_PAGE))  # rounded up
+    # The address may name any page, and a filter may have left fewer than before.
     page = min(max(state["page"], 1), n_pages)
     state["page"] = page
     first = (page - 1) * PER_PAGE
@@ -326,7 +332,7 @@ def pager(index: np.ndarray) -> np.ndarray:
 def wait_for_colours(thumbnails: Thumbnails) -> None:
     """Say that the colours are being computed, and run the page again when they are ready."""
     if thumbnails.features is not None:
-        st.rerun()
+        st.rerun()  # of the whole page; this function alone runs once a second
     st.info(
         thumbnails.problem
         or "The colours of all images are being computed; this takes a few seconds, once."
@@ -407,7 +413,7 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
         )
         return None
     if state["run"] not in names:
-        state["run"] = names[0]
+        state["run"] = names[0]  # the newest
     if state["other"] == state["run"]:
         state["other"] = None
     others = [name for name in names if name != state["run"]]
@@ -418,7 +424,7 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
 
     chosen = [name for name in (state["run"], state["other"]) if name]
     predictions = [load_predictions(data, runs / name) for name in chosen]
-    images_of = outcomes(flowers.labels, *predictions)
+    images_of = outcomes(flowers.labels, *predictions)  # indices by outcome
     if not len(images_of["all"]):
         raise UserError(
             f"{state['run']} and {state['other']} predicted different images: "
@@ -454,6 +460,7 @@ def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.nda
 
     def row_chosen():
         change()
+        # Called, too, when a row is no longer chosen: then there is none.
         rows = state.get("table", {}).get("selection", {}).get("rows")
         if rows:
             name = table["class"][rows[0]]
@@ -492,6 +499,7 @@ def list_outcomes(
     flowers: Flowers, predictions: list[Predictions], images_of: dict[str, np.ndarray]
 ) -> Listing:
     """Show the filters of the first run's predictions; return the images that pass them."""
+    # An address or a change of runs may ask for what these runs do not have.
     if state["show"] not in images_of:
         state["show"] = "all"  # there is no 'mended' without a second run
     if state["image"] is None:
@@ -556,13 +564,13 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
         return None
 
     searcher = load_searcher(data, runs / state["run"])
-    if upload:
+    if upload:  # it comes before a sentence, which may stand there from an earlier search
         picture = open_picture(upload.getvalue())
-        features = searcher.of_picture(picture)
+        features = searcher.of_picture(picture)  # (D,)
         show_answer(picture, data.flowers.class_names, searcher.ranking(features))
     else:
         features = searcher.of_text(state["q"])
-    order, scores = nearest(searcher.features, features)
+    order, scores = nearest(searcher.features, features)  # of all N images
     return Listing(order, score_lines(order, scores))
 
 
@@ -595,7 +603,7 @@ def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs:
     file = flowers.files[i]
     try:
         jpeg = file.read_bytes()
-        rgb = open_picture(jpeg)
+        rgb = open_picture(jpeg)  # (H, W, 3)
     except (OSError, UserError) as error:
         st.error(
             f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: "
@@ -678,10 +686,10 @@ def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> Non
         features = data.thumbnails.features
     else:
         features = load_searcher(data, runs / state["like"]).features
-    if features is None:
+    if features is None:  # the thread of the thumbnails is not done
         wait_for_colours(data.thumbnails)
         return
-    order, scores = nearest(features, features[i], leave_out=i)
+    order, scores = nearest(features, features[i], leave_out=i)  # it is its own nearest
     index, scores = order[:NEIGHBOURS], scores[:NEIGHBOURS]
     picture_grid(data, index, "neighbours", score_lines(index, scores))
 
@@ -696,6 +704,7 @@ def show_page(parser: argparse.ArgumentParser) -> None:
     runs = Path(args.runs)
     data = open_data(args)
     flowers = data.flowers
+    # Asked anew each time: a run may end while the page is open.
     predicted = run_names(runs, "predictions.csv")
     models = run_names(runs, "model.pt")
     read_address(allowed_choices(data, predicted, models))
@@ -720,6 +729,7 @@ def show_page(parser: argparse.ArgumentParser) -> None:
     else:
         listing = search(data, runs, models)
 
+    # After the view, whose list the image is in, and instead of that list's grid.
     found = np.flatnonzero(data.ids == (state["image"] or -1))
     if state["image"] is not None and not len(found):
         st.info(f"There is no image {state['image']} in this dataset.")
@@ -751,6 +761,8 @@ def open_data(args: argparse.Namespace) -> Dataset:
         )
     root = Path("data/sample" if args.data_root == "sample" else args.data_root)
     names = ("jpg", "images/jpg", "imagelabels.mat", "labels.npz", "cat_to_name.json")
+    # The dataset is opened again when one of these changes, so that a copy that was mended opens
+    # without a restart. Only one of the two layouts has each.
     files = [root / name for name in names]
     files.append(Path(args.splits_path or root / "setid.mat"))
     arguments = tuple((key, value) for key, value in vars(args).items() if key != "runs")
@@ -816,7 +828,7 @@ def main():
         show_page(parser)
     except (UserError, OSError) as error:
         st.error(str(error))
-        write_address()
+        write_address()  # of what was chosen, which the page could not show
 
 
 if __name__ == "__main__":

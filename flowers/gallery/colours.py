@@ -39,8 +39,9 @@ def palette(rgb: np.ndarray, n_colours: int = 6) -> list[tuple[str, float]]:
 def hsv_curves(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the densities of hue (120,), saturation (65,) and value (65,) of a picture.
 
-    rgb: its pixels, (H, W, 3) uint8. Hue is weighted by chroma and taken at the middle of 120 equal parts of the circle; it is zero
-    everywhere for a picture without colour. Saturation and value are taken from 0 to 1 inclusive.
+    rgb: its pixels, (H, W, 3) uint8. Hue is weighted by chroma and taken at the middle of 120
+    equal parts of the circle; it is zero everywhere for a picture without colour. Saturation and
+    value are taken from 0 to 1 inclusive.
     """
     row = colour.measure(rgb, "none")
     angles = (np.arange(HUE_BINS) + 0.5) / HUE_BINS

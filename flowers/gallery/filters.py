@@ -17,7 +17,7 @@ def image_ids(flowers: Flowers) -> np.ndarray:
 
 def split_names(flowers: Flowers) -> np.ndarray:
     """Return the name of each image's split, (N,) str; empty for an image of no split."""
-    names = np.full(len(flowers.files), "", dtype="<U5")
+    names = np.full(len(flowers.files), "", dtype="<U5")  # room for "train"
     for name, index in flowers.splits.items():
         names[index] = name
     return names
@@ -31,13 +31,14 @@ def parse_ids(text: str) -> list[tuple[int, int]]:
     ranges = []
     for part in text.split(","):
         part = part.strip()
-        if not part:
+        if not part:  # nothing between two commas
             continue
+        # Nine digits are more than any id has, and can be compared with an array of int64.
         match = re.fullmatch(r"(\d{1,9})(?:\s*-\s*(\d{1,9}))?", part)
         if not match:
             raise UserError(f"file ids are numbers and ranges such as 7, 20-30, not '{part[:40]}'")
         first = int(match[1])
-        last = int(match[2] or first)
+        last = int(match[2] or first)  # a single id is a range of one
         ranges.append((first, last))
     return ranges
 
@@ -58,7 +59,7 @@ def export(flowers: Flowers, index: Iterable[int], predictions: Sequence[Predict
     """
     import pandas as pd  # not needed by the first view
 
-    index = np.array(index, dtype=int)
+    index = np.array(index, dtype=int)  # also where it is empty, which would be of floats
     table = pd.DataFrame({"id": image_ids(flowers)[index]})
     table["file"] = [flowers.files[i].name for i in index]
     table["class"] = [flowers.class_names[label] for label in flowers.labels[index]]
@@ -69,6 +70,7 @@ def export(flowers: Flowers, index: Iterable[int], predictions: Sequence[Predict
         for i in index:
             predicted = run.guess[i] != NO_CLASS
             names.append(flowers.class_names[run.guess[i]] if predicted else "")
+            # As text, since a column of numbers would have no empty cells and other decimals.
             probabilities.append(f"{run.score[i]:.6f}" if predicted else "")
         table[f"{run.name} prediction"] = names
         table[f"{run.name} probability"] = probabilities

@@ -16,7 +16,6 @@ from flowers.layouts import OPENAI_NAMES
 if TYPE_CHECKING:
     import pandas as pd
 
-FILE = "predictions.csv"
 NO_CLASS = -1  # of an image that a run did not predict
 
 # -----------------------------------------------------------------------------
@@ -30,7 +29,7 @@ def run_names(runs: Path, file: str) -> list[str]:
         for entry in os.scandir(runs):
             if entry.is_dir() and (Path(entry) / file).is_file():
                 by_time.append((entry.stat().st_mtime, entry.name))
-    except OSError:
+    except OSError:  # no such folder, or a run that was removed in between
         return []
     return [name for _, name in sorted(by_time, reverse=True)]
 
@@ -39,7 +38,7 @@ def run_arguments(folder: Path) -> dict:
     """Return the args.json of a run; an empty dict if it is missing or damaged."""
     try:
         return read_json(folder / "args.json")
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # the page only quotes from it, and can do without
         return {}
 
 
@@ -74,7 +73,7 @@ def read_predictions(folder: Path, flowers: Flowers) -> Predictions:
 
     Raises UserError if predictions.csv is damaged, empty, or about other images.
     """
-    path = folder / FILE
+    path = folder / "predictions.csv"
     remedy = (
         f"make it anew: python baseline_eval.py --architecture {folder} --data_root {flowers.root}"
     )
@@ -135,6 +134,7 @@ def _read_rows(path: Path, flowers: Flowers) -> tuple[list[tuple], int]:
 def _classes_by_name(class_names: tuple[str, ...]) -> dict[str, int]:
     """Return the number of each class by its name, and by CLIP's own name for it."""
     class_of = {name: c for c, name in enumerate(class_names)}
+    # A run with --class_names openai writes these; the page may show the dataset with Oxford's.
     for oxford_name, openai_name in OPENAI_NAMES.items():
         if oxford_name in class_of:
             class_of.setdefault(openai_name, class_of[oxford_name])
@@ -145,6 +145,7 @@ def _answers(row: dict[str, str]) -> list[tuple[str, float]]:
     """Return the names that a row of predictions.csv gives with their probabilities."""
     answers = []
     for k in range(1, 6):
+        # A run on fewer than five classes has fewer columns, or empty ones.
         if row.get(f"top{k}"):
             answers.append((row[f"top{k}"], float(row[f"score{k}"])))
     return answers
@@ -172,8 +173,9 @@ def outcomes(
     if second is None:
         index = first.index
     else:
+        # Two runs may have evaluated different splits: only what both saw can be compared.
         index = np.intersect1d(first.index, second.index)
-    right = first.guess[index] == labels[index]
+    right = first.guess[index] == labels[index]  # (len(index),) bool, as all masks below
     shown = {"all": index, "right": index[right], "wrong": index[~right]}
     if second is not None:
         changed = first.guess[index] != second.guess[index]

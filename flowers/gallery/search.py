@@ -20,7 +20,8 @@ def nearest(
 
     Returns the indices of the rows and their products, largest first, without row `leave_out`.
     """
-    scores = features @ query
+    scores = features @ query  # (N,)
+    # Stable, so that equal scores keep the order of the dataset and a page shows the same twice.
     order = np.argsort(-scores, kind="stable")
     order = order[order != leave_out]
     return order, scores[order]
@@ -41,7 +42,7 @@ class Searcher:
         from flowers import evaluate, frozen, pixels, weights
 
         self.model = weights.load_model(str(folder))
-        everything = torch.arange(len(flowers.files))
+        everything = torch.arange(len(flowers.files))  # all images, whatever their split
         with _locks[flowers.root]:
             images = pixels.load_pixels(flowers, self.model.visual.input_resolution)
             features = frozen.image_activations(self.model, flowers, images, everything)
@@ -78,7 +79,7 @@ class Searcher:
         """Return the probabilities (C,) of the classes for features (D,), at the head's scale."""
         weight, bias = self.head[0].numpy(), self.head[1].numpy()  # (C, D), (C,)
         logits = weight @ features + bias
-        exponentials = np.exp(logits - logits.max())
+        exponentials = np.exp(logits - logits.max())  # of at most 0: no overflow
         return exponentials / exponentials.sum()
 
 
