@@ -1,37 +1,75 @@
 """Browse the dataset and what a model makes of it.
 
-    streamlit run web.py                                                # data/flowers-102 if it is there, else the sample
-    streamlit run web.py -- --data_root PATH --runs runs                # another dataset; runs of train.py and baseline_eval.py
+    streamlit run web.py                                           # data/flowers-102, or the sample
+    streamlit run web.py -- --data_root PATH --runs runs           # another dataset, other runs
 
-Three views: Browse (filters, grid, one image), Runs (predictions of one or two runs) and Search (a sentence, or a picture of your own).
-The address of the page always opens the same view again. Nothing is written but thumbnails and features, to the dataset's `.cache/`.
+Three views: Browse (filters, a grid, one image), Runs (predictions of one or two runs of train.py
+or baseline_eval.py) and Search (by a sentence, or by a picture of your own). The address of the
+page always opens the same view again. Nothing is written but thumbnails and features, to the
+dataset's `.cache/`.
 """
+
+# Streamlit runs this file from top to bottom for every visitor, after each of their clicks. To read
+# it, start at the end with `show_page`. The HTML comes from flowers/gallery/panels.py.
 
 import argparse
 import random
 import re
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import streamlit as st
 from starlette.formparsers import MultiPartParser
 
 from flowers import UserError, command
-from flowers.data import add_data_arguments, open_flowers
+from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.download import DEFAULT_ROOT, is_complete
-from flowers.gallery import data as gallery
 from flowers.gallery import panels
+from flowers.gallery.filters import export, image_ids, in_ranges, parse_ids, split_names
+from flowers.gallery.predictions import (
+    Predictions,
+    class_changes,
+    outcomes,
+    read_predictions,
+    run_names,
+)
+from flowers.gallery.search import Searcher, nearest
+from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES, Thumbnails, open_picture
 from flowers.layouts import read_captions
 
-PER_PAGE, NEIGHBOURS = 48, 12
-VIEWS, PARTS, ORDERS = (
-    ("browse", "runs", "search"),
-    ("pictures", "classes", "confusion"),
-    ("id", "confidence"),
-)
-SHOWS, BARS = ("all", "right", "wrong", "changed", "mended", "broken"), ("hidden", "shown")
-# what a view is made of, and its value where the address says nothing; each is the key of a widget, too
+PER_PAGE = 48  # pictures of a grid
+NEIGHBOURS = 12  # nearest images, under one image
+BEST = 5  # names in the ranking of a visitor's picture
+START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
+
+# The options of buttons, the first of each being the default.
+VIEWS = ("browse", "runs", "search")
+PARTS = ("pictures", "classes", "confusion")  # of the view of runs
+SHOWS = ("all", "right", "wrong", "changed", "mended", "broken")  # keys of `outcomes`
+ORDERS = ("id", "confidence")
+BARS = ("hidden", "shown")  # of the class histogram
+
+# A visitor's picture stays in memory: from 1 MB on it would go to a temporary file.
+MultiPartParser.spool_max_size = MAX_UPLOAD_BYTES + 1
+
+# -----------------------------------------------------------------------------
+# state: what a visitor has chosen
+#
+# Each choice has a name and a default here. Under this name it is in three places: in `state`,
+# Streamlit's session state; in the widget that shows and changes it, as its key; and in the address
+# of the page, unless it is at its default. A run of this file starts with `read_address` and
+# ends with `write_address`. Between these the views use `state` alone.
+#
+# After each run the three agree. Before the next, one of them has changed:
+# - A widget was used, or a picture clicked. Its callback, which Streamlit calls before the run,
+#   changes `state` by `change`, which also sets state["_acted"]. The address is then behind.
+# - The visitor opened an address or went back. No callback was called, and the address is not
+#   state["_address"], the one written last. It is then taken over into `state`.
+
 DEFAULTS = {
     "view": "browse",
     "class": None,
@@ -39,39 +77,119 @@ DEFAULTS = {
     "ids": "",
     "bars": "hidden",
     "page": 1,
-    "image": None,
+    "image": None,  # id of the image that is shown alone
     "run": None,
-    "other": None,
+    "other": None,  # the run that `run` is compared with
     "part": "pictures",
     "show": "all",
-    "guess": None,
+    "guess": None,  # predicted class
     "order": "id",
-    "like": "colours",
-    "q": "",
+    "like": "colours",  # what the nearest images are near by: colours, or a run's name
+    "q": "",  # the sentence that is searched
 }
-MultiPartParser.spool_max_size = (
-    gallery.MAX_BYTES + 1
-)  # a visitor's picture stays in memory: it would go to a temporary file from 1 MB on
-S = st.session_state
+NUMBERS = ("page", "image")
+TEXTS = ("ids", "q")
+MAX_TEXT = 300  # characters
+
+state = st.session_state
 
 
-@st.cache_resource(show_spinner=False)
-def element():
-    return st.components.v2.component("flowers", **panels.ELEMENT)
+def change(**choices) -> None:
+    """Change what is shown. The callback of every widget and click ends here."""
+    state.update(choices)
+    state["_acted"] = True
+
+
+def change_filter() -> None:
+    """Go back to the first page of the grid, as another list is to be shown."""
+    # Neither the page nor the image need be in the list that the new filter gives.
+    change(page=1, image=None)
+
+
+def read_address(allowed: dict[str, Collection]) -> None:
+    """Fill `state`, from the page's address where that is newer.
+
+    What an address says is checked: a choice that is not among the `allowed` ones of its name, or
+    not a number where one is due, becomes the default.
+    """
+    address = st.query_params.to_dict()
+    acted = state.pop("_acted", False)  # a callback of this run's click
+    opened = "_address" not in state
+    went_back = not acted and address != state.get("_address")
+    source = address if opened or went_back else state
+    for key, default in DEFAULTS.items():
+        # Streamlit forgets the value of a widget that is not on the page, unless it is set anew.
+        state[key] = checked_choice(key, source.get(key, default), allowed)
+
+
+def checked_choice(key: str, value: Any, allowed: dict[str, Collection]) -> Any:
+    """Return the value of a choice, or its default if the value is not possible."""
+    if key in allowed:
+        return value if value in allowed[key] else DEFAULTS[key]
+    if key in NUMBERS and isinstance(value, str):
+        return int(value) if re.fullmatch("[0-9]{1,9}", value) else DEFAULTS[key]
+    if key in TEXTS and isinstance(value, str):
+        return value[:MAX_TEXT]
+    return value
+
+
+def write_address() -> None:
+    """Make the page's address say what `state` says."""
+    address = {}
+    for key, default in DEFAULTS.items():
+        value = state.get(key, default)
+        if value is not None and value != default:
+            address[key] = str(value)
+    # Each time it is set the browser remembers a page to go back to: only when it is another one.
+    if address != st.query_params.to_dict() or address != state.get("_address"):
+        st.query_params.from_dict(address)
+    state["_address"] = address
+
+
+# -----------------------------------------------------------------------------
+# what stays in memory from one run of this file to the next, for all visitors
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that is open.
+
+    Attributes:
+        flowers: its index.
+        ids: the number in each file's name, (N,) int.
+        splits: the name of each image's split, (N,) str.
+        thumbnails: a JPEG of each image, and colour features.
+        stamp: tells it from another dataset, and from itself after a change of its files.
+    """
+
+    flowers: Flowers
+    ids: np.ndarray
+    splits: np.ndarray
+    thumbnails: Thumbnails
+    stamp: tuple
+
+
+def stamp_of(*paths: Path) -> tuple:
+    """Return something that changes when one of the files does."""
+    times = []
+    for path in paths:
+        # A missing file has a time, too, as it may come.
+        times.append((str(path), path.stat().st_mtime_ns if path.exists() else 0))
+    return tuple(times)
 
 
 @st.cache_resource(
     show_spinner="opening the dataset; the sample is drawn the first time, which takes 20 s",
     max_entries=2,
 )
-def dataset(arguments: tuple, stamp: tuple):
-    """The index, its ids, splits and thumbnails; opened again when `stamp`, the times of its files, changes."""
+def open_dataset(arguments: tuple, stamp: tuple) -> Dataset:
+    """Open the dataset; once, until `stamp` changes. arguments: pairs, of open_flowers."""
     flowers = open_flowers(**dict(arguments))
-    return gallery.Data(
+    return Dataset(
         flowers,
-        gallery.image_ids(flowers),
-        gallery.split_of(flowers),
-        gallery.Thumbnails(flowers),
+        image_ids(flowers),
+        split_names(flowers),
+        Thumbnails(flowers),
         (arguments, stamp),
     )
 
@@ -79,413 +197,618 @@ def dataset(arguments: tuple, stamp: tuple):
 @st.cache_resource(
     show_spinner="computing; a run's features of all images take a while, once", max_entries=8
 )
-def kept(_make, path: Path, stamp: tuple):
-    """What `_make` makes of a file, until it or the dataset changes: read_... of captions or predictions, the Searcher of a model."""
+def made_once(_make: Callable[[Path], Any], path: Path, stamp: tuple) -> Any:
+    """Return _make(path); once, until `stamp` changes.
+
+    Streamlit does not compare arguments with an underscore: one path must have one `_make`.
+    """
     return _make(path)
 
 
-def stamp(*paths: Path) -> tuple:
-    """Changes when one of the files does."""
-    return tuple((str(p), p.stat().st_mtime_ns if p.exists() else 0) for p in paths)
+def load_captions(data: Dataset, path: Path) -> list[list[str]]:
+    def read(path: Path) -> list[list[str]]:
+        return read_captions(path, data.flowers.files)
+
+    return made_once(read, path, data.stamp + stamp_of(path))
 
 
-def searcher(data: gallery.Data, run: Path) -> gallery.Searcher:
-    return kept(
-        lambda path: gallery.Searcher(data.flowers, path.parent),
-        run / "model.pt",
-        data.stamp + stamp(run / "model.pt"),
-    )
+def load_predictions(data: Dataset, run: Path) -> Predictions:
+    def read(path: Path) -> Predictions:
+        return read_predictions(path.parent, data.flowers)
+
+    path = run / "predictions.csv"
+    return made_once(read, path, data.stamp + stamp_of(path))
 
 
-# --- state: the address of the page, and the widgets ---
+def load_searcher(data: Dataset, run: Path) -> Searcher:
+    def make(path: Path) -> Searcher:
+        return Searcher(data.flowers, path.parent)
+
+    path = run / "model.pt"
+    return made_once(make, path, data.stamp + stamp_of(path))
 
 
-def go(**changes) -> None:
-    """Change what is shown. Every widget's callback comes here: the browser's address may lag behind, and is then no wish to go back."""
-    S.update(changes)
-    S["_acted"] = True
+# -----------------------------------------------------------------------------
+# pieces of the page
 
 
-def refilter() -> None:
-    go(page=1, image=None)
+@st.cache_resource(show_spinner=False)
+def element():
+    """Return the component that shows HTML of panels.py."""
+    return st.components.v2.component("flowers", **panels.ELEMENT)
 
 
-def read_address(choices: dict) -> None:
-    """Take over the page's address when it is new: opened, or gone back to. What it says is checked against what there is."""
-    address, acted = st.query_params.to_dict(), S.pop("_acted", False)
-    new = "_address" not in S or not acted and address != S["_address"]
-    for key, default in DEFAULTS.items():
-        value = (
-            address.get(key, default) if new else S.get(key, default)
-        )  # streamlit forgets a widget that is not on the page: set, it stays
-        if key in choices:
-            value = value if value in choices[key] else default
-        elif isinstance(value, str) and key in ("page", "image"):
-            value = int(value) if re.fullmatch("[0-9]{1,9}", value) else default
-        S[key] = value[:300] if isinstance(value, str) and key in ("q", "ids") else value
-
-
-def write_address() -> None:
-    address = {
-        key: str(S[key])
-        for key, default in DEFAULTS.items()
-        if S.get(key, default) not in (default, None)
-    }
-    if address != st.query_params.to_dict() or address != S.get("_address"):
-        st.query_params.from_dict(address)
-    S["_address"] = address
-
-
-# --- pieces of the page ---
-
-
-def draw(html: str, key: str, opened=None) -> None:
-    """HTML of panels; opened: what is done with the value of what is clicked."""
+def draw(html: str, key: str, on_open: Callable[[str], None] | None = None) -> None:
+    """Show HTML of panels.py. on_open: called with the data-open of what is clicked."""
 
     def clicked():
-        go()
-        if value := S.get(key, {}).get("open"):  # a second click may be on what is no longer shown
-            opened(value)
+        change()
+        # The value is missing when a second click hit what is no longer shown.
+        value = state.get(key, {}).get("open")
+        if value:
+            on_open(value)
 
     element()(key=key, data=html.encode(), on_open_change=clicked)
 
 
-def picture_grid(data: gallery.Data, index: np.ndarray, key: str, lines=lambda i: []) -> None:
-    """Thumbnails that open their image; lines: what stands under the image's id and class."""
-    flowers, ids, _, thumbnails, _ = data
-    with ThreadPoolExecutor() as pool:  # where they are not yet kept
-        jpegs = pool.map(thumbnails.__getitem__, index)
-    draw(
-        panels.pictures(
-            (ids[i], jpeg, [f"{ids[i]} {flowers.class_names[flowers.labels[i]]}", *lines(i)])
-            for i, jpeg in zip(index, jpegs)
-        ),
-        key,
-        lambda value: go(image=int(value)),
+def no_lines(i: int) -> list[str]:
+    return []
+
+
+def picture_grid(
+    data: Dataset, index: np.ndarray, key: str, lines: Callable[[int], list[str]] = no_lines
+) -> None:
+    """Show the thumbnails of the images at `index`; a click opens the image.
+
+    lines: what stands under the id and class of an image, from its index.
+    """
+    flowers = data.flowers
+    # As long as no thumbnails are stored, they are made here.
+    with ThreadPoolExecutor() as pool:
+        jpegs = pool.map(data.thumbnails.__getitem__, index)
+    items = []
+    for i, jpeg in zip(index, jpegs):
+        title = f"{data.ids[i]} {flowers.class_names[flowers.labels[i]]}"
+        items.append((data.ids[i], jpeg, [title, *lines(i)]))
+    draw(panels.pictures(items), key, lambda image_id: change(image=int(image_id)))
+
+
+def choose_one(
+    label: str, options: Sequence[str], key: str, on_change: Callable[[], None] = change_filter
+) -> None:
+    """Show buttons for a few options, one of which is always chosen."""
+    st.segmented_control(label, options, key=key, on_change=on_change, required=True, wrap=True)
+
+
+def choose_from_list(
+    label: str, options: Sequence[str], key: str, placeholder: str = "all classes"
+) -> None:
+    """Show a list of many options, searched by typing, of which one or none is chosen."""
+    st.selectbox(
+        label, options, key=key, placeholder=placeholder, on_change=change_filter, width=220
     )
 
 
-def buttons(label: str, options, key: str, change=refilter) -> None:
-    """One of a few."""
-    st.segmented_control(label, options, key=key, on_change=change, required=True, wrap=True)
+def step_button(label: str, key: str, shortcut: str, enabled: bool, **choices) -> None:
+    """Show a button, also pressed by a key of the keyboard, that makes these choices."""
+    st.button(
+        label, on_click=change, kwargs=choices, disabled=not enabled, shortcut=shortcut, key=key
+    )
 
 
-def pick(label: str, options, key: str, placeholder: str = "all classes") -> None:
-    """One of many, or none: type to search."""
-    st.selectbox(label, options, key=key, placeholder=placeholder, on_change=refilter, width=220)
+def toolbar():
+    """Return a container whose widgets stand side by side on one line."""
+    return st.container(horizontal=True, vertical_alignment="center")
 
 
 def pager(index: np.ndarray) -> np.ndarray:
-    """Buttons for the pages, and the part of `index` that is on this one."""
-    pages = max(1, -(-len(index) // PER_PAGE))
-    S["page"] = min(max(S["page"], 1), pages)
-    first = (S["page"] - 1) * PER_PAGE
-    part = index[first : first + PER_PAGE]
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.button(
-            "Previous",
-            on_click=go,
-            kwargs={"page": S["page"] - 1},
-            disabled=S["page"] == 1,
-            shortcut="Left",
-            key="previous_page",
-        )
-        st.button(
-            "Next",
-            on_click=go,
-            kwargs={"page": S["page"] + 1},
-            disabled=S["page"] == pages,
-            shortcut="Right",
-            key="next_page",
-        )
+    """Show the buttons that turn pages; return the part of `index` that is on this page."""
+    n_pages = max(1, -(-len(index) // PER_PAGE))  # rounded up
+    # The address may name any page, and a filter may have left fewer than before.
+    page = min(max(state["page"], 1), n_pages)
+    state["page"] = page
+    first = (page - 1) * PER_PAGE
+    on_page = index[first : first + PER_PAGE]
+    summary = "no image"
+    if len(index):
+        summary = f"{first + 1:,} to {first + len(on_page):,} of {len(index):,} images"
+    with toolbar():
+        step_button("Previous", "previous_page", "Left", page > 1, page=page - 1)
+        step_button("Next", "next_page", "Right", page < n_pages, page=page + 1)
         st.number_input(
-            "Page", 1, pages, key="page", on_change=go, label_visibility="collapsed", width=130
+            "Page",
+            1,
+            n_pages,
+            key="page",
+            on_change=change,
+            label_visibility="collapsed",
+            width=130,
         )
-        st.markdown(
-            f"{first + 1:,} to {first + len(part):,} of {len(index):,} images"
-            if len(index)
-            else "no image",
-            width="content",
-        )
-    return part
+        st.markdown(summary, width="content")
+    return on_page
 
 
 @st.fragment(run_every=1)
-def wait_for_colours(thumbnails: gallery.Thumbnails) -> None:
+def wait_for_colours(thumbnails: Thumbnails) -> None:
+    """Say that the colours are being computed, and run the page again when they are ready."""
     if thumbnails.features is not None:
-        st.rerun()
+        st.rerun()  # of the whole page; this function alone runs once a second
     st.info(
         thumbnails.problem
         or "The colours of all images are being computed; this takes a few seconds, once."
     )
 
 
-def one_image(
-    data: gallery.Data, i: int, order: np.ndarray, given: list, models: list[str], runs: Path
-) -> None:
-    """The image at place i with all that is known of it; order: the list that it is in, to go on from it."""
-    flowers, ids, splits, thumbnails, _ = data
-    place = np.flatnonzero(order == i)
-    at = int(place[0]) if len(place) else -1
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.button("Grid", on_click=go, kwargs={"image": None}, shortcut="Escape", key="to_grid")
-        for label, step, shortcut in (("Previous", at - 1, "Left"), ("Next", at + 1, "Right")):
-            beside = int(ids[order[step]]) if 0 <= step < len(order) else None
-            st.button(
-                label,
-                on_click=go,
-                kwargs={"image": beside},
-                disabled=beside is None,
-                shortcut=shortcut,
-                key=f"{label}_image",
-            )
-        st.button(
-            "Random",
-            on_click=lambda: go(image=int(ids[random.choice(order)])),
-            disabled=not len(order),
-            shortcut="S",
-            key="random_image",
-        )
-        st.markdown(
-            f"{at + 1:,} of {len(order):,}" if at >= 0 else f"not among these {len(order):,}",
-            width="content",
-        )
-    file, name, told = flowers.files[i], flowers.class_names[flowers.labels[i]], []
-    try:
-        jpeg = file.read_bytes()
-        pixels = gallery.open_picture(jpeg)
-    except (OSError, UserError) as error:
-        st.error(
-            f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: python -m flowers.data"
-        )
-        return
-    for path in (flowers.root / "captions.jsonl.gz", flowers.root / "captions.jsonl"):
-        if path.is_file() and not told:
-            try:
-                told = kept(
-                    lambda path: read_captions(path, flowers.files), path, data.stamp + stamp(path)
-                )[i]
-            except UserError as error:
-                st.warning(str(error))
-    facts = [
-        f"class {flowers.labels[i] + 1} · image {ids[i]} · {splits[i]}",
-        f"{file.name} · {pixels.shape[1]} x {pixels.shape[0]} pixels · {len(jpeg) / 1000:.0f} kB",
-    ]
-    rankings = [
-        (
-            p.name,
-            [
-                ("✓ " * bool(c == flowers.labels[i]) + flowers.class_names[c], score)
-                for c, score in p.top[i]
-            ],
-        )
-        for p in given
-        if p.top[i]
-    ]
-    draw(panels.image(jpeg, pixels, name, facts, told, rankings), "image")
-    buttons("Nearest images by", ["colours", *models], "like", go)
-    if S["like"] != "colours":
-        features = searcher(data, runs / S["like"]).features
-    elif (features := thumbnails.features) is None:
-        wait_for_colours(thumbnails)
-        return
-    near, scores = gallery.nearest(features, features[i], leave_out=i)
-    picture_grid(
-        data,
-        near[:NEIGHBOURS],
-        "neighbours",
-        lambda j: [f"{scores[np.flatnonzero(near == j)[0]]:.3f}"],
-    )
+# -----------------------------------------------------------------------------
+# the views: browse, runs, search
 
 
-# --- the three views; each returns the images that it lists, what stands under each, and the runs whose predictions belong to it ---
+@dataclass(frozen=True)
+class Listing:
+    """The images that a view lists.
+
+    Attributes:
+        index: their indices, in the order in which they are shown.
+        lines: what stands under each, from its index.
+        predictions: of the runs that the view is about.
+    """
+
+    index: np.ndarray
+    lines: Callable[[int], list[str]] = no_lines
+    predictions: Sequence[Predictions] = ()
 
 
-def browse(data: gallery.Data):
-    flowers, ids, splits, _, _ = data
-    if S["image"] is None:
+def browse(data: Dataset) -> Listing:
+    """Show the filters and the class histogram; return the images that pass the filters."""
+    flowers = data.flowers
+    show_filters = state["image"] is None  # one image is shown without them
+    if show_filters:
+        splits = [name for name, index in flowers.splits.items() if len(index)]
         with st.container(horizontal=True):
-            pick("Class", sorted(flowers.class_names), "class")
-            buttons(
-                "Split", ["all", *(n for n, index in flowers.splits.items() if len(index))], "split"
-            )
+            choose_from_list("Class", sorted(flowers.class_names), "class")
+            choose_one("Split", ["all", *splits], "split")
             st.text_input(
-                "File ids", key="ids", placeholder="7, 20-30", on_change=refilter, width=160
+                "File ids", key="ids", placeholder="7, 20-30", on_change=change_filter, width=160
             )
-            buttons("Class histogram", BARS, "bars")
-    chosen = np.ones(len(ids), bool) if S["split"] == "all" else splits == S["split"]
-    if S["ids"].strip():
+            choose_one("Class histogram", BARS, "bars")
+
+    passes = np.ones(len(data.ids), bool)
+    if state["split"] != "all":
+        passes &= data.splits == state["split"]
+    if state["ids"].strip():
         try:
-            chosen &= np.any(
-                [(ids >= low) & (ids <= high) for low, high in gallery.parse_ids(S["ids"])]
-                or [ids < 0],
-                axis=0,
-            )
+            passes &= in_ranges(data.ids, parse_ids(state["ids"]))
         except UserError as error:
             st.warning(str(error).capitalize() + ".")
-    if S["image"] is None and S["bars"] == "shown":
 
-        def clicked(value):
-            name = flowers.class_names[int(value)]
-            go(page=1, **{"class": None if name == S["class"] else name})
-
-        draw(
-            panels.class_histogram(flowers, np.flatnonzero(chosen), S["class"]),
-            "histogram",
-            clicked,
-        )
-    if S["class"]:
-        chosen &= flowers.labels == flowers.class_names.index(S["class"])
-    return np.flatnonzero(chosen), lambda i: [], []
+    # The histogram comes before the filter by class, since it is one way to choose the class.
+    if show_filters and state["bars"] == "shown":
+        show_histogram(flowers, np.flatnonzero(passes))
+    if state["class"]:
+        passes &= flowers.labels == flowers.class_names.index(state["class"])
+    return Listing(np.flatnonzero(passes))
 
 
-def compare(data: gallery.Data, runs: Path, names: list[str]):
+def show_histogram(flowers: Flowers, index: np.ndarray) -> None:
+    """Show the classes of the images at `index`; a click on one chooses it, or all again."""
+
+    def choose_class(number: str) -> None:
+        name = flowers.class_names[int(number)]
+        already_chosen = name == state["class"]
+        change(page=1, **{"class": None if already_chosen else name})
+
+    draw(panels.class_histogram(flowers, index, state["class"]), "histogram", choose_class)
+
+
+def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
+    """Show what one or two runs predicted; return the images of the chosen outcome, if any.
+
+    names: the runs that have predictions.
+    """
     flowers = data.flowers
     if not names:
         st.info(
-            f"No run in {runs} has predictions yet. Make one: python train.py --data_root {flowers.root} --architecture tiny --runs {runs}"
+            f"No run in {runs} has predictions yet. Make one: python train.py "
+            f"--data_root {flowers.root} --architecture tiny --runs {runs}"
         )
         return None
-    S["run"] = S["run"] if S["run"] in names else names[0]
-    S["other"] = S["other"] if S["other"] != S["run"] else None
+    if state["run"] not in names:
+        state["run"] = names[0]  # the newest
+    if state["other"] == state["run"]:
+        state["other"] = None
+    others = [name for name in names if name != state["run"]]
     with st.container(horizontal=True):
-        pick("Run", names, "run")
-        pick("Compare with", [n for n in names if n != S["run"]], "other", "no other run")
-        buttons("Part", PARTS, "part")
-    files = [runs / name / "predictions.csv" for name in (S["run"], S["other"]) if name]
-    given = [
-        kept(
-            lambda path: gallery.read_predictions(path.parent, flowers),
-            path,
-            data.stamp + stamp(path),
-        )
-        for path in files
-    ]
-    every = (shown := gallery.outcomes(flowers.labels, *given))["all"]
-    if not len(every):
+        choose_from_list("Run", names, "run")
+        choose_from_list("Compare with", others, "other", "no other run")
+        choose_one("Part", PARTS, "part")
+
+    chosen = [name for name in (state["run"], state["other"]) if name]
+    predictions = [load_predictions(data, runs / name) for name in chosen]
+    images_of = outcomes(flowers.labels, *predictions)  # indices by outcome
+    if not len(images_of["all"]):
         raise UserError(
-            f"{S['run']} and {S['other']} predicted different images: choose two runs of one split"
+            f"{state['run']} and {state['other']} predicted different images: "
+            "choose two runs of one split"
         )
-    shares = [
-        f"{panels.plain(p.name)}: **{100 * (p.guess[every] == flowers.labels[every]).mean():.2f}%**"
-        for p in given
-    ]
-    change = (
-        f" · {len(shown['mended'])} mended, {len(shown['broken'])} broken by {panels.plain(S['other'])}"
-        if S["other"]
-        else ""
+    show_accuracies(flowers, predictions, images_of)
+    if state["part"] == "classes":
+        return show_classes(flowers, predictions, images_of["all"])
+    if state["part"] == "confusion":
+        return show_confusion(flowers, predictions[0], images_of["all"])
+    return list_outcomes(flowers, predictions, images_of)
+
+
+def show_accuracies(
+    flowers: Flowers, predictions: list[Predictions], images_of: dict[str, np.ndarray]
+) -> None:
+    """Show the accuracy of each run, and how many images the second run mends and breaks."""
+    index = images_of["all"]
+    accuracies = []
+    for run in predictions:
+        percent = 100 * (run.guess[index] == flowers.labels[index]).mean()
+        accuracies.append(f"{panels.plain(run.name)}: **{percent:.2f}%**")
+    summary = " · ".join(accuracies) + f" of {len(index):,} images right"
+    if state["other"]:
+        mended, broken = len(images_of["mended"]), len(images_of["broken"])
+        summary += f" · {mended} mended, {broken} broken by {panels.plain(state['other'])}"
+    st.markdown(summary)
+
+
+def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.ndarray) -> None:
+    """Show the accuracy of each class; a click on a row lists its pictures."""
+    table = class_changes(flowers, index, *predictions)
+
+    def row_chosen():
+        change()
+        # Called, too, when a row is no longer chosen: then there is none.
+        rows = state.get("table", {}).get("selection", {}).get("rows")
+        if rows:
+            name = table["class"][rows[0]]
+            change(part="pictures", show="all", page=1, guess=None, **{"class": name})
+
+    percentages = [*(run.name for run in predictions), "change"]
+    one_decimal = st.column_config.NumberColumn(format="%.1f")
+    st.caption("Accuracy of each class in percent; choose a row to see its pictures.")
+    st.dataframe(
+        table,
+        hide_index=True,
+        key="table",
+        on_select=row_chosen,
+        selection_mode="single-row",
+        height=560,
+        column_config=dict.fromkeys(percentages, one_decimal),
     )
-    st.markdown(" · ".join(shares) + f" of {len(every):,} images right" + change)
-    if S["part"] == "classes":
 
-        def clicked():
-            go()
-            if rows := S.get("table", {}).get("selection", {}).get("rows"):
-                go(
-                    part="pictures",
-                    show="all",
-                    page=1,
-                    guess=None,
-                    **{"class": table[rows[0]]["class"]},
-                )
 
-        table = gallery.class_changes(flowers, every, *given)
-        st.caption("Accuracy of each class in percent; choose a row to see its pictures.")
-        st.dataframe(
-            table,
-            hide_index=True,
-            key="table",
-            on_select=clicked,
-            selection_mode="single-row",
-            height=560,
-            column_config={
-                k: st.column_config.NumberColumn(format="%.1f")
-                for k in (*(p.name for p in given), "change")
-            },
-        )
-        return None
-    if S["part"] == "confusion":
+def show_confusion(flowers: Flowers, run: Predictions, index: np.ndarray) -> None:
+    """Show the confusion matrix; a click on a cell lists its pictures."""
 
-        def opened(value):
-            true, guess = (flowers.class_names[int(c)] for c in value.split(","))
-            go(part="pictures", show="all", page=1, guess=guess, **{"class": true})
+    def open_cell(cell: str) -> None:
+        true, guess = (flowers.class_names[int(number)] for number in cell.split(","))
+        change(part="pictures", show="all", page=1, guess=guess, **{"class": true})
 
-        st.caption(
-            "Images of each class (row) by the name that they are given (column). Click on a cell to see its pictures."
-        )
-        draw(
-            panels.confusion(flowers.class_names, flowers.labels[every], given[0].guess[every]),
-            "confusion",
-            opened,
-        )
-        return None
-    if S["show"] not in shown:
-        S["show"] = "all"
-    if S["image"] is None:
+    st.caption(
+        "Images of each class (row) by the name that they are given (column). "
+        "Click on a cell to see its pictures."
+    )
+    matrix = panels.confusion(flowers.class_names, flowers.labels[index], run.guess[index])
+    draw(matrix, "confusion", open_cell)
+
+
+def list_outcomes(
+    flowers: Flowers, predictions: list[Predictions], images_of: dict[str, np.ndarray]
+) -> Listing:
+    """Show the filters of the first run's predictions; return the images that pass them."""
+    # An address or a change of runs may ask for what these runs do not have.
+    if state["show"] not in images_of:
+        state["show"] = "all"  # there is no 'mended' without a second run
+    if state["image"] is None:
+        names = sorted(flowers.class_names)
         with st.container(horizontal=True):
-            buttons("Show", list(shown), "show")
-            pick("True class", sorted(flowers.class_names), "class")
-            pick("Predicted class", sorted(flowers.class_names), "guess")
-            buttons("Order", ORDERS, "order")
-    index = shown[S["show"]]
-    for key, value in (("class", flowers.labels), ("guess", given[0].guess)):
-        if S[key]:
-            index = index[value[index] == flowers.class_names.index(S[key])]
-    if S["order"] == "confidence":
-        index = index[np.argsort(-given[0].score[index], kind="stable")]
+            choose_one("Show", list(images_of), "show")
+            choose_from_list("True class", names, "class")
+            choose_from_list("Predicted class", names, "guess")
+            choose_one("Order", ORDERS, "order")
 
-    def answers(i):
-        return [
-            f"{'✓' if p.guess[i] == flowers.labels[i] else '✗'} {flowers.class_names[p.guess[i]]} {100 * p.score[i]:.0f}%"
-            for p in given
-        ]
+    first = predictions[0]
+    index = images_of[state["show"]]
+    if state["class"]:
+        true = flowers.class_names.index(state["class"])
+        index = index[flowers.labels[index] == true]
+    if state["guess"]:
+        guess = flowers.class_names.index(state["guess"])
+        index = index[first.guess[index] == guess]
+    if state["order"] == "confidence":
+        index = index[np.argsort(-first.score[index], kind="stable")]
 
-    return index, answers, given
+    def answers(i: int) -> list[str]:
+        lines = []
+        for run in predictions:
+            mark = "✓" if run.guess[i] == flowers.labels[i] else "✗"
+            name = flowers.class_names[run.guess[i]]
+            lines.append(f"{mark} {name} {100 * run.score[i]:.0f}%")
+        return lines
+
+    return Listing(index, answers, predictions)
 
 
-def search(data: gallery.Data, runs: Path, models: list[str]):
-    flowers = data.flowers
+def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
+    """Show the search fields; return all images, the most similar first, if something is searched.
+
+    models: the runs that have a model.
+    """
     if not models:
         st.info(
-            f"Searching needs a run with a model in {runs}. Make one: python train.py --data_root {flowers.root} --architecture tiny --runs {runs}"
+            f"Searching needs a run with a model in {runs}. Make one: python train.py "
+            f"--data_root {data.flowers.root} --architecture tiny --runs {runs}"
         )
         return None
-    S["run"] = S["run"] if S["run"] in models else models[0]
+    if state["run"] not in models:
+        state["run"] = models[0]
     with st.container(horizontal=True):
         st.text_input(
             "Sentence",
             key="q",
             placeholder="a yellow flower with a dark centre",
-            max_chars=300,
-            on_change=refilter,
+            max_chars=MAX_TEXT,
+            on_change=change_filter,
             width=420,
         )
-        pick("Run", models, "run")
+        choose_from_list("Run", models, "run")
     upload = st.file_uploader(
         "or a picture of your own (JPEG, PNG or WebP; it is kept in memory only)",
         key="upload",
-        on_change=refilter,
+        on_change=change_filter,
     )
-    if not upload and not S["q"].strip():
+    if not upload and not state["q"].strip():
         return None
-    model = searcher(data, runs / S["run"])
-    if upload:
-        feature = model.of_picture(picture := gallery.open_picture(upload.getvalue()))
-        shares = model.ranking(feature)
-        left, right = st.columns([1, 3])
-        left.image(picture, alt="your picture")
-        with right:
-            draw(
-                panels.ranking(
-                    "class", [(flowers.class_names[c], shares[c]) for c in np.argsort(-shares)[:5]]
-                ),
-                "answer",
-            )
+
+    searcher = load_searcher(data, runs / state["run"])
+    if upload:  # it comes before a sentence, which may stand there from an earlier search
+        picture = open_picture(upload.getvalue())
+        features = searcher.of_picture(picture)  # (D,)
+        show_answer(picture, data.flowers.class_names, searcher.ranking(features))
     else:
-        feature = model.of_text(S["q"])
-    order, scores = gallery.nearest(model.features, feature)
-    score = dict(zip(order.tolist(), scores.tolist()))
-    return order, lambda i: [f"{score[int(i)]:.3f}"], []
+        features = searcher.of_text(state["q"])
+    order, scores = nearest(searcher.features, features)  # of all N images
+    return Listing(order, score_lines(order, scores))
+
+
+def score_lines(index: np.ndarray, scores: np.ndarray) -> Callable[[int], list[str]]:
+    """Return a function that gives the similarity of an image, from its index."""
+    score_of = dict(zip(index.tolist(), scores.tolist()))
+    return lambda i: [f"{score_of[int(i)]:.3f}"]
+
+
+def show_answer(picture: np.ndarray, class_names: Sequence[str], probabilities: np.ndarray) -> None:
+    """Show a visitor's picture (H, W, 3) beside the best classes for it. probabilities: (C,)."""
+    best = [(class_names[c], probabilities[c]) for c in np.argsort(-probabilities)[:BEST]]
+    left, right = st.columns([1, 3])
+    left.image(picture, alt="your picture")
+    with right:
+        draw(panels.ranking("class", best), "answer")
+
+
+# -----------------------------------------------------------------------------
+# one image
+
+
+def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs: Path) -> None:
+    """Show image i with all that is known of it, and the nearest images.
+
+    listing: the list that it was opened from. models: the runs that have a model.
+    """
+    flowers = data.flowers
+    image_toolbar(data.ids, i, listing.index)
+    file = flowers.files[i]
+    try:
+        jpeg = file.read_bytes()
+        rgb = open_picture(jpeg)  # (H, W, 3)
+    except (OSError, UserError) as error:
+        st.error(
+            f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: "
+            "python -m flowers.data"
+        )
+        return
+    name = flowers.class_names[flowers.labels[i]]
+    height, width = rgb.shape[:2]
+    facts = [
+        f"class {flowers.labels[i] + 1} · image {data.ids[i]} · {data.splits[i]}",
+        f"{file.name} · {width} x {height} pixels · {len(jpeg) / 1000:.0f} kB",
+    ]
+    captions = captions_of(data, i)
+    rankings = rankings_of(flowers, i, listing.predictions)
+    draw(panels.image(jpeg, rgb, name, facts, captions, rankings), "image")
+    show_neighbours(data, i, models, runs)
+
+
+def image_toolbar(ids: np.ndarray, i: int, index: np.ndarray) -> None:
+    """Show the buttons that lead from image i to the grid and to other images of its list."""
+    found = np.flatnonzero(index == i)
+    position = int(found[0]) if len(found) else -1  # the address may name an image of no list
+    where = f"not among these {len(index):,}"
+    if len(found):
+        where = f"{position + 1:,} of {len(index):,}"
+
+    def id_at(position: int) -> int | None:
+        return int(ids[index[position]]) if 0 <= position < len(index) else None
+
+    def open_random() -> None:
+        change(image=int(ids[random.choice(index)]))
+
+    before, after = id_at(position - 1), id_at(position + 1)
+    with toolbar():
+        step_button("Grid", "to_grid", "Escape", True, image=None)
+        step_button("Previous", "Previous_image", "Left", before is not None, image=before)
+        step_button("Next", "Next_image", "Right", after is not None, image=after)
+        st.button(
+            "Random",
+            on_click=open_random,
+            disabled=not len(index),
+            shortcut="S",
+            key="random_image",
+        )
+        st.markdown(where, width="content")
+
+
+def captions_of(data: Dataset, i: int) -> list[str]:
+    """Return the sentences about image i, from the first captions file that can be read."""
+    for name in ("captions.jsonl.gz", "captions.jsonl"):
+        path = data.flowers.root / name
+        if not path.is_file():
+            continue
+        try:
+            return load_captions(data, path)[i]
+        except UserError as error:
+            st.warning(str(error))
+    return []
+
+
+def rankings_of(
+    flowers: Flowers, i: int, predictions: Sequence[Predictions]
+) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Return what each run says of image i: its name, and class names with probabilities."""
+    rankings = []
+    for run in predictions:
+        best = []
+        for c, probability in run.top[i]:
+            mark = "✓ " if c == flowers.labels[i] else ""
+            best.append((mark + flowers.class_names[c], probability))
+        if best:
+            rankings.append((run.name, best))
+    return rankings
+
+
+def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
+    """Show the images nearest to image i, by colours or by the features of a run's model."""
+    choose_one("Nearest images by", ["colours", *models], "like", change)
+    if state["like"] == "colours":
+        features = data.thumbnails.features
+    else:
+        features = load_searcher(data, runs / state["like"]).features
+    if features is None:  # the thread of the thumbnails is not done
+        wait_for_colours(data.thumbnails)
+        return
+    order, scores = nearest(features, features[i], leave_out=i)  # it is its own nearest
+    index, scores = order[:NEIGHBOURS], scores[:NEIGHBOURS]
+    picture_grid(data, index, "neighbours", score_lines(index, scores))
+
+
+# -----------------------------------------------------------------------------
+# the page
+
+
+def show_page(parser: argparse.ArgumentParser) -> None:
+    """Show the whole page. Raises UserError or OSError for what the user can mend."""
+    args = parse_arguments(parser)
+    runs = Path(args.runs)
+    data = open_data(args)
+    flowers = data.flowers
+    # Asked anew each time: a run may end while the page is open.
+    predicted = run_names(runs, "predictions.csv")
+    models = run_names(runs, "model.pt")
+    read_address(allowed_choices(data, predicted, models))
+
+    with toolbar():
+        st.segmented_control(
+            "View",
+            VIEWS,
+            key="view",
+            format_func=str.title,
+            on_change=change_filter,
+            required=True,
+            label_visibility="collapsed",
+        )
+        summary = f"{len(data.ids):,} images of {len(flowers.class_names)} classes"
+        st.markdown(f"{summary} in `{flowers.root}`", width="content")
+
+    if state["view"] == "browse":
+        listing = browse(data)
+    elif state["view"] == "runs":
+        listing = compare_runs(data, runs, predicted)
+    else:
+        listing = search(data, runs, models)
+
+    # After the view, whose list the image is in, and instead of that list's grid.
+    found = np.flatnonzero(data.ids == (state["image"] or -1))
+    if state["image"] is not None and not len(found):
+        st.info(f"There is no image {state['image']} in this dataset.")
+        state["image"] = None
+    if state["image"] is not None:
+        everything = Listing(np.arange(len(data.ids)))
+        show_image(data, int(found[0]), listing or everything, models, runs)
+    elif listing is not None:
+        show_listing(data, listing)
+    write_address()
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line. Raises UserError for a mistake, as the page can show no usage."""
+
+    def refuse(message: str) -> None:
+        raise UserError(f"{message}: {START}")
+
+    parser.error = refuse
+    return parser.parse_args()
+
+
+def open_data(args: argparse.Namespace) -> Dataset:
+    """Open the dataset of the command line. Raises UserError that says how to fetch it."""
+    # A page must not download 345 MB, as open_flowers would.
+    if Path(args.data_root) == Path(DEFAULT_ROOT) and not is_complete(Path(DEFAULT_ROOT)):
+        raise UserError(
+            f"{DEFAULT_ROOT} is missing or incomplete. Fetch it: python -m flowers.data"
+        )
+    root = Path("data/sample" if args.data_root == "sample" else args.data_root)
+    names = ("jpg", "images/jpg", "imagelabels.mat", "labels.npz", "cat_to_name.json")
+    # The dataset is opened again when one of these changes, so that a copy that was mended opens
+    # without a restart. Only one of the two layouts has each.
+    files = [root / name for name in names]
+    files.append(Path(args.splits_path or root / "setid.mat"))
+    arguments = tuple((key, value) for key, value in vars(args).items() if key != "runs")
+    try:
+        return open_dataset(arguments, stamp_of(*files))
+    except UserError as error:
+        raise UserError(
+            f"{error}. Fetch the dataset: python -m flowers.data; "
+            "or see the sample: streamlit run web.py -- --data_root sample"
+        ) from None
+
+
+def allowed_choices(
+    data: Dataset, predicted: list[str], models: list[str]
+) -> dict[str, Collection]:
+    """Return what can be chosen, by the name of the choice; numbers and texts are not listed.
+
+    predicted, models: the runs that have predictions, and a model.
+    """
+    return {
+        "view": VIEWS,
+        "class": data.flowers.class_names,
+        "guess": data.flowers.class_names,
+        "split": {"all", *data.splits.tolist()},
+        "part": PARTS,
+        "show": SHOWS,
+        "bars": BARS,
+        "order": ORDERS,
+        "run": {*predicted, *models},
+        "other": predicted,
+        "like": ["colours", *models],
+    }
+
+
+def show_listing(data: Dataset, listing: Listing) -> None:
+    """Show one page of a list as a grid, and a button to download all of it."""
+    on_page = pager(listing.index)
+    picture_grid(data, on_page, "pictures", listing.lines)
+    st.download_button(
+        "This list as CSV",
+        lambda: export(data.flowers, listing.index, listing.predictions),
+        "flowers.csv",
+        "text/csv",
+        on_click="ignore",
+        disabled=not len(listing.index),
+    )
 
 
 @command
@@ -497,103 +820,15 @@ def main():
     parser.set_defaults(data_root=DEFAULT_ROOT if is_complete(Path(DEFAULT_ROOT)) else "sample")
     parser.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
     if not st.runtime.exists():
-        parser.parse_args()
-        raise UserError(
-            "this is a page: start it with streamlit run web.py -- [--data_root PATH] [--runs PATH]"
-        )
+        parser.parse_args()  # answers --help, and names a mistake
+        raise UserError(f"this is a page: start it with {START}")
+
     st.set_page_config("Flowers", page_icon="🌸", layout="wide")
     try:
-        page(parser)
+        show_page(parser)
     except (UserError, OSError) as error:
         st.error(str(error))
-        write_address()
-
-
-def page(parser: argparse.ArgumentParser) -> None:
-    def refuse(message):
-        raise UserError(f"{message}: streamlit run web.py -- [--data_root PATH] [--runs PATH]")
-
-    parser.error = refuse
-    args = parser.parse_args()
-    runs = Path(args.runs)
-    if Path(args.data_root) == Path(DEFAULT_ROOT) and not is_complete(Path(DEFAULT_ROOT)):
-        raise UserError(
-            f"{DEFAULT_ROOT} is missing or incomplete. Fetch it: python -m flowers.data"
-        )
-    root = Path("data/sample" if args.data_root == "sample" else args.data_root)
-    files = [
-        *(
-            root / n
-            for n in ("jpg", "images/jpg", "imagelabels.mat", "labels.npz", "cat_to_name.json")
-        ),
-        Path(args.splits_path or root / "setid.mat"),
-    ]
-    arguments = tuple((key, value) for key, value in vars(args).items() if key != "runs")
-    try:
-        data = dataset(arguments, stamp(*files))
-    except UserError as error:
-        raise UserError(
-            f"{error}. Fetch the dataset: python -m flowers.data; or see the sample: streamlit run web.py -- --data_root sample"
-        ) from None
-    flowers, ids = data.flowers, data.ids
-    predicted, models = (
-        gallery.run_names(runs, "predictions.csv"),
-        gallery.run_names(runs, "model.pt"),
-    )
-    read_address(
-        {
-            "view": VIEWS,
-            "class": flowers.class_names,
-            "guess": flowers.class_names,
-            "split": {"all", *data.splits.tolist()},
-            "part": PARTS,
-            "show": SHOWS,
-            "bars": BARS,
-            "order": ORDERS,
-            "run": {*predicted, *models},
-            "other": predicted,
-            "like": ["colours", *models],
-        }
-    )
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.segmented_control(
-            "View",
-            VIEWS,
-            key="view",
-            format_func=str.title,
-            on_change=refilter,
-            required=True,
-            label_visibility="collapsed",
-        )
-        st.markdown(
-            f"{len(ids):,} images of {len(flowers.class_names)} classes in `{flowers.root}`",
-            width="content",
-        )
-    views = {
-        "browse": lambda: browse(data),
-        "runs": lambda: compare(data, runs, predicted),
-        "search": lambda: search(data, runs, models),
-    }
-    listed = views[S["view"]]()
-    places = np.flatnonzero(ids == (S["image"] or -1))
-    if S["image"] is not None and not len(places):
-        st.info(f"There is no image {S['image']} in this dataset.")
-        S["image"] = None
-    if S["image"] is not None:
-        index, _, given = listed or (np.arange(len(ids)), None, [])
-        one_image(data, int(places[0]), index, given, models, runs)
-    elif listed is not None:
-        index, lines, given = listed
-        picture_grid(data, pager(index), "pictures", lines)
-        st.download_button(
-            "This list as CSV",
-            lambda: gallery.export(flowers, index, given),
-            "flowers.csv",
-            "text/csv",
-            on_click="ignore",
-            disabled=not len(index),
-        )
-    write_address()
+        write_address()  # of what was chosen, which the page could not show
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from measure import add_arguments, report
 
 from flowers import UserError, command, models
 from flowers.data import Flowers, add_data_arguments, open_flowers
-from flowers.gallery.data import thumbnail
+from flowers.gallery.thumbnails import thumbnail
 
 # -----------------------------------------------------------------------------
 # what runs in Streamlit and in the browser

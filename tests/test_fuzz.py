@@ -31,7 +31,7 @@ from test_web import html, pictures
 
 from flowers import UserError, cache, evaluate, files, pixels, runs, strategies, training, weights
 from flowers.data import open_flowers
-from flowers.gallery import data as gallery
+from flowers.gallery import filters, predictions, thumbnails
 from flowers.layouts import read_captions
 from flowers.study import comparable
 
@@ -153,14 +153,14 @@ def test_uploads(survive, count):
             warnings.simplefilter("ignore")
             return (
                 got.dtype == np.uint8
-                and got.shape[0] * got.shape[1] <= gallery.MAX_PIXELS
+                and got.shape[0] * got.shape[1] <= thumbnails.MAX_UPLOAD_PIXELS
                 and np.array_equal(got, by_pil(data))
             )
 
     survive(
         "uploads: gallery.open_picture",
         (damaged("upload", i, PICTURES[i % len(PICTURES)]) for i in range(count + 1)),
-        gallery.open_picture,
+        thumbnails.open_picture,
         right,
     )
 
@@ -171,10 +171,10 @@ def test_thumbnails(survive, count, tmp_path):
 
     def read(data):
         file.write_bytes(data)
-        jpeg = gallery.thumbnail(file)
+        jpeg = thumbnails.thumbnail(file)
         if not jpeg:
             raise UserError("the page shows 'damaged' in its place")
-        return gallery.read_thumbnail(jpeg)
+        return thumbnails.read_thumbnail(jpeg)
 
     def right(got, data):  # a thumbnail has an eighth of the detail
         whole = Image.open(io.BytesIO(data)).convert("RGB")
@@ -227,14 +227,14 @@ def test_pictures_that_claim_too_much_are_refused_before_they_take_memory_or_tim
     for i, data in enumerate(BOMBS.values()):
         (tmp_path / f"image_{i:05d}.jpg").write_bytes(data)
     code = """
-import resource, sys, time; from pathlib import Path; from flowers import UserError, pixels; from flowers.gallery import data as gallery
+import resource, sys, time; from pathlib import Path; from flowers import UserError, pixels; from flowers.gallery import thumbnails
 peak, start = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 before = peak()
 for file in sorted(Path(sys.argv[1]).glob("*.jpg")):
-    for read in (pixels.read, lambda f: gallery.open_picture(f.read_bytes())):
+    for read in (pixels.read, lambda f: thumbnails.open_picture(f.read_bytes())):
         try: read(file); sys.exit(f"{file} was read")
         except UserError as error: assert any(word in str(error) for word in ("pixels", "scans", "DecompressionBomb")), error
-    assert gallery.thumbnail(file) == b""
+    assert thumbnails.thumbnail(file) == b""
 assert peak() - before < 50_000 and time.perf_counter() - start < 8"""
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -976,7 +976,7 @@ def test_predictions_on_the_page(survive, count, small, tmp_path):
 
     def read(data):
         (tmp_path / "predictions.csv").write_bytes(data)
-        return gallery.read_predictions(tmp_path, flowers)
+        return predictions.read_predictions(tmp_path, flowers)
 
     def right(got, data):
         rows = [
@@ -1299,7 +1299,7 @@ def test_damage_that_was_found_in_runs(two_runs, cli, small, tmp_path):
     ):
         (two_runs / "one" / "predictions.csv").write_text(head + rows)
         with pytest.raises(UserError, match="predictions.csv is damaged"):
-            gallery.read_predictions(two_runs / "one", flowers)
+            predictions.read_predictions(two_runs / "one", flowers)
     for content in (
         "",
         "file,label\na,b\n",
@@ -1443,7 +1443,7 @@ def test_odd_names_and_templates_go_through_training_and_evaluation(odd, odd_run
         )
         assert {row["class"] for row in read_csv(odd_runs / run / "report.csv")} == set(ODD)
         assert (
-            len(gallery.read_predictions(odd_runs / run, flowers).index)
+            len(predictions.read_predictions(odd_runs / run, flowers).index)
             == len(rows)
             == len(flowers.splits["test"])
         )
@@ -1548,9 +1548,9 @@ def test_odd_names_on_the_page(odd, odd_runs, monkeypatch):
             )
     for part in ("pictures", "classes", "confusion"):
         page(view="runs", run="t0", other="t1", part=part)
-    first = gallery.read_predictions(odd_runs / "t0", flowers)
+    first = predictions.read_predictions(odd_runs / "t0", flowers)
     rows = list(
-        csv.DictReader(io.StringIO(gallery.export(flowers, first.index, [first]), ""), strict=True)
+        csv.DictReader(io.StringIO(filters.export(flowers, first.index, [first]), ""), strict=True)
     )
     assert [(row["class"], row["t0 prediction"]) for row in rows] == [
         (ODD[flowers.labels[i]], ODD[first.guess[i]]) for i in first.index

@@ -1,4 +1,7 @@
-"""web.py under streamlit's AppTest: every view, filter and address, and what is damaged or hostile; and the parts of it without the page."""
+"""web.py under streamlit's AppTest: every view, filter and address, and what is damaged or hostile.
+
+The parts of it that know nothing of the page are tested without it.
+"""
 
 import csv
 import dataclasses
@@ -25,10 +28,23 @@ from streamlit.testing.v1 import AppTest
 from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
-from flowers.gallery import data as gallery
-from flowers.gallery import panels
+from flowers.gallery import colours, filters, panels
+from flowers.gallery.predictions import read_predictions
+from flowers.gallery.thumbnails import (
+    MAX_UPLOAD_BYTES,
+    SLOT,
+    Thumbnails,
+    open_picture,
+    read_thumbnail,
+    thumbnail,
+)
 
 N = 120  # images of `many`: three pages
+PATIENCE = 180  # seconds that a busy machine may take for one run of the page
+
+
+# -----------------------------------------------------------------------------
+# data, runs and the page
 
 
 @pytest.fixture(scope="session")
@@ -38,47 +54,42 @@ def many(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def truth(many):
-    """Class by image id and the ids of each split, straight from Oxford's files; swapped: trnid is the test split."""
+    """Class by image id, and the ids of each split, straight from Oxford's files."""
+    labels = scipy.io.loadmat(many / "imagelabels.mat")["labels"][0]
+    class_of = {i: NAMES[label - 1] for i, label in enumerate(labels, 1)}
     ids = scipy.io.loadmat(many / "setid.mat")
-    return (
-        dict(
-            enumerate(
-                (NAMES[c - 1] for c in scipy.io.loadmat(many / "imagelabels.mat")["labels"][0]), 1
-            )
-        ),
-        {
-            "test": set(ids["trnid"][0].tolist()),
-            "train": {*ids["valid"][0].tolist(), *ids["tstid"][0].tolist()},
-        },
-    )
+    trnid, valid, tstid = (ids[name][0].tolist() for name in ("trnid", "valid", "tstid"))
+    # The swapped split, which is the default: trnid is the test split.
+    return class_of, {"test": set(trnid), "train": {*valid, *tstid}}
+
+
+def made_up_row(rng, image_id, label):
+    """A row of predictions.csv: right in 60% and more, with five random probabilities."""
+    order = rng.permutation(NAMES).tolist()
+    if rng.random() < 0.6:
+        order.remove(label)
+        order.insert(0, label)
+    scores = np.sort(rng.dirichlet(np.ones(5)))[::-1]
+    row = {"file": f"image_{image_id:05d}.jpg", "label": label}
+    for k in range(5):
+        row[f"top{k + 1}"] = order[k]
+    for k in range(5):
+        row[f"score{k + 1}"] = round(scores[k], 6)
+    return row
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, truth):
-    """Two runs with made-up predictions of the test split; `first` has the weights of a random tiny model."""
-    classes, splits = truth
+    """Two runs with made-up predictions of the test split; `first` has a random tiny model."""
+    class_of, splits = truth
     folder = tmp_path_factory.mktemp("web") / "runs"
-    for r, name in enumerate(("first", "second")):
-        rng, rows = np.random.default_rng(r), []
-        for i in sorted(splits["test"]):
-            order = rng.permutation(NAMES).tolist()
-            if rng.random() < 0.6:
-                order.remove(classes[i])
-                order.insert(0, classes[i])
-            scores = np.sort(rng.dirichlet(np.ones(5)))[::-1]
-            rows.append(
-                {
-                    "file": f"image_{i:05d}.jpg",
-                    "label": classes[i],
-                    **{f"top{k + 1}": order[k] for k in range(5)},
-                    **{f"score{k + 1}": round(scores[k], 6) for k in range(5)},
-                }
-            )
+    arguments = {"data_root": "elsewhere", "prompt_template": ["a {}"]}
+    for seed, name in enumerate(("first", "second")):
+        rng = np.random.default_rng(seed)
+        rows = [made_up_row(rng, i, class_of[i]) for i in sorted(splits["test"])]
         (folder / name).mkdir(parents=True)
         write_csv(folder / name / "predictions.csv", rows)
-        (folder / name / "args.json").write_text(
-            json.dumps({"data_root": "elsewhere", "prompt_template": ["a {}"]})
-        )
+        (folder / name / "args.json").write_text(json.dumps(arguments))
     torch.manual_seed(0)
     torch.save(models.build("tiny").state_dict(), folder / "first" / "model.pt")
     return folder
@@ -86,13 +97,15 @@ def runs(tmp_path_factory, truth):
 
 @pytest.fixture
 def page(monkeypatch, many, runs):
-    """page(view="runs", ...) -> the page at that address, without any error; page(..., data_root=, runs=, fails=True) for others."""
+    """page(view="runs", ...): the page at that address, without any error.
+
+    page(..., data_root=, runs=, more=, fails=True): other data, runs and flags; an error is due.
+    """
 
     def opened(data_root=many, runs=runs, fails=False, more=(), **address):
-        monkeypatch.setattr(
-            sys, "argv", ["web.py", "--data_root", str(data_root), "--runs", str(runs), *more]
-        )
-        at = AppTest.from_file(str(ROOT / "web.py"), default_timeout=60)
+        flags = ["--data_root", str(data_root), "--runs", str(runs), *more]
+        monkeypatch.setattr(sys, "argv", ["web.py", *flags])
+        at = AppTest.from_file(str(ROOT / "web.py"), default_timeout=PATIENCE)
         at.query_params.update(address)
         return whole(at.run(), fails)
 
@@ -100,29 +113,31 @@ def page(monkeypatch, many, runs):
 
 
 def whole(at, fails=False):
-    """The page, which must not have stumbled; an error, where it is due, is one sentence."""
+    """The page, which must not have raised; with an error box where one is due, and only there."""
     assert not at.exception, at.exception
-    assert bool(at.error) == fails, [e.value for e in at.error]
+    assert bool(at.error) == fails, [error.value for error in at.error]
     return at
+
+
+# -----------------------------------------------------------------------------
+# what stands on the page
 
 
 def html(at, key="pictures"):
     """What panels drew under this key."""
-    return "".join(
-        e.proto.bytes.decode() for e in at.get("bidi_component") if e.proto.id.endswith("-" + key)
-    )
+    elements = at.get("bidi_component")
+    drawn = [e.proto.bytes.decode() for e in elements if e.proto.id.endswith("-" + key)]
+    return "".join(drawn)
 
 
 def pictures(at, key="pictures"):
     """Id, source and lines of text of each picture of a grid, in order."""
-    return [
-        {
-            "id": int(i),
-            "src": re.findall('<img src="([^"]+)"', rest),
-            "lines": [unescape(line) for line in re.findall("(?s)<p>(.*?)</p>", rest)],
-        }
-        for i, rest in re.findall('(?s)<button data-open="([0-9]+)">(.*?)</button>', html(at, key))
-    ]
+    found = []
+    for i, inside in re.findall('(?s)<button data-open="([0-9]+)">(.*?)</button>', html(at, key)):
+        lines = [unescape(line) for line in re.findall("(?s)<p>(.*?)</p>", inside)]
+        sources = re.findall('<img src="([^"]+)"', inside)
+        found.append({"id": int(i), "src": sources, "lines": lines})
+    return found
 
 
 def shown(at, key="pictures"):
@@ -130,290 +145,339 @@ def shown(at, key="pictures"):
     return [picture["id"] for picture in pictures(at, key)]
 
 
+def scores(at, key="pictures"):
+    """The similarity under each picture of a grid."""
+    return [float(picture["lines"][1]) for picture in pictures(at, key)]
+
+
 def rankings(html):
     """The tables of names with their probabilities, in percent."""
-    return [
-        (
-            re.search("<th>(.*?)</th>", table)[1],
-            [
-                (unescape(name), float(share))
-                for name, share in re.findall("<td>(.*?)</td><td>(.*?)%</td>", table)
-            ],
-        )
-        for table in re.findall("<table>.*?</table>", html)
-    ]
+    tables = []
+    for table in re.findall("<table>.*?</table>", html):
+        title = re.search("<th>(.*?)</th>", table)[1]
+        rows = re.findall("<td>(.*?)</td><td>(.*?)%</td>", table)
+        tables.append((title, [(unescape(name), float(percent)) for name, percent in rows]))
+    return tables
 
 
 def text(at):
-    kinds = (at.markdown, at.info, at.warning, at.error, at.caption)
-    return "\n".join(
-        [m.value for kind in kinds for m in kind]
-        + [unescape(re.sub("<[^>]+>", "\n", html(at, "image")))]
-    )
+    """All that is to be read on the page, but for its grids."""
+    texts = []
+    for kind in (at.markdown, at.info, at.warning, at.error, at.caption):
+        texts += [message.value for message in kind]
+    texts.append(unescape(re.sub("<[^>]+>", "\n", html(at, "image"))))
+    return "\n".join(texts)
+
+
+def address_of(at):
+    """The page's address as a dict; AppTest gives each value as text or as a list of one."""
+    return {key: np.ravel(value)[0] for key, value in at.query_params.items()}
 
 
 def press(at, key):
     return whole(at.button(key=key).click().run())
 
 
-def predictions(runs, name):
+def choose(at, key, value):
+    """Press one of the buttons of which one is always chosen."""
+    return whole(at.segmented_control(key=key).set_value(value).run())
+
+
+def select(at, key, value):
+    """Select from a list."""
+    return whole(at.selectbox(key=key).set_value(value).run())
+
+
+def write(at, key, value):
+    """Write into a text field."""
+    return whole(at.text_input(key=key).set_value(value).run())
+
+
+def predictions_of(runs, name):
+    """The rows of a run's predictions.csv by image id."""
     with (runs / name / "predictions.csv").open() as file:
         return {int(row["file"][6:11]): row for row in csv.DictReader(file)}
 
 
+# -----------------------------------------------------------------------------
+# browse, and one image
+
+
 def test_opens_on_all_images_and_pages_through_them(page):
     at = page()
-    assert (
-        shown(at) == list(range(1, 49))
-        and "1 to 48 of 120 images" in text(at)
-        and dict(at.query_params) == {}
-    )
+    assert shown(at) == list(range(1, 49))
+    assert "1 to 48 of 120 images" in text(at)
+    assert address_of(at) == {}
     assert at.button(key="previous_page").disabled
+
     at = press(press(at, "next_page"), "next_page")
-    assert (
-        shown(at) == list(range(97, 121))
-        and at.query_params["page"] in ("3", ["3"])
-        and at.button(key="next_page").disabled
-    )
+    assert shown(at) == list(range(97, 121))
+    assert address_of(at)["page"] == "3"
+    assert at.button(key="next_page").disabled
+
     whole(at.number_input(key="page").set_value(2).run())
     assert shown(at) == list(range(49, 97))
     assert shown(press(at, "previous_page")) == list(range(1, 49))
 
 
-@pytest.mark.parametrize("name", ["mallow", "tree mallow"])  # one holds the other's name
+@pytest.mark.parametrize("name", ["mallow", "tree mallow"])  # one name holds the other
 def test_filters_by_class(page, truth, name):
-    at = page()
-    whole(at.selectbox(key="class").set_value(name).run())
-    assert shown(at) == [i for i, own in truth[0].items() if own == name] and len(shown(at)) == 20
+    class_of, _ = truth
+    at = select(page(), "class", name)
+    assert shown(at) == [i for i, label in class_of.items() if label == name]
+    assert len(shown(at)) == 20
     assert pictures(at)[0]["lines"] == [f"{shown(at)[0]} {name}"]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_filters_by_split_and_id_together(page, truth, split):
+    _, splits = truth
     at = page(page="2")
-    whole(at.segmented_control(key="split").set_value(split).run())
-    assert shown(at) == sorted(truth[1][split])[:48]  # and from the first page on
-    whole(at.text_input(key="ids").set_value(" 3, 20-40 ,119").run())
-    wanted = {3, *range(20, 41), 119} & truth[1][split]
-    assert shown(at) == sorted(wanted)
-    whole(at.text_input(key="ids").set_value("7; rm -rf").run())
+    choose(at, "split", split)
+    assert shown(at) == sorted(splits[split])[:48]  # the filter goes back to the first page
+
+    write(at, "ids", " 3, 20-40 ,119")
+    assert shown(at) == sorted({3, *range(20, 41), 119} & splits[split])
+
+    write(at, "ids", "7; rm -rf")
     assert "numbers and ranges such as" in text(at)
-    whole(at.text_input(key="ids").set_value("900-1000").run())
-    assert shown(at) == [] and "no image" in text(at) and at.download_button[0].disabled
+
+    write(at, "ids", "900-1000")
+    assert shown(at) == []
+    assert "no image" in text(at)
+    assert at.download_button[0].disabled
 
 
 def test_one_image(page, truth, many):
-    at = page(image="50", **{"class": truth[0][50]})
-    own = [i for i, name in truth[0].items() if name == truth[0][50]]
+    class_of, _ = truth
+    name = class_of[50]
+    same_class = [i for i, label in class_of.items() if label == name]
+    at = page(image="50", **{"class": name})
     with Image.open(many / "jpg" / "image_00050.jpg") as image:
         assert f"{image.width} x {image.height} pixels" in text(at)
-    assert f"{own.index(50) + 1} of 20" in text(at) and "image 50" in text(at) and not shown(at)
-    assert at.query_params["image"] in ("50", ["50"])
-    for key, beside in (("Next_image", own[own.index(50) + 1]), ("Previous_image", 50)):
+    assert f"{same_class.index(50) + 1} of 20" in text(at)
+    assert "image 50" in text(at)
+    assert not shown(at)
+    assert address_of(at)["image"] == "50"
+
+    after = same_class[same_class.index(50) + 1]
+    for key, image_id in (("Next_image", after), ("Previous_image", 50)):
         at = press(at, key)
-        assert f"image {beside} ·" in text(at)
+        assert f"image {image_id} ·" in text(at)
     at = press(at, "random_image")
-    assert int(np.ravel(at.query_params["image"])[0]) in own
-    assert shown(press(at, "to_grid")) == own and "image" not in at.query_params
-    assert page(image=str(own[0]), **{"class": truth[0][50]}).button(key="Previous_image").disabled
+    assert int(address_of(at)["image"]) in same_class
+    assert shown(press(at, "to_grid")) == same_class
+    assert "image" not in at.query_params
+
+    at = page(image=str(same_class[0]), **{"class": name})
+    assert at.button(key="Previous_image").disabled
 
 
 def test_neighbours_by_colour_and_by_a_run(page, many):
     at = page(image="50")
-    for _ in range(100):  # the colours of all images are computed in the background
-        if shown(at, "neighbours"):
-            break
+    # A thread computes the colours of all images; until then there are no neighbours.
+    deadline = time.monotonic() + PATIENCE
+    while not shown(at, "neighbours") and time.monotonic() < deadline:
         time.sleep(0.1)
         whole(at.run())
-    flowers = open_flowers(many)
-    rows = np.stack(
-        [
-            gallery.colour_features(gallery.read_thumbnail(gallery.thumbnail(f)))
-            for f in flowers.files
-        ]
-    )
-    distance = ((rows - rows[49]) ** 2).sum(1)
-    assert (
-        shown(at, "neighbours")
-        == [i + 1 for i in np.argsort(distance, kind="stable") if i != 49][:12]
-    )
 
-    whole(at.segmented_control(key="like").set_value("first").run())
-    assert len(shown(at, "neighbours")) == 12 and 50 not in shown(at, "neighbours")
-    scores = [float(p["lines"][1]) for p in pictures(at, "neighbours")]
-    assert scores == sorted(scores, reverse=True)
+    jpegs = [thumbnail(file) for file in open_flowers(many).files]
+    features = np.stack([colours.colour_features(read_thumbnail(jpeg)) for jpeg in jpegs])
+    distances = ((features - features[49]) ** 2).sum(1)
+    others = [i + 1 for i in np.argsort(distances, kind="stable") if i != 49]
+    assert shown(at, "neighbours") == others[:12]
+
+    choose(at, "like", "first")
+    assert len(shown(at, "neighbours")) == 12
+    assert 50 not in shown(at, "neighbours")
+    assert scores(at, "neighbours") == sorted(scores(at, "neighbours"), reverse=True)
 
 
 def test_captions_of_the_image_are_shown_as_plain_text(page, many, tmp_path):
     root = shutil.copytree(many, tmp_path / "d", ignore=shutil.ignore_patterns(".cache"))
-    lines = [
-        json.dumps(
-            {
-                "file": f"image_{i:05d}.jpg",
-                "captions": [f"**flower** {i} <img src='http://a.b/c.png'>"],
-            }
-        )
-        for i in range(1, N + 1)
-    ]
+    lines = []
+    for i in range(1, N + 1):
+        caption = f"**flower** {i} <img src='http://a.b/c.png'>"
+        lines.append(json.dumps({"file": f"image_{i:05d}.jpg", "captions": [caption]}))
     (root / "captions.jsonl").write_text("\n".join(lines))
     at = page(root, image="9")
     assert "<li>**flower** 9 &lt;img src=&#x27;http://a.b/c.png&#x27;&gt;</li>" in html(at, "image")
+
     (root / "captions.jsonl").write_text(lines[0])
     assert "has no caption for image_00002.jpg" in text(page(root, image="9"))
 
 
+def test_a_histogram_counts_each_class(page, truth):
+    class_of, splits = truth
+    at = page(bars="shown", split="test", ids="4-120", **{"class": "rose"})
+    bars = re.findall(
+        'data-open="([0-9]+)" class="(.*?)" .*?<span>(.*?)</span>([0-9]+)</button>',
+        html(at, "histogram"),
+    )
+    counts = Counter(class_of[i] for i in splits["test"] if i > 3)
+    drawn = {name: (emphasis == "on", int(count)) for _, emphasis, name, count in bars}
+    assert drawn == {name: (name == "rose", count) for name, count in counts.items()}
+    heights = [int(count) for *_, count in bars]
+    assert heights == sorted(heights, reverse=True)
+
+
+# -----------------------------------------------------------------------------
+# runs
+
+
 @pytest.mark.parametrize("show", ["all", "right", "wrong", "changed", "mended", "broken"])
 def test_outcomes_of_two_runs(page, runs, show):
-    first, second = predictions(runs, "first"), predictions(runs, "second")
-    right = {
-        i: (row["top1"] == row["label"], second[i]["top1"] == row["label"])
-        for i, row in first.items()
-    }
-    wanted = [
-        i
-        for i in first
-        if {
+    first, second = predictions_of(runs, "first"), predictions_of(runs, "second")
+    right = {}
+    wanted = []
+    for i, row in first.items():
+        right[i] = (row["top1"] == row["label"], second[i]["top1"] == row["label"])
+        passes = {
             "all": True,
             "right": right[i][0],
             "wrong": not right[i][0],
-            "changed": first[i]["top1"] != second[i]["top1"],
+            "changed": row["top1"] != second[i]["top1"],
             "mended": right[i] == (False, True),
             "broken": right[i] == (True, False),
-        }[show]
-    ]
+        }
+        if passes[show]:
+            wanted.append(i)
+
     at = page(view="runs", run="first", other="second")
-    whole(at.segmented_control(key="show").set_value(show).run())
-    assert shown(at) == wanted and wanted
-    share = 100 * sum(a for a, _ in right.values()) / len(right)
-    assert f"first: **{share:.2f}%**" in text(at) and f"of {len(first)} images right" in text(at)
+    choose(at, "show", show)
+    assert shown(at) == wanted
+    assert wanted
+    accuracy = 100 * sum(in_first for in_first, _ in right.values()) / len(right)
+    assert f"first: **{accuracy:.2f}%**" in text(at)
+    assert f"of {len(first)} images right" in text(at)
+
+    row = first[wanted[0]]
     mark = "✓" if right[wanted[0]][0] else "✗"
-    assert (
-        pictures(at)[0]["lines"][1]
-        == f"{mark} {first[wanted[0]]['top1']} {100 * float(first[wanted[0]]['score1']):.0f}%"
-    )
+    answer = f"{mark} {row['top1']} {100 * float(row['score1']):.0f}%"
+    assert pictures(at)[0]["lines"][1] == answer
 
 
 def test_most_confident_mistakes_come_first(page, runs):
-    first = predictions(runs, "first")
+    first = predictions_of(runs, "first")
     wrong = [i for i in first if first[i]["top1"] != first[i]["label"]]
     at = page(view="runs", run="first", show="wrong")
-    whole(at.segmented_control(key="order").set_value("confidence").run())
-    assert shown(at) == sorted(wrong, key=lambda i: -float(first[i]["score1"])) != wrong
+    choose(at, "order", "confidence")
+    by_confidence = sorted(wrong, key=lambda i: -float(first[i]["score1"]))
+    assert shown(at) == by_confidence
+    assert by_confidence != wrong
 
 
 def test_true_and_predicted_class_open_a_cell_of_the_confusion_matrix(page, runs):
-    first = predictions(runs, "first")
-    cell = next(
-        (row["label"], row["top1"]) for row in first.values() if row["label"] != row["top1"]
-    )
+    first = predictions_of(runs, "first")
+    pairs = [(row["label"], row["top1"]) for row in first.values()]
+    cell = next((label, guess) for label, guess in pairs if label != guess)
     at = page(view="runs", run="first")
-    whole(at.selectbox(key="class").set_value(cell[0]).run())
-    whole(at.selectbox(key="guess").set_value(cell[1]).run())
-    assert shown(at) == [i for i, row in first.items() if (row["label"], row["top1"]) == cell] != []
+    select(at, "class", cell[0])
+    select(at, "guess", cell[1])
+    in_cell = [i for i, pair in zip(first, pairs) if pair == cell]
+    assert shown(at) == in_cell
+    assert in_cell
+
     at = page(view="runs", run="first", part="confusion")
     drawn = re.findall(
         'data-open="([0-9]+),([0-9]+)" title="(.*?): ([0-9]+) of ([0-9]+)"', html(at, "confusion")
     )
-    names = sorted(
-        NAMES,
-        key=lambda name: int(next(c for c, _, title, *_ in drawn if title.startswith(name + " →"))),
-    )  # by number
-    counts = Counter((row["label"], row["top1"]) for row in first.values())
-    assert {
-        (names[int(t)], names[int(g)]): int(n) for t, g, _, n, _ in drawn
-    } == counts and cell in counts
-    assert all(title == f"{names[int(t)]} → {names[int(g)]}" for t, g, title, *_ in drawn)
-    assert {names[int(t)]: int(total) for t, _, _, _, total in drawn} == Counter(
-        row["label"] for row in first.values()
-    )
+    # The names by number, as the cells say both.
+    name_of = {int(true): title.split(" → ")[0] for true, _, title, *_ in drawn}
+    assert set(name_of.values()) == set(NAMES)
+    counts = {}
+    totals = {}
+    for true, guess, title, count, total in drawn:
+        true, guess = name_of[int(true)], name_of[int(guess)]
+        assert title == f"{true} → {guess}"
+        counts[true, guess] = int(count)
+        totals[true] = int(total)
+    assert counts == Counter(pairs)
+    assert cell in counts
+    assert totals == Counter(row["label"] for row in first.values())
 
 
 def test_classes_are_sorted_by_change(page, runs):
-    first, second = predictions(runs, "first"), predictions(runs, "second")
+    first, second = predictions_of(runs, "first"), predictions_of(runs, "second")
     at = page(view="runs", run="first", other="second", part="classes")
     table = at.dataframe[0].value
-    changes = {}
+    changes = []
     for name in NAMES:
-        own = [i for i in first if first[i]["label"] == name]
-        a, b = (100 * np.mean([rows[i]["top1"] == name for i in own]) for rows in (first, second))
-        row = table[table["class"] == name].iloc[0]
-        assert (row["first"], row["second"], row["images"]) == (
-            pytest.approx(a),
-            pytest.approx(b),
-            len(own),
+        images = [i for i in first if first[i]["label"] == name]
+        accuracy, accuracy_of_second = (
+            100 * np.mean([rows[i]["top1"] == name for i in images]) for rows in (first, second)
         )
-        changes[name] = b - a
-    assert (
-        table["change"].tolist() == pytest.approx(sorted(changes.values(), key=lambda c: -abs(c)))
-        and len({*changes.values()}) > 1
-    )
-    assert (
-        page(view="runs", run="first", part="classes")
-        .dataframe[0]
-        .value["first"]
-        .is_monotonic_increasing
-    )
+        row = table[table["class"] == name].iloc[0]
+        assert row["first"] == pytest.approx(accuracy)
+        assert row["second"] == pytest.approx(accuracy_of_second)
+        assert row["images"] == len(images)
+        changes.append(accuracy_of_second - accuracy)
+    by_size = sorted(changes, key=lambda change: -abs(change))
+    assert table["change"].tolist() == pytest.approx(by_size)
+    assert len(set(changes)) > 1
+
+    at = page(view="runs", run="first", part="classes")
+    assert at.dataframe[0].value["first"].is_monotonic_increasing
 
 
 def test_an_image_shows_what_both_runs_say(page, runs):
-    i = next(iter(predictions(runs, "first")))
+    i = next(iter(predictions_of(runs, "first")))
     at = page(view="runs", run="first", other="second", image=str(i))
     tables = rankings(html(at, "image"))
-    assert [name for name, _ in tables] == ["first", "second"]
-    for name, best in tables:
-        row = predictions(runs, name)[i]
-        assert [n.removeprefix("✓ ") for n, _ in best] == [row[f"top{k}"] for k in range(1, 6)]
-        assert [n for n, _ in best if n.startswith("✓")] == [f"✓ {row['label']}"] * (
-            row["label"] in [row[f"top{k}"] for k in range(1, 6)]
-        )
-        assert [share for _, share in best] == pytest.approx(
-            [100 * float(row[f"score{k}"]) for k in range(1, 6)], abs=0.051
-        )
+    assert [run for run, _ in tables] == ["first", "second"]
+    for run, best in tables:
+        row = predictions_of(runs, run)[i]
+        names = [row[f"top{k}"] for k in range(1, 6)]
+        percent = [100 * float(row[f"score{k}"]) for k in range(1, 6)]
+        marked = [name for name, _ in best if name.startswith("✓")]
+        assert [name.removeprefix("✓ ") for name, _ in best] == names
+        assert marked == ([f"✓ {row['label']}"] if row["label"] in names else [])
+        # The page shows one decimal.
+        assert [shown for _, shown in best] == pytest.approx(percent, abs=0.051)
+
+
+# -----------------------------------------------------------------------------
+# search
 
 
 def reference(runs, many, sentence):
-    """Similarities by clip's own code: its tokenizer at full length, its transform."""
+    """Similarities of all images by clip's own code, with its tokenizer and transform."""
     model, preprocess = clip.load(str(runs / "first" / "model.pt"), device="cpu")
+    files = sorted((many / "jpg").glob("*.jpg"))
     with torch.no_grad():
         words = model.encode_text(clip.tokenize([sentence]))[0]
-        images = model.encode_image(
-            torch.stack([preprocess(Image.open(f)) for f in sorted((many / "jpg").glob("*.jpg"))])
-        )
+        images = model.encode_image(torch.stack([preprocess(Image.open(file)) for file in files]))
     return torch.cosine_similarity(images, words[None]).numpy()
 
 
 def test_search_by_a_sentence(page, runs, many):
+    sentence = "a red flower on black"
     at = page(view="search", run="first")
     assert not shown(at)
-    whole(at.text_input(key="q").set_value("a red flower on black").run())
-    scores = reference(runs, many, "a red flower on black")
-    given = [float(p["lines"][1]) for p in pictures(at)]
-    assert len(given) == 48 and given == sorted(given, reverse=True)
-    assert given == pytest.approx(
-        [scores[i - 1] for i in shown(at)], abs=3e-3
-    )  # ours resizes on uint8, and with four digits
-    assert min(given) >= np.sort(scores)[-48] - 3e-3
-    assert at.query_params["q"] in ("a red flower on black", ["a red flower on black"])
-    assert (
-        "of 120"
-        in text(
-            page(view="search", run="first", q="a red flower on black", image=str(shown(at)[1]))
-        )
-        and "2 of 120"
-    )
+    write(at, "q", sentence)
+    expected = reference(runs, many, sentence)
+    assert len(scores(at)) == 48
+    assert scores(at) == sorted(scores(at), reverse=True)
+    # The page resizes on uint8, and shows three decimals.
+    assert scores(at) == pytest.approx([expected[i - 1] for i in shown(at)], abs=3e-3)
+    assert min(scores(at)) >= np.sort(expected)[-48] - 3e-3
+    assert address_of(at)["q"] == sentence
+
+    at = page(view="search", run="first", q=sentence, image=str(shown(at)[1]))
+    assert "2 of 120" in text(at)
 
 
 def test_search_by_a_picture_of_ones_own(page, many):
     data = (many / "jpg" / "image_00033.jpg").read_bytes()
     at = page(view="search", run="first")
     whole(at.file_uploader[0].upload("mine.jpg", data, "image/jpeg").run())
-    assert shown(at)[0] == 33 and float(pictures(at)[0]["lines"][1]) > 0.999
-    best = rankings(html(at, "answer"))[0][1]
-    assert (
-        len(best) == 5
-        and {name for name, _ in best} < set(NAMES)
-        and [share for _, share in best] == sorted([share for _, share in best], reverse=True)
-    )
+    assert shown(at)[0] == 33
+    assert scores(at)[0] > 0.999
+    _, best = rankings(html(at, "answer"))[0]
+    percent = [shown for _, shown in best]
+    assert len(best) == 5
+    assert {name for name, _ in best} < set(NAMES)
+    assert percent == sorted(percent, reverse=True)
 
 
 def encoded(size, kind="JPEG"):
@@ -430,43 +494,51 @@ BROKEN = {
     "script": b"<svg onload=alert(1)>",
     "bomb": encoded((9000, 9000), "PNG"),
     "strip": encoded((5000, 3), "PNG"),
-    "large": b"\xff\xd8" + bytes(gallery.MAX_BYTES),
+    "large": b"\xff\xd8" + bytes(MAX_UPLOAD_BYTES),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_bad_upload_is_a_sentence(name):
     with pytest.raises(UserError, match="^this (file|picture) (can't be read|has)"):
-        gallery.open_picture(BROKEN[name])
+        open_picture(BROKEN[name])
 
 
 def test_a_bad_upload_leaves_the_page_whole(page):
     at = page(view="search", run="first")
     at.file_uploader[0].upload("bad.jpg", BROKEN["half"], "image/jpeg").run()
     assert "can't be read as a picture" in whole(at, fails=True).error[0].value
+
+    # What is larger is refused before it could go to a temporary file.
     from starlette.formparsers import MultiPartParser
 
-    assert (
-        MultiPartParser.spool_max_size > gallery.MAX_BYTES
-    )  # what is larger is refused before it could go to a temporary file
+    assert MultiPartParser.spool_max_size > MAX_UPLOAD_BYTES
 
 
 def test_good_pictures_of_all_kinds_open_upright():
-    for kind, mode in (
+    kinds = (
         ("PNG", "RGBA"),
         ("PNG", "P"),
         ("JPEG", "CMYK"),
         ("JPEG", "L"),
         ("WEBP", "RGB"),
         ("PNG", "I;16"),
-    ):
+    )
+    for kind, mode in kinds:
         out = io.BytesIO()
         Image.new(mode, (40, 30)).save(out, kind)
-        assert gallery.open_picture(out.getvalue()).shape == (30, 40, 3)
-    image, out = Image.new("RGB", (40, 30)), io.BytesIO()
-    image.getexif()[0x0112] = 6  # turned by a quarter
-    image.save(out, "JPEG", exif=image.getexif())
-    assert gallery.open_picture(out.getvalue()).shape == (40, 30, 3)
+        assert open_picture(out.getvalue()).shape == (30, 40, 3)
+
+    out = io.BytesIO()
+    image = Image.new("RGB", (40, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: turned by a quarter
+    image.save(out, "JPEG", exif=exif)
+    assert open_picture(out.getvalue()).shape == (40, 30, 3)
+
+
+# -----------------------------------------------------------------------------
+# addresses
 
 
 @pytest.mark.parametrize(
@@ -493,20 +565,15 @@ def test_good_pictures_of_all_kinds_open_upright():
 )
 def test_every_address_opens_the_same_view_again(page, address):
     at = page(**address)
-    assert {
-        k: np.ravel(v)[0] for k, v in at.query_params.items()
-    } == address  # nothing is lost or added
-    again = page(**{k: np.ravel(v)[0] for k, v in at.query_params.items()})
-    assert (shown(again), shown(again, "neighbours"), text(again)) == (
-        shown(at),
-        shown(at, "neighbours"),
-        text(at),
-    )
+    assert address_of(at) == address  # nothing is lost or added
+    again = page(**address_of(at))
+    assert shown(again) == shown(at)
+    assert shown(again, "neighbours") == shown(at, "neighbours")
+    assert text(again) == text(at)
 
 
 def test_going_back_in_the_browser_goes_back(page):
-    at = page()
-    at = press(at, "next_page")
+    at = press(page(), "next_page")
     at.query_params.pop("page")
     assert shown(whole(at.run())) == list(range(1, 49))
 
@@ -518,7 +585,7 @@ HOSTILE = [
     "-1",
     "0",
     "9" * 400,
-    "٣",
+    "٣",  # a digit, but no number of ours
     "nan",
     "None",
     "first/../second",
@@ -526,31 +593,36 @@ HOSTILE = [
     "",
     ["a", "b"],
 ]
+CHOICES = [
+    "class",
+    "split",
+    "bars",
+    "page",
+    "image",
+    "run",
+    "other",
+    "part",
+    "show",
+    "guess",
+    "order",
+    "like",
+    "q",
+]
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda v: repr(v)[:24])
 def test_hostile_addresses_show_what_there_is(page, value):
-    keys = [
-        "class",
-        "split",
-        "bars",
-        "page",
-        "image",
-        "run",
-        "other",
-        "part",
-        "show",
-        "guess",
-        "order",
-        "like",
-        "q",
-        "ids",
-    ]
-    at = page(view=value, **dict.fromkeys(keys[:-1], value))
+    # All but the file ids, which may be of no image.
+    at = page(view=value, **dict.fromkeys(CHOICES, value))
     assert len(shown(at)) == 48
     for view in ("runs", "search"):
-        at = page(view=view, **dict.fromkeys(keys, value))
-        assert "passwd" not in text(at) and set(shown(at)) <= set(range(1, N + 1))
+        at = page(view=view, **dict.fromkeys([*CHOICES, "ids"], value))
+        assert "passwd" not in text(at)
+        assert set(shown(at)) <= set(range(1, N + 1))
+
+
+# -----------------------------------------------------------------------------
+# what is damaged or missing
 
 
 def copy(many, tmp_path):
@@ -571,23 +643,26 @@ def test_a_damaged_dataset_is_a_sentence_with_a_command(page, many, tmp_path, ha
     else:
         (root / harm).unlink()
     message = page(root, fails=True).error[0].value
-    assert "python -m flowers.data" in message and str(root) in message and "\n" not in message
+    assert "python -m flowers.data" in message
+    assert str(root) in message
+    assert "\n" not in message
 
 
 def test_a_dataset_that_is_mended_opens_without_a_restart(page, many, tmp_path):
     root = copy(many, tmp_path)
-    kept = (root / "setid.mat").read_bytes()
+    data = (root / "setid.mat").read_bytes()
     (root / "setid.mat").unlink()
     at = page(root, fails=True)
-    (root / "setid.mat").write_bytes(kept)
+    (root / "setid.mat").write_bytes(data)
     assert len(shown(whole(at.run()))) == 48
 
 
 def test_a_damaged_image_does_not_hide_the_others(page, many, tmp_path):
     root = copy(many, tmp_path)
     (root / "jpg" / "image_00003.jpg").write_bytes(b"\xff\xd8 nothing")
-    assert [p["id"] for p in pictures(page(root)) if not p["src"]] == [3]
-    assert "python -m flowers.data" in page(root, image="3", fails=True).error[0].value
+    assert [picture["id"] for picture in pictures(page(root)) if not picture["src"]] == [3]
+    message = page(root, image="3", fails=True).error[0].value
+    assert "python -m flowers.data" in message
 
 
 HEAD = b"file,label,top1,score1\n"
@@ -612,172 +687,189 @@ def test_damaged_predictions_are_a_sentence_with_a_command(page, runs, tmp_path,
     assert shown(page(runs=folder, view="runs", run="first"))  # the other run is as it was
 
 
-def test_a_run_of_another_dataset_says_which(page, runs, tmp_path, many):
+def test_a_run_of_another_dataset_says_which(page, runs, tmp_path):
     folder = shutil.copytree(runs, tmp_path / "runs")
-    write_csv(
-        folder / "second" / "predictions.csv",
-        [{"file": "image_00001.jpg", "label": "tulip", "top1": "tulip", "score1": 1}],
-    )
-    assert (
-        "--data_root elsewhere"
-        in page(runs=folder, view="runs", run="second", fails=True).error[0].value
-    )
+    row = {"file": "image_00001.jpg", "label": "tulip", "top1": "tulip", "score1": 1}
+    write_csv(folder / "second" / "predictions.csv", [row])
+    message = page(runs=folder, view="runs", run="second", fails=True).error[0].value
+    assert "--data_root elsewhere" in message
 
 
 def test_damaged_models_and_arguments(page, runs, tmp_path):
     folder = shutil.copytree(runs, tmp_path / "runs")
     (folder / "first" / "args.json").write_text('{"prompt_template": 7')
     assert shown(page(runs=folder, view="search", q="a rose"))
+
     (folder / "first" / "model.pt").write_bytes(b"no model")
-    assert (
-        "can't be read" in page(runs=folder, view="search", q="a rose", fails=True).error[0].value
-    )
+    message = page(runs=folder, view="search", q="a rose", fails=True).error[0].value
+    assert "can't be read" in message
 
 
 def test_without_runs_the_page_says_how_to_make_one(page, tmp_path):
     for view in ("runs", "search"):
         at = page(runs=tmp_path / "none", view=view)
-        assert "python train.py" in text(at) and "--runs" in text(at)
+        assert "python train.py" in text(at)
+        assert "--runs" in text(at)
 
 
 def test_mistaken_flags_are_a_sentence(page, cli):
-    assert "unrecognized arguments" in page(more=["--colour", "red"], fails=True).error[0].value
+    at = page(more=["--colour", "red"], fails=True)
+    assert "unrecognized arguments" in at.error[0].value
     assert "streamlit run web.py" in error_line(cli("web.py"))
     assert "--runs" in cli("web.py", "--help")[1]
 
 
+# -----------------------------------------------------------------------------
+# the parts, without the page
+
+
 def test_export_lists_what_is_shown(many, runs, truth):
+    class_of, splits = truth
     flowers = open_flowers(many)
-    first = gallery.read_predictions(runs / "first", flowers)
-    rows = list(csv.DictReader(io.StringIO(gallery.export(flowers, [4, 0, 77], [first]))))
-    assert [(int(r["id"]), r["file"], r["class"]) for r in rows] == [
-        (i, f"image_{i:05d}.jpg", truth[0][i]) for i in (5, 1, 78)
-    ]
-    made = predictions(runs, "first")
+    first = read_predictions(runs / "first", flowers)
+    table = filters.export(flowers, [4, 0, 77], [first])
+    rows = list(csv.DictReader(io.StringIO(table)))
+    listed = [(int(row["id"]), row["file"], row["class"]) for row in rows]
+    assert listed == [(i, f"image_{i:05d}.jpg", class_of[i]) for i in (5, 1, 78)]
+
+    predictions = predictions_of(runs, "first")
     for row in rows:
         i = int(row["id"])
-        assert i in truth[1][row["split"]]
-        assert row["first prediction"] == (made[i]["top1"] if i in made else "")
-        assert float(row["first probability"] or 0) == float(made[i]["score1"] if i in made else 0)
+        assert i in splits[row["split"]]
+        if i in predictions:
+            assert row["first prediction"] == predictions[i]["top1"]
+            assert float(row["first probability"]) == float(predictions[i]["score1"])
+        else:
+            assert row["first prediction"] == ""
+            assert row["first probability"] == ""
+
+
+def ready_thumbnails(flowers):
+    """Thumbnails, when their thread has made them all."""
+    thumbnails = Thumbnails(flowers)
+    while thumbnails.features is None and not thumbnails.problem:
+        time.sleep(0.02)
+    assert not thumbnails.problem
+    return thumbnails
 
 
 def test_thumbnails_are_kept_small_and_follow_their_files(many, tmp_path):
     root = copy(many, tmp_path)
+    # Nothing is harder to compress than noise.
     noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(
-        root / "jpg" / "image_00002.jpg", quality=95
-    )  # nothing is harder to compress
+    Image.fromarray(noise).save(root / "jpg" / "image_00002.jpg", quality=95)
     flowers = open_flowers(root)
 
-    def ready():
-        thumbnails = gallery.Thumbnails(flowers)
-        while thumbnails.features is None and not thumbnails.problem:
-            time.sleep(0.02)
-        assert not thumbnails.problem
-        return thumbnails
+    def cache_files():
+        return {path.name: path.stat().st_mtime_ns for path in (root / ".cache").iterdir()}
 
-    thumbnails = ready()
+    thumbnails = ready_thumbnails(flowers)
     for i in (0, 1):
-        assert (
-            thumbnails[i] == gallery.thumbnail(flowers.files[i])
-            and len(thumbnails[i]) <= gallery.SLOT
-        )
-        assert gallery.read_thumbnail(thumbnails[i]).shape == (160, 160, 3)
-    before = {p.name: p.stat().st_mtime_ns for p in (root / ".cache").iterdir()}
-    ready()
-    assert {p.name: p.stat().st_mtime_ns for p in (root / ".cache").iterdir()} == before and len(
-        before
-    ) == 2
+        assert thumbnails[i] == thumbnail(flowers.files[i])
+        assert len(thumbnails[i]) <= SLOT
+        assert read_thumbnail(thumbnails[i]).shape == (160, 160, 3)
+
+    before = cache_files()
+    assert len(before) == 2
+    ready_thumbnails(flowers)
+    assert cache_files() == before  # read, not made again
+
     shutil.copy(flowers.files[5], flowers.files[0])
-    assert ready()[0] == gallery.thumbnail(flowers.files[5])
+    assert ready_thumbnails(flowers)[0] == thumbnail(flowers.files[5])
+
+
+FIRST_PAGE = """
+import sys
+from streamlit.testing.v1 import AppTest
+
+sys.argv = ["web.py", "--data_root", {data_root!r}]
+at = AppTest.from_file({script!r}, default_timeout={patience}).run()
+slow = sys.modules.keys() & {{"torch", "pandas", "altair", "matplotlib"}}
+sys.exit(" ".join(slow) or not at.get("bidi_component"))
+"""
 
 
 def test_the_first_page_does_not_wait_for_what_it_does_not_need(many):
-    code = f"""import sys
-from streamlit.testing.v1 import AppTest
-sys.argv = ["web.py", "--data_root", {str(many)!r}]
-at = AppTest.from_file({str(ROOT / "web.py")!r}, default_timeout=60).run()
-sys.exit(" ".join(sys.modules.keys() & {{"torch", "pandas", "altair", "matplotlib"}}) or not at.get("bidi_component"))"""
-    gallery.Thumbnails(open_flowers(many))._work()  # kept from here on
+    ready_thumbnails(open_flowers(many))  # the second time they are read from the cache folder
+    code = FIRST_PAGE.format(data_root=str(many), script=str(ROOT / "web.py"), patience=PATIENCE)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+ATTRIBUTES = {
+    "class",
+    "style",
+    "title",
+    "alt",
+    "src",
+    "data-open",
+    "viewbox",
+    "preserveaspectratio",
+    "points",
+    "x",
+    "y",
+    "width",
+    "height",
+    "fill",
+    "stroke",
+}
+
+
+class Reader(HTMLParser):
+    """Collects the tags and texts of HTML, whose attributes must be ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+        self.texts = []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        assert {name for name, _ in attributes} <= ATTRIBUTES
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
 def test_names_are_text_whatever_they_hold(many):
-    flowers = dataclasses.replace(
-        open_flowers(many),
-        class_names=(vile := ["<b>{0}", "\"' onclick='x", "a&b", "</p>", "{{}}", "`$`"]),
-    )
+    vile = ["<b>{0}", "\"' onclick='x", "a&b", "</p>", "{{}}", "`$`"]
+    flowers = dataclasses.replace(open_flowers(many), class_names=vile)
     black = np.zeros((9, 9, 3), np.uint8)
+    ranking = (vile[0], [(name, 0.5) for name in vile])
     drawn = [
         panels.pictures([(1, b"x", vile)]),
         panels.class_histogram(flowers, np.arange(N), vile[0]),
-        panels.image(b"x", black, vile[1], vile, vile, [(vile[0], [(name, 0.5) for name in vile])]),
+        panels.image(b"x", black, vile[1], vile, vile, [ranking]),
         panels.confusion(vile, np.arange(6), np.arange(6)[::-1]),
     ]
-
-    class Seen(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            tags.append(tag)
-            assert {name for name, _ in attributes} <= {
-                "class",
-                "style",
-                "title",
-                "alt",
-                "src",
-                "data-open",
-                "viewbox",
-                "preserveaspectratio",
-                "points",
-                "x",
-                "y",
-                "width",
-                "height",
-                "fill",
-                "stroke",
-            }
-
-        def handle_data(self, data):
-            said.append(data)
-
     for piece in drawn:
-        tags, said = [], []
-        Seen().feed(piece)
-        assert {*vile} <= {*said} and tags.count("b") == piece.count(
-            "<b style="
-        )  # the keys of charts
-
-
-def test_a_histogram_counts_each_class(page, truth):
-    left = [i for i in truth[1]["test"] if i > 3]
-    drawn = re.findall(
-        'data-open="([0-9]+)" class="(.*?)" .*?<span>(.*?)</span>([0-9]+)</button>',
-        html(page(bars="shown", split="test", ids="4-120", **{"class": "rose"}), "histogram"),
-    )
-    assert {name: (on == "on", int(n)) for _, on, name, n in drawn} == {
-        name: (name == "rose", n) for name, n in Counter(truth[0][i] for i in left).items()
-    }
-    assert [int(n) for *_, n in drawn] == sorted((int(n) for *_, n in drawn), reverse=True)
+        reader = Reader()
+        reader.feed(piece)
+        assert set(vile) <= set(reader.texts)
+        # The <b> of the charts' keys has a style; there is no other.
+        assert reader.tags.count("b") == piece.count("<b style=")
 
 
 def test_palette_finds_the_colours_of_a_flag():
-    flag = np.repeat(
-        np.array([[200, 20, 30], [250, 250, 250], [20, 40, 160]], np.uint8), 40, axis=0
-    )[None].repeat(90, axis=0)
-    found = gallery.palette(flag)[:3]
-    assert sorted(colour for colour, _ in found) == ["#1428a0", "#c8141e", "#fafafa"] and sum(
-        s for _, s in found
-    ) == pytest.approx(1, abs=0.03)
+    red, white, blue = [200, 20, 30], [250, 250, 250], [20, 40, 160]
+    column = np.repeat(np.array([red, white, blue], np.uint8), 40, axis=0)  # (120, 3)
+    flag = column[None].repeat(90, axis=0)  # (90, 120, 3): three vertical stripes
+    palette = colours.palette(flag)[:3]
+    assert sorted(colour for colour, _ in palette) == ["#1428a0", "#c8141e", "#fafafa"]
+    assert sum(fraction for _, fraction in palette) == pytest.approx(1, abs=0.03)
 
 
 def test_grey_and_single_colours_have_curves():
     for level in (0, 128, 255):
-        hue, saturation, value = panels.hsv_curves(np.full((20, 30, 3), level, np.uint8))
-        assert not hue.any() and np.isfinite([*saturation, *value]).all()
-        assert saturation.argmax() == 0 and value.argmax() / 64 == pytest.approx(
-            level / 255, abs=0.02
-        )
-    hue, _, _ = panels.hsv_curves(
-        np.full((20, 30, 3), [200, 10, 14], np.uint8)
-    )  # a hue of 359: the density goes on at 0
-    assert min(hue[0], hue[-1]) > 0.5 * hue.max() and hue[60] == pytest.approx(0, abs=1e-6)
+        grey = np.full((20, 30, 3), level, np.uint8)
+        hue, saturation, value = colours.hsv_curves(grey)
+        assert not hue.any()
+        assert np.isfinite(saturation).all()
+        assert np.isfinite(value).all()
+        assert saturation.argmax() == 0
+        assert value.argmax() / 64 == pytest.approx(level / 255, abs=0.02)
+
+    # A hue of 359 degrees: the density goes on at 0.
+    hue, _, _ = colours.hsv_curves(np.full((20, 30, 3), [200, 10, 14], np.uint8))
+    assert min(hue[0], hue[-1]) > 0.5 * hue.max()
+    assert hue[60] == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,8 @@
-"""web.py from end to end in a real headless Chromium: what a visitor does, with no error box, no console error and no request to elsewhere."""
+"""web.py from end to end in a real headless Chromium, used as a visitor uses it.
+
+There must be no error box, no error on the browser's console, and no request to another host.
+Everything that is waited for may take up to PATIENCE on a busy machine.
+"""
 
 import os
 import re
@@ -17,6 +21,9 @@ from PIL import Image
 from flowers import models
 from flowers.files import write_csv
 
+PATIENCE = 180  # seconds
+POLL = 50  # milliseconds
+
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = [
     "--no-sandbox",
@@ -27,64 +34,89 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+# The page when Streamlit has run its script to the end.
 IDLE = "[data-testid=stApp][data-test-script-state=notRunning]"
+MAIN = "[data-testid=stMain]"
+PICTURE = ".pictures button"
+PREDICTION = ".pictures button p:nth-of-type(2)"
+
+
+# -----------------------------------------------------------------------------
+# the server, the browser and a page
+
+
+def write_predictions(run):
+    """Predictions of the test images, two of three right."""
+    rows = []
+    for i in range(120):
+        if i // len(NAMES) % 4 != 0:  # trnid holds a quarter of each class
+            continue
+        label, other = NAMES[i % 6], NAMES[(i + 1) % 6]
+        best, second = (label, other) if i % 3 else (other, label)
+        rows.append(
+            {
+                "file": f"image_{i + 1:05d}.jpg",
+                "label": label,
+                "top1": best,
+                "score1": 0.7,
+                "top2": second,
+                "score2": 0.2,
+            }
+        )
+    write_csv(run / "predictions.csv", rows)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for_server(process, address, log):
+    """Until it answers; what it logged in the failure."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"{address}/_stcore/health", timeout=5)
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"streamlit does not answer: {log.read_text()}")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of `streamlit run web.py` on 120 discs, with a run that is right on two test images of three."""
+    """The address of `streamlit run web.py` on 120 discs, with a run that has a tiny model."""
     folder = tmp_path_factory.mktemp("browser")
     data = write_dataset(folder / "data", per_class=20)
-    (folder / "runs" / "tiny").mkdir(parents=True)
-    rows = []
-    for i in [i for i in range(120) if i // len(NAMES) % 4 == 0]:
-        name, other = NAMES[i % 6], NAMES[(i + 1) % 6]
-        best = (name, other) if i % 3 else (other, name)
-        rows.append(
-            {
-                "file": f"image_{i + 1:05d}.jpg",
-                "label": name,
-                "top1": best[0],
-                "score1": 0.7,
-                "top2": best[1],
-                "score2": 0.2,
-            }
-        )
-    write_csv(folder / "runs" / "tiny" / "predictions.csv", rows)
+    run = folder / "runs" / "tiny"
+    run.mkdir(parents=True)
+    write_predictions(run)
     torch.manual_seed(0)
-    torch.save(models.build("tiny").state_dict(), folder / "runs" / "tiny" / "model.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "streamlit",
-        "run",
-        str(ROOT / "web.py"),
+    torch.save(models.build("tiny").state_dict(), run / "model.pt")
+
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    streamlit = [sys.executable, "-m", "streamlit", "run", str(ROOT / "web.py")]
+    options = [
         "--server.headless=true",
         "--server.address=127.0.0.1",
         f"--server.port={port}",
-        "--",
-        "--data_root",
-        str(data),
-        "--runs",
-        str(folder / "runs"),
     ]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    flags = ["--data_root", str(data), "--runs", str(folder / "runs")]
+    log = folder / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*streamlit, *options, "--", *flags], cwd=ROOT, stdout=out, stderr=out
+        )
         try:
-            for _ in range(300):
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5)
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
+            wait_for_server(process, address, log)
+            yield address
         finally:
             process.terminate()
             process.wait()
-    assert "Traceback" not in (folder / "log").read_text()
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -98,190 +130,230 @@ def chromium():
             f"no browser test: there is no {CHROMIUM} (apt-get install chromium, or set CHROMIUM)"
         )
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=FLAGS, timeout=1000 * PATIENCE
+        )
         yield browser
         browser.close()
+
+
+def new_page(context):
+    """A page of a browser, or of a context, that waits long enough."""
+    page = context.new_page()
+    page.set_default_timeout(1000 * PATIENCE)
+    page.set_default_navigation_timeout(1000 * PATIENCE)
+    return page
 
 
 @pytest.fixture
 def page(chromium, server):
     """A page 1440 wide that fails the test for a console error, or a request to another host."""
-    page = chromium.new_page(viewport={"width": 1440, "height": 900})
-    page.set_default_timeout(20_000)
+    context = chromium.new_context(viewport={"width": 1440, "height": 900})
+    page = new_page(context)
+    allowed = (server, server.replace("http", "ws"), "data:", "blob:")
     trouble = []
-    page.on(
-        "console", lambda message: trouble.append(message.text) if message.type == "error" else None
-    )
-    page.on(
-        "response",
-        lambda response: (
-            trouble.append(f"{response.status} {response.url}") if response.status >= 400 else None
-        ),
-    )
+
+    def on_console(message):
+        if message.type == "error":
+            trouble.append(message.text)
+
+    def on_response(response):
+        if response.status >= 400:
+            trouble.append(f"{response.status} {response.url}")
+
+    def on_request(request):
+        if not request.url.startswith(allowed):
+            trouble.append(request.url)
+
+    page.on("console", on_console)
+    page.on("response", on_response)
+    page.on("request", on_request)
     page.on("pageerror", lambda error: trouble.append(str(error)))
-    own = (server, server.replace("http", "ws"), "data:", "blob:")
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith(own) else trouble.append(request.url),
-    )
     yield page
     assert not page.locator("[data-testid=stException]").count()
-    page.close()
+    context.close()
     assert not trouble
 
 
+# -----------------------------------------------------------------------------
+# what stands on a page
+
+
 def captions(page):
+    """Id and class under each picture of the grid."""
     return page.locator(".pictures button p:first-of-type").all_inner_texts()
 
 
+def predictions(page):
+    """What the run says under each picture of the grid."""
+    return page.locator(PREDICTION).all_inner_texts()
+
+
+def shows_class(page, name):
+    """Whether all 20 images of one class are shown, and no others."""
+    lines = captions(page)
+    return len(lines) == 20 and all(line.endswith(name) for line in lines)
+
+
 def wait(page, condition):
-    """Until condition() holds; its last value in the failure."""
-    for _ in range(200):
+    """Until condition() holds and the page is idle; what the page says in the failure."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         if condition():
-            return page.wait_for_selector(IDLE)
-        page.wait_for_timeout(50)
+            page.wait_for_selector(IDLE)
+            return
+        page.wait_for_timeout(POLL)
     raise AssertionError(f"{page.url}: {page.locator('body').inner_text()[:1500]}")
 
 
-def test_a_visit(page, server, tmp_path):
-    page.goto(server)
-    wait(page, lambda: len(captions(page)) == 48)
-    page.get_by_role("button", name="Next").click()
-    wait(page, lambda: captions(page)[0].startswith("49 ") and "page=2" in page.url)
-    page.go_back()
-    wait(page, lambda: captions(page)[0].startswith("1 "))
+def starts_with(page, *image_ids):
+    """Whether the first picture of the grid is one of these images."""
+    lines = captions(page)
+    return bool(lines) and int(lines[0].split()[0]) in image_ids
 
-    # filter: type to search, then a bar of the histogram
+
+# -----------------------------------------------------------------------------
+# a visit
+
+
+def turn_pages_and_go_back(page):
+    page.get_by_role("button", name="Next").click()
+    wait(page, lambda: starts_with(page, 49) and "page=2" in page.url)
+    page.go_back()
+    wait(page, lambda: starts_with(page, 1))
+
+
+def filter_by_name_and_by_histogram(page):
     box = page.get_by_role("combobox", name="Class")
-    box.fill("tree")
+    box.fill("tree")  # type to search
     box.press("Enter")
-    wait(
-        page,
-        lambda: (
-            len(captions(page)) == 20 and all(c.endswith("tree mallow") for c in captions(page))
-        ),
-    )
+    wait(page, lambda: shows_class(page, "tree mallow"))
     assert "class=tree+mallow" in page.url
+
     page.get_by_text("shown", exact=True).click()
     page.locator(".bars button", has_text="rose").click()
-    wait(
-        page,
-        lambda: (
-            "class=rose" in page.url
-            and len(captions(page)) == 20
-            and all(c.endswith("rose") for c in captions(page))
-        ),
-    )
-    page.locator(".bars button.on").click()  # once more: all
+    wait(page, lambda: "class=rose" in page.url and shows_class(page, "rose"))
+    page.locator(".bars button.on").click()  # once more: all classes again
     wait(page, lambda: "class=" not in page.url and len(captions(page)) == 48)
 
-    # one image: by a click, on by the keyboard, back by Escape
-    page.goto(f"{server}/?class=rose")
-    wait(page, lambda: len(captions(page)) == 20)
-    page.locator(".pictures button").nth(2).click()
+
+def open_an_image_and_use_the_keyboard(page):
+    page.locator(PICTURE).nth(2).click()
     wait(page, lambda: "image=13" in page.url and page.get_by_text("3 of 20").count() == 1)
+    picture = page.locator(".image img")
+    full_size = [87, 76]
     wait(
         page,
-        lambda: (
-            page.locator(".image img").evaluate("i => [i.naturalWidth, i.naturalHeight]")
-            == [87, 76]
-        ),
-    )  # its full size
-    page.locator("[data-testid=stMain]").press("ArrowRight")
+        lambda: picture.evaluate("i => [i.naturalWidth, i.naturalHeight]") == full_size,
+    )
+    page.locator(MAIN).press("ArrowRight")
     wait(page, lambda: "image=19" in page.url and page.get_by_text("4 of 20").count() == 1)
-    page.locator("[data-testid=stMain]").press("Escape")
+    page.locator(MAIN).press("Escape")
     wait(page, lambda: "image=" not in page.url and len(captions(page)) == 20)
 
-    # runs
-    page.get_by_text("Runs", exact=True).click()
-    wait(page, lambda: "view=runs" in page.url and page.get_by_text("images right").count() == 1)
-    page.goto(f"{server}/?view=runs&show=wrong")
-    wait(
-        page,
-        lambda: (
-            captions(page)
-            and all(
-                "✗" in t
-                for t in page.locator(".pictures button p:nth-of-type(2)").all_inner_texts()
-            )
-        ),
-    )
 
-    # search: a sentence, a good file, a broken one
+def search_by_a_sentence_and_by_files(page, good, bad):
     page.get_by_text("Search", exact=True).click()
     page.get_by_label("Sentence").fill("a red flower")
     page.get_by_label("Sentence").press("Enter")
     wait(page, lambda: len(captions(page)) == 48 and "q=a+red+flower" in page.url)
-    good, bad = tmp_path / "good.png", tmp_path / "bad.jpg"
-    Image.new("RGB", (300, 200), (200, 30, 60)).save(good)
-    bad.write_bytes(b"\xff\xd8 no picture")
+
     page.locator("input[type=file]").set_input_files(good)
-    wait(
-        page,
-        lambda: (
-            page.get_by_role("img", name="your picture").count() == 1 and len(captions(page)) == 48
-        ),
-    )
+    answer = page.get_by_role("img", name="your picture")
+    wait(page, lambda: answer.count() == 1 and len(captions(page)) == 48)
     assert not page.locator("[data-testid=stAlert]").count()
+
     page.locator("input[type=file]").set_input_files(bad)
     wait(page, lambda: page.get_by_text("can't be read as a picture").count() == 1)
 
 
+def test_a_visit(page, server, tmp_path):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.jpg"
+    Image.new("RGB", (300, 200), (200, 30, 60)).save(good)
+    bad.write_bytes(b"\xff\xd8 no picture")
+
+    page.goto(server)
+    wait(page, lambda: len(captions(page)) == 48)
+    turn_pages_and_go_back(page)
+    filter_by_name_and_by_histogram(page)
+
+    page.goto(f"{server}/?class=rose")
+    wait(page, lambda: len(captions(page)) == 20)
+    open_an_image_and_use_the_keyboard(page)
+
+    page.get_by_text("Runs", exact=True).click()
+    wait(page, lambda: "view=runs" in page.url and page.get_by_text("images right").count() == 1)
+    page.goto(f"{server}/?view=runs&show=wrong")
+    wait(page, lambda: captions(page) and all("✗" in line for line in predictions(page)))
+    search_by_a_sentence_and_by_files(page, good, bad)
+
+
+# -----------------------------------------------------------------------------
+# impatient visitors
+
+
 def click_twice(page, target, pause):
-    """The second click comes while the first is being answered."""
+    """Click twice on one spot; the second click comes while the first is being answered."""
     box = target.bounding_box()
-    page.mouse.click(box["x"] + 5, box["y"] + 5)
+    x, y = box["x"] + 5, box["y"] + 5
+    page.mouse.click(x, y)
     page.wait_for_timeout(pause)
-    page.mouse.click(box["x"] + 5, box["y"] + 5)
+    page.mouse.click(x, y)
 
 
 @pytest.mark.parametrize("pause", [0, 20, 50])
 def test_a_cell_of_the_confusion_matrix_opens_its_pictures(page, server, pause):
     page.goto(f"{server}/?view=runs&part=confusion")
     cell = page.locator(".matrix button").nth(1)
-    true, guess, count = re.fullmatch(
-        "(.*) → (.*): ([0-9]+) of [0-9]+", cell.get_attribute("title")
-    ).groups()
+    title = re.fullmatch("(.*) → (.*): ([0-9]+) of [0-9]+", cell.get_attribute("title"))
+    true, guess, count = title.groups()
     click_twice(page, cell, pause)
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(500)  # both clicks have been answered if the page is idle after it
     wait(
         page,
         lambda: (
             "guess=" in page.url and "part=" not in page.url and len(captions(page)) == int(count)
         ),
     )
-    assert all(c.endswith(true) for c in captions(page))
-    assert all(
-        guess in t for t in page.locator(".pictures button p:nth-of-type(2)").all_inner_texts()
-    )
+    assert all(line.endswith(true) for line in captions(page))
+    assert all(guess in line for line in predictions(page))
+
+
+# page.js holds a second click back for 0.7 s: this clock makes that time pass between two clicks,
+# as if the answer to the first took longer.
+FAST_CLOCK = "Date.now = (now => () => now += 1000)(Date.now())"
 
 
 def test_a_hurried_visitor_finds_no_error(page, server):
     for pause in (0, 20, 30, 40):
         page.goto(server)
         wait(page, lambda: len(captions(page)) == 48)
-        page.evaluate(
-            "Date.now = (now => () => now += 1000)(Date.now())"
-        )  # as if the answer took longer than a second click is held back
-        click_twice(page, page.locator(".pictures button").nth(3), pause)
+        page.evaluate(FAST_CLOCK)
+        click_twice(page, page.locator(PICTURE).nth(3), pause)
         wait(page, lambda: "image=4" in page.url and page.locator(".image img").count() == 1)
-    for key in (
-        "ArrowRight",
-        "ArrowRight",
-        "ArrowLeft",
-        "Escape",
-    ):  # on before the picture has come
-        page.wait_for_timeout(60)
-        page.locator("[data-testid=stMain]").press(key)
+
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "Escape"):
+        page.wait_for_timeout(60)  # on before the picture has come
+        page.locator(MAIN).press(key)
     wait(page, lambda: "image=" not in page.url and len(captions(page)) == 48)
     page.get_by_role("button", name="Next").dblclick()
-    wait(page, lambda: captions(page)[0].startswith(("49 ", "97 ")))
+    wait(page, lambda: starts_with(page, 49, 97))
+
+
+# -----------------------------------------------------------------------------
+# a telephone
+
+COUNT_CUT_OFF = """all => all
+    .map(element => element.getBoundingClientRect())
+    .filter(box => box.width && (box.right > 400 || box.left < 0))
+    .length"""
+COLOURS = "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color]"
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_nothing_is_cut_off_on_a_telephone(chromium, server, theme):
     context = chromium.new_context(viewport={"width": 400, "height": 800}, color_scheme=theme)
-    page = context.new_page()
+    page = new_page(context)
     for address in (
         "?bars=shown",
         "?image=5",
@@ -293,18 +365,13 @@ def test_nothing_is_cut_off_on_a_telephone(chromium, server, theme):
         page.goto(f"{server}/{address}")
         page.wait_for_selector(".pictures button, [data-testid=stDataFrame], .matrix")
         page.wait_for_selector(IDLE)
-        assert page.locator("[data-testid=stMain]").evaluate("e => e.scrollWidth") <= 400
-        cut = (
-            page.locator("[data-testid=stMainBlockContainer]")
-            .locator("button, input")
-            .evaluate_all(
-                "all => all.map(e => e.getBoundingClientRect()).filter(r => r.width && (r.right > 400 || r.left < 0)).length"
-            )
-        )
-        assert cut == 0, address
-    style = page.locator("[data-testid=stApp]").evaluate(
-        "e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color]"
-    )
-    ground, ink = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in style)
-    assert (ground < ink) == (theme == "dark") and abs(ground - ink) > 400
+        assert page.locator(MAIN).evaluate("e => e.scrollWidth") <= 400
+        block = page.locator("[data-testid=stMainBlockContainer]")
+        assert block.locator("button, input").evaluate_all(COUNT_CUT_OFF) == 0, address
+
+    # Legible in both themes: the brightnesses (sums of red, green, blue) are far apart.
+    style = page.locator("[data-testid=stApp]").evaluate(COLOURS)
+    background, ink = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in style)
+    assert (background < ink) == (theme == "dark")
+    assert abs(background - ink) > 400
     context.close()

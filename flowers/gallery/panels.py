@@ -1,77 +1,80 @@
-"""The parts of web.py that know nothing of its state, as HTML: pictures, charts, rankings. Drawn here, as a browser takes a second to load a library
-of charts. Names are escaped; what carries data-open opens something when it is clicked. ELEMENT shows such HTML and hands on the clicks."""
+"""Grids of pictures, charts and rankings as HTML. Nothing here knows of the state of the page.
+
+Charts are drawn here, since a browser takes a second to load a library of charts. All names and
+texts are escaped. An element with `data-open` opens something when it is clicked: ELEMENT, the
+Streamlit component that shows the HTML, hands the value of `data-open` on.
+"""
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
-from flowers import colour
 from flowers.data import Flowers
-from flowers.gallery.data import palette
+from flowers.gallery.colours import hsv_curves, palette
 
-BLUE, ORANGE = "0 114 178", "213 94 0"  # of figures.PALETTE: legible on light and dark
-CSS = """
-.root { font: 13px/1.3 var(--st-font); color: var(--st-text-color) }
-button { all: unset; box-sizing: border-box; cursor: pointer; min-width: 0; border: 1px solid transparent; background-origin: border-box }
-button:hover, button:focus-visible, button.on { border-color: var(--st-text-color) }
-p { margin: 2px 0 0; overflow-wrap: anywhere }
-.pictures, .bars { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)) }
-.pictures button { display: flex; flex-direction: column; border-radius: 6px; padding: 3px }
-.pictures img, .none { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 4px; background: var(--st-secondary-background-color) }
-.none { display: grid; place-items: center }
-.image { display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); font-size: 15px }
-.image img { max-width: 100%; border-radius: 4px } h3 { margin: 0; font-size: 24px } ul { padding-left: 18px }
-.bars { gap: 3px; grid-template-columns: repeat(auto-fill, minmax(155px, 1fr)); max-height: 380px; overflow-y: auto }
-.bars button { display: flex; justify-content: space-between; gap: 6px; padding: 1px 5px }
-.bars span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-.matrix { display: grid; overflow-x: auto; font-size: 10px; gap: 1px }
-.matrix span { position: sticky; left: 0; padding-right: 4px; text-align: right; white-space: nowrap; background: var(--st-background-color) }
-.matrix .top { position: static; writing-mode: vertical-rl; rotate: 180deg; padding: 4px 0 0; line-height: 1; justify-self: center; text-align: left }
-.matrix button { height: 17px; text-align: center }
-.strip { display: flex; gap: 2px; justify-content: space-between; font: 10px var(--st-code-font); margin: 6px 0 12px }
-svg { display: block; width: 100%; height: 110px; border-bottom: 1px solid currentColor }
-polyline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke }
-table { width: 100%; margin: 10px 0; border-collapse: collapse }
-td { padding: 3px 6px; border-bottom: 1px solid var(--st-border-color) } td + td { text-align: right } th { text-align: left; padding: 3px 6px }
-"""
-JS = """
-export default function({ data, parentElement, setTriggerValue }) {
-    const root = parentElement.querySelector(".root"), html = new TextDecoder().decode(data);
-    if (root.shown !== html) { root.innerHTML = root.shown = html; root.busy = 0 }
-    root.onclick = event => {  // the second click of two would come between, and open half of what the first one asked for
-        const hit = event.target.closest("[data-open]");
-        if (hit && !(root.busy > Date.now())) { root.busy = Date.now() + 700; setTriggerValue("open", hit.dataset.open) }
-    };
+# The first two colours of figures.PALETTE: legible on light and dark.
+BLUE = "0 114 178"
+ORANGE = "213 94 0"
+
+MIN_STRIP = 0.15  # of the palette's width: a colour is wide enough for its name
+MAX_COUNTS = 30  # classes up to which a confusion matrix has room for its numbers
+
+MARKDOWN = "\\`*_{}[]()<>#$|:~!+-."  # characters with a meaning in markdown
+
+_folder = Path(__file__).parent
+ELEMENT = {
+    "html": '<div class="root"></div>',
+    "css": (_folder / "page.css").read_text(encoding="utf-8"),
+    "js": (_folder / "page.js").read_text(encoding="utf-8"),
 }
-"""
-ELEMENT = {"html": '<div class="root"></div>', "css": CSS, "js": JS}
 
 
 def plain(text: str) -> str:
-    """Text that markdown leaves as it is."""
-    return " ".join(text.split()).translate({ord(c): "\\" + c for c in "\\`*_{}[]()<>#$|:~!+-."})
+    """Return text that markdown shows as it is, on one line."""
+    escapes = {ord(character): "\\" + character for character in MARKDOWN}
+    return " ".join(text.split()).translate(escapes)
+
+
+# -----------------------------------------------------------------------------
+# pieces that several panels use
+
+
+def paragraphs(lines: Iterable[str]) -> str:
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
 def picture(jpeg: bytes, name: str) -> str:
-    """A picture within the page: an address of its own might be gone before the browser asks for it."""
-    return (
-        f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" alt="{escape(name)}">'
-    )
+    """Return a picture with its bytes in it.
+
+    A picture at an address of its own might be gone before the browser asks for it.
+    """
+    text = base64.b64encode(jpeg).decode()
+    return f'<img src="data:image/jpeg;base64,{text}" alt="{escape(name)}">'
 
 
-def pictures(shown: Iterable[tuple[int, bytes, list[str]]]) -> str:
-    """A grid; shown: id, thumbnail (no bytes: damaged) and lines of text of each picture. Each opens its id."""
-    return (
-        '<div class="pictures">'
-        + "".join(
-            f'<button data-open="{i}">{picture(jpeg, lines[0]) if jpeg else "<div class=none>damaged</div>"}'
-            f"{''.join(f'<p>{escape(line)}</p>' for line in lines)}</button>"
-            for i, jpeg, lines in shown
-        )
-        + "</div>"
-    )
+def bar(fraction: float) -> str:
+    """Return the style of an element whose background is a bar of this length, from 0 to 1."""
+    percent = 100 * fraction
+    return f"background-image:linear-gradient(90deg,rgb({BLUE} / 0.4) {percent:.1f}%,#0000 0)"
+
+
+# -----------------------------------------------------------------------------
+# pictures
+
+
+def pictures(items: Iterable[tuple[int, bytes, list[str]]]) -> str:
+    """Return a grid of pictures that open their ids.
+
+    items: id, JPEG (no bytes: the file is damaged) and lines of text of each picture.
+    """
+    buttons = []
+    for i, jpeg, lines in items:
+        shown = picture(jpeg, lines[0]) if jpeg else "<div class=none>damaged</div>"
+        buttons.append(f'<button data-open="{i}">{shown}{paragraphs(lines)}</button>')
+    return f'<div class="pictures">{"".join(buttons)}</div>'
 
 
 def image(
@@ -82,117 +85,138 @@ def image(
     captions: list[str],
     rankings: Iterable[tuple[str, list]],
 ) -> str:
-    """A picture at full size and what is known of it; rgb: its pixels (H, W, 3)."""
-    left = (
-        picture(jpeg, name)
-        + "<ul>"
-        + "".join(f"<li>{escape(line)}</li>" for line in captions)
-        + "</ul>"
-    )
-    right = "".join(
-        [
-            f"<h3>{escape(name)}</h3>",
-            *(f"<p>{escape(line)}</p>" for line in facts),
-            *(ranking(*r) for r in rankings),
-            colours(rgb),
-        ]
-    )
+    """Return a picture at full size beside its class name, facts, rankings and colours.
+
+    rgb: the pixels of the picture, (H, W, 3) uint8. rankings: the two arguments of `ranking`
+    for each run.
+    """
+    sentences = "".join(f"<li>{escape(caption)}</li>" for caption in captions)
+    left = f"{picture(jpeg, name)}<ul>{sentences}</ul>"
+    tables = "".join(ranking(title, best) for title, best in rankings)
+    right = f"<h3>{escape(name)}</h3>{paragraphs(facts)}{tables}{colours(rgb)}"
     return f'<div class="image"><div>{left}</div><div>{right}</div></div>'
 
 
-def filled(share: float) -> str:
-    """The style of a bar that a text stands on."""
-    return f"background-image:linear-gradient(90deg,rgb({BLUE} / 0.4) {100 * share:.1f}%,#0000 0)"
+def ranking(title: str, best: Iterable[tuple[str, float]]) -> str:
+    """Return a table of names with their probabilities, each a bar."""
+    rows = []
+    for name, probability in best:
+        cells = f"<td>{escape(name)}</td><td>{100 * probability:.1f}%</td>"
+        rows.append(f'<tr style="{bar(probability)}">{cells}</tr>')
+    return f"<table><tr><th>{escape(title)}</th></tr>{''.join(rows)}</table>"
 
 
-def class_histogram(flowers: Flowers, index: np.ndarray, chosen: str | None) -> str:
-    """Images of each class at `index`, most first; each opens its number, `chosen` stands out."""
-    counts = np.bincount(flowers.labels[index], minlength=len(flowers.class_names))
-    bars = (
-        (c, escape(flowers.class_names[c]), flowers.class_names[c] == chosen)
-        for c in np.argsort(-counts, kind="stable")
-        if counts[c]
-    )
-    return (
-        '<div class="bars">'
-        + "".join(
-            f'<button data-open="{c}" class="{"on" * on}" title="{name}" style="{filled(counts[c] / counts.max())}"><span>{name}</span>{counts[c]}</button>'
-            for c, name, on in bars
-        )
-        + "</div>"
-    )
-
-
-def hsv_curves(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Densities of a picture (H, W, 3): hue, by chroma, at 120 angles (none: 0), saturation and value at 65 levels from 0 to 1."""
-    row, angle, level = (
-        colour.measure(rgb, "none"),
-        (np.arange(120) + 0.5) / 120,
-        np.linspace(0, 1, 65),
-    )
-    hue = (
-        colour.density(row, colour.HUE, angle) if row[colour.HUE].sum() else np.zeros(120)
-    )  # grey has no hue
-    return (
-        hue,
-        colour.density(row, colour.SATURATION, level),
-        colour.density(row, colour.VALUE, level),
-    )
+# -----------------------------------------------------------------------------
+# colours of one picture
 
 
 def colours(rgb: np.ndarray) -> str:
-    """The palette of a picture (H, W, 3), each colour at least wide enough for its name, and its HSV curves."""
-    hue, *curves = hsv_curves(rgb)
-    strip = "".join(
-        f'<div style="flex:{max(share, 0.15):.3f}"><div style="height:36px;background:{shade};box-shadow:inset 0 0 0 1px #8888"></div>{shade}</div>'
-        for shade, share in palette(rgb)
+    """Return the palette of a picture (H, W, 3) uint8 and its HSV curves."""
+    hue, saturation, value = hsv_curves(rgb)
+    top = max(saturation.max(), value.max())
+    hue_title = f"hue (degrees), by chroma; density up to {hue.max():.1f}"
+    hue_chart = chart(hue_title, len(hue), hue_bars(hue), range(0, 361, 60))
+    curves_title = (
+        f'<b style="color:rgb({BLUE})">■</b> saturation and '
+        f'<b style="color:rgb({ORANGE})">■</b> value; density up to {top:.1f}'
     )
-    bars = "".join(
-        f'<rect x="{k}" y="{100 - h:.1f}" width="1.05" height="{h:.1f}" fill="hsl({3 * k + 1.5} 85% 50%)"/>'
-        for k, h in enumerate(100 * hue / max(hue.max(), 1e-9))
-    )
-    top = max(curve.max() for curve in curves)
-    lines = "".join(
-        f'<polyline stroke="rgb({shade})" points="{" ".join(f"{x},{100 - 97 * y / top:.1f}" for x, y in enumerate(curve))}"/>'
-        for shade, curve in zip((BLUE, ORANGE), curves)
-    )
-
-    def chart(title, width, shapes, ticks):
-        ticks = "".join(f"<span>{tick}</span>" for tick in ticks)
-        return f'{title}<svg viewBox="0 0 {width} 100" preserveAspectRatio="none">{shapes}</svg><div class="strip">{ticks}</div>'
-
-    keys = f'<b style="color:rgb({BLUE})">■</b> saturation and <b style="color:rgb({ORANGE})">■</b> value; density up to {top:.1f}'
-    return (
-        f'<div class="strip">{strip}</div>'
-        + chart(
-            f"hue (degrees), by chroma; density up to {hue.max():.1f}", 120, bars, range(0, 361, 60)
-        )
-        + chart(keys, 64, lines, (0, 0.25, 0.5, 0.75, 1))
-    )
+    curves = polyline(saturation, top, BLUE) + polyline(value, top, ORANGE)
+    curves_chart = chart(curves_title, len(value) - 1, curves, (0, 0.25, 0.5, 0.75, 1))
+    return palette_strip(rgb) + hue_chart + curves_chart
 
 
-def ranking(title: str, best: Iterable[tuple[str, float]]) -> str:
-    """Names with their probabilities."""
-    rows = "".join(
-        f'<tr style="{filled(share)}"><td>{escape(name)}</td><td>{100 * share:.1f}%</td></tr>'
-        for name, share in best
-    )
-    return f"<table><tr><th>{escape(title)}</th></tr>{rows}</table>"
+def palette_strip(rgb: np.ndarray) -> str:
+    """Return the main colours of a picture side by side, as wide as they are frequent."""
+    blocks = []
+    for shade, fraction in palette(rgb):
+        style = f"height:36px;background:{shade};box-shadow:inset 0 0 0 1px #8888"
+        width = max(fraction, MIN_STRIP)
+        blocks.append(f'<div style="flex:{width:.3f}"><div style="{style}"></div>{shade}</div>')
+    return f'<div class="strip">{"".join(blocks)}</div>'
 
 
-def confusion(names: list[str], true: np.ndarray, given: np.ndarray) -> str:
-    """How many images of each class (row, by number) are given each name (column): the share of the row is the shade. Each cell opens 'true,given'."""
-    shown = sorted(set(true.tolist()) | set(given.tolist()), key=lambda c: names[c])
-    place = {c: k + 2 for k, c in enumerate(shown)}
-    pairs, counts = np.unique(np.stack([true, given]), axis=1, return_counts=True)
-    total = np.bincount(true)
-    labels = "".join(
-        f'<span style="grid-area:{k}/1">{escape(names[c])}</span><span class="top" style="grid-area:1/{k}">{escape(names[c])}</span>'
-        for c, k in place.items()
-    )
-    cells = "".join(
-        f'<button data-open="{t},{g}" title="{escape(names[t])} → {escape(names[g])}: {n} of {total[t]}" style="grid-area:{place[t]}/{place[g]};'
-        f'background:rgb({BLUE if t == g else ORANGE} / {0.25 + 0.5 * n / total[t]:.2f})">{n if len(shown) <= 30 else ""}</button>'
-        for t, g, n in zip(*pairs.tolist(), counts.tolist())
-    )
-    return f'<div class="matrix" style="grid-template-columns:max-content repeat({len(shown)},minmax(10px,1fr))">{labels}{cells}</div>'
+def hue_bars(hue: np.ndarray) -> str:
+    """Return a density of hue as bars in the colours of their hues, 1 wide and at most 100 high."""
+    degrees = 360 / len(hue)  # of one bar
+    heights = 100 * hue / max(hue.max(), 1e-9)  # a grey picture has no hue
+    bars = []
+    for k, height in enumerate(heights):
+        middle = degrees * (k + 0.5)
+        # A little wider than 1, or the background would shine through between two bars.
+        size = f'x="{k}" y="{100 - height:.1f}" width="1.05" height="{height:.1f}"'
+        bars.append(f'<rect {size} fill="hsl({middle} 85% 50%)"/>')
+    return "".join(bars)
+
+
+def polyline(curve: np.ndarray, top: float, colour: str) -> str:
+    """Return a curve of values from 0 to `top` as a line, each step 1 wide, and 97 high at most."""
+    # y points down; 97 leaves room for the width of the line.
+    points = " ".join(f"{x},{100 - 97 * y / top:.1f}" for x, y in enumerate(curve))
+    return f'<polyline stroke="rgb({colour})" points="{points}"/>'
+
+
+def chart(title: str, width: int, shapes: str, ticks: Iterable[float]) -> str:
+    """Return shapes on a plane `width` x 100, stretched to the width there is, with their ticks.
+
+    The title is HTML.
+    """
+    view = f'viewBox="0 0 {width} 100" preserveAspectRatio="none"'
+    labels = "".join(f"<span>{tick}</span>" for tick in ticks)
+    return f'{title}<svg {view}>{shapes}</svg><div class="strip">{labels}</div>'
+
+
+# -----------------------------------------------------------------------------
+# counts of many images
+
+
+def class_histogram(flowers: Flowers, index: np.ndarray, chosen: str | None) -> str:
+    """Return the number of images at `index` of each class, the largest first.
+
+    A bar opens the number of its class; the class with the name `chosen` stands out.
+    """
+    counts = np.bincount(flowers.labels[index], minlength=len(flowers.class_names))
+    bars = []
+    for c in np.argsort(-counts, kind="stable"):
+        if counts[c] == 0:
+            continue
+        name = escape(flowers.class_names[c])
+        emphasis = "on" if flowers.class_names[c] == chosen else ""
+        attributes = f'data-open="{c}" class="{emphasis}" title="{name}"'
+        style = bar(counts[c] / counts.max())
+        bars.append(f'<button {attributes} style="{style}"><span>{name}</span>{counts[c]}</button>')
+    return f'<div class="bars">{"".join(bars)}</div>'
+
+
+def confusion(names: Sequence[str], true: np.ndarray, predicted: np.ndarray) -> str:
+    """Return a matrix of how many images of each class (row) are given each name (column).
+
+    names: of all classes; true, predicted: class numbers of each image, (n,) int. The stronger a
+    cell is shaded, the larger its part of the row. Each opens 'true,predicted', as numbers.
+    """
+    classes = set(true.tolist()) | set(predicted.tolist())
+    shown = sorted(classes, key=lambda c: names[c])
+    line_of = {c: k for k, c in enumerate(shown, 2)}  # of the grid; line 1 holds the names
+    labels = "".join(matrix_labels(names[c], line) for c, line in line_of.items())
+
+    pairs, counts = np.unique(np.stack([true, predicted]), axis=1, return_counts=True)
+    row_totals = np.bincount(true)
+    cells = []
+    for t, p, count in zip(*pairs.tolist(), counts.tolist()):
+        total = row_totals[t]
+        title = f"{escape(names[t])} → {escape(names[p])}: {count} of {total}"
+        colour = BLUE if t == p else ORANGE
+        shade = f"rgb({colour} / {0.25 + 0.5 * count / total:.2f})"
+        style = f"grid-area:{line_of[t]}/{line_of[p]};background:{shade}"
+        number = count if len(shown) <= MAX_COUNTS else ""
+        attributes = f'data-open="{t},{p}" title="{title}" style="{style}"'
+        cells.append(f"<button {attributes}>{number}</button>")
+
+    columns = f"grid-template-columns:max-content repeat({len(shown)},minmax(10px,1fr))"
+    return f'<div class="matrix" style="{columns}">{labels}{"".join(cells)}</div>'
+
+
+def matrix_labels(name: str, line: int) -> str:
+    """Return the name of a class at the left of its row and above its column."""
+    left = f'<span style="grid-area:{line}/1">{escape(name)}</span>'
+    above = f'<span class="top" style="grid-area:1/{line}">{escape(name)}</span>'
+    return left + above

@@ -1,0 +1,218 @@
+"""What runs predicted, from their predictions.csv, and how the predictions of two runs differ."""
+
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowers import UserError
+from flowers.data import Flowers
+from flowers.files import read_json
+from flowers.layouts import OPENAI_NAMES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NO_CLASS = -1  # of an image that a run did not predict
+
+# -----------------------------------------------------------------------------
+# runs
+
+
+def run_names(runs: Path, file: str) -> list[str]:
+    """Return the names of the folders in `runs` that hold `file`, newest first."""
+    by_time = []
+    try:
+        for entry in os.scandir(runs):
+            if entry.is_dir() and (Path(entry) / file).is_file():
+                by_time.append((entry.stat().st_mtime, entry.name))
+    except OSError:  # no such folder, or a run that was removed in between
+        return []
+    return [name for _, name in sorted(by_time, reverse=True)]
+
+
+def run_arguments(folder: Path) -> dict:
+    """Return the args.json of a run; an empty dict if it is missing or damaged."""
+    try:
+        return read_json(folder / "args.json")
+    except (OSError, ValueError):  # the page only quotes from it, and can do without
+        return {}
+
+
+# -----------------------------------------------------------------------------
+# predictions.csv
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a run predicted for the N images of a dataset.
+
+    Attributes:
+        name: the run's.
+        top: for each image its (class, probability) pairs, best first; empty where there are none.
+        guess: the best class of each image (N,) int; NO_CLASS where there is none.
+        score: the probability of that class (N,) float; 0 where there is none.
+    """
+
+    name: str
+    top: tuple[tuple[tuple[int, float], ...], ...]
+    guess: np.ndarray
+    score: np.ndarray
+
+    @property
+    def index(self) -> np.ndarray:
+        """Indices of the images that the run predicted, ascending."""
+        return np.flatnonzero(self.guess != NO_CLASS)
+
+
+def read_predictions(folder: Path, flowers: Flowers) -> Predictions:
+    """Read the predictions of the run in `folder` for the images of `flowers`.
+
+    Raises UserError if predictions.csv is damaged, empty, or about other images.
+    """
+    path = folder / "predictions.csv"
+    remedy = (
+        f"make it anew: python baseline_eval.py --architecture {folder} --data_root {flowers.root}"
+    )
+    try:
+        top, n_foreign = _read_rows(path, flowers)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}): {remedy}") from None
+    if not any(top) and n_foreign:
+        data_root = run_arguments(folder).get("data_root", "PATH")
+        raise UserError(
+            f"The predictions of {folder} are not about these images; its own are opened with: "
+            f"streamlit run web.py -- --data_root {data_root}"
+        )
+    if not any(top):
+        raise UserError(f"{path} is empty: {remedy}")
+
+    guess = np.full(len(top), NO_CLASS)
+    score = np.zeros(len(top))
+    for i, answers in enumerate(top):
+        if answers:
+            guess[i], score[i] = answers[0]
+    return Predictions(folder.name, tuple(top), guess, score)
+
+
+def _read_rows(path: Path, flowers: Flowers) -> tuple[list[tuple], int]:
+    """Return Predictions.top, and the number of rows that are about other images.
+
+    Raises ValueError, KeyError, TypeError or csv.Error if the file is damaged.
+    """
+    position_of = {file.name: i for i, file in enumerate(flowers.files)}
+    class_of = _classes_by_name(flowers.class_names)
+    top = [()] * len(flowers.files)
+    n_foreign = 0
+    contradiction = False
+    # Row by row with the csv module: pandas would mend some of the damage without a word.
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            answers = _answers(row)
+            i = position_of.get(row["file"])
+            if i is None:
+                n_foreign += 1
+                continue
+            known_names = all(name in class_of for name, _ in answers)
+            if class_of.get(row["label"]) != flowers.labels[i] or not known_names:
+                # The same file name with another label or other names is another dataset's ...
+                n_foreign += 1
+                contradiction = True
+                continue
+            if top[i] or not _is_ranking([score for _, score in answers]):
+                raise ValueError("no prediction")
+            top[i] = tuple((class_of[name], score) for name, score in answers)
+    # ... unless other rows are about these images: then those rows are damaged.
+    if contradiction and any(top):
+        raise ValueError("names that are not those of these images")
+    return top, n_foreign
+
+
+def _classes_by_name(class_names: tuple[str, ...]) -> dict[str, int]:
+    """Return the number of each class by its name, and by CLIP's own name for it."""
+    class_of = {name: c for c, name in enumerate(class_names)}
+    # A run with --class_names openai writes these; the page may show the dataset with Oxford's.
+    for oxford_name, openai_name in OPENAI_NAMES.items():
+        if oxford_name in class_of:
+            class_of.setdefault(openai_name, class_of[oxford_name])
+    return class_of
+
+
+def _answers(row: dict[str, str]) -> list[tuple[str, float]]:
+    """Return the names that a row of predictions.csv gives with their probabilities."""
+    answers = []
+    for k in range(1, 6):
+        # A run on fewer than five classes has fewer columns, or empty ones.
+        if row.get(f"top{k}"):
+            answers.append((row[f"top{k}"], float(row[f"score{k}"])))
+    return answers
+
+
+def _is_ranking(scores: list[float]) -> bool:
+    """Return whether there are scores, all are probabilities, and the largest come first."""
+    probabilities = all(0 <= score <= 1 for score in scores)  # nan is none
+    return bool(scores) and probabilities and scores == sorted(scores, reverse=True)
+
+
+# -----------------------------------------------------------------------------
+# one run, or two
+
+
+def outcomes(
+    labels: np.ndarray, first: Predictions, second: Predictions | None = None
+) -> dict[str, np.ndarray]:
+    """Return the indices of the images that each filter shows.
+
+    The filters are 'all', 'right' and 'wrong', by the first run; with a second run also 'changed'
+    (another name), 'mended' (wrong to right) and 'broken' (right to wrong). Only images that
+    all these runs predicted count.
+    """
+    if second is None:
+        index = first.index
+    else:
+        # Two runs may have evaluated different splits: only what both saw can be compared.
+        index = np.intersect1d(first.index, second.index)
+    right = first.guess[index] == labels[index]  # (len(index),) bool, as all masks below
+    shown = {"all": index, "right": index[right], "wrong": index[~right]}
+    if second is not None:
+        changed = first.guess[index] != second.guess[index]
+        right_in_second = second.guess[index] == labels[index]
+        shown["changed"] = index[changed]
+        shown["mended"] = index[~right & right_in_second]
+        shown["broken"] = index[right & ~right_in_second]
+    return shown
+
+
+def class_changes(
+    flowers: Flowers, index: np.ndarray, first: Predictions, second: Predictions | None = None
+) -> "pd.DataFrame":
+    """Return a table of the classes that occur among the images at `index`, a row a class.
+
+    Columns: class, change (second minus first, only with a second run), images, and the accuracy
+    of each run in percent under its name. The largest change comes first; without a second run,
+    the lowest accuracy.
+    """
+    import pandas as pd  # not needed by the first view
+
+    labels = flowers.labels[index]
+    classes, counts = np.unique(labels, return_counts=True)
+
+    def accuracies(run: Predictions) -> np.ndarray:
+        """Accuracy of each of `classes` in percent, (classes,)."""
+        right = pd.Series(run.guess[index] == labels)
+        return 100 * right.groupby(labels).mean().to_numpy()
+
+    table = pd.DataFrame({"class": [flowers.class_names[c] for c in classes]})
+    if second is None:
+        table["images"] = counts
+        table[first.name] = accuracies(first)
+        return table.sort_values(first.name, kind="stable", ignore_index=True)
+    table["change"] = accuracies(second) - accuracies(first)
+    table["images"] = counts
+    table[first.name] = accuracies(first)
+    table[second.name] = accuracies(second)
+    by_size = table["change"].abs().sort_values(ascending=False, kind="stable")
+    return table.loc[by_size.index].reset_index(drop=True)

@@ -1,0 +1,92 @@
+"""The nearest images to an image, a sentence, or a visitor's picture."""
+
+import threading
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from flowers.data import Flowers
+from flowers.gallery.predictions import run_arguments
+
+# One lock for each dataset, so that two sessions do not make its pixels and features twice.
+_locks = defaultdict(threading.Lock)
+
+
+def nearest(
+    features: np.ndarray, query: np.ndarray, leave_out: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank the rows of features (N, D) by their dot product with query (D,).
+
+    Returns the indices of the rows and their products, largest first, without row `leave_out`.
+    """
+    scores = features @ query  # (N,)
+    # Stable, so that equal scores keep the order of the dataset and a page shows the same twice.
+    order = np.argsort(-scores, kind="stable")
+    order = order[order != leave_out]
+    return order, scores[order]
+
+
+class Searcher:
+    """A run's model with its features of every image, which are stored in the cache folder.
+
+    Attributes:
+        features: image features (N, D) float32 of length 1.
+
+    Raises UserError if the model is damaged.
+    """
+
+    def __init__(self, flowers: Flowers, folder: Path):
+        import torch  # the first view needs none of these
+
+        from flowers import evaluate, frozen, pixels, weights
+
+        self.model = weights.load_model(str(folder))
+        everything = torch.arange(len(flowers.files))  # all images, whatever their split
+        with _locks[flowers.root]:
+            images = pixels.load_pixels(flowers, self.model.visual.input_resolution)
+            features = frozen.image_activations(self.model, flowers, images, everything)
+        self.features = features.float().numpy()
+
+        # The head is the run's own, learned one, or made from the prompts it was trained with.
+        learned = (folder / "classifier.pt").exists()
+        templates = None if learned else _prompt_templates(folder)
+        self.head, _ = evaluate.load_head(
+            str(folder), self.model, flowers.class_names, templates, evaluate.TEMPLATE
+        )
+
+    def of_text(self, sentence: str) -> np.ndarray:
+        """Return the features (D,) of a sentence, of length 1."""
+        from flowers.models import text_features
+
+        return text_features(self.model, [sentence])[0].numpy()
+
+    def of_picture(self, picture: np.ndarray) -> np.ndarray:
+        """Return the features (D,) of a picture (H, W, 3) uint8, of length 1.
+
+        It is resized, cropped and normalised as the images of the dataset are.
+        """
+        import torch
+
+        from flowers.models import image_features
+        from flowers.pixels import resize_and_crop
+
+        image = torch.from_numpy(picture).permute(2, 0, 1)  # (3, H, W)
+        pixels = resize_and_crop(image, self.model.visual.input_resolution)
+        return image_features(self.model, pixels[None], torch.tensor([0]))[0].numpy()
+
+    def ranking(self, features: np.ndarray) -> np.ndarray:
+        """Return the probabilities (C,) of the classes for features (D,), at the head's scale."""
+        weight, bias = self.head[0].numpy(), self.head[1].numpy()  # (C, D), (C,)
+        logits = weight @ features + bias
+        exponentials = np.exp(logits - logits.max())  # of at most 0: no overflow
+        return exponentials / exponentials.sum()
+
+
+def _prompt_templates(folder: Path) -> list[str] | None:
+    """Return the templates of a run; None if its arguments have none that can be used."""
+    templates = run_arguments(folder).get("prompt_template")
+    if not isinstance(templates, list):
+        return None
+    usable = all("{}" in str(template) for template in templates)
+    return templates if usable else None
