@@ -103,6 +103,7 @@ def draw_channel(axis: Axes, channel: Channel, rows: dict[str, np.ndarray], hue:
     table = pd.DataFrame(densities, index=x)
     peak = table.to_numpy().max()
 
+    # one class alone needs no colour to tell it from others
     single = len(rows) == 1
     palette = ["black"] if single else figures.PALETTE[: len(rows)]
     dashes = [DASHES[i % len(DASHES)] for i in range(len(rows))]
@@ -197,6 +198,7 @@ def print_table(rows: dict[str, np.ndarray], counts: dict[str, int], mask_name: 
 
 def file_name(names: list[str]) -> str:
     """Return the figure's file name for these classes, of at most 255 bytes."""
+    # spaces and slashes have no place in a file's name; 255 bytes are the most that it may have
     joined = "_".join(re.sub(r"[^\w.]+", "-", name) for name in names)
     shortened = joined.encode()[:200].decode(errors="ignore")
     return f"colours_{shortened}.png"

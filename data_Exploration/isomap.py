@@ -52,7 +52,7 @@ def clip_features(flowers: Flowers, architecture: str) -> np.ndarray:
     from flowers.weights import load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)  # of tiny's random weights
+    torch.manual_seed(0)  # tiny has random weights
     model = load_model(architecture, device)
     pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
     index = torch.arange(len(flowers.files))

@@ -155,8 +155,9 @@ def petal_outline(shape: str, x: Array, y: Array, rng: Rng) -> tuple[Array, Arra
 def petal_colour(paint: list[Array], pattern: str, x: Array, u: Array, noise: Array) -> Array:
     """Return (H, W, 3): the three colours of `paint` blend from base over body to tip."""
     base, body, tip = paint
-    body_weight = smooth(0.05, 0.42, u + 0.06 * noise)
-    tip_weight = smooth(0.6, 1, u + 0.06 * noise)
+    ragged_u = u + 0.06 * noise  # the colours have no straight borders
+    body_weight = smooth(0.05, 0.42, ragged_u)
+    tip_weight = smooth(0.6, 1, ragged_u)
     if pattern == "stripe":  # the base's colour runs up the middle
         middle = np.exp(-((x / 0.16) ** 2))
         body_weight *= 1 - 0.9 * middle * (1 - smooth(0.6, 0.95, u))
@@ -221,14 +222,16 @@ def draw_disc(disc: Disc, paints: Paints, rng: Rng) -> Array:
     """Return the sprite of a domed centre, of radius 1."""
     x, y = plane(DISC_PIXELS)
     r = np.hypot(x, y)
-    rim, middle = (paints[name] for name in disc.paint.split())
+    rim_name, middle_name = disc.paint.split()
+    rim, middle = paints[rim_name], paints[middle_name]
     noise = clouds(rng, DISC_PIXELS, 7)
     rim_weight = smooth(0.2, 0.95, r + 0.1 * noise)
     colour = middle + (rim - middle) * rim_weight[..., None]
     for i in range(disc.florets):
         distance = np.sqrt((i + 0.5) / disc.florets) * 0.95
         turn = i * GOLDEN_ANGLE
-        position = np.array((np.sin(turn), np.cos(turn))) * distance
+        direction = np.array((np.sin(turn), np.cos(turn)))
+        position = direction * distance
         pixel = (position / SPAN + 1) * DISC_PIXELS / 2
         column, row = pixel.round().astype(int).tolist()
         shade = 1 if i % 2 else 0.65
@@ -266,7 +269,8 @@ def stamp_petals(
         distance = (petals.start + length / 2) * unit  # from the ring's to the petal's centre
         position = clockwise(centre, turn, distance)
         half = (width / 2 * unit, length / 2 * unit)
-        gain = 1 + 0.1 * np.cos(turn - sun) + rng.normal(0, 0.03)
+        lit = np.cos(turn - sun)
+        gain = 1 + 0.1 * lit + rng.normal(0, 0.03)
         stamp(canvas, petal, position, half, angle, gain)
 
 
@@ -302,17 +306,18 @@ def draw_head(
 ) -> Array:
     """Return the sprite of one flower head, of radius 1; head_paints: one of the kind's paints."""
     canvas = np.zeros((pixels, pixels, 4), np.float32)
+    middle = pixels / 2
     unit = pixels / (2 * SPAN)  # pixels in the head's radius
     phase = rng.normal(0, 4)  # degrees
     sun = rng.uniform(0, 360)  # radians: a random direction
 
     # Discs may refer to the colours of the petals.
-    base, body, tip = (paints[name] for name in head_paints[0].split())
-    paints = paints | {"base": base, "body": body, "tip": tip}
+    base, body, tip = head_paints[0].split()
+    paints = paints | {"base": paints[base], "body": paints[body], "tip": paints[tip]}
 
     for order, part in enumerate(kind.parts):
         x, y = part.at
-        centre = (pixels / 2 + x * unit, pixels / 2 - y * unit)
+        centre = (middle + x * unit, middle - y * unit)
         if isinstance(part, Petals):
             paint = head_paints[part.paint] if isinstance(part.paint, int) else part.paint
             colours = [paints[name] for name in paint.split()]

@@ -155,6 +155,7 @@ KINDS = {
             ("purple magenta rose",),
         ),
         parts=(
+            # petals that hang down below the cone
             Petals(fan(100, 260, 11), "strap", length=0.95, width=0.27, start=0.12, at=(0, 0.35)),
             Disc(radius=0.42, paint="brown orange", florets=90, squash=0.85, at=(0, 0.42)),
         ),
@@ -169,6 +170,7 @@ KINDS = {
             ("orange gold cream",),
         ),
         parts=(
+            # rings that lie closer and closer
             Petals(5, "round", length=0.84, width=1.15, start=0.12),
             Petals(4, "round", length=0.72, width=1.05, start=0.06),
             Petals(4, "round", length=0.56, width=0.85, start=0.02),
@@ -205,6 +207,7 @@ KINDS = {
             Petals(fan(-72, 72, 8), "spear", length=0.95, width=0.36, at=(0, -0.35)),
             Petals(fan(-50, 50, 5), "spear", length=0.72, width=0.34, at=(0, -0.38)),
             Stamens(count=24, length=0.3, paint="gold yellow", at=(0, -0.2)),
+            # petals in front of the stamens
             Petals(fan(115, 245, 5), "spear", length=0.5, width=0.36, at=(0, -0.3)),
         ),
     ),
@@ -219,6 +222,7 @@ KINDS = {
         parts=(
             Petals(3, "oval", length=1.0, width=0.66),
             Petals(3, "oval", length=0.97, width=0.6),
+            # the trumpet
             Petals(11, "round", length=0.52, width=0.28, paint=1),
             Disc(radius=0.34, paint="orange brown"),
             Stamens(count=6, length=0.14, paint="gold yellow"),
@@ -233,8 +237,9 @@ KINDS = {
             ("purple violet lilac",),
         ),
         parts=(
+            # one small bell with a white rim
             Petals((180,), "oval", length=2.1, width=2.0, start=-1.0),
-            Disc(radius=0.32, paint="white cream", florets=0, squash=0.5, at=(0, -0.85)),
+            Disc(radius=0.32, paint="white cream", squash=0.5, at=(0, -0.85)),
         ),
     ),
     "foxglove": Kind(
@@ -248,7 +253,8 @@ KINDS = {
         ),
         parts=(
             Petals((180,), "bell", length=1.9, width=1.3, start=-1.0),
-            Disc(radius=0.66, paint="tip tip", florets=0, squash=0.62, at=(0, -0.76)),
+            # the mouth, and its spotted throat
+            Disc(radius=0.66, paint="tip tip", squash=0.62, at=(0, -0.76)),
             Disc(radius=0.46, paint="white base", florets=12, squash=0.58, at=(0, -0.8)),
         ),
     ),
@@ -263,6 +269,7 @@ KINDS = {
         ),
         parts=(
             Petals((-30, 30), "round", length=1.0, width=1.0),
+            # the face: two petals at the sides and one below
             Petals((-98, 98), "round", length=0.92, width=0.85, paint=1, pattern="veins"),
             Petals((180,), "fan", length=0.98, width=1.25, paint=1, pattern="veins"),
             Disc(radius=0.1, paint="orange lime"),
@@ -295,9 +302,11 @@ KINDS = {
         parts=(
             Petals(5, "oval", length=1.0, width=0.42),
             Petals(5, "oval", length=0.96, width=0.38),
+            # the corona, in two rings
             Stamens(count=70, length=0.66, paint="violet sky"),
             Stamens(count=50, length=0.4, paint="white purple"),
             Disc(radius=0.17, paint="purple lime"),
+            # five anthers and three stigmas
             Petals(5, "strap", length=0.42, width=0.15, start=0.05, paint="lime lime yellow"),
             Petals(3, "drop", length=0.3, width=0.12, paint="purple purple black"),
         ),
@@ -313,9 +322,10 @@ KINDS = {
         ),
         parts=(
             Petals(fan(-62, 62, 3), "drop", length=0.62, width=0.7, at=(0, 0.3)),
+            # the bell between lobes that stand behind it and lobes that curl
             Petals((0,), "bell", length=1.5, width=1.35, start=-1.05),
             Petals((-102, 102), "drop", length=0.5, width=0.5, start=0.3, at=(0, 0.36)),
-            Disc(radius=0.6, paint="body purple", florets=0, squash=0.46, at=(0, 0.4)),
+            Disc(radius=0.6, paint="body purple", squash=0.46, at=(0, 0.4)),
             Stamens(count=3, length=0.2, paint="cream white", at=(0, 0.42)),
         ),
     ),
@@ -371,6 +381,7 @@ KINDS = {
             ("purple violet lilac",),
         ),
         parts=(
+            # rings of spikes, each smaller and further in
             Petals(30, "spear", length=0.42, width=0.13, start=0.58),
             Petals(28, "spear", length=0.42, width=0.14, start=0.45),
             Petals(24, "spear", length=0.4, width=0.14, start=0.3),
@@ -388,6 +399,7 @@ KINDS = {
             ("gold white white", "gold sky blue"),
         ),
         parts=(
+            # three standards up, two falls to the sides and one down
             Petals((-38, 38, 0), "round", length=1.05, width=0.8),
             Petals(
                 (-118, 118), "round", length=0.98, width=0.58, start=0.02, paint=1, pattern="stripe"
@@ -407,6 +419,7 @@ KINDS = {
             ("orange gold yellow", "navy blue blue"),
         ),
         parts=(
+            # the crest, the tongue, and the beak that they stand on
             Petals((-24, 4, 30, 52), "spear", length=1.25, width=0.32, at=(-0.35, -0.25)),
             Petals((66,), "spear", length=1.2, width=0.2, at=(-0.3, -0.25), paint=1),
             Petals(
@@ -429,6 +442,7 @@ KINDS = {
             ("white white white",),
         ),
         parts=(
+            # the spathe and the spadix
             Petals((0,), "heart", length=1.95, width=1.85, start=-1.0, pattern="veins"),
             Petals(
                 (24,), "strap", length=1.0, width=0.24, at=(-0.1, 0.05), paint="cream yellow gold"
@@ -446,6 +460,7 @@ KINDS = {
         ),
         parts=(
             Petals(5, "round", length=1.0, width=1.12, pattern="veins"),
+            # the column, with stamens along it
             Petals((40,), "strap", length=0.85, width=0.13, paint="red pink yellow"),
             Stamens(count=16, length=0.15, paint="cream gold", at=(0.4, 0.48)),
             Stamens(count=12, length=0.14, paint="cream gold", at=(0.5, 0.6)),
@@ -476,7 +491,7 @@ KINDS = {
         ),
         parts=(
             Petals(fan(-58, 58, 5), "oval", length=1.5, width=0.62, at=(0, -0.6)),
-            Disc(radius=0.34, paint="purple crimson", florets=0, squash=0.55, at=(0, -0.66)),
+            Disc(radius=0.34, paint="purple crimson", squash=0.55, at=(0, -0.66)),
         ),
     ),
     "moon orchid": Kind(
@@ -491,6 +506,7 @@ KINDS = {
         parts=(
             Petals((0, 132, 228), "oval", length=0.98, width=0.56),
             Petals((-84, 84), "round", length=1.0, width=1.25, pattern="veins"),
+            # the lip
             Petals((180,), "fan", length=0.5, width=0.42, paint=1),
             Disc(radius=0.12, paint="gold white"),
         ),
