@@ -125,7 +125,7 @@ def main():
             f"no finished run in {', '.join(args.runs)}: "
             "run train.py, baseline_eval.py or ablate.py first"
         )
-    protocols = by_protocol(runs)
+    protocols = by_protocol(runs)  # the first one is the main one
 
     # -----------------------------------------------------------------------------
     # sections
@@ -148,9 +148,11 @@ def main():
         wise_ft(curves, output, missing),
         closer_look(protocols[0], output, missing),
         stand_ins(starts),
-        "## What is missing",
-        "\n".join(f"- {line}" for line in [*missing, *notes]) or "Nothing.",
     ]
+    # Last, as the sections add to it.
+    gaps = [*missing, *notes]
+    sections.append("## What is missing")
+    sections.append("\n".join(f"- {gap}" for gap in gaps) or "Nothing.")
 
     # -----------------------------------------------------------------------------
     # files
@@ -158,8 +160,8 @@ def main():
     with atomic(output / "report.md", "w") as file:
         file.write(paragraphs(sections) + "\n")
     remove_unchanged(earlier_files)
-    counts = f"{len(runs)} runs, {len(protocols)} protocols"
-    print(f"{counts}, {len(missing) + len(notes)} things missing: {output / 'report.md'}")
+    counts = f"{len(runs)} runs, {len(protocols)} protocols, {len(gaps)} things missing"
+    print(f"{counts}: {output / 'report.md'}")
 
 
 def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -247,6 +249,7 @@ def table(output: Path, name: str, rows: list[dict], caption: str) -> str:
     # Columns of numbers, intervals and percentages are aligned to the right.
     numeric = [column.str.match(r"$|[-+<\[0-9]").all() for _, column in frame.items()]
 
+    # LaTeX
     columns = "".join("r" if right else "l" for right in numeric)
     styler = frame.style.hide(axis="index").format(escape="latex")
     styler = styler.format_index(escape="latex", axis="columns")
@@ -259,6 +262,7 @@ def table(output: Path, name: str, rows: list[dict], caption: str) -> str:
         file.write(tabular)
         file.write("\\endgroup\n")
 
+    # Markdown
     markdown = frame.map(escape_cell).to_markdown(
         index=False,
         disable_numparse=True,  # 0.10 stays 0.10
@@ -291,6 +295,7 @@ def answer(
 ) -> str:
     """Answer the question of the study from a strategy x architecture x learning rate grid."""
     heading = "## Is it the fine-tuning, the architecture, or the hyperparameters?"
+    # Only a complete grid divides without a model of what the missing cells would have been.
     grid = factorial(runs)
     untrained = untrained_models(runs, grid) if grid else {}
     if grid is None or not set(grid.architectures) <= set(untrained):
@@ -571,8 +576,8 @@ def factors(protocols: list[list[Run]], output: Path, missing: list[str]) -> str
     parts = []
     varied = set()
     for i, runs in enumerate(protocols):
-        rows = []
-        curves = []
+        rows = []  # of the table
+        curves = []  # of the figure: numeric factors alone
         for factor in FACTORS:
             for sweep in sweeps(runs, factor):
                 varied.add(factor)
@@ -790,7 +795,7 @@ def gflops(architecture: str) -> float:
 def learning_figure(groups: list[Group], path: Path, missing: list[str]) -> str:
     curves = []
     for group in groups:
-        losses = []
+        losses = []  # one list of steps for each seed
         for run in group:
             rows = read_lines(run.folder / "metrics.jsonl", "train/loss")
             losses.append([row["train/loss"] for row in rows])
@@ -831,6 +836,7 @@ def classes_figure(
 ) -> str:
     """Return the change of each class from the untrained model to the best trained one."""
     best_run = groups[best][0]
+    # The untrained model of the same architecture, so that training is all that differs.
     for i, group in enumerate(groups):
         first = group[0]
         if first.strategy == "none" and first.architecture == best_run.architecture and i != best:
@@ -858,7 +864,7 @@ def worst_classes(
         models = models_to_compare(groups, best)
     # Twenty of 102 classes, at most a third of fewer.
     k = min(20, max(1, len(names) // 3))
-    worst = {}
+    worst = {}  # model -> its k worst classes, the worst first
     for i in models:
         # Stable: classes of equal accuracy are taken in the order of their names.
         order = np.argsort(accuracy[i], kind="stable")
@@ -908,7 +914,7 @@ def models_to_compare(groups: list[Group], best: int) -> list[int]:
     for i, group in enumerate(groups):
         if group[0].strategy == "none" or chosen[group[0].architecture] == i:
             models.append(i)
-    models.sort(key=lambda i: i != best)
+    models.sort(key=lambda i: i != best)  # stable: the others keep their order
     return models[:30]
 
 

@@ -29,7 +29,8 @@ STRATEGY_COLOURS = {
     "image": PALETTE[5],
     "linear": PALETTE[7],
 }
-OTHER_COLOUR = "#8c510a"
+OTHER_COLOUR = "#8c510a"  # brown: strategies of Qwen-VL, or from elsewhere
+# Of the architectures, by their order in a figure. All markers are filled: seaborn mixes no kinds.
 MARKERS = "os^Dv<>Ph*X"
 DASHES = ("-", "--", ":", "-.")
 STYLE = {
@@ -66,6 +67,7 @@ def answer(variance: dict, share: dict, path: Path) -> Path:
     names = [*share, "interaction", "seeds"]
     figure, axes = _figure(COLUMN, 1.9)
     axis = axes[0, 0]
+    # Two thin bars for each factor, above and below its tick.
     bars = [
         (share, -0.19, "of the gain over the untrained model (Shapley)", PALETTE[0]),
         (variance, 0.19, "of the variance between trained models", PALETTE[4]),
@@ -92,6 +94,7 @@ def accuracies(table: pd.DataFrame, path: Path, title: str) -> Path:
     """Draw top-1 with its interval; columns: label, strategy, mean, low, high."""
     figure, axes = _figure(COLUMN, 0.6 + 0.15 * len(table))
     axis = axes[0, 0]
+    # A row at a time, as errorbar takes one colour for all of its points.
     for y, row in enumerate(table.itertuples()):
         lengths = [[row.mean - row.low], [row.high - row.mean]]
         fill = _colour(row.strategy)
@@ -120,7 +123,7 @@ def cost(table: pd.DataFrame, path: Path) -> Path:
     markers = {name: _marker(i) for i, name in enumerate(architectures)}
     figure, axes = _figure(PAGE, 2.3, columns=3, sharey=True)
     for axis, (column, label) in zip(axes[0], panels.items()):
-        known = table[table[column] > 0]
+        known = table[table[column] > 0]  # a log axis has no 0
         sns.scatterplot(
             data=known,
             x=column,
@@ -130,7 +133,7 @@ def cost(table: pd.DataFrame, path: Path) -> Path:
             style="architecture",
             markers=markers,
             s=25,
-            edgecolor="white",
+            edgecolor="white",  # tells points apart that overlap
             linewidth=0.3,
             legend=False,
             ax=axis,
@@ -156,6 +159,8 @@ def factor_curves(table: pd.DataFrame, path: Path) -> Path:
     strategies = table["strategy"].unique()
     figure, axes = _panels(table["factor"].nunique(), 0.5)
     for axis, (factor, panel) in zip(axes, table.groupby("factor", sort=False)):
+        # Two lines may have the same architecture and strategy, as other settings differ: hue and
+        # style would draw them as one, so each group is drawn by itself.
         for _, line in panel.groupby("group", sort=False):
             first = line.iloc[0]
             fill = _colour(first["strategy"])
@@ -169,6 +174,7 @@ def factor_curves(table: pd.DataFrame, path: Path) -> Path:
                 color=fill,
                 linestyle=_dash(index),
                 marker=_marker(index),
+                # Hollow markers where the factor is only where training starts.
                 markerfacecolor="white" if first["note"] else fill,
                 markeredgecolor=fill,
                 markeredgewidth=1,
@@ -227,6 +233,7 @@ def wise_ft(panels: dict[str, list[dict]], path: Path) -> Path:
         table = pd.DataFrame(rows)
         low, high = table["top1_low"], table["top1_high"]
         axis.fill_between(table["alpha"], low, high, color=PALETTE[0], alpha=0.2, linewidth=0)
+        # Accuracies among base and new classes are known after training on base classes only.
         for column, label, marker, fill in lines:
             if column in table and table[column].notna().all():
                 axis.plot("alpha", column, data=table, marker=marker, color=fill, label=label)
@@ -251,6 +258,7 @@ def classes(table: pd.DataFrame, labels: tuple[str, str], path: Path, extremes: 
     figure, axes = _figure(PAGE, 2.4, columns=2, width_ratios=[2, 1])
     change_axis, distribution_axis = axes[0]
     change = table["after"] - table["before"]
+    # Stable: classes that change by as much stay in the order of their names.
     ordered = table.assign(change=change).sort_values("change", kind="stable", ignore_index=True)
     _draw_changes(change_axis, ordered, extremes)
 
@@ -303,6 +311,7 @@ def worst_overlap(
         counts: (M, M) int.
         p_values: (M, M), corrected for their number; 1 on the diagonal.
     """
+    # As wide as the longest label and the cells need: 0.055 inches a letter, 0.24 a cell.
     longest = max(len(label) for label in labels)
     side = min(PAGE, 0.2 + 0.055 * longest + 0.24 * len(labels))
     figure, axes = _figure(side, side)
@@ -340,7 +349,7 @@ def confusions(table: pd.DataFrame, path: Path, title: str) -> Path:
     axis.set_yticks(rows, table["true"] + " \N{RIGHTWARDS ARROW} " + table["predicted"])
     axis.set_xlabel("share of the true class (%)", loc="right")
     axis.set_title(title, loc="right")
-    axis.invert_yaxis()
+    axis.invert_yaxis()  # the most frequent on top
     return save(figure, path, pdf=True)
 
 
@@ -350,6 +359,7 @@ def confusions(table: pd.DataFrame, path: Path, title: str) -> Path:
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
     """A figure in the style of the report (sizes in inches), and its axes (rows, columns)."""
+    # From the defaults on, so that a figure does not depend on what was drawn before it.
     plt.rcParams.update(plt.rcParamsDefault | STYLE)
     return plt.subplots(
         rows,
@@ -367,7 +377,7 @@ def _panels(count: int, margin: float, **options):
     margin: height in inches of what stands below the panels.
     """
     columns = min(3, count)
-    rows = -(-count // columns)
+    rows = -(-count // columns)  # rounded up
     width = PAGE if columns > 1 else COLUMN
     figure, axes = _figure(width, margin + 1.8 * rows, rows, columns, **options)
     for axis in axes.flat[count:]:

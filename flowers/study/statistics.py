@@ -126,6 +126,7 @@ def shapley(players: Sequence[str], value: Callable[[frozenset], float]) -> dict
     phi_i = mean over orders of value(those before i and i) - value(those before i).
     The results sum to value(all players) - value(no player).
     """
+    # All k! orders: a study has three factors.
     orders = list(itertools.permutations(players))
     shares = {}
     for player in players:
@@ -153,7 +154,7 @@ def chosen_value(
     cells = []
     for axis, level in enumerate(reference):
         cells.append(slice(None) if axis in free else slice(level, level + 1))
-    best = choose[tuple(cells)].argmax()
+    best = choose[tuple(cells)].argmax()  # of equals, the first
     return float(measure[tuple(cells)].flat[best])
 
 
@@ -179,6 +180,7 @@ def gains(
     @functools.cache  # Shapley's formula asks for each set of factors several times
     def value(free: frozenset) -> float:
         axes = [factors.index(factor) for factor in free]
+        # Both ways, so that each image measures once.
         forward = chosen_value(first_half, second_half, reference, axes)
         backward = chosen_value(second_half, first_half, reference, axes)
         return (forward + backward) / 2
