@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clip.model import CLIP
 
 from flowers import UserError, cache, devices, pixels
 from flowers.data import Flowers
-from flowers.models import progress_chunks, split_image_tower, split_text_tower
+from flowers.models import CLIP, progress_chunks, split_image_tower, split_text_tower
 
 # In one cache folder, 50 GiB; beyond it the least recently used arrays are removed.
 MAX_CACHE_BYTES = 50 << 30

@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -248,8 +249,13 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     no such file, ValueError if it is damaged, lists an image twice or none at all.
     """
     try:
-        table = pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False)
-    except ValueError as error:  # pandas' own errors are ValueErrors
+        with warnings.catch_warnings():
+            # A row with a field too many is damage: pandas would drop the field, or shift the row.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(
+                folder / "predictions.csv", dtype=str, keep_default_na=False, index_col=False
+            )
+    except (ValueError, pd.errors.ParserWarning) as error:  # pandas' errors are ValueErrors
         raise ValueError(f"predictions.csv is damaged ({reason(error)})") from None
     required = ["file", "label", "top1"]
     if not set(required) <= set(table.columns):

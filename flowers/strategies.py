@@ -12,12 +12,19 @@ linear       a logistic regression on frozen image features
 
 import numpy as np
 import torch
-from clip.model import CLIP, ModifiedResNet
 from torch import nn
 from torch.nn.utils import parametrize
 
 from flowers import UserError
-from flowers.models import CONTEXT_MARK, PLACEHOLDER, last_blocks, tokenize, towers
+from flowers.models import (
+    CLIP,
+    CONTEXT_MARK,
+    PLACEHOLDER,
+    ModifiedResNet,
+    last_blocks,
+    tokenize,
+    towers,
+)
 
 STRATEGIES = ("full", "image", "text", "last_blocks", "linear", "lora", "prompt")
 
