@@ -1,4 +1,4 @@
-"""The architectures against the published counts, open_clip and transformers with the same weights."""
+"""Architectures against the published counts, open_clip and transformers with the same weights."""
 
 import urllib.error
 import warnings
