@@ -116,28 +116,19 @@ def test_a_checkpoint_is_a_row_like_any_other(tool, tmp_path):
 
 
 def test_measuring_here(cli, tmp_path):
+    path = tmp_path / "m.csv"
     code, _, err = cli(
-        "test_models.py",
-        "--architecture",
-        "tiny-rn",
-        "--measure",
-        "--batch_size",
-        2,
-        "--strategy",
-        "full",
-        "--output",
-        tmp_path,
-        "--csv",
-        tmp_path / "m.csv",
+        *("test_models.py", "--architecture", "tiny-rn", "--measure", "--batch_size", 2),
+        *("--strategy", "full", "--output", tmp_path, "--csv", path),
     )
     assert code == 0, err
-    with (tmp_path / "m.csv").open(newline="") as file:
+    with path.open(newline="") as file:
         (row,) = csv.DictReader(file)
-    assert (
-        float(row["images_per_s"]) > 5
-        and 50 < int(row["memory_mb"]) < 8000
-        and int(row["trainable_full"]) == int(row["parameters"]) - 1
-    )
+    # How fast it is depends on what else the machine does: that it was measured is all.
+    assert 0 < float(row["images_per_s"]) < float("inf")
+    assert 50 < int(row["memory_mb"]) < 8000
+    # all but the temperature
+    assert int(row["trainable_full"]) == int(row["parameters"]) - 1
 
 
 def test_accuracies_are_joined_by_what_was_run(tool, cli, tmp_path):
