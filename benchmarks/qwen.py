@@ -29,7 +29,7 @@ from flowers.models import count_flops
 from flowers.qwen import answers as qwen
 from flowers.qwen import models as qwen_models
 
-MAX_PIXELS = 512 * 512
+MAX_PIXELS = 512 * 512  # of an image
 LONG = 240  # tokens of the long question
 FILLER = " Look closely at the petals, the centre, the leaves and the stem before you answer."
 LORA_RANK = 8
@@ -153,8 +153,10 @@ def measure_ranking(
 ) -> None:
     """Measure the ranking of all names, and print how far the scores are from the plain way's."""
     device = model.device
+    # Names that begin alike share the tokens of their beginning.
     tree = qwen.NameTree(processor, names)
     suffixes = [processor.tokenizer(name + qwen_models.END)["input_ids"] for name in names]
+    # one image, and a batch of them
     inputs, patches = prepare(processor, question, images[:1], device)
     batch_inputs, batch_patches = prepare(processor, question, images, device)
 
@@ -169,6 +171,7 @@ def measure_ranking(
         batched: lambda: qwen.rank(model, tree, batch_inputs, batch_patches)[0],
         ours: lambda: qwen.rank(model, tree, inputs, patches)[0],
     }
+    # what each way computes in its last round
     scores = {}
 
     def keep(name):
