@@ -35,7 +35,7 @@ SIDE = 224  # pixels
 N_CLASSES = 102
 CAPTIONS = 32
 SCALE = 100.0  # of the logits, as CLIP was trained
-# the plain recipe is red and the first of ours blue
+# the plain recipe is vermilion and the first of ours blue
 COLOURS = [figures.PALETTE[1], figures.PALETTE[0], figures.PALETTE[2]]
 STYLES = ["o--", "s-", "^-"]
 
