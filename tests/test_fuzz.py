@@ -1576,9 +1576,13 @@ ESCAPES = {
     "$<$": "<",
     "$>$": ">",
     r"\$": "$",
-    r"\textbackslash{}": "\\",
-    r"\^{}": "^",
-    r"\~{}": "~",
+    # As pandas writes them: \space stands for a space that LaTeX would swallow after a command.
+    r"\textbackslash \space ": "\\ ",
+    r"\textbackslash ": "\\",
+    r"\textasciicircum \space ": "^ ",
+    r"\textasciicircum ": "^",
+    r"\textasciitilde \space ": "~ ",
+    r"\textasciitilde ": "~",
 }
 
 
