@@ -203,7 +203,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 
 def test_download(tmp_path, monkeypatch, cli):
-    """Through torchvision, from a server of ours: broken off, run again, checked, and said so before."""
+    """Through torchvision, from a server of ours: broken off, run again and checked."""
     source = write_dataset(tmp_path / "site")
     with tarfile.open(source / "102flowers.tgz", "w:gz") as archive:
         archive.add(source / "jpg", "jpg")
@@ -224,6 +224,7 @@ def test_download(tmp_path, monkeypatch, cli):
         Flowers102, "_download_url_prefix", f"http://127.0.0.1:{server.server_port}/"
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWERS_DATA", "data/flowers-102")
     broken = cli("flowers.data")
     assert "run again" in error_line(broken) and "downloading" in broken[1]
     monkeypatch.setattr(Server, "cut", False)
