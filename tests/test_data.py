@@ -202,27 +202,30 @@ class Server(http.server.SimpleHTTPRequestHandler):
             super().do_GET()
 
 
-def test_download(tmp_path, monkeypatch, cli):
-    """Through torchvision, from a server of ours: broken off, run again and checked."""
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A server of ours in the place of Oxford's; its archive breaks off until `cut` is unset."""
     source = write_dataset(tmp_path / "site")
     with tarfile.open(source / "102flowers.tgz", "w:gz") as archive:
         archive.add(source / "jpg", "jpg")
+    checksums = {}
     names = {"image": "102flowers.tgz", "label": "imagelabels.mat", "setid": "setid.mat"}
-    monkeypatch.setattr(
-        Flowers102,
-        "_file_dict",
-        {
-            k: (name, hashlib.md5((source / name).read_bytes()).hexdigest())
-            for k, name in names.items()
-        },
-    )
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Server, directory=source)
-    )
+    for key, name in names.items():
+        checksums[key] = (name, hashlib.md5((source / name).read_bytes()).hexdigest())
+    handler = functools.partial(Server, directory=source)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(
-        Flowers102, "_download_url_prefix", f"http://127.0.0.1:{server.server_port}/"
-    )
+    monkeypatch.setattr(Server, "cut", True)
+    monkeypatch.setattr(Flowers102, "_file_dict", checksums)
+    address = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(Flowers102, "_download_url_prefix", address)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_download(tmp_path, site, monkeypatch, cli):
+    """Through torchvision, from a server of ours: broken off, run again and checked."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLOWERS_DATA", "data/flowers-102")
     broken = cli("flowers.data")
@@ -234,12 +237,27 @@ def test_download(tmp_path, monkeypatch, cli):
         and "48 images" in out
         and (tmp_path / "data" / "flowers-102" / "setid.mat").exists()
     )
-    server.shutdown()
-    server.server_close()
+    site.shutdown()
+    site.server_close()
     code, out, _ = cli("flowers.data")
     assert code == 0 and "downloading" not in out  # what is there is not fetched again
     shutil.rmtree(tmp_path / "data")
     assert "--data_root sample" in error_line(cli("flowers.data"))  # no server
+
+
+def test_download_to_a_folder_of_any_name(tmp_path, site, monkeypatch, cli):
+    """Broken off, refused by other scripts, and run again; nothing is left beside the folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my disk" / "pictures"
+    broken = cli("flowers.download", "--data_root", folder)
+    assert "run again" in error_line(broken)
+    assert "broke off" in error_line(cli("flowers.data", "--data_root", folder))
+    monkeypatch.setattr(Server, "cut", False)
+    code, out, err = cli("flowers.download", "--data_root", folder)
+    assert code == 0 and out.strip() == str(folder), err
+    code, out, err = cli("flowers.data", "--data_root", folder)
+    assert code == 0 and "48 images" in out, err
+    assert [path.name for path in folder.parent.iterdir()] == ["pictures"]
 
 
 def test_captions(small, tmp_path):
