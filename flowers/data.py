@@ -105,7 +105,13 @@ def open_flowers(
             f"{layout.root} says nowhere which images are for the test: give --splits random for a "
             "split of our own (60/20/20), or sort the class folders into train/, val/ and test/"
         )
+    return _build_index(layout, split, splits, holdout, class_names)
 
+
+def _build_index(
+    layout: Layout, split: Split, splits: str | None, holdout: bool, class_names: str
+) -> Flowers:
+    """The index of a dataset that was read and is split; the arguments are those of open_flowers."""
     # Names are looked up one by one: they are the same in all but four classes.
     names = layout.class_names
     if class_names == "openai":

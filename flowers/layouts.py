@@ -213,6 +213,7 @@ def _list_one_folder(root: Path, split: str | None) -> list[Picture]:
     n_other = 0
     for folder in visible_folders(root):
         paths = _pictures_in(folder)
+        # ImageFolder would take several datasets in one folder for classes.
         if paths and visible_folders(folder):
             raise UserError(f"{folder} holds pictures and folders: a class is one folder")
         if not paths:
@@ -242,6 +243,7 @@ def _is_oxford_copy(root: Path, pictures: list[Picture]) -> bool:
     Raises UserError if the images are Oxford's, and the folders are not those of their classes.
     """
     official = official_labels()
+    # None stands for a file without a number, and for a folder that is no class of Oxford's.
     numbers = [_number_in(picture.path) for picture in pictures]
     folder_labels = [_oxford_label_of(picture.folder) for picture in pictures]
     if None in numbers or None in folder_labels:
@@ -277,14 +279,17 @@ def _oxford_class_folders(root: Path, above: Path, pictures: list[Picture]) -> L
     files = {}
     for picture in pictures:
         number = _number_in(picture.path)
+        # In two folders of the split: the test would be on an image of the training.
         if number in files:
             raise UserError(f"image {number} is in {root} twice: {files[number]}, {picture.path}")
         files[number] = picture.path
 
     ids = np.array(sorted(files))
+    # Labels count the classes that are there, in Oxford's order, as ImageFolder does.
     oxford_labels, labels_of_ids = np.unique(official[ids - 1], return_inverse=True)
     labels = np.zeros(len(official), dtype=np.int64)
     labels[ids - 1] = labels_of_ids + 1
+    # The names file is keyed by Oxford's labels.
     names = read_names(root, len(text_sorted_labels()), above)
     class_names = [names[label - 1] for label in oxford_labels]
 
@@ -331,6 +336,7 @@ def _names_of_folders(root: Path, above: Path, folders: list[str]) -> list[str]:
                 f'{root / NAMES_FILE}, as in {{"1": "rose", ...}}'
             )
     else:
+        # 01 and 1 are the same number.
         name_of = {_folder_key(key): name for key, name in _read_names_file(path).items()}
         names = [name_of.get(_folder_key(folder)) for folder in folders]
         for folder, name in zip(folders, names):

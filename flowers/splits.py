@@ -195,6 +195,7 @@ def _read_named_lists(path: Path, contents: dict, layout: Layout, base: int | No
     if base is not None:
         raise UserError(f"--splits_base has no meaning for {path}: it lists files, not image ids")
     id_of = {} if layout.is_numbered else _ids_by_name(layout)
+    # Class folders may have fewer classes than Oxford, and count those only.
     labels = official_labels() if layout.is_oxford else layout.labels
     ids = {}
     for part in PARTS:
@@ -212,6 +213,7 @@ def _read_named_lists(path: Path, contents: dict, layout: Layout, base: int | No
     if len(ids["train"]) == 0 or len(ids["test"]) == 0:
         raise UserError(f"{path} lists no image under train or test")
 
+    # Our own random splits say what they are. Others are known by their file's name.
     protocol = contents.get("protocol")
     if protocol == RANDOM_PROTOCOL:
         return Split("random", ids, protocol)
@@ -221,6 +223,7 @@ def _read_named_lists(path: Path, contents: dict, layout: Layout, base: int | No
 
 def _parse_row(path: Path, row) -> tuple[str, int, str]:
     """File, 0-based label and class name. Raises UserError for anything else."""
+    # By type, as True is an int to Python.
     is_triple = isinstance(row, list) and [type(value) for value in row] == [str, int, str]
     if not is_triple:
         raise UserError(
@@ -232,6 +235,7 @@ def _parse_row(path: Path, row) -> tuple[str, int, str]:
 def _check_row(path: Path, row: list, label: int, layout: Layout, image_id: int) -> None:
     """Raise UserError if a row contradicts the dataset. label: 1-based, of the dataset."""
     name, row_label, class_name = row
+    # An image that is not there has no name; that it is missing is said later.
     own_name = (
         layout.class_names[layout.labels[image_id - 1] - 1] if image_id in layout.files else ""
     )
@@ -275,6 +279,7 @@ def random_split(layout: Layout) -> Split:
     Raises UserError if the dataset has other pictures than when the split was made.
     """
     path = layout.root / RANDOM_FILE
+    # Beside the data where that can be written, as caches are.
     if not path.exists():
         cache = cache_folder(layout.root)
         is_writable = cache.parent == layout.root
@@ -285,6 +290,7 @@ def random_split(layout: Layout) -> Split:
         note(f"a split of {RANDOM_PROTOCOL} is written to {path}: all scripts read it from there")
     split = read_split_file(path, layout)
     _check(split, layout)
+    # Pictures may have come or gone since. An old split would leave the new ones out.
     n_listed = sum(len(ids) for ids in split.ids.values())
     n_labelled = len(_labelled_ids(layout))
     if split.kind != "random" or n_listed != n_labelled:
