@@ -111,7 +111,7 @@ def open_flowers(
 def _build_index(
     layout: Layout, split: Split, splits: str | None, holdout: bool, class_names: str
 ) -> Flowers:
-    """The index of a dataset that was read and is split; the arguments are those of open_flowers."""
+    """The index of a dataset that was read and split; the arguments are those of open_flowers."""
     # Names are looked up one by one: they are the same in all but four classes.
     names = layout.class_names
     if class_names == "openai":
