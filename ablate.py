@@ -149,6 +149,7 @@ def main():
     group = parser.add_argument_group("data")
     group.add_argument("--data_root", help="as in train.py")
     group.add_argument("--splits_path", help="as in train.py")
+    group.add_argument("--splits_base", help="as in train.py")
     group.add_argument("--splits", help="as in train.py")
     group.add_argument("--class_names", help="as in train.py")
     # Running
@@ -230,7 +231,7 @@ def check_train_flags(train_flags: Sequence[str]) -> None:
 def data_flags(args: argparse.Namespace) -> tuple[str, ...]:
     """The flags of train.py that say which images to use; those not given are left out."""
     flags = []
-    for key in ("data_root", "splits_path", "splits", "class_names"):
+    for key in ("data_root", "splits_path", "splits_base", "splits", "class_names"):
         value = getattr(args, key)
         if value:
             flags += [f"--{key}", value]

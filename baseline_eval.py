@@ -115,8 +115,14 @@ def main():
     # data
 
     flowers = open_flowers(
-        args.data_root, args.splits_path, args.splits, args.holdout, args.class_names
+        args.data_root,
+        args.splits_path,
+        args.splits,
+        args.holdout,
+        args.class_names,
+        args.splits_base,
     )
+    args.splits = flowers.convention
     index = flowers.splits[args.split]
     if not len(index):
         raise UserError(f"the {args.split} split is empty: val needs --holdout")

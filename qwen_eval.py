@@ -139,8 +139,9 @@ class Config:
     # data
     data_root: str
     splits_path: str | None
+    splits_base: int | None
     class_names: str
-    splits: str
+    splits: str | None
     holdout: bool
     split: str
     images: int
@@ -280,7 +281,7 @@ def record_images(
     rows = files.read_lines(path, "file")
     files.write_lines(path, rows)  # without the line that a kill cut off
     record_of = {row["file"]: row for row in rows}
-    remaining = [i for i in index if flowers.files[i].name not in record_of]
+    remaining = [i for i in index if flowers.file_names[i] not in record_of]
     batch_size = task.config.batch_size
     batches = [remaining[i : i + batch_size] for i in range(0, len(remaining), batch_size)]
 
@@ -295,7 +296,7 @@ def record_images(
             with autocast(task.device):
                 records = protocol(task, image)
             for i, record in zip(batch, records):
-                row = {"file": flowers.files[i].name} | record
+                row = {"file": flowers.file_names[i]} | record
                 record_of[row["file"]] = row
                 files.append_line(path, row)
             bar.update(len(batch))
@@ -325,7 +326,7 @@ class Evaluation:
 
 def evaluate_answers(record_of: dict[str, dict], flowers: Flowers, index: np.ndarray) -> Evaluation:
     """Match free answers with the class names: each is one of them or none, with no second best."""
-    answers = [record_of[flowers.files[i].name]["answer"] for i in index]
+    answers = [record_of[flowers.file_names[i]]["answer"] for i in index]
     matches = [match(answer, flowers.class_names) for answer in answers]
     # The answers that are no name are a class of their own, the last.
     outside = len(flowers.class_names)
@@ -384,7 +385,7 @@ def evaluate_ranking(
 
 def sums_of(record_of: dict[str, dict], flowers: Flowers, index: np.ndarray) -> torch.Tensor:
     """Return the recorded log-likelihoods (N, C) of the images at `index`."""
-    return torch.tensor([record_of[flowers.files[i].name]["sum"] for i in index])
+    return torch.tensor([record_of[flowers.file_names[i]]["sum"] for i in index])
 
 
 def top1_of(by_score: dict[str, torch.Tensor], labels: np.ndarray) -> dict[str, float]:
@@ -399,7 +400,7 @@ def save_scores(
     path: Path, by_score: dict[str, torch.Tensor], flowers: Flowers, index: np.ndarray
 ) -> None:
     """Write an .npz with an array (N, C) for each score, the N files and the C class names."""
-    arrays = {"files": [flowers.files[i].name for i in index], "class_names": flowers.class_names}
+    arrays = {"files": [flowers.file_names[i] for i in index], "class_names": flowers.class_names}
     arrays |= {name: values.numpy() for name, values in by_score.items()}
     with files.atomic(path) as file:
         np.savez_compressed(file, **arrays)
@@ -468,8 +469,14 @@ def main():
     # -----------------------------------------------------------------------------
     # data and model
     flowers = open_flowers(
-        config.data_root, config.splits_path, config.splits, config.holdout, config.class_names
+        config.data_root,
+        config.splits_path,
+        config.splits,
+        config.holdout,
+        config.class_names,
+        config.splits_base,
     )
+    config = dataclasses.replace(config, splits=flowers.convention)
     index = subset(flowers.splits[config.split], config.images, seed=0)
     if not len(index):
         raise UserError(f"the {config.split} split is empty: val needs --holdout")

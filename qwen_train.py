@@ -165,8 +165,9 @@ class Config:
     # data
     data_root: str
     splits_path: str | None
+    splits_base: int | None
     class_names: str
-    splits: str
+    splits: str | None
     holdout: bool
     images: int
     # model and answer
@@ -298,8 +299,14 @@ class TrainingSet:
 def open_training_set(config: Config) -> TrainingSet:
     """Open the dataset and the captions. Raises UserError for what is missing or damaged."""
     flowers = open_flowers(
-        config.data_root, config.splits_path, config.splits, config.holdout, config.class_names
+        config.data_root,
+        config.splits_path,
+        config.splits,
+        config.holdout,
+        config.class_names,
+        config.splits_base,
     )
+    config = dataclasses.replace(config, splits=flowers.convention)
     index = subset(flowers.splits["train"], config.images, config.seed)
     captions = None
     if config.captions:
@@ -419,6 +426,7 @@ def main():
     # -----------------------------------------------------------------------------
     # data and model
     training_set = open_training_set(config)
+    config = training_set.config
     index = training_set.index
     batch_size = training_set.batch_size
     chunk_size = training_set.chunk_size

@@ -15,7 +15,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,7 @@ def main():
         flowers, captions = open_data(config)
         model = load_model(config.architecture, processes.device)
         pixels = to_device(load_pixels(flowers, model.visual.input_resolution), processes.device)
+    config = replace(config, splits=flowers.convention)  # what the dataset says, for the record
     prepare_model(model, config)
     train_index, eval_index = choose_images(flowers, config)
     texts = make_texts(flowers, captions, config.prompt_template)
@@ -227,8 +228,9 @@ class Config:
     # data
     data_root: str
     splits_path: str | None  # None: the splits in the folder
+    splits_base: int | None  # None: the file says it
     class_names: str
-    splits: str
+    splits: str | None  # None until the dataset is open: what it says
     holdout: bool
     # model and text
     architecture: str
@@ -362,7 +364,12 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
 def open_data(config: Config) -> tuple[Flowers, list[list[str]] | None]:
     """The dataset, and the sentences of each of its images if the training is on captions."""
     flowers = open_flowers(
-        config.data_root, config.splits_path, config.splits, config.holdout, config.class_names
+        config.data_root,
+        config.splits_path,
+        config.splits,
+        config.holdout,
+        config.class_names,
+        config.splits_base,
     )
     captions = read_captions(config.captions, flowers.files) if config.captions else None
     return flowers, captions

@@ -27,7 +27,7 @@ from starlette.formparsers import MultiPartParser
 
 from flowers import UserError, command
 from flowers.data import Flowers, add_data_arguments, open_flowers
-from flowers.download import DEFAULT_ROOT, is_complete
+from flowers.download import data_folder, default_root, is_complete
 from flowers.gallery import panels
 from flowers.gallery.filters import export, image_ids, in_ranges, parse_ids, split_names
 from flowers.gallery.predictions import (
@@ -184,7 +184,7 @@ def stamp_of(*paths: Path) -> tuple:
 )
 def open_dataset(arguments: tuple, stamp: tuple) -> Dataset:
     """Open the dataset; once, until `stamp` changes. arguments: pairs, of open_flowers."""
-    flowers = open_flowers(**dict(arguments))
+    flowers = open_flowers(**dict(arguments), needs_split=False)
     return Dataset(
         flowers,
         image_ids(flowers),
@@ -614,7 +614,7 @@ def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs:
     height, width = rgb.shape[:2]
     facts = [
         f"class {flowers.labels[i] + 1} · image {data.ids[i]} · {data.splits[i]}",
-        f"{file.name} · {width} x {height} pixels · {len(jpeg) / 1000:.0f} kB",
+        f"{flowers.file_names[i]} · {width} x {height} pixels · {len(jpeg) / 1000:.0f} kB",
     ]
     captions = captions_of(data, i)
     rankings = rankings_of(flowers, i, listing.predictions)
@@ -755,14 +755,13 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def open_data(args: argparse.Namespace) -> Dataset:
     """Open the dataset of the command line. Raises UserError that says how to fetch it."""
     # A page must not download 345 MB, as open_flowers would.
-    if Path(args.data_root) == Path(DEFAULT_ROOT) and not is_complete(Path(DEFAULT_ROOT)):
-        raise UserError(
-            f"{DEFAULT_ROOT} is missing or incomplete. Fetch it: python -m flowers.data"
-        )
-    root = Path("data/sample" if args.data_root == "sample" else args.data_root)
-    names = ("jpg", "images/jpg", "imagelabels.mat", "labels.npz", "cat_to_name.json")
+    default = default_root()
+    if Path(args.data_root) == Path(default) and not is_complete(Path(default)):
+        raise UserError(f"{default} is missing or incomplete. Fetch it: python -m flowers.data")
+    root = Path(data_folder("sample") if args.data_root == "sample" else args.data_root)
+    names = ("jpg", "images/jpg", "imagelabels.mat", "labels.npz", "cat_to_name.json", "train")
     # The dataset is opened again when one of these changes, so that a copy that was mended opens
-    # without a restart. Only one of the two layouts has each.
+    # without a restart. Only one of the layouts has each.
     files = [root / name for name in names]
     files.append(Path(args.splits_path or root / "setid.mat"))
     arguments = tuple((key, value) for key, value in vars(args).items() if key != "runs")
@@ -817,7 +816,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_data_arguments(parser)
-    parser.set_defaults(data_root=DEFAULT_ROOT if is_complete(Path(DEFAULT_ROOT)) else "sample")
+    if not is_complete(Path(default_root())):
+        parser.set_defaults(data_root="sample")
     parser.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
     if not st.runtime.exists():
         parser.parse_args()  # answers --help, and names a mistake

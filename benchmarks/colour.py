@@ -52,7 +52,7 @@ def main():
     # one core for all: OpenCV and torch would take several
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    flowers = open_flowers(args.data_root, args.splits_path)
+    flowers = open_flowers(args.data_root, args.splits_path, splits_base=args.splits_base)
 
     measure_densities(class_pixels(flowers, args.name, args.pixels), args)
     measure_features(spread_over(flowers.files, args.images), args)

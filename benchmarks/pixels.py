@@ -50,7 +50,7 @@ def main():
         "--resolution", type=int, default=224, help="side in pixels (default: %(default)s)"
     )
     args = parser.parse_args()
-    flowers = open_flowers(args.data_root, args.splits_path)
+    flowers = open_flowers(args.data_root, args.splits_path, splits_base=args.splits_base)
     side = args.resolution
 
     # a folder of its own, so that our cache is new, and goes at the end

@@ -69,7 +69,7 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    files = open_flowers(args.data_root, args.splits_path).files[:256]
+    files = open_flowers(args.data_root, args.splits_path, splits_base=args.splits_base).files[:256]
     vit = models.build("ViT-B/32")
     tiny = models.build("tiny")
     panels = {

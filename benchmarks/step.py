@@ -73,7 +73,9 @@ def main():
     # -----------------------------------------------------------------------------
     # models and a batch
     if args.epoch_images:
-        dataset = open_flowers(args.data_root, args.splits_path, args.splits)
+        dataset = open_flowers(
+            args.data_root, args.splits_path, args.splits, splits_base=args.splits_base
+        )
         class_names = dataset.class_names
     else:
         class_names = oxford_names()

@@ -88,7 +88,7 @@ def main():
     )
     args = parser.parse_args()
 
-    full = open_flowers(args.data_root, args.splits_path, args.splits)
+    full = open_flowers(args.data_root, args.splits_path, args.splits, splits_base=args.splits_base)
     index = spread_over(full.splits["train"], args.images)
     files = tuple(full.files[i] for i in index)
     # the images in a folder of their own, whose cache goes with it

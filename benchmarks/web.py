@@ -124,7 +124,7 @@ def main():
 
     # -----------------------------------------------------------------------------
     # the dataset, a model to search with, two servers, a browser
-    flowers = open_flowers(args.data_root, args.splits_path)
+    flowers = open_flowers(args.data_root, args.splits_path, splits_base=args.splits_base)
     folder = Path(tempfile.mkdtemp())
     servers = []
     try:

@@ -63,7 +63,9 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         # the images in a folder of their own, whose cache can be deleted
-        full = open_flowers(args.data_root, args.splits_path, args.splits)
+        full = open_flowers(
+            args.data_root, args.splits_path, args.splits, splits_base=args.splits_base
+        )
         index = spread_over(full.splits["test"], args.images)
         files = tuple(full.files[i] for i in index)
         flowers = Flowers(Path(folder), files, full.labels[index], full.class_names, {})

@@ -241,7 +241,13 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main():
     args = parse_arguments()
-    flowers = open_flowers(args.data_root, args.splits_path, class_names=args.class_names)
+    flowers = open_flowers(
+        args.data_root,
+        args.splits_path,
+        class_names=args.class_names,
+        splits_base=args.splits_base,
+        needs_split=False,
+    )
     classes = [find_class(flowers, text) for text in args.classes]
     if args.all:
         classes = np.unique(flowers.labels)

@@ -115,9 +115,13 @@ def find_duplicates(squares: np.ndarray, bits: int, levels: float) -> np.ndarray
 def print_duplicates(pairs: np.ndarray, flowers: Flowers, splits: np.ndarray) -> None:
     """Print how many pairs there are within and across the splits of both conventions.
 
-    splits: (N,) Oxford's name of each image's split.
+    splits: (N,) the name of each image's split, from `split_names`.
     """
-    for name, test_split in (("swapped", "trnid"), ("official", "tstid")):
+    if flowers.convention == "swapped":
+        conventions = [("swapped", "trnid"), ("official", "tstid")]
+    else:
+        conventions = [(flowers.protocol, "test")] if flowers.convention else []
+    for name, test_split in conventions:
         is_test = splits == test_split
         n_test = is_test.sum()
         in_test = is_test[pairs].sum(1)  # how many of a pair's two images
@@ -139,7 +143,7 @@ def duplicates_table(pairs: np.ndarray, flowers: Flowers, splits: np.ndarray) ->
     for pair in pairs:
         row = {}
         for number, image in enumerate(pair, 1):
-            row[f"file_{number}"] = flowers.files[image].name
+            row[f"file_{number}"] = flowers.file_names[image]
             row[f"class_{number}"] = flowers.class_names[flowers.labels[image]]
             row[f"split_{number}"] = splits[image]
         rows.append(row)
@@ -150,22 +154,35 @@ def duplicates_table(pairs: np.ndarray, flowers: Flowers, splits: np.ndarray) ->
 # counts and sizes
 
 
+def split_titles(flowers: Flowers) -> dict[str, str]:
+    """Return the name of each part of the split -> its key in flowers.splits.
+
+    flowers: with a holdout. Oxford's parts have names of their own; without a split there is none.
+    """
+    if flowers.convention == "swapped":
+        return OXFORD_SPLITS
+    return {split: split for split in flowers.splits} if flowers.convention else {}
+
+
 def split_names(flowers: Flowers) -> np.ndarray:
-    """Return Oxford's name of each image's split, (N,); flowers: swapped, with a holdout."""
-    names = np.empty(len(flowers.files), dtype="U5")
-    for oxford, split in OXFORD_SPLITS.items():
-        names[flowers.splits[split]] = oxford
+    """Return the name of each image's part of the split, (N,); 'all' where there is no split."""
+    names = np.full(len(flowers.files), "all", dtype="U5")
+    for title, split in split_titles(flowers).items():
+        names[flowers.splits[split]] = title
     return names
 
 
 def print_counts(flowers: Flowers, counts: pd.DataFrame) -> None:
-    """Print the sizes of the splits and the imbalance; counts: images a class and Oxford split."""
+    """Print the sizes of the splits and the imbalance; counts: images a class and split."""
     n = counts.sum()
-    print(
-        f"{flowers.root}: {len(flowers.files):,} images of {len(counts)} classes; "
-        f"trnid {n['trnid']:,}, valid {n['valid']:,}, tstid {n['tstid']:,}"
-    )
-    for name, test, train in (("swapped", "trnid", "tstid"), ("official", "tstid", "trnid")):
+    titles = ("trnid", "valid", "tstid") if flowers.convention == "swapped" else counts.columns
+    sizes = ", ".join(f"{title} {n[title]:,}" for title in titles)
+    print(f"{flowers.root}: {len(flowers.files):,} images of {len(counts)} classes; {sizes}")
+    conventions = [("swapped", "trnid", "tstid"), ("official", "tstid", "trnid")]
+    if flowers.convention != "swapped":
+        print(f"  {flowers.protocol}")
+        conventions = []
+    for name, test, train in conventions:
         title = f"{name} splits:"
         print(
             f"  {title:16} train {n[train] + n['valid']:,} (valid + {train}), "
@@ -197,9 +214,9 @@ def print_sizes(flowers: Flowers) -> None:
 
 
 def draw_classes(counts: pd.DataFrame, path: Path, pdf: bool, title: str) -> Path:
-    """Draw bars, a class a row, most images first, stacked by Oxford's splits.
+    """Draw bars, a class a row, most images first, stacked by the parts of the split.
 
-    counts: images a class (row) and Oxford split (column).
+    counts: images a class (row) and part (column).
     """
     total = counts.sum(axis=1)
     counts = counts.iloc[np.argsort(-total, kind="stable")]
@@ -222,7 +239,7 @@ def draw_classes(counts: pd.DataFrame, path: Path, pdf: bool, title: str) -> Pat
         axis.tick_params(axis="y", length=0, labelsize=6 if many else 8)
         axis.spines[["top", "right"]].set_visible(False)
     handles, splits = axes[0, 0].get_legend_handles_labels()
-    labels = [LEGEND[split] for split in splits]
+    labels = [LEGEND.get(split, split) for split in splits]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figures.save(figure, path, pdf)
@@ -264,9 +281,14 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main():
     args = parse_arguments()
-    # The swapped splits with a holdout keep Oxford's three splits apart.
+    # With a holdout, the three parts of a split are kept apart. Oxford's are swapped by default.
     flowers = open_flowers(
-        args.data_root, args.splits_path, "swapped", holdout=True, class_names=args.class_names
+        args.data_root,
+        args.splits_path,
+        holdout=True,
+        class_names=args.class_names,
+        splits_base=args.splits_base,
+        needs_split=False,
     )
     splits = split_names(flowers)
 
@@ -274,7 +296,7 @@ def main():
     # numbers
 
     counts = pd.DataFrame(index=list(flowers.class_names))
-    for split in OXFORD_SPLITS:
+    for split in split_titles(flowers) or ["all"]:
         labels = flowers.labels[splits == split]
         counts[split] = np.bincount(labels, minlength=len(flowers.class_names))
     print_counts(flowers, counts)

@@ -292,7 +292,7 @@ def read_run(run: Path, flowers: Flowers) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{run}: {error}") from None
 
     # predictions.csv names files, not indices
-    index_of = {file.name: i for i, file in enumerate(flowers.files)}
+    index_of = {name: i for i, name in enumerate(flowers.file_names)}
     index = predictions["file"].map(index_of)
     is_same_data = index.notna().all()
     if is_same_data:
@@ -396,7 +396,13 @@ def main():
     # -------------------------------------------------------------------------
     # images
 
-    flowers = open_flowers(args.data_root, args.splits_path, class_names=args.class_names)
+    flowers = open_flowers(
+        args.data_root,
+        args.splits_path,
+        class_names=args.class_names,
+        splits_base=args.splits_base,
+        needs_split=False,
+    )
     coloured_classes = [find_class(flowers, text) for text in args.classes]
     if args.run:
         index, is_right = read_run(args.run, flowers)

@@ -1,6 +1,6 @@
 """The index of the dataset: image files, labels, class names and splits.
 
-    python -m flowers.data                      # download Oxford Flowers 102 to data/flowers-102
+    python -m flowers.data                      # download Oxford Flowers 102 if it is missing
     python -m flowers.data --data_root sample   # count the images, classes and splits of a folder
 
 The download has 345 MB and is checked by MD5. Source of the data: M.-E. Nilsback, A. Zisserman,
@@ -11,14 +11,22 @@ https://www.robots.ox.ac.uk/~vgg/data/flowers/102/. The authors call their split
 
 import argparse
 import difflib
+import functools
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from flowers import UserError, command
-from flowers.download import DEFAULT_ROOT, download, is_complete
-from flowers.layouts import OPENAI_NAMES, read_layout
+from flowers.download import UNFINISHED, data_folder, default_root, download, is_complete
+from flowers.files import note, user_path
+from flowers.layouts import OPENAI_NAMES, Layout, read_layout
+from flowers.splits import NO_SPLIT, Split, choose_split
+
+OXFORD = "Oxford Flowers 102"
+CONVENTIONS = ("swapped", "official", "folder", "random", "file")
 
 # -----------------------------------------------------------------------------
 # the index
@@ -34,6 +42,11 @@ class Flowers:
     class_names: the name of each class.
     splits: `train`, `val` and `test`, each an int64 array of indices into `files`. `val` is empty
         without a holdout.
+    name: the dataset's name for tables.
+    protocol: how it is split, in words for tables.
+    convention: how it is split, as a value of --splits; empty if it is not split.
+    is_numbered: whether the files are called image_00001.jpg, and each number occurs once.
+    is_oxford: whether these numbers and the labels are those of Oxford Flowers 102.
     """
 
     root: Path
@@ -41,50 +54,98 @@ class Flowers:
     labels: np.ndarray
     class_names: tuple[str, ...]
     splits: dict[str, np.ndarray]
+    name: str = ""
+    protocol: str = ""
+    convention: str = ""
+    is_numbered: bool = True
+    is_oxford: bool = False
+
+    @functools.cached_property
+    def file_names(self) -> tuple[str, ...]:
+        """What identifies each file in tables: its name, or its path within the dataset.
+
+        In class folders, names such as 1.jpg may occur in each.
+        """
+        if self.is_numbered:
+            return tuple(file.name for file in self.files)
+        return tuple(file.relative_to(self.root).as_posix() for file in self.files)
 
 
 def open_flowers(
-    data_root: str | Path = DEFAULT_ROOT,
+    data_root: str | Path | None = None,
     splits_path: str | Path | None = None,
-    splits: str = "swapped",
+    splits: str | None = None,
     holdout: bool = False,
     class_names: str = "oxford",
+    splits_base: int | None = None,
+    needs_split: bool = True,
 ) -> Flowers:
     """Open a copy of the dataset in any layout that flowers.layouts reads.
 
-    data_root: the folder. 'sample' is drawn if it is missing, and the default folder is downloaded.
+    data_root: the folder; None is `default_root()`. 'sample' is drawn if it is missing, and the
+        default folder is downloaded.
     splits_path: a setid.mat or a JSON file; it may list fewer images than the folder holds.
     splits: 'swapped' trains on valid + tstid and tests on trnid; 'official' trains on
-        trnid + valid and tests on tstid.
+        trnid + valid and tests on tstid; 'folder' takes train/, valid/ and test/ of class folders,
+        'file' the train, val and test of `splits_path`; 'random' makes a split of its own. None is
+        what the dataset or the file says, and swapped for Oxford's.
     holdout: keep the valid images out of training, as the `val` split.
     class_names: 'oxford' or 'openai'.
+    splits_base: whether the image ids of a JSON count from 0 or 1. None: the file says it.
+    needs_split: False leaves the splits empty where the dataset has none, instead of an error.
 
     Raises UserError if a file is missing, damaged or contradicts another one.
     """
-    root = _prepare_root(data_root)
-    layout = read_layout(root, splits_path)
+    root = _prepare_root(default_root() if data_root is None else data_root)
+    layout = read_layout(root)
+    splits_path = Path(splits_path) if splits_path else None  # an empty flag counts as none
+    split = choose_split(layout, splits_path, splits, splits_base)
+    if split is NO_SPLIT and needs_split:
+        raise UserError(
+            f"{layout.root} says nowhere which images are for the test: give --splits random for a "
+            "split of our own (60/20/20), or sort the class folders into train/, val/ and test/"
+        )
+    return _build_index(layout, split, splits, holdout, class_names)
 
+
+def _build_index(
+    layout: Layout, split: Split, splits: str | None, holdout: bool, class_names: str
+) -> Flowers:
+    """The index of a dataset that was read and split; the arguments are those of open_flowers."""
     # Names are looked up one by one: they are the same in all but four classes.
     names = layout.class_names
     if class_names == "openai":
         names = [OPENAI_NAMES.get(name, name) for name in names]
 
     # Images that no split lists are left out. Ids are 1-based, labels become 0-based.
-    ids = np.unique(np.concatenate(list(layout.split_ids.values())))  # (N,), sorted
+    ids = np.unique(np.concatenate(list(split.ids.values())))  # (N,), sorted
+    if split is NO_SPLIT:
+        ids = np.array(sorted(layout.files))
     files = tuple(layout.files[image_id] for image_id in ids.tolist())
     labels = layout.labels[ids - 1] - 1  # (N,)
 
-    # From ids to indices into `files`, for each official split.
+    # From ids to indices into `files`, for each part of the split.
     index_of = {
-        name: np.searchsorted(ids, np.sort(split_ids))
-        for name, split_ids in layout.split_ids.items()
+        part: np.searchsorted(ids, np.sort(part_ids)) for part, part_ids in split.ids.items()
     }
-    split_index = _assign_splits(index_of, splits, holdout)
+    convention = _choose_convention(split, splits)
+    split_index = _assign_splits(index_of, convention, holdout)
 
     # Read-only, so that no caller changes the index under another one.
     for array in (labels, *split_index.values()):
         array.setflags(write=False)
-    return Flowers(root, files, labels, tuple(names), split_index)
+    return Flowers(
+        layout.root,
+        files,
+        labels,
+        tuple(names),
+        split_index,
+        name=_name_of(layout),
+        is_oxford=layout.is_oxford,
+        protocol=split.protocol or convention,
+        convention=convention,
+        is_numbered=layout.is_numbered,
+    )
 
 
 def _prepare_root(data_root: str | Path) -> Path:
@@ -93,9 +154,16 @@ def _prepare_root(data_root: str | Path) -> Path:
         # Imported late: drawing needs OpenCV, and other datasets do not.
         from flowers.sample import write_sample
 
-        return write_sample()
+        return write_sample(data_folder("sample"))
     root = Path(data_root)
-    if root == Path(DEFAULT_ROOT) and not is_complete(root):
+    for folder in (root, root / "flowers-102"):
+        # A part of an archive may look like a complete folder.
+        if (folder / UNFINISHED).exists() and root != Path(default_root()):
+            raise UserError(
+                f"the download to {folder} broke off: "
+                f"go on with python -m flowers.download --data_root {folder}"
+            )
+    if root == Path(default_root()) and not is_complete(root):
         print(f"{data_root} is missing or incomplete: downloading Oxford Flowers 102 (345 MB)")
         download(root)
     if not root.is_dir():
@@ -106,22 +174,71 @@ def _prepare_root(data_root: str | Path) -> Path:
     return root
 
 
-def _assign_splits(
-    index_of: dict[str, np.ndarray], splits: str, holdout: bool
-) -> dict[str, np.ndarray]:
-    """Train, val and test from the index arrays of trnid, valid and tstid."""
-    # Swapped: the 1,020 training images of the authors become the test set.
-    if splits == "swapped":
-        test, train = index_of["trnid"], index_of["tstid"]
-    else:
-        test, train = index_of["tstid"], index_of["trnid"]
+def _name_of(layout: Layout) -> str:
+    """The dataset's name for tables."""
+    if layout.is_oxford:
+        return OXFORD
+    if (layout.root / "sample.json").exists():
+        return "sample"
+    return layout.root.resolve().name
 
-    # Without a holdout nothing is chosen on `valid`, so its images are trained on.
-    val = index_of["valid"]
+
+def _choose_convention(split: Split, splits: str | None) -> str:
+    """How the parts of a split are used, as a value of --splits.
+
+    splits: what the user gave. Where it does not apply, that is said or refused.
+    """
+    if split.kind == "oxford":
+        if splits in ("folder", "file"):
+            raise UserError(
+                f"--splits {splits}: this dataset is split into trnid, valid and tstid, "
+                "which are used as swapped or official"
+            )
+        return splits or "swapped"
+    if splits in ("swapped", "official"):
+        note(f"--splits {splits} is for trnid, valid and tstid: the split is {split.protocol}")
+    elif splits not in (None, split.kind):
+        raise UserError(f"--splits {splits}: the split of this dataset is {split.protocol}")
+    return split.kind
+
+
+def _assign_splits(
+    index_of: dict[str, np.ndarray], convention: str, holdout: bool
+) -> dict[str, np.ndarray]:
+    """Train, val and test from the index arrays of the parts of a split."""
+    # Swapped: the 1,020 training images of the authors become the test set.
+    if convention == "swapped":
+        test, train, val = index_of["trnid"], index_of["tstid"], index_of["valid"]
+    elif convention == "official":
+        test, train, val = index_of["tstid"], index_of["trnid"], index_of["valid"]
+    else:
+        test, train, val = index_of["test"], index_of["train"], index_of["val"]
+
     if not holdout:
-        train = np.sort(np.concatenate([train, val]))
+        # Without a holdout nothing is chosen on `valid`, so its images are trained on. The parts of
+        # a published split are used as they are: its training images are what papers train on.
+        if convention != "file":
+            train = np.sort(np.concatenate([train, val]))
         val = val[:0]
     return {"train": train, "val": val, "test": test}
+
+
+def image_ids(flowers: Flowers, index: Iterable[int]) -> tuple[str, ...]:
+    """What says which pictures these are, wherever a copy of them lies.
+
+    index: of images of the dataset.
+    Returns `oxford-flowers-102:00001` where numbers and labels are Oxford's, else the first 16
+    hexadecimal digits of the SHA-256 of each file.
+    """
+    ids = []
+    for i in index:
+        file = flowers.files[i]
+        if flowers.is_oxford:
+            number = int(file.stem.rpartition("_")[2])
+            ids.append(f"oxford-flowers-102:{number:05d}")
+        else:
+            ids.append(hashlib.sha256(file.read_bytes()).hexdigest()[:16])
+    return tuple(ids)
 
 
 # -----------------------------------------------------------------------------
@@ -204,14 +321,23 @@ def add_data_arguments(parser: argparse.ArgumentParser, splits: bool = True) -> 
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_root",
-        default=DEFAULT_ROOT,
-        help="folder of the dataset, or 'sample' for the drawn one that needs no download "
-        "(default: %(default)s)",
+        type=user_path,
+        default=default_root(),
+        help="folder of the dataset: Oxford's, or one folder a class; or 'sample' for the drawn "
+        "one that needs no download (default: %(default)s; $FLOWERS_DATA sets another)",
     )
     group.add_argument(
         "--splits_path",
-        help="file that lists trnid, valid, tstid: a JSON or a setid.mat "
-        "(default: setid.mat in the folder)",
+        type=user_path,
+        help="file of the splits: a setid.mat or a JSON with trnid, valid, tstid, or CoOp's "
+        "split_zhou_OxfordFlowers.json (default: the split that the folder has)",
+    )
+    group.add_argument(
+        "--splits_base",
+        type=int,
+        choices=[0, 1],
+        help="whether the image ids of a JSON of --splits_path count from 0 or from 1 "
+        '(default: "base" in the file)',
     )
     group.add_argument(
         "--class_names",
@@ -223,16 +349,16 @@ def add_data_arguments(parser: argparse.ArgumentParser, splits: bool = True) -> 
         return
     group.add_argument(
         "--splits",
-        choices=["swapped", "official"],
-        default="swapped",
-        help="swapped: train on valid + tstid (7,169), test on trnid (1,020); "
-        "official: train on trnid + valid, test on tstid (default: %(default)s)",
+        choices=CONVENTIONS,
+        help="swapped: train on valid + tstid (7,169), test on trnid (1,020); official: train on "
+        "trnid + valid, test on tstid; folder: train/, valid/, test/ of class folders; file: "
+        "train, val, test of --splits_path, as they are; random: 60/20/20 of each class, made once "
+        "and kept beside the data (default: what folder or file have, swapped for Oxford's)",
     )
     group.add_argument(
         "--holdout",
         action="store_true",
-        help="keep the official valid images out of training, "
-        "as the val split that choices are made on",
+        help="keep the valid images out of training, as the val split that choices are made on",
     )
 
 
@@ -248,7 +374,7 @@ def main():
     flowers = open_flowers(**vars(args))
     n_images = f"{len(flowers.files):,} images of {len(flowers.class_names)} classes"
     counts = ", ".join(f"{name} {len(index):,}" for name, index in flowers.splits.items())
-    print(f"{flowers.root}: {n_images}; {args.splits} splits: {counts}")
+    print(f"{flowers.root}: {n_images}; {flowers.protocol} splits: {counts}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Download Oxford Flowers 102 through torchvision, with progress and MD5 checks.
 
-    python -m flowers.download      # 345 MB to data/flowers-102
+    python -m flowers.download                            # 345 MB, where scripts look for it
+    python -m flowers.download --data_root ANY/FOLDER
 
 A download that broke off goes on, when it is run again, at the first file that is not complete.
 """
 
 import argparse
 import contextlib
+import os
 import socket
 import tarfile
 from collections.abc import Iterator
@@ -14,40 +16,66 @@ from http.client import HTTPException
 from pathlib import Path
 
 from flowers import UserError, command
+from flowers.files import user_path
 
-DEFAULT_ROOT = "data/flowers-102"
 # A file beside the data while it is fetched: a part of an archive may look like a complete folder.
 UNFINISHED = ".downloading"
+ARCHIVE = "102flowers.tgz"
 # Seconds to wait for a server that sends nothing.
 PATIENCE = 60
 
 
+def default_root() -> str:
+    """Where the dataset is looked for: $FLOWERS_DATA, else `data_folder("flowers-102")`."""
+    return user_path(os.environ.get("FLOWERS_DATA", "")) or data_folder("flowers-102")
+
+
+def data_folder(name: str) -> str:
+    """`data/NAME` in the working directory if it is there, else beside the repository."""
+    here = Path("data") / name
+    repository = Path(__file__).resolve().parent.parent
+    # A package that was installed without its repository has no place of its own.
+    is_repository = (repository / "pyproject.toml").exists()
+    if here.exists() or not is_repository or repository == Path.cwd():
+        return str(here)
+    return str(repository / here)
+
+
 def is_complete(root: Path) -> bool:
-    """Whether `root` holds a finished download, or the images of the original project."""
-    # Whoever has the folder of the original project got it in another way.
+    """Whether `root` holds a finished download, or a dataset that was got in another way."""
     if (root / "images" / "jpg").is_dir():
         return True
     if (root / UNFINISHED).exists():
         return False
-    return all((root / name).exists() for name in ("jpg", "imagelabels.mat", "setid.mat"))
+    needed = ("jpg", "imagelabels.mat", "setid.mat")
+    if all((root / name).exists() for name in needed):
+        return True
+    # Nothing is downloaded into a folder of something else.
+    if not root.is_dir() or any((root / name).exists() for name in (*needed, ARCHIVE)):
+        return False
+    return any(not path.name.startswith(".") for path in root.iterdir())
 
 
-def download(data_root: str | Path = DEFAULT_ROOT) -> Path:
-    """Fetch what is missing of the dataset, and return its folder.
+def download(data_root: str | Path) -> Path:
+    """Fetch what is missing of the dataset into a folder, and return the folder.
 
-    Raises UserError if the folder is not named flowers-102, the site can't be reached, or a
-    checksum is wrong.
+    Raises UserError if the site can't be reached, or a checksum is wrong.
     """
     # Imported late: torchvision takes seconds, and who has the data needs no download.
     from torchvision.datasets import Flowers102
 
-    # torchvision chooses the name of the folder itself.
     root = Path(data_root)
-    if root.name != "flowers-102":
-        raise UserError(
-            f"the download goes to a folder named flowers-102, not {root}: "
-            "give --data_root PARENT/flowers-102"
-        )
+
+    class AnyFolder(Flowers102):
+        """torchvision's dataset in a folder of any name: it insists on `flowers-102`."""
+
+        @property
+        def _base_folder(self) -> Path:
+            return root
+
+        @_base_folder.setter
+        def _base_folder(self, folder: Path) -> None:
+            pass
 
     _unpack_safely()
     root.mkdir(parents=True, exist_ok=True)
@@ -56,7 +84,7 @@ def download(data_root: str | Path = DEFAULT_ROOT) -> Path:
     try:
         # torchvision keeps the files whose checksum is right, and fetches the others.
         with patience():
-            Flowers102(str(root.parent), download=True)
+            AnyFolder(str(root.parent), download=True)
     except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError) as error:
         raise UserError(
             f"the download of Oxford Flowers 102 failed ({error}): run again to go on, "
@@ -96,15 +124,16 @@ def main():
     )
     parser.add_argument(
         "--data_root",
-        type=Path,
-        default=DEFAULT_ROOT,
-        help="where to put it; the last folder must be named flowers-102 (default: %(default)s)",
+        type=user_path,
+        default=default_root(),
+        help="the folder to put it in (default: %(default)s; $FLOWERS_DATA sets another)",
     )
     args = parser.parse_args()
+    root = Path(args.data_root)
     # What is there is not fetched again.
-    if not is_complete(args.data_root):
-        download(args.data_root)
-    print(args.data_root)
+    if not is_complete(root):
+        download(root)
+    print(root)
 
 
 if __name__ == "__main__":

@@ -343,7 +343,7 @@ def predictions(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray
     best, classes = probabilities.topk(n_best, dim=1)  # (N, n_best)
     rows = []
     for i, scores, ranking in zip(index, best.tolist(), classes.tolist()):
-        row = {"file": flowers.files[i].name, "label": flowers.class_names[flowers.labels[i]]}
+        row = {"file": flowers.file_names[i], "label": flowers.class_names[flowers.labels[i]]}
         for rank, (score, c) in enumerate(zip(scores, ranking), start=1):
             row[f"top{rank}"] = flowers.class_names[c]
             row[f"score{rank}"] = round(score, 6)  # the digits that fp32 has

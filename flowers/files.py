@@ -18,6 +18,21 @@ from pathlib import Path
 from flowers import UserError, reason
 
 # -----------------------------------------------------------------------------
+# paths and notes
+
+
+def user_path(text: str) -> str:
+    """A path as a user writes it, with `~` and `$VARIABLES` filled in: a type for argparse."""
+    return os.path.expandvars(os.path.expanduser(text))
+
+
+def note(message: str) -> None:
+    """Print a line to stderr, once where several processes train together."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {message}", file=sys.stderr)
+
+
+# -----------------------------------------------------------------------------
 # atomic writes
 
 
@@ -82,7 +97,8 @@ def _is_alive(pid: int) -> bool:
 def parse_json(text: str) -> dict:
     """Parse a JSON object. Raises ValueError for anything else, however deeply it is nested."""
     try:
-        value = json.loads(text)
+        # Windows' editors begin a file in UTF-8 with a byte-order mark.
+        value = json.loads(text.removeprefix("\ufeff"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):

@@ -54,20 +54,22 @@ def key(flowers: Flowers, resolution: int) -> bytes:
 
 
 def read_jpeg(file: Path) -> torch.Tensor:
-    """One JPEG as (3, H, W) uint8.
+    """One JPEG, PNG or WebP as (3, H, W) uint8.
 
     Raises UserError naming the file if it can't be decoded or is too large. JPEG has no checksum:
     damage within the compressed data shows only where it breaks the code.
     """
     try:
         data = images.read_checked(file)
+        if not images.is_jpeg(data):
+            return torch.from_numpy(images.decode_rgb(data)).movedim(-1, 0)
         return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
     except Exception as error:  # a dozen kinds at damaged files
         raise images.undecodable(file, error) from None
 
 
 def read_square(file: Path, resolution: int) -> torch.Tensor:
-    """One JPEG as (3, R, R) uint8: short side to R, centre crop. Raises as read_jpeg does."""
+    """One picture as (3, R, R) uint8: short side to R, centre crop. Raises as read_jpeg does."""
     return resize_and_crop(read_jpeg(file), resolution)
 
 

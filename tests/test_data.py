@@ -256,6 +256,7 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setattr(Flowers102, "_download_url_prefix", address)
     monkeypatch.setattr(Server, "cut", True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWERS_DATA", "data/flowers-102")
     yield server
     server.shutdown()
     server.server_close()
@@ -293,12 +294,23 @@ def test_the_download_is_a_command_of_its_own(site, tmp_path, monkeypatch, cli):
     assert out.strip().endswith("data/flowers-102")
     assert len(open_flowers(tmp_path / "data" / "flowers-102").files) == 48
 
-    # torchvision would call the folder flowers-102 whatever the user wishes.
-    assert "flowers-102" in error_line(cli("flowers.download", "--data_root", "elsewhere"))
-
 
 # -----------------------------------------------------------------------------
 # captions
+
+
+def test_download_to_a_folder_of_any_name(tmp_path, site, monkeypatch, cli):
+    """Broken off, refused by other scripts, and run again; nothing is left beside the folder."""
+    folder = tmp_path / "my disk" / "pictures"
+    broken = cli("flowers.download", "--data_root", folder)
+    assert "run again" in error_line(broken)
+    assert "broke off" in error_line(cli("flowers.data", "--data_root", folder))
+    monkeypatch.setattr(Server, "cut", False)
+    code, out, err = cli("flowers.download", "--data_root", folder)
+    assert code == 0 and out.strip() == str(folder), err
+    code, out, err = cli("flowers.data", "--data_root", folder)
+    assert code == 0 and "48 images" in out, err
+    assert [path.name for path in folder.parent.iterdir()] == ["pictures"]
 
 
 def test_captions(small, tmp_path):

@@ -436,6 +436,7 @@ def test_servers_that_lie_about_the_dataset(small, site, tmp_path, monkeypatch, 
     to the end."""
     offer(small, site, monkeypatch)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWERS_DATA", "data/flowers-102")
     tried = 0
     for ending in (".tgz", "setid.mat"):
         monkeypatch.setattr(Liar, "ending", ending)
@@ -529,6 +530,7 @@ def test_an_archive_that_climbs_out_of_its_folder(small, site, tmp_path, monkeyp
         monkeypatch.setitem(Flowers102._file_dict, "image", (archive.name, digest))
     (tmp_path / "place").mkdir()
     monkeypatch.chdir(tmp_path / "place")
+    monkeypatch.setenv("FLOWERS_DATA", "data/flowers-102")
 
     outcome = cli("flowers.data")
 

@@ -250,7 +250,7 @@ def test_real_images_learn(real, tmp_path, cli, monkeypatch):
     few = {}
     for name in ("trnid", "valid", "tstid"):
         few[name] = [int(i) for i in raw[name].ravel() if labels[i - 1] in six_classes]
-    (tmp_path / "few.json").write_text(json.dumps(few))
+    (tmp_path / "few.json").write_text(json.dumps(few | {"base": 1}))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = set(os.listdir(real))
 

@@ -11,7 +11,12 @@ from flowers.gallery.predictions import NO_CLASS, Predictions
 
 
 def image_ids(flowers: Flowers) -> np.ndarray:
-    """Return the number in each file's name, (N,) int: 1 for image_00001.jpg."""
+    """Return the number in each file's name, (N,) int: 1 for image_00001.jpg.
+
+    Files that have no such numbers are counted from 1.
+    """
+    if not flowers.is_numbered:
+        return np.arange(1, len(flowers.files) + 1)
     return np.array([int(re.search(r"\d+", file.name)[0]) for file in flowers.files])
 
 
@@ -61,7 +66,7 @@ def export(flowers: Flowers, index: Iterable[int], predictions: Sequence[Predict
 
     index = np.array(index, dtype=int)  # also where it is empty, which would be of floats
     table = pd.DataFrame({"id": image_ids(flowers)[index]})
-    table["file"] = [flowers.files[i].name for i in index]
+    table["file"] = [flowers.file_names[i] for i in index]
     table["class"] = [flowers.class_names[label] for label in flowers.labels[index]]
     table["split"] = split_names(flowers)[index]
     for run in predictions:

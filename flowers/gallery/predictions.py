@@ -103,7 +103,7 @@ def _read_rows(path: Path, flowers: Flowers) -> tuple[list[tuple], int]:
 
     Raises ValueError, KeyError, TypeError or csv.Error if the file is damaged.
     """
-    position_of = {file.name: i for i, file in enumerate(flowers.files)}
+    position_of = {name: i for i, name in enumerate(flowers.file_names)}
     class_of = _classes_by_name(flowers.class_names)
     top = [()] * len(flowers.files)
     n_foreign = 0
