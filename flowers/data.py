@@ -11,6 +11,7 @@ https://www.robots.ox.ac.uk/~vgg/data/flowers/102/. The authors call their split
 
 import argparse
 import difflib
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class Flowers:
     class_names: the name of each class.
     splits: `train`, `val` and `test`, each an int64 array of indices into `files`. `val` is empty
         without a holdout.
+    name: of the dataset, for tables.
+    protocol: which images are in which split, in words, for tables.
     """
 
     root: Path
@@ -41,6 +44,8 @@ class Flowers:
     labels: np.ndarray
     class_names: tuple[str, ...]
     splits: dict[str, np.ndarray]
+    name: str = ""
+    protocol: str = ""
 
 
 def open_flowers(
@@ -84,7 +89,9 @@ def open_flowers(
     # Read-only, so that no caller changes the index under another one.
     for array in (labels, *split_index.values()):
         array.setflags(write=False)
-    return Flowers(root, files, labels, tuple(names), split_index)
+    name = "sample" if str(data_root) == "sample" else root.resolve().name
+    protocol = f"{splits}, {Path(splits_path).name}" if splits_path else splits
+    return Flowers(root, files, labels, tuple(names), split_index, name, protocol)
 
 
 def _prepare_root(data_root: str | Path) -> Path:
@@ -122,6 +129,18 @@ def _assign_splits(
         train = np.sort(np.concatenate([train, val]))
         val = val[:0]
     return {"train": train, "val": val, "test": test}
+
+
+def image_ids(flowers: Flowers, index: np.ndarray) -> list[str]:
+    """Which picture each image of `index` is, wherever its file lies and whatever it is called.
+
+    The first 16 hex digits of the SHA-256 of the file's bytes.
+    """
+    ids = []
+    for i in index:
+        digest = hashlib.sha256(flowers.files[i].read_bytes())
+        ids.append(digest.hexdigest()[:16])
+    return ids
 
 
 # -----------------------------------------------------------------------------
@@ -190,6 +209,14 @@ def select(
         members = index[labels[index] == label]
         selected.append(rng.permutation(members)[:shots])
     return np.sort(np.concatenate(selected))
+
+
+def subset(index: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return `count` random entries of `index`, in their order; all of them for a count of 0."""
+    if count == 0 or count >= len(index):
+        return index
+    shuffled = np.random.default_rng(seed).permutation(index)
+    return np.sort(shuffled[:count])
 
 
 # -----------------------------------------------------------------------------
