@@ -372,6 +372,11 @@ def prompts_in_words(templates: Sequence[str], head: Head, prompts_file: str | N
         return "none (a linear head)"  # a zero-shot head has no bias
     if prompts_file:
         return f"of {prompts_file}"
+    return templates_in_words(templates)
+
+
+def templates_in_words(templates: Sequence[str]) -> str:
+    """Templates in quotes; of more than two, the first, and how many more there are."""
     if len(templates) > 2:
         return f"'{templates[0]}' and {len(templates) - 1} more"
     return " and ".join(f"'{template}'" for template in templates)
@@ -415,14 +420,14 @@ def recorded_protocol(run: str | Path, split: str) -> str:
     """The protocol line of an earlier run. Older runs have not recorded all of it."""
     result = checked(read_json(Path(run) / "result.json"))
     unknown = "not recorded"
-    templates = result.get("prompt_template")
+    templates = result.get("prompt_template") or []
     recorded = {
         "dataset": result.get("dataset", result.get("data_root", unknown)),
         "split": split,
         "convention": result.get("convention", result.get("splits", unknown)),
         "images": result.get(f"{split}/n", 0),
         "class_names": result.get("class_names", unknown),
-        "prompts": result.get("prompts") or templates or unknown,
+        "prompts": result.get("prompts") or templates_in_words(templates) or unknown,
         "weights": result.get("weights", result.get("architecture", unknown)),
     }
     return protocol_line(recorded, result.get("overlap"))
@@ -455,10 +460,11 @@ def _table_column(metrics: dict[str, float]) -> dict[str, str]:
             continue  # they stand behind the metric that they belong to
         if key == "n":
             column["images"] = f"{value:,}"
+            if metrics.get("overlap"):
+                column["trained on"] = str(metrics["overlap"])
             continue
         if key == "overlap":
-            column["trained on"] = str(value)
-            continue
+            continue  # it stands below the number of images
         column[key] = f"{value:.2f}"
         if key + "_low" in metrics:
             low, high = metrics[key + "_low"], metrics[key + "_high"]
