@@ -269,11 +269,13 @@ def run_folder(model: str | Path) -> Path | None:
     if not path.exists():
         return None
     for place in (path, path.resolve()):  # a link to model.pt belongs to the run, too
-        is_run = place.is_dir() and place.name != "adapter"
-        folder = place if is_run else place.parent
-        if (folder / "args.json").exists():
-            job = _read_arguments(folder).get("job")
-            return folder if job in ("train", "qwen_train") else None
+        candidates = [place] if place.is_dir() else [place.parent]
+        if place.name == "adapter":
+            candidates.append(place.parent)
+        for folder in candidates:
+            if (folder / "args.json").exists():
+                job = _read_arguments(folder).get("job")
+                return folder if job in ("train", "qwen_train") else None
     return None
 
 

@@ -25,7 +25,7 @@ from flowers.weights import load_model
 
 TEMPLATE = "a photo of a {}, a type of flower."
 OFFICIAL = ["--splits", "official", "--class_names", "openai", "--prompt_template", TEMPLATE]
-QUICK = ["--architecture", "tiny", "--epochs", 1, "--shots", 4, "--batch_size", 12]
+QUICK = ["--architecture", "tiny", "--epochs", 1, "--shots", 3, "--batch_size", 12]
 NO_WANDB = ["--wandb", "disabled"]
 
 
@@ -164,7 +164,7 @@ def test_damaged_arguments_are_said(official, evaluate_run, tmp_path):
 
 def test_a_run_lists_its_images(official, small):
     record = read_json(official / "trained_on.json")
-    assert len(record["images"]) == 24  # four of each class
+    assert len(record["images"]) == 18  # three of each class
     assert record["images"] == sorted(record["images"])
     assert set(record["images"]) <= images_of(small, "trnid", "valid")
     assert runs.read_trained_on(official) == set(record["images"])
@@ -196,7 +196,7 @@ def test_allowed_overlap_is_said_everywhere(official, evaluate_run, cli, tmp_pat
     shutil.copytree(official, tmp_path / "official")
     model = tmp_path / "official"
     expected = len(runs.read_trained_on(official) & images_of_test(official))
-    assert 0 < expected < 12  # four of each class, of trnid and valid
+    assert 0 < expected < 12  # three of each class, of trnid and valid
     options = ["--splits", "swapped", "--allow_overlap"]
     code, out, err = evaluate_run(model, *options, "--compare", official, "--wise_ft", 0.5)
     assert code == 0, err
@@ -230,8 +230,8 @@ def images_of_test(run: Path) -> set[str]:
 def test_the_training_split_is_evaluated_where_it_is_asked_for(official, evaluate_run, tmp_path):
     code, out, err = evaluate_run(official, "--split", "train")
     assert code == 0, err
-    assert "TRAINED ON: 24 of these images" in out
-    assert read_json(tmp_path / "eval" / "result.json")["overlap"] == 24
+    assert "TRAINED ON: 18 of these images" in out  # of 24: the run took three of each class
+    assert read_json(tmp_path / "eval" / "result.json")["overlap"] == 18
 
 
 def test_chains_add_up(official, small, cli, evaluate_run, tmp_path):
@@ -284,7 +284,7 @@ def test_older_runs_are_judged_by_their_arguments(official, small, evaluate_run,
     # Another dataset at its place, or none.
     write_dataset(tmp_path / "other", per_class=4)
     for folder in (tmp_path / "other", tmp_path / "gone"):
-        write_json(run / "args.json", stored | {"data_root": str(folder), "shots": 3})
+        write_json(run / "args.json", stored | {"data_root": str(folder), "shots": 2})
         line = error_line(evaluate_run(run, *swapped))
         assert "can't be known which images" in line and "--allow_overlap" in line
         with pytest.raises(runs.UnknownImages):
