@@ -177,10 +177,7 @@ def main():
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images) | sizes
     protocol = describe(folder, flowers, eval_index, head, model, config) | {"overlap": overlap}
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
-    tracker.log(result)
-    tracker.summarise(protocol)
-    log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, eval_index))
-    tracker.finish()
+    finish_tracker(tracker, result, protocol, probabilities, flowers, eval_index)
     print_results(folder, metrics, result, protocol, config)
 
 
@@ -841,6 +838,21 @@ def describe(
         prompts,
         weights=f"{folder} (from {start})",
     )
+
+
+def finish_tracker(
+    tracker: Tracker,
+    result: dict,
+    protocol: dict,
+    probabilities: torch.Tensor,
+    flowers: Flowers,
+    eval_index: np.ndarray,
+) -> None:
+    """The results in W&B, and the most confident of the mistakes."""
+    tracker.log(result)
+    tracker.summarise(protocol)
+    log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, eval_index))
+    tracker.finish()
 
 
 def print_results(
