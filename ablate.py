@@ -204,7 +204,8 @@ def main():
     # result
     finished = outcomes.count(True)
     failed = outcomes.count(False)
-    print(f"{finished} points finished, {failed} failed; python report.py --runs {args.runs}")
+    report = runs.command_line("report.py", {"runs": args.runs})
+    print(f"{finished} points finished, {failed} failed; next: {report}")
     if failed:
         raise UserError(
             f"{failed} points failed: see {common.runs / 'failed.jsonl'}, mend the cause, "

@@ -8,6 +8,9 @@ Between the weights that a run started from and what it became (WiSE-FT):
 
     python baseline_eval.py --architecture runs/NAME --wise_ft 0 --wise_ft 0.5 --wise_ft 1
 
+A run is evaluated with the dataset, splits, class names and prompts that it was trained with,
+unless flags say otherwise. Images that it was trained on are refused.
+
 Prints a table, and leaves runs/NAME/ with predictions.csv, report.csv, result.json, a confusion
 matrix and the mistakes.
 """
@@ -69,9 +72,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)"
     )
+    runs.add_overlap_argument(parser)
     # run folder
     runs.add_run_arguments(parser, compare=True)
-    return parser.parse_args()
+    return runs.parse_inheriting(parser, "architecture")
 
 
 def evaluate_along(
@@ -110,6 +114,9 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Read first: a mistake in --compare should not be found after the work is done.
     shown = {Path(run).name: runs.read_metrics(run, args.split) for run in args.compare}
+    protocols = {
+        Path(run).name: evaluate.recorded_protocol(run, args.split) for run in args.compare
+    }
 
     # -----------------------------------------------------------------------------
     # data
@@ -126,6 +133,10 @@ def main():
     index = flowers.splits[args.split]
     if not len(index):
         raise UserError(f"the {args.split} split is empty: val needs --holdout")
+    # Training images are evaluated only where they are asked for by name.
+    allowed = args.allow_overlap or args.split == "train"
+    overlap = runs.check_overlap(args.architecture, flowers, index, args.split, allowed)
+    seen = {"overlap": overlap} if overlap else {}  # for the table
     captions = read_captions(args.captions, flowers.files) if args.captions else None
 
     # -----------------------------------------------------------------------------
@@ -144,6 +155,11 @@ def main():
     # -----------------------------------------------------------------------------
     # run folder
 
+    prompts = evaluate.prompts_in_words(args.prompt_template, head, vars(args).get("prompts"))
+    weights = getattr(model, "origin", args.architecture)
+    protocol = evaluate.protocol(
+        flowers, args.split, len(index), args.class_names, prompts, weights
+    )
     config = {"job": "eval", **vars(args)}
     del config["name"], config["compare"]
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
@@ -182,7 +198,7 @@ def main():
         for alpha, along in curve:
             rows.append({"alpha": alpha, **with_split(args.split, along)})
             tracker.log(rows[-1])
-            shown[f"alpha {alpha:g}"] = along
+            shown[f"alpha {alpha:g}"] = along | seen
         files.write_lines(folder / "metrics.jsonl", rows)
         points = [{"alpha": alpha, **along} for alpha, along in curve]
         points.sort(key=lambda point: point["alpha"])
@@ -195,12 +211,16 @@ def main():
     result["eval_seconds"] = round(seconds, 3)
     result["eval_images_per_s"] = round(len(index) / seconds, 1)
     # After all other files: a run that has a result is whole.
-    runs.finish(folder, {"name": folder.name, **result, **config})
+    if overlap is not None:
+        protocol["overlap"] = overlap
+    runs.finish(folder, {"name": folder.name, **result, **config, **protocol})
     tracker.log(result)
+    tracker.summarise(protocol)
     log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, index))
     tracker.finish()
-    shown[folder.name] = metrics
-    print(evaluate.format_table(shown))
+    shown[folder.name] = metrics | seen
+    protocols[folder.name] = evaluate.protocol_line(protocol, overlap)
+    print(evaluate.format_table(shown, protocols))
     print(f"{len(index):,} images in {seconds:.1f} s; results and pictures in {folder}/")
 
 

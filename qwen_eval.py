@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from flowers import UserError, command, devices, evaluate, figures, files, runs
-from flowers.data import Flowers, add_data_arguments, open_flowers
+from flowers.data import Flowers, add_data_arguments, open_flowers, subset
 from flowers.devices import autocast
 from flowers.qwen import models
 from flowers.qwen.answers import first_line, generate, match, one_line
@@ -42,7 +42,6 @@ from flowers.qwen.prompts import (
     patches,
     prefetch,
     question_of,
-    subset,
 )
 from flowers.qwen.ranking import NameTree, rank, scores
 from flowers.tracking import log_mistakes, start_wandb
@@ -107,7 +106,7 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -128,8 +127,17 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument(
         "--batch_size", type=int, default=8, help="images at a time (default: %(default)s)"
     )
+    runs.add_overlap_argument(group)
     runs.add_run_arguments(group, resume=True, compare=True)
-    return parser.parse_args()
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags; data, splits and names are those of the adapter where they are left out."""
+    parser = make_parser()
+    args = parser.parse_args()
+    # A run that is resumed has its own arguments.
+    return args if args.resume else runs.parse_inheriting(parser, "adapter")
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ class Config:
     describe: bool
     # run
     batch_size: int
+    allow_overlap: bool
     runs: str
     wandb: str
 
@@ -434,6 +443,41 @@ def answer_sheet(
 # the run
 
 
+def check_overlap(
+    config: Config, flowers: Flowers, index: np.ndarray, val: np.ndarray
+) -> int | str | None:
+    """How many images at `index` the adapter was trained on; None without one.
+
+    val: images that decide what is reported: the adapter must not have been trained on them
+    either. Raises UserError if there are such images, unless they are asked for.
+    """
+    # A description is no evaluation, and it is training images that are described.
+    if config.describe or not config.adapter:
+        return None
+    allowed = config.allow_overlap or config.split == "train"
+    if len(val):
+        runs.check_overlap(config.adapter, flowers, val, "val", config.allow_overlap)
+    return runs.check_overlap(config.adapter, flowers, index, config.split, allowed)
+
+
+def describe_protocol(config: Config, flowers: Flowers, n: int) -> dict:
+    """What the accuracy is the accuracy of: dataset, split, names, question and weights."""
+    names = ", the names listed" if config.list_names else ""
+    question = f"{config.protocol} after the {config.answer} question{names}"
+    adapter = f" with {config.adapter}" if config.adapter else ""
+    weights = config.model + adapter
+    return evaluate.protocol(flowers, config.split, n, config.class_names, question, weights)
+
+
+def command_after_descriptions(config: Config, records_file: Path) -> str:
+    """The command that trains on the descriptions of the same images."""
+    flags = {"answer": "described", "captions": str(records_file)}
+    repeated = ("model", "max_pixels", "images", "data_root", "splits_path", "splits", "holdout")
+    flags |= {name: getattr(config, name) for name in (*repeated, "class_names")}
+    flags |= runs.flags_for_next(config.runs, config.wandb)
+    return runs.command_line("qwen_train.py", flags)
+
+
 def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task:
     """Load the model, saying before how much memory it takes, and put the question together."""
     class_names = flowers.class_names
@@ -463,6 +507,9 @@ def main():
         vars(args).update({key: value for key, value in stored.items() if key in vars(args)})
     config = resolve(args)
     metrics_of_run = {Path(run).name: runs.read_metrics(run, config.split) for run in args.compare}
+    protocols = {
+        Path(run).name: evaluate.recorded_protocol(run, config.split) for run in args.compare
+    }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     devices.seed_everything(0)
 
@@ -484,6 +531,7 @@ def main():
     val = index[:0]
     if config.chooses_score:
         val = subset(flowers.splits["val"], config.images, seed=0)
+    overlap = check_overlap(config, flowers, index, val)
     task = prepare_task(config, flowers, device)
 
     # -----------------------------------------------------------------------------
@@ -506,10 +554,9 @@ def main():
     result["peak_memory_mb"] = devices.peak_memory_mb()
     if config.describe:
         runs.finish(folder, {"name": folder.name} | result | settings)
-        print(
-            f"{records_file}: a sentence for each of {len(index):,} images; next: "
-            f"python qwen_train.py --answer described --captions {records_file}"
-        )
+        print(f"{records_file}: a sentence for each of {len(index):,} {config.split} images")
+        if config.split == "train":
+            print(f"next: {command_after_descriptions(config, records_file)}")
         return
 
     # -----------------------------------------------------------------------------
@@ -529,12 +576,19 @@ def main():
     # Again: free answers have no second best.
     files.write_csv(folder / "predictions.csv", evaluation.predictions)
     answer_sheet(evaluation, flowers, index, folder / "answers.png")
-    runs.finish(folder, {"name": folder.name} | result | settings)
+    protocol = describe_protocol(config, flowers, len(index))
+    if overlap is not None:
+        protocol["overlap"] = overlap
+    runs.finish(folder, {"name": folder.name} | result | settings | protocol)
     tracker = start_wandb(config.wandb, folder, settings)
     tracker.log(result)
+    tracker.summarise(protocol)
     log_mistakes(tracker, figures.mistakes(evaluation.probabilities.numpy(), flowers, index))
     tracker.finish()
-    print(evaluate.format_table(metrics_of_run | {folder.name: evaluation.metrics}))
+    seen = {"overlap": overlap} if overlap else {}
+    protocols[folder.name] = evaluate.protocol_line(protocol, overlap)
+    shown = metrics_of_run | {folder.name: evaluation.metrics | seen}
+    print(evaluate.format_table(shown, protocols))
     print(
         f"{len(index):,} images, {result['eval_images_per_s']} images/s; "
         f"results and pictures in {folder}/"

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from flowers import UserError, command, devices, figures, files, runs, training
-from flowers.data import Flowers, add_data_arguments, open_flowers
+from flowers.data import Flowers, add_data_arguments, image_ids, open_flowers, subset
 from flowers.devices import autocast
 from flowers.layouts import read_captions
 from flowers.qwen import models
@@ -36,7 +36,6 @@ from flowers.qwen.prompts import (
     patches,
     prefetch,
     question_of,
-    subset,
 )
 from flowers.tracking import start_wandb
 
@@ -401,9 +400,12 @@ def save_results(
     tracker.finish()
     print(
         f"trained {seconds:.0f} s, loss of the last epoch {last_loss:.3f} nats a token, "
-        f"peak memory {result['peak_memory_mb']:,} MB; "
-        f"next: python qwen_eval.py --adapter {folder} --data_root {settings['data_root']}"
+        f"peak memory {result['peak_memory_mb']:,} MB"
     )
+    # Dataset, splits and names are taken over from the run.
+    flags = {"adapter": str(folder)}
+    flags |= runs.flags_for_next(settings["runs"], settings["wandb"])
+    print(f"next: {runs.command_line('qwen_eval.py', flags)}")
 
 
 # -----------------------------------------------------------------------------
@@ -444,6 +446,8 @@ def main():
     settings |= dataclasses.asdict(config) | models.versions()
     if not args.resume:
         folder = runs.new_run(config.runs, args.name, settings, training_set.flowers.splits)
+    # Before the first step; a resumed run has it already.
+    runs.write_trained_on(folder, image_ids(training_set.flowers, index))
     metrics_file = folder / "metrics.jsonl"
     checkpoint_file = folder / "checkpoint.pt"
 

@@ -15,16 +15,18 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
 from flowers import UserError, command
-from flowers.evaluate import wilson
+from flowers.evaluate import templates_in_words, wilson
 from flowers.files import atomic, read_lines, write_csv
 from flowers.models import SHAPES, build, count_flops
 from flowers.study import figures, statistics
@@ -83,7 +85,18 @@ FILE_STEMS = (
     "confusions",
     "wise-ft",
 )
+RUNS_FOLDER = '"$RUNS"'  # stands for it in commands, as a shell takes it
 MOST_MODELS = 14  # of the overlap of worst classes: more do not fit on a page
+
+
+class Missing(NamedTuple):
+    """What a section could not show, and the command that makes the runs for it, if there is one.
+
+    The command has RUNS_FOLDER for the folder of the runs: a report is the same wherever they lie.
+    """
+
+    what: str
+    command: str = ""
 
 
 @command
@@ -132,7 +145,7 @@ def main():
 
     output.mkdir(parents=True, exist_ok=True)
     earlier_files = report_files(output)
-    missing: list[str] = []  # what the sections could not show, and how to get it
+    missing: list[Missing] = []  # what the sections could not show, and how to get it
     sections = [
         "# Report",
         answer(runs, starts, output, args.bootstrap, missing),
@@ -145,12 +158,12 @@ def main():
     sections += [
         factors(protocols, output, missing),
         base_to_new(protocols, output, missing),
-        wise_ft(curves, output, missing),
+        wise_ft(curves, runs, output, missing),
         closer_look(protocols[0], output, missing),
         stand_ins(starts),
     ]
     # Last, as the sections add to it.
-    gaps = [*missing, *notes]
+    gaps = [*map(missing_line, missing), *notes]
     sections.append("## What is missing")
     sections.append("\n".join(f"- {gap}" for gap in gaps) or "Nothing.")
 
@@ -162,6 +175,9 @@ def main():
     remove_unchanged(earlier_files)
     counts = f"{len(runs)} runs, {len(protocols)} protocols, {len(gaps)} things missing"
     print(f"{counts}: {output / 'report.md'}")
+    commands = [item.command for item in missing if item.command]
+    if commands:
+        print(f"next: {commands[0].replace(RUNS_FOLDER, shlex.quote(args.runs[0]))}")
 
 
 def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -185,15 +201,17 @@ def load_all(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
 def by_protocol(runs: Sequence[Run]) -> list[list[Run]]:
     """Return the runs of each protocol, the main one first.
 
-    Before others come the test split, training on all classes, and many runs.
+    Before others come images that were not trained on, the test split, training on all classes, and
+    many runs.
     """
     protocols: dict[tuple, list[Run]] = {}
     for run in runs:
         protocols.setdefault(run.protocol, []).append(run)
 
-    def order(protocol: tuple[str, str, str, str]) -> tuple:
-        split, _, trained_on, _ = protocol
-        return split != "test", trained_on != "all", -len(protocols[protocol]), protocol
+    def order(protocol: tuple[str, str, str, str, bool]) -> tuple:
+        split, _, trained_on, _, overlaps = protocol
+        size = len(protocols[protocol])
+        return overlaps, split != "test", trained_on != "all", -size, protocol
 
     return [protocols[protocol] for protocol in sorted(protocols, key=order)]
 
@@ -236,10 +254,60 @@ def label(run: Run) -> str:
 
 def title(run: Run) -> str:
     """The protocol of a run in words."""
-    split, convention, trained_on, _ = run.protocol
-    only = f", trained on {trained_on} classes only" if trained_on != "all" else ""
+    split, convention, trained_on, _, overlaps = run.protocol
+    dataset = f" of {run.result['dataset']}" if run.result.get("dataset") else ""
     classes = len(set(run.labels))
-    return f"{split}, {len(run.labels):,} images of {classes} classes, {convention} splits{only}"
+    names = run.settings.get("class_names") or "unknown"
+    only = f", trained on {trained_on} classes only" if trained_on != "all" else ""
+    seen = ", IMAGES AMONG THEM THAT WERE TRAINED ON" if overlaps else ""
+    return (
+        f"{split}, {len(run.labels):,} images of {classes} classes{dataset}, "
+        f"{convention} splits, {names} names{only}{seen}"
+    )
+
+
+def protocol_note(runs: Sequence[Run]) -> str:
+    """The prompts and weights behind a table, and which images were trained on."""
+    prompts = {}
+    for run in runs:
+        templates = run.settings.get("prompt_template") or []
+        words = run.result.get("prompts") or templates_in_words(templates) or "not recorded"
+        prompts[words] = True
+    weights = dict.fromkeys(run.architecture for run in runs)
+    note = f"Prompts: {escape_markdown('; '.join(sorted(prompts)))}. "
+    note += f"Weights at the start: {escape_markdown(', '.join(sorted(weights)))}."
+    overlaps = [f"{run.name} {run.overlap}" for run in runs if run.overlap]
+    if overlaps:
+        note += (
+            f" **Of the {len(runs[0].labels):,} images these runs were trained on so many: "
+            f"{escape_markdown(', '.join(overlaps))}. Their numbers say nothing about new images.**"
+        )
+    return note
+
+
+def ablate_command(grid: str, runs: Sequence[Run]) -> str:
+    """The command that runs a grid on the data and architectures of these runs."""
+    first = runs[0]
+    words = ["python", "ablate.py", grid]
+    known = dict.fromkeys(run.architecture for run in runs if run.architecture in SHAPES)
+    architectures = sorted(known)
+    # The factorial needs two architectures; the other grids are of one.
+    if grid != "factorial":
+        architectures = architectures[:1]
+    elif len(architectures) < 2:
+        architectures = []
+    if architectures:
+        words += ["--architecture", *architectures]
+    for key in ("data_root", "splits_path", "splits", "class_names"):
+        if first.settings.get(key):
+            words += [f"--{key}", str(first.settings[key])]
+    return f"{shlex.join(words)} --runs {RUNS_FOLDER}"
+
+
+def missing_line(missing: Missing) -> str:
+    if not missing.command:
+        return missing.what
+    return f"{missing.what} (`{missing.command}`)"
 
 
 def table(output: Path, name: str, rows: list[dict], caption: str) -> str:
@@ -291,7 +359,7 @@ def picture(path: Path, caption: str) -> str:
 
 
 def answer(
-    runs: Sequence[Run], starts: Sequence[Run], output: Path, rounds: int, missing: list[str]
+    runs: Sequence[Run], starts: Sequence[Run], output: Path, rounds: int, missing: list[Missing]
 ) -> str:
     """Answer the question of the study from a strategy x architecture x learning rate grid."""
     heading = "## Is it the fine-tuning, the architecture, or the hyperparameters?"
@@ -299,11 +367,11 @@ def answer(
     grid = factorial(runs)
     untrained = untrained_models(runs, grid) if grid else {}
     if grid is None or not set(grid.architectures) <= set(untrained):
-        missing.append(
+        needs = (
             "the answer to the question: it needs at least two strategies, two architectures and "
-            "two learning rates, and the untrained models on the same images "
-            "(`python ablate.py factorial`)"
+            "two learning rates, and the untrained models on the same images"
         )
+        missing.append(Missing(needs, ablate_command("factorial", by_protocol(runs)[0])))
         return heading + "\n\nNot answered: see what is missing."
 
     # The reference is the smallest model, untrained, at the middle learning rate.
@@ -468,7 +536,8 @@ def results(runs: Sequence[Run], output: Path, name: str) -> str:
         f"McNemar against {label(groups[top][0])}, lowest seed, Holm's correction "
         f"(pairs: {len(pairs)})"
     )
-    parts = [f"### {title(runs[0])}", table(output, name, rows, caption)]
+    heading = f"### {title(runs[0])}"
+    parts = [heading, protocol_note(runs), table(output, name, rows, caption)]
     # With several learning rates or prompts, the table itself is a choice.
     configurations = len(grouped(runs))
     if configurations > len(groups):
@@ -571,7 +640,7 @@ def accuracies_figure(groups: list[Group], path: Path) -> str:
 # one factor at a time
 
 
-def factors(protocols: list[list[Run]], output: Path, missing: list[str]) -> str:
+def factors(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> str:
     """Return the effect of one factor, all else equal: a table and a figure for each protocol."""
     parts = []
     varied = set()
@@ -597,10 +666,8 @@ def factors(protocols: list[list[Run]], output: Path, missing: list[str]) -> str
     for factor, factor_name in FACTORS.items():
         if factor not in varied:
             grid = GRID_OF_FACTOR.get(factor, factor)
-            missing.append(
-                f"the effect of the {factor_name}: no two runs that differ in it alone "
-                f"(`python ablate.py {grid}`)"
-            )
+            effect = f"the effect of the {factor_name}: no two runs that differ in it alone"
+            missing.append(Missing(effect, ablate_command(grid, protocols[0])))
     if not parts:
         return ""
     heading = "## One factor at a time"
@@ -676,7 +743,7 @@ def sweep_curve(sweep: list[Group], factor: str, group: int) -> pd.DataFrame:
 # base to new classes, WiSE-FT
 
 
-def base_to_new(protocols: list[list[Run]], output: Path, missing: list[str]) -> str:
+def base_to_new(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> str:
     """Return the accuracy on the classes that were trained on, and on the others."""
     parts = []
     for i, runs in enumerate(protocols):
@@ -697,15 +764,31 @@ def base_to_new(protocols: list[list[Run]], output: Path, missing: list[str]) ->
             parts.append(f"### {title(runs[0])}")
             parts.append(table(output, name, rows, caption))
     if not parts:
-        missing.append(
-            "base to new classes: no run trained on base classes alone "
-            "(`python ablate.py base_to_new`)"
-        )
+        what = "base to new classes: no run trained on base classes alone"
+        missing.append(Missing(what, ablate_command("base_to_new", protocols[0])))
         return ""
     return paragraphs(["## From base to new classes", *parts])
 
 
-def wise_ft(curves: Sequence[Run], output: Path, missing: list[str]) -> str:
+def wise_ft_command(runs: Sequence[Run]) -> str:
+    """The command that evaluates between start and end of the first of the runs that has both.
+
+    Empty if none has.
+    """
+    for run in runs:
+        moves = run.strategy not in ("none", "linear", "prompt")  # these leave the weights
+        if moves and (run.folder / "model.pt").exists():
+            name = shlex.quote(run.folder.name)
+            return (
+                f"python baseline_eval.py --architecture {RUNS_FOLDER}/{name} --wise_ft 0.5 "
+                f"--runs {RUNS_FOLDER}"
+            )
+    return ""
+
+
+def wise_ft(
+    curves: Sequence[Run], runs: Sequence[Run], output: Path, missing: list[Missing]
+) -> str:
     """Return the accuracy between the start and the fine-tuned weights, a panel for each run."""
     panels = {}
     for run in curves:
@@ -718,10 +801,8 @@ def wise_ft(curves: Sequence[Run], output: Path, missing: list[str]) -> str:
         if rows:
             panels[f"{label(run)} ({run.split})"] = sorted(rows, key=lambda row: row["alpha"])
     if not panels:
-        missing.append(
-            "WiSE-FT: no evaluation between start and fine-tuned weights "
-            "(`python baseline_eval.py --architecture runs/NAME --wise_ft 0.5`)"
-        )
+        what = "WiSE-FT: no evaluation between start and fine-tuned weights"
+        missing.append(Missing(what, wise_ft_command(runs)))
         return ""
     figure = figures.wise_ft(panels, output / "wise-ft.png")
     heading = "## Between the start and the fine-tuned weights"
@@ -732,7 +813,7 @@ def wise_ft(curves: Sequence[Run], output: Path, missing: list[str]) -> str:
 # a closer look at the main protocol
 
 
-def closer_look(runs: Sequence[Run], output: Path, missing: list[str]) -> str:
+def closer_look(runs: Sequence[Run], output: Path, missing: list[Missing]) -> str:
     """Return cost, learning curves, classes and confusions of the main protocol."""
     groups = best_by_strategy(runs)
     best = int(np.argmax([mean(group) for group in groups]))
@@ -792,7 +873,7 @@ def gflops(architecture: str) -> float:
     return count_flops(lambda: model.encode_image(images)) / 1e9
 
 
-def learning_figure(groups: list[Group], path: Path, missing: list[str]) -> str:
+def learning_figure(groups: list[Group], path: Path, missing: list[Missing]) -> str:
     curves = []
     for group in groups:
         losses = []  # one list of steps for each seed
@@ -804,7 +885,8 @@ def learning_figure(groups: list[Group], path: Path, missing: list[str]) -> str:
         if len(lengths) == 1 and max(lengths) > 1:
             curves.append(learning_curve(group[0], np.array(losses)))
     if not curves:
-        missing.append("learning curves: no metrics.jsonl beside the runs of the main protocol")
+        what = "learning curves: no metrics.jsonl beside the runs of the main protocol"
+        missing.append(Missing(what))
         return ""
     figure = figures.learning_curves(pd.concat(curves), path)
     return picture(
@@ -832,7 +914,7 @@ def classes_figure(
     accuracy: np.ndarray,
     names: Sequence[str],
     path: Path,
-    missing: list[str],
+    missing: list[Missing],
 ) -> str:
     """Return the change of each class from the untrained model to the best trained one."""
     best_run = groups[best][0]
@@ -844,10 +926,11 @@ def classes_figure(
             change = pd.DataFrame({"name": names, "before": accuracy[i], "after": accuracy[best]})
             figure = figures.classes(change, (before, after), path)
             return picture(figure, f"From {before} to {after}, means over seeds")
-    missing.append(
+    what = (
         "the change of each class: "
         "no untrained model beside the best trained one on the same images"
     )
+    missing.append(Missing(what))
     return ""
 
 

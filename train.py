@@ -8,7 +8,8 @@
     python train.py --resume runs/NAME                      # goes on after a kill, same result
 
 Everything is left in runs/NAME/ (flowers/runs.py lists the files). To repeat the evaluation:
-python baseline_eval.py --architecture runs/NAME
+python baseline_eval.py --architecture runs/NAME. A run that starts from another run is not
+evaluated on images that the other was trained on, unless --allow_overlap says so.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from flowers import UserError, command, devices, evaluate, figures, files, frozen, runs, strategies
-from flowers.data import Flowers, add_data_arguments, open_flowers, select
+from flowers.data import Flowers, add_data_arguments, image_ids, open_flowers, select
 from flowers.layouts import read_captions
 from flowers.losses import backward_in_chunks, info_nce, same_class
 from flowers.models import (
@@ -77,6 +78,7 @@ def main():
     prepare_model(model, config)
     train_index, eval_index = choose_images(flowers, config)
     texts = make_texts(flowers, captions, config.prompt_template)
+    overlap = check_overlap(flowers, train_index, eval_index, config, processes)
     folder = open_run_folder(flowers, train_index, config, processes)
 
     # -----------------------------------------------------------------------------
@@ -174,11 +176,10 @@ def main():
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images) | sizes
-    runs.finish(folder, {"name": folder.name} | result | config.record())
-    tracker.log(result)
-    log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, eval_index))
-    tracker.finish()
-    print_results(folder, metrics, result, config)
+    protocol = describe(folder, flowers, eval_index, head, model, config) | {"overlap": overlap}
+    runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
+    finish_tracker(tracker, result, protocol, probabilities, flowers, eval_index)
+    print_results(folder, metrics, result, protocol, config)
 
 
 def training_step(
@@ -261,6 +262,7 @@ class Config:
     compile: bool
     # run
     eval_every: int
+    allow_overlap: bool
     runs: str
     name: str | None  # None: named after model and time
     resume: str | None  # None: a new run
@@ -271,6 +273,11 @@ class Config:
     def eval_split(self) -> str:
         """The split that is evaluated."""
         return "val" if self.holdout else "test"
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is learned from the training images."""
+        return runs.trains(self.epochs, self.strategy)
 
     def evaluates_after(self, epoch: int) -> bool:
         """Whether val is evaluated after an epoch (counted from 1)."""
@@ -307,6 +314,7 @@ def parse_arguments(processes: int) -> argparse.Namespace:
         )
     # What the file holds is checked as what a user types.
     known = {key: value for key, value in stored.items() if key in vars(args)}
+    known["allow_overlap"] = known.get("allow_overlap") or args.allow_overlap
     return parser.parse_args([*runs.as_flags(known), f"--resume={folder}", f"--wandb={args.wandb}"])
 
 
@@ -408,6 +416,39 @@ def choose_images(flowers: Flowers, config: Config) -> tuple[torch.Tensor, np.nd
     if len(eval_index) == 0:
         raise UserError("the splits list no image for val: --holdout has nothing to hold out")
     return torch.from_numpy(train_index), eval_index
+
+
+def check_overlap(
+    flowers: Flowers,
+    train_index: torch.Tensor,
+    eval_index: np.ndarray,
+    config: Config,
+    processes: devices.Processes,
+) -> int | str:
+    """How many images to evaluate have been trained on by then; "unknown" if that can't be known.
+
+    By the run that this one starts from, or by this one, where a dataset has a picture twice.
+    Raises UserError if there are such images, unless --allow_overlap is given.
+    """
+    if not processes.is_main:
+        return 0  # the main process evaluates
+    overlap = runs.check_overlap(
+        config.architecture, flowers, eval_index, config.eval_split, config.allow_overlap
+    )
+    if overlap == "unknown":
+        return overlap
+    # Here, so that it is found before the training and not after it.
+    trained_on = set(image_ids(flowers, train_index.numpy())) if config.trains else set()
+    evaluated = image_ids(flowers, eval_index)
+    doubles = runs.count_overlap(trained_on, evaluated)
+    if doubles and not config.allow_overlap:
+        raise UserError(
+            f"{doubles:,} of the {len(eval_index):,} {config.eval_split} images are training "
+            "images, too: the same pictures under two names; remove them from the splits, or "
+            "--allow_overlap evaluates them all the same"
+        )
+    trained_on |= runs.read_trained_on(config.architecture) or set()
+    return runs.count_overlap(trained_on, evaluated)
 
 
 @dataclass(frozen=True)
@@ -642,12 +683,17 @@ def open_run_folder(
     flowers: Flowers, train_index: torch.Tensor, config: Config, processes: devices.Processes
 ) -> Path:
     """The folder of the run, made by the main process unless the run is resumed."""
-    if config.resume:
-        return Path(config.resume)
     if not processes.is_main:
-        return Path(config.runs)  # the others write nothing
-    splits = flowers.splits | {"train": train_index}
-    return runs.new_run(config.runs, config.name, config.record(), splits)
+        return Path(config.resume or config.runs)  # the others write nothing
+    if config.resume:
+        folder = Path(config.resume)
+    else:
+        splits = flowers.splits | {"train": train_index}
+        folder = runs.new_run(config.runs, config.name, config.record(), splits)
+    # Before the first step; a resumed run has it already.
+    trained_on = image_ids(flowers, train_index.numpy()) if config.trains else []
+    runs.write_trained_on(folder, trained_on, start=config.architecture)
+    return folder
 
 
 def count_parameters(model: CLIP, flowers: Flowers, config: Config) -> dict[str, int]:
@@ -780,13 +826,62 @@ def costs(
     return row
 
 
-def print_results(folder: Path, metrics: dict[str, float], result: dict, config: Config) -> None:
-    """A table of the metrics, and a line of the costs."""
-    print(evaluate.format_table({f"{folder.name} ({config.eval_split})": metrics}))
+def describe(
+    folder: Path,
+    flowers: Flowers,
+    eval_index: np.ndarray,
+    head: tuple[torch.Tensor, torch.Tensor],
+    model: CLIP,
+    config: Config,
+) -> dict:
+    """What the accuracy is the accuracy of: dataset, split, names, prompts and weights."""
+    prompts = evaluate.prompts_in_words(config.prompt_template, head)
+    start = getattr(model, "origin", config.architecture)
+    return evaluate.protocol(
+        flowers,
+        config.eval_split,
+        len(eval_index),
+        config.class_names,
+        prompts,
+        weights=f"{folder} (from {start})",
+    )
+
+
+def finish_tracker(
+    tracker: Tracker,
+    result: dict,
+    protocol: dict,
+    probabilities: torch.Tensor,
+    flowers: Flowers,
+    eval_index: np.ndarray,
+) -> None:
+    """The results in W&B, and the most confident of the mistakes."""
+    tracker.log(result)
+    tracker.summarise(protocol)
+    log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, eval_index))
+    tracker.finish()
+
+
+def print_results(
+    folder: Path, metrics: dict[str, float], result: dict, protocol: dict, config: Config
+) -> None:
+    """A table of the metrics, a line of the costs, and the command that evaluates again."""
+    column = f"{folder.name} ({config.eval_split})"
+    overlap = protocol["overlap"]
+    seen = {"overlap": overlap} if overlap else {}
+    line = evaluate.protocol_line(protocol, overlap)
+    print(evaluate.format_table({column: metrics | seen}, {column: line}))
     print(
         f"frozen parts {result['frozen_seconds']:.0f} s, training {result['train_seconds']:.0f} s, "
         f"peak memory {result['peak_memory_mb']:,} MB; results and pictures in {folder}/"
     )
+    # Dataset, splits, names and prompts are taken over from the run.
+    flags = {"architecture": str(folder), "captions": config.captions}
+    if config.holdout:
+        flags["split"] = config.eval_split
+    flags["allow_overlap"] = bool(overlap)
+    flags |= runs.flags_for_next(config.runs, config.wandb)
+    print(f"next: {runs.command_line('baseline_eval.py', flags)}")
 
 
 # -----------------------------------------------------------------------------
@@ -956,6 +1051,7 @@ def add_run_arguments(group) -> None:
         default=0,
         help="evaluate val every so many epochs; needs --holdout (default: 0, never)",
     )
+    runs.add_overlap_argument(group)
     runs.add_run_arguments(group, resume=True)
 
 

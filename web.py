@@ -40,6 +40,7 @@ from flowers.gallery.predictions import (
 from flowers.gallery.search import Searcher, nearest
 from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES, Thumbnails, open_picture
 from flowers.layouts import read_captions
+from flowers.runs import command_line
 
 PER_PAGE = 48  # pictures of a grid
 NEIGHBOURS = 12  # nearest images, under one image
@@ -400,6 +401,11 @@ def show_histogram(flowers: Flowers, index: np.ndarray) -> None:
     draw(panels.class_histogram(flowers, index, state["class"]), "histogram", choose_class)
 
 
+def training_command(flowers: Flowers, runs: Path) -> str:
+    flags = {"data_root": str(flowers.root), "architecture": "tiny", "runs": str(runs)}
+    return command_line("train.py", flags)
+
+
 def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     """Show what one or two runs predicted; return the images of the chosen outcome, if any.
 
@@ -408,8 +414,7 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     flowers = data.flowers
     if not names:
         st.info(
-            f"No run in {runs} has predictions yet. Make one: python train.py "
-            f"--data_root {flowers.root} --architecture tiny --runs {runs}"
+            f"No run in {runs} has predictions yet. Make one: {training_command(flowers, runs)}"
         )
         return None
     if state["run"] not in names:
@@ -539,8 +544,8 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
     """
     if not models:
         st.info(
-            f"Searching needs a run with a model in {runs}. Make one: python train.py "
-            f"--data_root {data.flowers.root} --architecture tiny --runs {runs}"
+            f"Searching needs a run with a model in {runs}. "
+            f"Make one: {training_command(data.flowers, runs)}"
         )
         return None
     if state["run"] not in models:

@@ -309,6 +309,14 @@ def select(
     return np.sort(np.concatenate(selected))
 
 
+def subset(index: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return `count` random entries of `index`, in their order; all of them for a count of 0."""
+    if count == 0 or count >= len(index):
+        return index
+    shuffled = np.random.default_rng(seed).permutation(index)
+    return np.sort(shuffled[:count])
+
+
 # -----------------------------------------------------------------------------
 # command line
 

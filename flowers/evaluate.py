@@ -365,10 +365,81 @@ def save_outputs(
     figures.mistakes_sheet(mistakes, folder / "mistakes.png")
 
 
-def format_table(results: dict[str, dict[str, float]]) -> str:
+def prompts_in_words(templates: Sequence[str], head: Head, prompts_file: str | None = None) -> str:
+    """What class names are turned into, for tables: a template or several, a file, or nothing."""
+    _, bias = head
+    if bias.any():
+        return "none (a linear head)"  # a zero-shot head has no bias
+    if prompts_file:
+        return f"of {prompts_file}"
+    return templates_in_words(templates)
+
+
+def templates_in_words(templates: Sequence[str]) -> str:
+    """Templates in quotes; of more than two, the first, and how many more there are."""
+    if len(templates) > 2:
+        return f"'{templates[0]}' and {len(templates) - 1} more"
+    return " and ".join(f"'{template}'" for template in templates)
+
+
+def protocol(
+    flowers: Flowers, split: str, n: int, class_names: str, prompts: str, weights: str
+) -> dict:
+    """What an accuracy is the accuracy of, as result.json and W&B keep it.
+
+    split: train, val or test; n: its number of images that are evaluated. class_names: as the flag
+    says. prompts: as `prompts_in_words` gives them. weights: where the model comes from.
+    """
+    return {
+        "dataset": flowers.name,
+        "split": split,
+        "convention": flowers.protocol,
+        "images": n,
+        "class_names": class_names,
+        "prompts": prompts,
+        "weights": weights,
+    }
+
+
+def protocol_line(protocol: dict, overlap: int | str | None = None) -> str:
+    """A protocol in one line, for above a table and the heading of a report.
+
+    overlap: how many of its images the model was trained on, "unknown", or None.
+    """
+    line = (
+        f"{protocol['dataset']}, {protocol['split']} ({protocol['convention']} splits), "
+        f"{protocol['images']:,} images; {protocol['class_names']} names; "
+        f"prompts: {protocol['prompts']}; weights: {protocol['weights']}"
+    )
+    if overlap:
+        line += f"; TRAINED ON: {overlap} of these images"
+    return line
+
+
+def recorded_protocol(run: str | Path, split: str) -> str:
+    """The protocol line of an earlier run. Older runs have not recorded all of it."""
+    result = checked(read_json(Path(run) / "result.json"))
+    unknown = "not recorded"
+    templates = result.get("prompt_template") or []
+    recorded = {
+        "dataset": result.get("dataset", result.get("data_root", unknown)),
+        "split": split,
+        "convention": result.get("convention", result.get("splits", unknown)),
+        "images": result.get(f"{split}/n", 0),
+        "class_names": result.get("class_names", unknown),
+        "prompts": result.get("prompts") or templates_in_words(templates) or unknown,
+        "weights": result.get("weights", result.get("architecture", unknown)),
+    }
+    return protocol_line(recorded, result.get("overlap"))
+
+
+def format_table(
+    results: dict[str, dict[str, float]], protocols: dict[str, str] | None = None
+) -> str:
     """Results as text, a column for each name and a row for each metric that any of them has.
 
-    Percentages have two digits, and their interval behind them where there is one.
+    Percentages have two digits, and their interval behind them where there is one. Above stands
+    what the columns of each name are measured on: `protocols`, a line for each.
     """
     columns = [_table_column(metrics) for metrics in results.values()]
     keys = dict.fromkeys(key for column in columns for key in column)
@@ -377,7 +448,9 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
         lines.append([key, *(column.get(key, "") for column in columns)])
     # The names are a line like the others: as headers, tabulate would give them wider columns.
     alignment = ["left"] + ["right"] * len(columns)
-    return tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=alignment)
+    table = tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=alignment)
+    above = [f"{name}: {line}" for name, line in (protocols or {}).items()]
+    return "\n".join([*above, table])
 
 
 def _table_column(metrics: dict[str, float]) -> dict[str, str]:
@@ -387,7 +460,11 @@ def _table_column(metrics: dict[str, float]) -> dict[str, str]:
             continue  # they stand behind the metric that they belong to
         if key == "n":
             column["images"] = f"{value:,}"
+            if metrics.get("overlap"):
+                column["trained on"] = str(metrics["overlap"])
             continue
+        if key == "overlap":
+            continue  # it stands below the number of images
         column[key] = f"{value:.2f}"
         if key + "_low" in metrics:
             low, high = metrics[key + "_low"], metrics[key + "_high"]

@@ -1,6 +1,7 @@
 """The run folder: what a run was asked to do, how it went and what came out, for other scripts.
 
 runs/<name>/args.json        the command line, versions, device, split sizes
+runs/<name>/trained_on.json  which images it was trained on, those of its start included
 runs/<name>/metrics.jsonl    one line a step or evaluation
 runs/<name>/checkpoint.pt    to resume from
 runs/<name>/model.pt         a state dict that clip.load opens
@@ -10,19 +11,51 @@ runs/<name>/result.json      all results, flat; the same line is appended to run
 """
 
 import argparse
+import hashlib
 import importlib.metadata
+import inspect
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from flowers import UserError, reason
+from flowers.data import Flowers, image_ids, open_flowers, select, subset
 from flowers.files import append_line, checked, read_json, read_lines, write_json
+
+# An evaluation takes these flags over from the run that it evaluates.
+INHERITED = (
+    "data_root",
+    "splits_path",
+    "splits_base",
+    "splits",
+    "holdout",
+    "class_names",
+    "prompt_template",
+    "prompts",
+)
+
+
+class UnknownImages(UserError):
+    """It can't be known which images a run was trained on."""
+
+
+def add_overlap_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --allow_overlap, for the scripts that evaluate."""
+    parser.add_argument(
+        "--allow_overlap",
+        action="store_true",
+        help="evaluate images that the model was trained on, too, and say so in table, result and "
+        "report (default: refuse)",
+    )
 
 
 def add_run_arguments(
@@ -220,12 +253,240 @@ def register(folder: Path) -> None:
 
 
 # -----------------------------------------------------------------------------
+# evaluating a run: its own data, and which images it has seen
+
+
+def run_folder(model: str | Path) -> Path | None:
+    """The folder of the run that a model belongs to, or None if no run made it.
+
+    model: a run folder, a file in it or its adapter/, or a model's name.
+    """
+    from flowers.models import SHAPES  # here, as it imports torch
+
+    # Names come first, as in weights.load_model: a folder may be called like a model.
+    if str(model) in SHAPES:
+        return None
+    path = Path(model)
+    if not path.exists():
+        return None
+    for place in (path, path.resolve()):  # a link to model.pt belongs to the run, too
+        candidates = [place] if place.is_dir() else [place.parent]
+        if place.name == "adapter":
+            candidates.append(place.parent)
+        for folder in candidates:
+            if (folder / "args.json").exists():
+                job = _read_arguments(folder).get("job")
+                return folder if job in ("train", "qwen_train") else None
+    return None
+
+
+def _read_arguments(folder: Path) -> dict:
+    """Read args.json of a run. Raises UserError if it is damaged."""
+    path = folder / "args.json"
+    try:
+        return checked(read_json(path))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): it can't be known how this run was trained"
+        ) from None
+
+
+def inherited_arguments(model: str | Path) -> dict:
+    """The data, names and prompts of the run that made a model; empty if no run made it."""
+    folder = run_folder(model)
+    if folder is None:
+        return {}
+    stored = _read_arguments(folder)
+    arguments = {key: stored[key] for key in INHERITED if key in stored}
+    if (folder / "classifier.pt").exists():
+        # The run has a prompt or head of its own. Templates would replace it.
+        arguments.pop("prompt_template", None)
+        arguments.pop("prompts", None)
+    return arguments
+
+
+def parse_inheriting(parser: argparse.ArgumentParser, model_flag: str) -> argparse.Namespace:
+    """Parse the command line; flags that it leaves out are taken over from the evaluated run.
+
+    model_flag: the flag that names the run. Prints what is taken over.
+    """
+    args = parser.parse_args()
+    model = getattr(args, model_flag)
+    inherited = inherited_arguments(model) if model else {}
+    # argparse puts no default where there is a value: None is left at flags that were not typed.
+    untyped = argparse.Namespace(**dict.fromkeys(inherited))
+    typed = vars(parser.parse_args(namespace=untyped))
+    taken = {}
+    for key, value in inherited.items():
+        if key in vars(args) and typed[key] is None:
+            taken[key] = value
+    flags = as_flags(taken)
+    if not flags:
+        return args
+    print(f"taken over from {run_folder(model)}: {shlex.join(flags)}")
+    # What the file holds is checked as what a user types.
+    return parser.parse_args([*flags, *sys.argv[1:]])
+
+
+def command_line(script: str, settings: dict) -> str:
+    """A command as it is typed, quoted for the shell; the settings become its flags."""
+    words = ["python", script]
+    for flag in as_flags(settings):
+        name, equals, value = flag.partition("=")
+        # A value that begins with a dash must stay tied to its flag.
+        if equals and not value.startswith("-"):
+            words += [name, value]
+        else:
+            words.append(flag)
+    return shlex.join(words)
+
+
+def flags_for_next(runs: str, wandb: str) -> dict:
+    """What the next command of a user repeats of this one, where it was not the default."""
+    flags = {"runs": runs, "wandb": wandb}
+    defaults = {"runs": "runs", "wandb": "auto"}
+    return {key: value for key, value in flags.items() if value != defaults[key]}
+
+
+def trains(epochs: int | None, strategy: str | None) -> bool:
+    """Whether a run of train.py looks at its training images: --epochs 0 evaluates the start."""
+    return epochs != 0 or strategy == "linear"
+
+
+def write_trained_on(folder: Path, ids: Iterable[str], start: str | None = None) -> None:
+    """Write trained_on.json, unless it is there: a resumed run keeps its own.
+
+    ids: of the images, as `data.image_ids` gives them.
+    start: what the model was before. If that is a run, its images are added.
+    """
+    path = folder / "trained_on.json"
+    if path.exists():
+        return
+    images = set(ids)
+    record = {}
+    try:
+        images |= (read_trained_on(start) if start else None) or set()
+    except UnknownImages as error:
+        record["unknown"] = str(error)
+    images = sorted(images)
+    write_json(path, {"digest": _digest(images), "images": images, **record})
+
+
+def read_trained_on(model: str | Path) -> set[str] | None:
+    """The ids of all images that a model was trained on here; None if no run made it.
+
+    Runs made before there was a trained_on.json have it derived from their arguments. Raises
+    UnknownImages where that is not possible, or the file is damaged.
+    """
+    return _read_trained_on(model, visited=())
+
+
+def _read_trained_on(model: str | Path, visited: tuple[Path, ...]) -> set[str] | None:
+    folder = run_folder(model)
+    if folder is None:
+        return None
+    path = folder / "trained_on.json"
+    if not path.exists():
+        return _derive_trained_on(folder, visited)
+    try:
+        record = read_json(path)
+        images = record["images"]
+        if record["digest"] != _digest(images):
+            raise ValueError("its digest is that of other images")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnknownImages(
+            f"{path} is damaged ({reason(error)}): "
+            f"it can't be known which images {folder} was trained on"
+        ) from None
+    if "unknown" in record:
+        raise UnknownImages(str(record["unknown"]))
+    return set(images)
+
+
+def _digest(images: list[str]) -> str:
+    return hashlib.sha256("\n".join(images).encode()).hexdigest()
+
+
+def _derive_trained_on(folder: Path, visited: tuple[Path, ...]) -> set[str]:
+    """What a run without trained_on.json was trained on, by opening its dataset once more."""
+    stored = _read_arguments(folder)
+    unknown = f"it can't be known which images {folder} was trained on: "
+    root = stored.get("data_root")
+    if root is None or root != "sample" and not Path(root).is_dir():
+        raise UnknownImages(f"{unknown}there is no dataset at {root}")
+    if folder in visited:
+        raise UnknownImages(f"{unknown}it started from itself")
+    names = inspect.signature(open_flowers).parameters  # called like the flags
+    opening = {name: stored[name] for name in names if name in stored}
+    try:
+        flowers = open_flowers(**opening)
+        index = _train_index(stored, flowers)
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        raise UnknownImages(f"{unknown}{reason(error)}") from None
+    if index is None:
+        raise UnknownImages(f"{unknown}the dataset at {root} has changed since")
+
+    images = set(image_ids(flowers, index))
+    if stored["job"] == "train":
+        if not trains(stored.get("epochs"), stored.get("strategy")):
+            images = set()
+        start = _read_trained_on(stored["architecture"], (*visited, folder))
+        images |= start or set()
+    return images
+
+
+def _train_index(stored: dict, flowers: Flowers) -> np.ndarray | None:
+    """The images that a run was trained on, by its arguments; None if their number is another."""
+    index = flowers.splits["train"]
+    n_recorded = stored["split_sizes"]["train"]
+    if stored["job"] == "qwen_train":
+        # The sizes of its splits are those before --images.
+        same = len(index) == n_recorded
+        return subset(index, stored["images"], stored["seed"]) if same else None
+    n_classes = len(flowers.class_names)
+    choice = stored["classes"], stored["shots"], stored["seed"]
+    index = select(index, flowers.labels, n_classes, *choice)
+    return index if len(index) == n_recorded else None
+
+
+def check_overlap(
+    model: str | Path, flowers: Flowers, index: np.ndarray, split: str, allow: bool
+) -> int | str | None:
+    """How many of the images at `index` a model was trained on, for the result and the table.
+
+    None if no run made the model: nothing is known about its training. "unknown" if a run made it
+    whose images can't be known. split: what the images are called. allow: evaluate them anyhow.
+    Raises UserError if there are such images, unless they are allowed.
+    """
+    try:
+        trained_on = read_trained_on(model)
+    except UnknownImages as error:
+        if allow:
+            return "unknown"
+        raise UserError(f"{error}; --allow_overlap evaluates the images all the same") from None
+    if trained_on is None:
+        return None
+    overlap = count_overlap(trained_on, image_ids(flowers, index))
+    if overlap and not allow:
+        raise UserError(
+            f"{overlap:,} of the {len(index):,} {split} images were trained on by {model}: choose "
+            "the splits that it was trained with, or --allow_overlap evaluates them all the same"
+        )
+    return overlap
+
+
+def count_overlap(trained_on: set[str], ids: Iterable[str]) -> int:
+    return sum(image_id in trained_on for image_id in ids)
+
+
+# -----------------------------------------------------------------------------
 # reading what a run has left
 
 
 def read_metrics(run: str | Path, split: str) -> dict:
     """The metrics of a finished run on a split, under their names without the split: top1, ...
 
+    And its `overlap`, where some of the images had been trained on.
     Raises UserError if the run has no result, or none on this split.
     """
     path = Path(run) / "result.json"
@@ -239,6 +500,8 @@ def read_metrics(run: str | Path, split: str) -> dict:
     }
     if "top1" not in metrics:
         raise UserError(f"{run} was not evaluated on the {split} images")
+    if result.get("overlap"):
+        metrics["overlap"] = result["overlap"]
     return metrics
 
 

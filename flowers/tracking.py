@@ -29,6 +29,10 @@ class Tracker:
 
         self._attempt(send)
 
+    def summarise(self, values: dict) -> None:
+        """Put values into the run's summary that are no metrics, such as what was evaluated."""
+        self._attempt(lambda run: run.summary.update(values))
+
     def finish(self) -> None:
         """Wait, for at most FINISH_TIMEOUT, until everything is sent."""
         self._attempt(lambda run: run.finish())

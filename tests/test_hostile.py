@@ -183,7 +183,7 @@ def test_files_that_may_not_grow(forks, small, model, tmp_path, most):
         assert "File too large" in line and "'/" in line
 
     left = {Path(name).name for name in whole(tmp_path / "runs")}
-    assert left <= {"args.json", "metrics.jsonl"}
+    assert left <= {"args.json", "trained_on.json", "metrics.jsonl"}
     run = tmp_path / "runs" / "it"
     again = ["train.py", "--resume", run] if (run / "args.json").exists() else train
     code, _, err = forks.run(*again)

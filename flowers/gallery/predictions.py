@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from flowers import UserError
 from flowers.data import Flowers
 from flowers.files import read_json
 from flowers.layouts import OPENAI_NAMES
+from flowers.runs import command_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,9 +76,7 @@ def read_predictions(folder: Path, flowers: Flowers) -> Predictions:
     Raises UserError if predictions.csv is damaged, empty, or about other images.
     """
     path = folder / "predictions.csv"
-    remedy = (
-        f"make it anew: python baseline_eval.py --architecture {folder} --data_root {flowers.root}"
-    )
+    remedy = f"make it anew: {_evaluation_command(folder, flowers)}"
     try:
         top, n_foreign = _read_rows(path, flowers)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
@@ -85,7 +85,7 @@ def read_predictions(folder: Path, flowers: Flowers) -> Predictions:
         data_root = run_arguments(folder).get("data_root", "PATH")
         raise UserError(
             f"The predictions of {folder} are not about these images; its own are opened with: "
-            f"streamlit run web.py -- --data_root {data_root}"
+            f"streamlit run web.py -- --data_root {shlex.quote(str(data_root))}"
         )
     if not any(top):
         raise UserError(f"{path} is empty: {remedy}")
@@ -96,6 +96,18 @@ def read_predictions(folder: Path, flowers: Flowers) -> Predictions:
         if answers:
             guess[i], score[i] = answers[0]
     return Predictions(folder.name, tuple(top), guess, score)
+
+
+def _evaluation_command(folder: Path, flowers: Flowers) -> str:
+    """The command that makes the predictions of a run anew, as a run of another name."""
+    flags = {"architecture": str(folder)}  # it takes over splits, names and prompts
+    stored = run_arguments(folder)
+    if stored.get("job") == "eval":
+        # An evaluation has no model of its own: it is repeated.
+        repeated = ("architecture", "splits_path", "splits", "holdout", "class_names", "split")
+        flags |= {key: stored.get(key) for key in (*repeated, "prompt_template")}
+    flags |= {"data_root": str(flowers.root), "runs": str(folder.parent)}
+    return command_line("baseline_eval.py", flags)
 
 
 def _read_rows(path: Path, flowers: Flowers) -> tuple[list[tuple], int]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
@@ -75,14 +74,6 @@ def encode(
 
 # -----------------------------------------------------------------------------
 # images
-
-
-def subset(index: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Return `count` random entries of `index`, in their order; all of them for a count of 0."""
-    if count == 0 or count >= len(index):
-        return index
-    shuffled = np.random.default_rng(seed).permutation(index)
-    return np.sort(shuffled[:count])
 
 
 def open_images(

@@ -39,6 +39,7 @@ NOT_SETTINGS = {
     "processes",
     "job",
     "split",
+    "allow_overlap",
 }
 
 # Settings that may differ between the cells of a factorial grid. The last two have a default that
@@ -93,13 +94,20 @@ class Run:
         return self.result[f"{self.split}/top1"]
 
     @property
-    def protocol(self) -> tuple[str, str, str, str]:
-        """Split, split convention, classes trained on, and images with their names.
+    def overlap(self) -> int | str:
+        """How many of the images the model was trained on; "unknown" if that can't be known."""
+        return self.result.get("overlap") or 0
+
+    @property
+    def protocol(self) -> tuple[str, str, str, str, bool]:
+        """Split, split convention, classes trained on, images with their names, and whether some
+        of the images were trained on.
 
         Only runs with the same protocol are compared.
         """
-        convention = self.settings.get("splits") or "unknown"
-        return self.split, convention, self.trained_on, self.images
+        # Older runs have not recorded the convention in words.
+        convention = self.result.get("convention") or self.settings.get("splits") or "unknown"
+        return self.split, convention, self.trained_on, self.images, bool(self.overlap)
 
 
 def load(folder: Path) -> tuple[list[Run], list[str]]:
@@ -262,7 +270,8 @@ def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
         strategy = "unknown"  # it evaluates a run that is not here
     elif not trained.settings.get("epochs") and strategy != "linear":
         strategy = "none"
-    if architecture not in SHAPES:
+    is_name = architecture in SHAPES or architecture.startswith(("open_clip:", "hf:"))
+    if not is_name:
         architecture = Path(architecture.removesuffix("/model.pt").removesuffix(".pt")).name
     return architecture, strategy
 
