@@ -22,6 +22,7 @@ NO_WANDB = ("--wandb", "disabled")
 TINY = ("--architecture", "tiny", "--batch_size", 12, *NO_WANDB)
 RUN_FILES = {
     "args.json",
+    "class_names.json",
     "metrics.jsonl",
     "checkpoint.pt",
     "model.pt",
