@@ -131,7 +131,11 @@ def parse_arguments() -> argparse.Namespace:
         help="text with {} for the name; repeat it for an ensemble "
         f"(default: that of the run, else '{evaluate.TEMPLATE}')",
     )
-    # results
+    add_result_arguments(parser)
+    return parser.parse_args()
+
+
+def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top", type=int, default=5, help="names for each picture (default: %(default)s)"
     )
@@ -153,7 +157,6 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help=f"draw the first {MOST_ON_SHEET} pictures with their names and probabilities",
     )
-    return parser.parse_args()
 
 
 def prepare_outputs(args: argparse.Namespace) -> None:
@@ -424,17 +427,22 @@ def rank(
 # results
 
 
+def path_text(file: Path) -> str:
+    """A path as text that can be written as UTF-8; names on old disks may have other bytes."""
+    return str(file).encode("utf-8", "backslashreplace").decode()
+
+
 def print_rankings(pictures: Sequence[Path], rankings: list[list[tuple[str, float]]]) -> None:
     """A block for each picture: its file, then a line a name."""
     for file, ranking in zip(pictures, rankings):
-        print(f"\n{file}")
+        print(f"\n{path_text(file)}")
         for name, score in ranking:
             print(f"  {100 * score:5.1f}%  {name}")
 
 
 def csv_row(file: Path, ranking: list[tuple[str, float]]) -> dict:
     """A row in the columns of a run's predictions.csv, without a label."""
-    row = {"file": str(file)}
+    row = {"file": path_text(file)}
     for place, (name, score) in enumerate(ranking, start=1):
         row[f"top{place}"] = name
         row[f"score{place}"] = round(score, 6)  # the digits that fp32 has
@@ -450,8 +458,10 @@ def json_results(
     predictions = []
     for file, ranking in zip(pictures, rankings):
         best = [{"name": name, "probability": round(score, 6)} for name, score in ranking]
-        predictions.append({"file": str(file), "predictions": best})
-    passed_over = [{"file": str(file), "problem": str(p)} for file, p in problems.items()]
+        predictions.append({"file": path_text(file), "predictions": best})
+    passed_over = []
+    for file, problem in problems.items():
+        passed_over.append({"file": path_text(file), "problem": str(problem)})
     return {"pictures": predictions, "passed_over": passed_over}
 
 
@@ -465,7 +475,7 @@ def draw_sheet(
     cells = []
     for file, ranking in zip(pictures[:MOST_ON_SHEET], rankings):
         lines = [f"{name} ({100 * score:.0f}%)" for name, score in ranking[:NAMES_ON_SHEET]]
-        cells.append((file, file.name, "\n".join(lines), "black"))
+        cells.append((file, path_text(Path(file.name)), "\n".join(lines), "black"))
     title = f"Named by {architecture}"
     if len(cells) < len(pictures):
         title += f": the first {len(cells)} of {len(pictures):,} pictures"

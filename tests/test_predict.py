@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -262,6 +263,19 @@ def test_folders_are_searched_and_broken_files_named(predict, small, tmp_path):
     assert "none of 2" in refused(predict(*broken))
     outcome = predict(broken[0])
     assert "can't be decoded" in refused(outcome) and "passed over" not in outcome[2]
+
+
+def test_a_name_that_is_no_utf_8(cli, run, small, tmp_path):
+    picture = os.fsencode(tmp_path) + b"/ros\xe9.jpg"  # Latin-1, as on an old disk
+    try:
+        shutil.copy(os.fsencode(small / "jpg" / "image_00001.jpg"), picture)
+    except OSError:
+        pytest.skip("this disk takes UTF-8 only")
+    options = ("--csv", tmp_path / "out.csv", "--sheet", tmp_path / "sheet.png")
+    code, out, err = cli("predict.py", os.fsdecode(picture), "--architecture", run, *options)
+    assert code == 0, err
+    assert rows_of(tmp_path / "out.csv")[0]["file"].endswith(r"ros\udce9.jpg")
+    assert r"ros\udce9.jpg" in out
 
 
 def test_mistakes_end_with_one_line(predict, tmp_path):
