@@ -800,10 +800,11 @@ def save_outputs(
     eval_index: np.ndarray,
     rows: list[dict],
 ) -> None:
-    """Write model.pt, classifier.pt if the strategy has one, predictions, and pictures."""
+    """Write model.pt, classifier.pt if the strategy has one, names, predictions, and pictures."""
     # First the classifier: a model.pt without it would be evaluated by its prompts.
     if classifier:
         files.save_tensors(folder / "classifier.pt", classifier)
+    runs.write_class_names(folder, flowers.class_names)
     files.save_tensors(folder / "model.pt", state)
     evaluate.save_outputs(folder, probabilities, flowers, eval_index)
     if rows:

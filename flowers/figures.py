@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, ImageShow
 
 from flowers.data import Flowers
 from flowers.files import atomic
+from flowers.images import read_picture
 
 # No window, also where there is no screen: this comes before pyplot is imported.
 matplotlib.use("Agg")
@@ -351,7 +352,7 @@ def picture_sheet(
 ) -> Path:
     """Draw pictures with a text above and one below each. Returns `path`.
 
-    cells: file, text above, text below, and the colour of the text below and of the border.
+    cells: file, text above, text below (lines), and the colour of the text below and the border.
     border: its width in pixels, of 200 that a picture has.
     """
     n_rows = max(1, -(-len(cells) // columns))
@@ -363,12 +364,13 @@ def picture_sheet(
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (file, above, below, colour) in zip(axes.flat, cells):
+        lines = [textwrap.fill(line, 24) for line in below.splitlines()]
         axis.imshow(_thumbnail(file, side=200, border=border, colour=colour))
         axis.set_title(textwrap.fill(above, 22), fontsize=8, pad=3)
         axis.text(
             0.5,
             -0.03,
-            textwrap.fill(below, 24),
+            "\n".join(lines),
             fontsize=8,
             color=colour,
             ha="center",
@@ -380,6 +382,5 @@ def picture_sheet(
 
 def _thumbnail(file: Path, side: int, border: int = 0, colour: str = "white") -> np.ndarray:
     """The middle of a picture as a square of `side` pixels, with a border around it."""
-    with Image.open(file) as image:
-        square = ImageOps.fit(image.convert("RGB"), (side, side))
+    square = ImageOps.fit(Image.fromarray(read_picture(file)), (side, side))
     return np.asarray(ImageOps.expand(square, border, colour))

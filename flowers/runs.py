@@ -2,6 +2,7 @@
 
 runs/<name>/args.json        the command line, versions, device, split sizes
 runs/<name>/trained_on.json  which images it was trained on, those of its start included
+runs/<name>/class_names.json the names of the classes, in the order of their labels
 runs/<name>/metrics.jsonl    one line a step or evaluation
 runs/<name>/checkpoint.pt    to resume from
 runs/<name>/model.pt         a state dict that clip.load opens
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -527,3 +528,29 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     if table.empty or incomplete or table["file"].duplicated().any():
         raise ValueError("predictions.csv lacks answers, or lists an image twice")
     return table
+
+
+# -----------------------------------------------------------------------------
+# class names
+
+
+def write_class_names(folder: Path, class_names: Sequence[str]) -> None:
+    """Leave class_names.json in a run folder: a run may be used where its dataset is not."""
+    write_json(folder / "class_names.json", {"names": list(class_names)})
+
+
+def read_class_names(folder: Path) -> list[str] | None:
+    """The class names of a run, or None if it is older than class_names.json.
+
+    Raises UserError if the file is damaged.
+    """
+    path = folder / "class_names.json"
+    try:
+        names = read_json(path).get("names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("names is no list of texts")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): give --names") from None
+    return names

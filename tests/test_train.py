@@ -23,6 +23,7 @@ TINY = ("--architecture", "tiny", "--batch_size", 12, *NO_WANDB)
 RUN_FILES = {
     "args.json",
     "trained_on.json",
+    "class_names.json",
     "metrics.jsonl",
     "checkpoint.pt",
     "model.pt",
