@@ -13,6 +13,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -90,7 +91,7 @@ def _default_name(config: dict) -> str:
         # A run folder, or model.pt in one, stands for the run.
         model = path.parent.name if path.name == "model.pt" else path.name
     else:
-        model = str(path).replace("/", "-")
+        model = re.sub(r"[/\\:]", "-", str(path))
     now = time.strftime("%Y%m%d-%H%M%S")
     # Two runs may start in the same second.
     return f"{model}-{config['job']}-{now}-{os.getpid()}"
