@@ -167,7 +167,7 @@ NUMBERS = "alpha epoch step parameters peak_memory_mb frozen_seconds train_secon
 SETTINGS = "lr tau_lr temperature seed epochs batch_size processes shots"
 TEXTS = (
     "name job architecture strategy classes splits class_names data_root protocol positives "
-    "augment error"
+    "augment error activation"
 )
 CHECK_OF_KEY = {
     **dict.fromkeys(NUMBERS.split(), _is_number),

@@ -106,10 +106,14 @@ def build_shape(
 
     Raises ValueError if a tower is no multiple of its head width.
     """
+    image_layers = shape.image_layers
+    has_other_heads = settings.image_head_width != OPENAI.image_head_width
+    if shape.patch and has_other_heads:
+        image_layers = 0  # the tower is exchanged below: heads of 64 may not fit its width
     model = CLIP(
         embed_dim=shape.embedding,
         image_resolution=shape.resolution,
-        vision_layers=shape.image_layers,
+        vision_layers=image_layers,
         vision_width=shape.image_width,
         vision_patch_size=shape.patch,
         context_length=context,
@@ -119,7 +123,8 @@ def build_shape(
         transformer_layers=shape.text_layers,
     )
     # OpenAI's class always builds OpenAI's settings: the rest is changed afterwards.
-    _set_image_heads(model, shape, settings.image_head_width)
+    if has_other_heads:
+        _set_image_heads(model, shape, settings.image_head_width)
     _set_hidden_width(model.transformer, shape.text_hidden)
     if shape.patch:
         _set_hidden_width(model.visual.transformer, shape.image_hidden)
@@ -146,8 +151,6 @@ def settings_of(model: CLIP) -> Settings:
 
 def _set_image_heads(model: CLIP, shape: Shape, head_width: int) -> None:
     """Give the image tower heads of this width. OpenAI's class gives it heads of 64."""
-    if head_width == OPENAI.image_head_width:
-        return
     # A ResNet is pooled by attention over channels that are 32 times its width.
     width = shape.image_width if shape.patch else 32 * shape.image_width
     if width % head_width:

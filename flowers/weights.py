@@ -492,8 +492,8 @@ OPEN_CLIP_VALUES = {
 }
 # What some of them mean, for the message.
 OPEN_CLIP_FORMS = {
-    "init_logit_bias": "a SigLIP",
-    "multimodal_cfg": "a CoCa",
+    "init_logit_bias": "it is a SigLIP",
+    "multimodal_cfg": "it is a CoCa",
     "timm_model_name": "its image tower is one of timm's",
     "hf_model_name": "its text tower is one of Hugging Face's",
     "hf_tokenizer_name": "its tokenizer is not CLIP's",
@@ -593,8 +593,7 @@ def _open_clip_settings(config: dict, preprocessing: dict, name: str) -> Setting
     """
     try:
         vision, text = config["vision_cfg"], config["text_cfg"]
-        for part, values in (("model", config), ("vision", vision), ("text", text)):
-            _refuse_other_forms(part, values, name)
+        _refuse_other_forms({"model": config, "vision": vision, "text": text}, name)
         if text.get("vocab_size", VOCABULARY) != VOCABULARY:
             raise _no_such_form(name, "its tokenizer is not CLIP's")
         if text.get("context_length", CONTEXT) < CONTEXT:
@@ -618,14 +617,23 @@ def _open_clip_settings(config: dict, preprocessing: dict, name: str) -> Setting
         raise UserError(f"the config of open_clip:{name} is damaged: {error!r}") from None
 
 
-def _refuse_other_forms(part: str, values: dict, name: str) -> None:
-    """Raise UserError if a config has a key that OpenAI's CLIP knows nothing of."""
-    # Those with a name of their own come first, as they say more.
-    for key in sorted(values, key=lambda key: key not in OPEN_CLIP_FORMS):
-        value = values[key]
-        harmless = key in OPEN_CLIP_KEYS[part] or value in OPEN_CLIP_VALUES.get(key, [])
-        if value and not harmless:
-            raise _no_such_form(name, OPEN_CLIP_FORMS.get(key, f"its {part} has {key} = {value}"))
+def _refuse_other_forms(parts: dict[str, dict], name: str) -> None:
+    """Raise UserError if a config has a key that OpenAI's CLIP knows nothing of.
+
+    parts: the values of the `model`, and of its `vision` and `text` tower.
+    """
+    problems = {}
+    for part, values in parts.items():
+        for key, value in values.items():
+            harmless = key in OPEN_CLIP_KEYS[part] or value in OPEN_CLIP_VALUES.get(key, [])
+            if value and not harmless:
+                problems[key] = f"its {part} has {key} = {value}"
+    # The kinds of model that have a name say more than their other keys.
+    for key, kind in OPEN_CLIP_FORMS.items():
+        if key in problems:
+            raise _no_such_form(name, kind)
+    for problem in problems.values():
+        raise _no_such_form(name, problem)
 
 
 def _no_such_form(name: str, why: str) -> UserError:
@@ -779,10 +787,13 @@ def _load_hugging_face(folder: Path, name: str) -> CLIP:
             f"{name} is a {config.get('model_type')} model of Hugging Face's: only CLIPModel "
             "(model_type clip) has OpenAI's form"
         )
-    settings, resolution = _hugging_face_settings(config, name)
-    mean, std = _hugging_face_normalisation(folder, resolution, name)
+    try:
+        settings, resolution = _hugging_face_settings(config, name)
+        mean, std = _hugging_face_normalisation(folder, resolution, name)
+        weights = from_hugging_face(_read_hugging_face_weights(folder))
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"a config in {folder} is damaged: {error!r}") from None
     settings = settings._replace(mean=mean, std=std)
-    weights = from_hugging_face(_read_hugging_face_weights(folder))
     model = from_state_dict(weights, name, settings)
     if model.visual.input_resolution != resolution:
         raise UserError(f"the weights of {name} are for other images than its config.json says")
@@ -830,10 +841,7 @@ def _hugging_face_normalisation(
     config = {}
     for file in ("preprocessor_config.json", "processor_config.json"):
         if (folder / file).exists():
-            try:
-                config = read_json(folder / file)
-            except ValueError as error:
-                raise UserError(f"{folder / file} is damaged: {error}") from None
+            config = read_json(folder / file)
             # Newer versions keep it within the config of the whole processor.
             config = config.get("image_processor", config)
             break
@@ -842,16 +850,18 @@ def _hugging_face_normalisation(
     side = config.get("size", resolution)
     if isinstance(side, dict):
         side = side.get("shortest_edge")
-    if side != resolution or config.get("resample", BICUBIC) != BICUBIC:
-        raise UserError(
-            f"{name} prepares images in another way than CLIP: size {config.get('size')} for "
-            f"{resolution} pixels, resample {config.get('resample', BICUBIC)}"
-        )
-    try:
-        mean = _three_numbers(config.get("image_mean", OPENAI.mean))
-        std = _three_numbers(config.get("image_std", OPENAI.std))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the image processor of {name} is damaged: {error}") from None
+    problems = []
+    if side != resolution:
+        problems.append(f"size is {config['size']} for {resolution} pixels")
+    if config.get("resample", BICUBIC) != BICUBIC:
+        problems.append(f"resample is {config['resample']}, not {BICUBIC}")
+    for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        if config.get(step) is False:
+            problems.append(f"{step} is false")
+    if problems:
+        raise UserError(f"{name} prepares images in another way than CLIP: {', '.join(problems)}")
+    mean = _three_numbers(config.get("image_mean", OPENAI.mean))
+    std = _three_numbers(config.get("image_std", OPENAI.std))
     return mean, std
 
 
