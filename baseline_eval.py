@@ -29,7 +29,7 @@ from flowers.models import CLIP, image_features, text_features
 from flowers.pixels import load_pixels, to_device
 from flowers.study import figures as study_figures
 from flowers.tracking import log_mistakes, start_wandb
-from flowers.weights import load_model
+from flowers.weights import add_activation_argument, load_model
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,9 +51,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--architecture",
         default="ViT-B/32",
-        help="a name of clip.available_models(), tiny, tiny-rn, or the path of a state dict or run "
-        "(default: %(default)s)",
+        help="a name of clip.available_models(), tiny, tiny-rn, the path of a state dict or run, "
+        "open_clip:NAME/PRETRAINED, or hf:NAME; docs/models.md lists all (default: %(default)s)",
     )
+    add_activation_argument(parser)
     parser.add_argument(
         "--prompt_template",
         action="append",
@@ -142,7 +143,7 @@ def main():
     # -----------------------------------------------------------------------------
     # model
 
-    model = load_model(args.architecture, device)
+    model = load_model(args.architecture, device, args.activation)
     # A run may have left a head or a learned prompt of its own; the templates tell which.
     head, args.prompt_template = evaluate.load_head(
         args.architecture, model, flowers.class_names, args.prompt_template, evaluate.TEMPLATE

@@ -48,7 +48,7 @@ from flowers.training import (
     set_learning_rate,
     update,
 )
-from flowers.weights import load_model
+from flowers.weights import add_activation_argument, load_model
 
 # CLIP was trained with the logit scale clamped here (Radford et al. 2021, section 2.5).
 MAX_LOGIT_SCALE = 100.0
@@ -72,7 +72,7 @@ def main():
     # data and model
     with processes.main_first():
         flowers, captions = open_data(config)
-        model = load_model(config.architecture, processes.device)
+        model = load_model(config.architecture, processes.device, config.activation)
         pixels = to_device(load_pixels(flowers, model.visual.input_resolution), processes.device)
     config = replace(config, splits=flowers.convention)  # what the dataset says, for the record
     prepare_model(model, config)
@@ -89,7 +89,8 @@ def main():
         text_activations = compute_text_activations(model, flowers, texts, config)
     frozen_seconds = time.perf_counter() - start
     encoders = make_encoders(model, views, texts, text_activations, config)
-    data = TrainingData(train_index, torch.tensor(flowers.labels), pixels, views, config)
+    labels = torch.tensor(flowers.labels)
+    data = TrainingData(train_index, labels, pixels, views, model.mean, model.std, config)
 
     # -----------------------------------------------------------------------------
     # optimiser, and what an interrupted run left
@@ -235,6 +236,7 @@ class Config:
     holdout: bool
     # model and text
     architecture: str
+    activation: str | None  # None: what the weights say
     prompt_template: list[str]
     captions: str | None  # None: prompts
     # what is trained
@@ -511,12 +513,15 @@ class TrainingData:
     labels: (N,) int64. pixels: (N, 3, R, R) uint8.
     views: for each augmented view, what the frozen part of the image tower made of the n training
     images, (n, ...); None if it is computed at every step, or no part is frozen.
+    mean, std: the normalisation of the images that the model was trained with.
     """
 
     index: torch.Tensor
     labels: torch.Tensor
     pixels: torch.Tensor
     views: list[torch.Tensor] | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     config: Config
 
     def batch(
@@ -536,7 +541,10 @@ class TrainingData:
         local = processes.part(index)  # the rows of the batch that this process encodes
         if self.views is None:
             # Random numbers are drawn for the whole batch, so that all processes stay in step.
-            images = get_batch(self.pixels, index, device, self.config.augment, generator, local)
+            augment = self.config.augment
+            images = get_batch(
+                self.pixels, index, device, augment, generator, local, self.mean, self.std
+            )
         else:
             # The views take turns, one each epoch.
             view = self.views[epoch % len(self.views)]
@@ -909,8 +917,10 @@ def add_model_arguments(group) -> None:
         "--architecture",
         default="ViT-B/32",
         help="where to start: a name of clip.available_models(), tiny, tiny-rn (a small ResNet), "
-        "or the path of a state dict or run (default: %(default)s)",
+        "the path of a state dict or run, open_clip:NAME/PRETRAINED, or hf:NAME; docs/models.md "
+        "lists all (default: %(default)s)",
     )
+    add_activation_argument(group)
     # What an image is matched with.
     group.add_argument(
         "--prompt_template",

@@ -497,7 +497,8 @@ def load_starting_weights(run: str) -> dict[str, torch.Tensor]:
         )
     # As train.py does before it makes the random weights of `tiny`.
     devices.seed_everything(seed)
-    return load_model(architecture).state_dict()
+    # Runs of older versions have no `activation`.
+    return load_model(architecture, activation=args.get("activation")).state_dict()
 
 
 def interpolate(

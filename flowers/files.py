@@ -183,7 +183,7 @@ NUMBERS = "alpha epoch step parameters peak_memory_mb frozen_seconds train_secon
 SETTINGS = "lr tau_lr temperature seed epochs batch_size processes shots"
 TEXTS = (
     "name job architecture strategy classes splits class_names data_root protocol positives "
-    "augment error"
+    "augment error activation"
 )
 CHECK_OF_KEY = {
     **dict.fromkeys(NUMBERS.split(), _is_number),
@@ -252,17 +252,33 @@ def load_tensors(path: Path) -> dict:
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
-        # weights_only: any other pickle may run code. No mmap: the file may change while in use.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        if Path(path).suffix == ".safetensors":
+            state = _load_safetensors(path)
+        else:
+            # weights_only: any other pickle may run code. No mmap: the file may change in use.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
         if not _is_sound(state):
             raise ValueError("a tensor is sparse, complex, not finite, or larger than its numbers")
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
+    except UserError:
+        raise
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(f"{path} can't be read as tensors: {reason(error)}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a dict of tensors")
     return state
+
+
+def _load_safetensors(path: Path) -> dict:
+    """Read a .safetensors file, which holds nothing but tensors."""
+    try:
+        from safetensors.torch import load_file  # optional
+    except ImportError:
+        raise UserError(
+            f"{path} needs the package safetensors: pip install -r requirements-openclip.txt"
+        ) from None
+    return load_file(path)
 
 
 def _check_archive(path: Path) -> None:

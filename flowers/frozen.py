@@ -18,7 +18,13 @@ import torch
 
 from flowers import UserError, cache, devices, pixels
 from flowers.data import Flowers
-from flowers.models import CLIP, progress_chunks, split_image_tower, split_text_tower
+from flowers.models import (
+    CLIP,
+    progress_chunks,
+    settings_of,
+    split_image_tower,
+    split_text_tower,
+)
 
 # In one cache folder, 50 GiB; beyond it the least recently used arrays are removed.
 MAX_CACHE_BYTES = 50 << 30
@@ -51,17 +57,20 @@ def image_activations(
     pixel_key = pixels.key(flowers, images.shape[-1])
     # Without augmentation, seed and view make no difference.
     random = None if augment == "none" else [seed, view]
+    settings = settings_of(model)  # activation, heads, normalisation
     key = cache.key_of(
-        "images", weights, pixel_key, index.tolist(), blocks, augment, random, device.type
+        "images", weights, settings, pixel_key, index.tolist(), blocks, augment, random, device.type
     )
+    normalisation = {"mean": settings.mean, "std": settings.std}
 
     def activations() -> Iterator[torch.Tensor]:
         generator = devices.generator(seed, view)
         for part in progress_chunks(index, "encoding images"):
-            yield trunk(pixels.get_batch(images, part, device, augment, generator))
+            batch = pixels.get_batch(images, part, device, augment, generator, **normalisation)
+            yield trunk(batch)
 
     def first_row() -> torch.Tensor:
-        return trunk(pixels.get_batch(images, index[:1], device))
+        return trunk(pixels.get_batch(images, index[:1], device, **normalisation))
 
     return _cached_rows(flowers.root, key, len(index), first_row, activations)
 
@@ -82,7 +91,9 @@ def text_activations(
         if not name.startswith("visual.") and name != "logit_scale":
             tower[name] = tensor
     weights = fingerprint(_frozen_weights(tower, blocks))
-    key = cache.key_of("texts", weights, fingerprint({"tokens": tokens}), blocks, device.type)
+    settings = settings_of(model)  # activation and heads
+    texts = fingerprint({"tokens": tokens})
+    key = cache.key_of("texts", weights, settings, texts, blocks, device.type)
 
     def activations() -> Iterator[torch.Tensor]:
         for part in progress_chunks(tokens, "encoding texts"):

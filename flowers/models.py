@@ -15,13 +15,19 @@ from tqdm import tqdm
 
 from flowers import UserError
 from flowers.devices import autocast
-from flowers.pixels import get_batch
+from flowers.pixels import CLIP_MEAN, CLIP_STD, get_batch
 
 with warnings.catch_warnings():
     # clip imports pkg_resources, which warns of its age.
     warnings.simplefilter("ignore")
     import clip
-    from clip.model import CLIP, ModifiedResNet, VisionTransformer
+    from clip.model import (
+        CLIP,
+        ModifiedResNet,
+        QuickGELU,
+        ResidualAttentionBlock,
+        VisionTransformer,
+    )
 
 # -----------------------------------------------------------------------------
 # architectures
@@ -38,6 +44,24 @@ class Shape(NamedTuple):
     text_width: int
     text_heads: int
     text_layers: int
+    # Width of the MLPs within the blocks, of a ViT and of the text tower. None: four times the
+    # width of the tower, as in all of OpenAI's.
+    image_hidden: int | None = None
+    text_hidden: int | None = None
+
+
+class Settings(NamedTuple):
+    """What a CLIP computes with, and what neither its weights nor their shapes say."""
+
+    activation: str  # of the blocks, one of ACTIVATIONS; a ResNet's image tower has none
+    image_head_width: int  # of a ViT's attention, or of a ResNet's attention pool
+    text_head_width: int
+    mean: tuple[float, float, float]  # of red, green and blue in [0, 1], for the normalisation
+    std: tuple[float, float, float]
+
+
+ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": torch.nn.GELU}
+OPENAI = Settings("quickgelu", 64, 64, CLIP_MEAN, CLIP_STD)  # of all of OpenAI's weights
 
 
 # The first nine are the shapes of OpenAI's released weights.
@@ -65,17 +89,31 @@ CONTEXT_MARK = "[V] "
 PLACEHOLDER = 188
 
 
-def build(name: str) -> CLIP:
+def build(name: str, activation: str = OPENAI.activation) -> CLIP:
     """A CLIP of one of SHAPES with random weights, in eval mode."""
-    return build_shape(SHAPES[name])
+    model = build_shape(SHAPES[name], settings=OPENAI._replace(activation=activation))
+    model.origin = f"random ({name})"
+    return model
 
 
-def build_shape(shape: Shape, context: int = CONTEXT, vocabulary: int = VOCABULARY) -> CLIP:
-    """A CLIP of any shape with random weights, in eval mode."""
+def build_shape(
+    shape: Shape,
+    context: int = CONTEXT,
+    vocabulary: int = VOCABULARY,
+    settings: Settings = OPENAI,
+) -> CLIP:
+    """A CLIP of any shape with random weights, in eval mode.
+
+    Raises ValueError if a tower is no multiple of its head width.
+    """
+    image_layers = shape.image_layers
+    has_other_heads = settings.image_head_width != OPENAI.image_head_width
+    if shape.patch and has_other_heads:
+        image_layers = 0  # the tower is exchanged below: heads of 64 may not fit its width
     model = CLIP(
         embed_dim=shape.embedding,
         image_resolution=shape.resolution,
-        vision_layers=shape.image_layers,
+        vision_layers=image_layers,
         vision_width=shape.image_width,
         vision_patch_size=shape.patch,
         context_length=context,
@@ -84,7 +122,68 @@ def build_shape(shape: Shape, context: int = CONTEXT, vocabulary: int = VOCABULA
         transformer_heads=shape.text_heads,
         transformer_layers=shape.text_layers,
     )
+    # OpenAI's class always builds OpenAI's settings: the rest is changed afterwards.
+    if has_other_heads:
+        _set_image_heads(model, shape, settings.image_head_width)
+    _set_hidden_width(model.transformer, shape.text_hidden)
+    if shape.patch:
+        _set_hidden_width(model.visual.transformer, shape.image_hidden)
+    _set_activation(model, settings.activation)
+    attach_settings(model, settings, "random weights")
     return model.eval()
+
+
+def attach_settings(model: CLIP, settings: Settings, origin: str) -> None:
+    """Write on the model what it was built with, and where its weights come from (one line)."""
+    model.activation = settings.activation
+    model.head_width = (settings.image_head_width, settings.text_head_width)
+    model.mean = settings.mean
+    model.std = settings.std
+    model.origin = origin
+
+
+def settings_of(model: CLIP) -> Settings:
+    """What the model was built with. A model of the stock package has OpenAI's settings."""
+    if not hasattr(model, "activation"):
+        return OPENAI
+    return Settings(model.activation, *model.head_width, model.mean, model.std)
+
+
+def _set_image_heads(model: CLIP, shape: Shape, head_width: int) -> None:
+    """Give the image tower heads of this width. OpenAI's class gives it heads of 64."""
+    # A ResNet is pooled by attention over channels that are 32 times its width.
+    width = shape.image_width if shape.patch else 32 * shape.image_width
+    if width % head_width:
+        raise ValueError(f"an image tower of width {width} has no heads of {head_width}")
+    n_heads = width // head_width
+    if shape.patch:
+        model.visual = VisionTransformer(
+            input_resolution=shape.resolution,
+            patch_size=shape.patch,
+            width=shape.image_width,
+            layers=shape.image_layers,
+            heads=n_heads,
+            output_dim=shape.embedding,
+        )
+    else:
+        model.visual.attnpool.num_heads = n_heads
+
+
+def _set_hidden_width(transformer: torch.nn.Module, hidden: int | None) -> None:
+    """Give the MLPs of a tower this width, where it is not four times that of the tower."""
+    width = transformer.width
+    if hidden in (None, 4 * width):
+        return
+    for block in transformer.resblocks:
+        block.mlp.c_fc = torch.nn.Linear(width, hidden)
+        block.mlp.c_proj = torch.nn.Linear(hidden, width)
+
+
+def _set_activation(model: CLIP, activation: str) -> None:
+    """Exchange the activation of all blocks. OpenAI's class has QuickGELU."""
+    for module in model.modules():
+        if isinstance(module, ResidualAttentionBlock):
+            module.mlp.gelu = ACTIVATIONS[activation]()
 
 
 # -----------------------------------------------------------------------------
@@ -188,9 +287,11 @@ def image_features(model: CLIP, pixels: torch.Tensor, index: torch.Tensor) -> to
     pixels: (N, 3, R, R) uint8; index: (n,) int64.
     """
     device = model.logit_scale.device
+    settings = settings_of(model)
     features = []
     for part in progress_chunks(index, "encoding images"):
-        images = get_batch(pixels, part, device)  # (256, 3, R, R)
+        # (256, 3, R, R), normalised as the model was trained.
+        images = get_batch(pixels, part, device, mean=settings.mean, std=settings.std)
         features.append(encode_images(model, images).cpu())
     return torch.cat(features)
 

@@ -9,7 +9,7 @@ the same; values are at most one level apart, but for about one in ten million t
 (counted by benchmarks/pixels.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +122,8 @@ def get_batch(
     augmentation: str = "none",
     generator: torch.Generator | None = None,
     rows: slice = slice(None),
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
 ) -> torch.Tensor:
     """A batch of images as (B, 3, R, R) float32, augmented and normalised on the device.
 
@@ -131,6 +133,7 @@ def get_batch(
         eighth of the side, with reflection at the border.
     generator: of the random numbers, on the CPU.
     rows: return these rows of the batch only, as one of several processes does.
+    mean, std: of red, green and blue in [0, 1], as the model was trained: model.mean, model.std.
     """
     batch_size = len(index)
     # index_select is ten times as fast on a CPU as pixels[index].
@@ -146,7 +149,7 @@ def get_batch(
     if augmentation != "none":
         mirrored = torch.randint(0, 2, (batch_size, 1, 1, 1), generator=generator, dtype=torch.bool)
         batch = torch.where(mirrored[rows].to(device), batch.flip(-1), batch)
-    return _normalise(batch)
+    return _normalise(batch, mean, std)
 
 
 def _shift(batch: torch.Tensor, shifts: torch.Tensor, reach: int) -> torch.Tensor:
@@ -169,10 +172,10 @@ def _shift(batch: torch.Tensor, shifts: torch.Tensor, reach: int) -> torch.Tenso
     return cropped.movedim(-1, 1)
 
 
-def _normalise(batch: torch.Tensor) -> torch.Tensor:
-    """(b, 3, R, R) uint8 -> float32 with CLIP's mean and standard deviation."""
+def _normalise(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(b, 3, R, R) uint8 -> float32: mean and standard deviation become 0 and 1."""
     # (x - mean) / std as one multiply-add, in place: one pass over memory. Levels are 0 ... 255.
-    mean = 255 * torch.tensor(CLIP_MEAN, device=batch.device).view(3, 1, 1)
-    std = 255 * torch.tensor(CLIP_STD, device=batch.device).view(3, 1, 1)
+    centre = 255 * torch.tensor(mean, device=batch.device).view(3, 1, 1)
+    spread = 255 * torch.tensor(std, device=batch.device).view(3, 1, 1)
     batch = batch.float()
-    return torch.addcmul(-mean / std, batch, 1 / std, out=batch)
+    return torch.addcmul(-centre / spread, batch, 1 / spread, out=batch)

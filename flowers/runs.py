@@ -17,6 +17,7 @@ import importlib.metadata
 import inspect
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def _default_name(config: dict) -> str:
         # A run folder, or model.pt in one, stands for the run.
         model = path.parent.name if path.name == "model.pt" else path.name
     else:
-        model = str(path).replace("/", "-")
+        model = re.sub(r"[/\\:]", "-", str(path))
     now = time.strftime("%Y%m%d-%H%M%S")
     # Two runs may start in the same second.
     return f"{model}-{config['job']}-{now}-{os.getpid()}"

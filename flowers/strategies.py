@@ -25,6 +25,7 @@ from flowers.models import (
     tokenize,
     towers,
 )
+from flowers.weights import state_for_saving
 
 STRATEGIES = ("full", "image", "text", "last_blocks", "linear", "lora", "prompt")
 
@@ -99,14 +100,14 @@ def count_trainable(model: CLIP, strategy: str, n_classes: int) -> dict[str, int
 def export(model: CLIP) -> tuple[dict[str, torch.Tensor], dict | None]:
     """Merge LoRA in place and take the learned context out of the model.
 
-    Returns the plain state dict that clip.load opens, and what goes into classifier.pt: the context
-    of `prompt`, else None.
+    Returns the state dict for model.pt, which clip.load opens if it can build this model (see
+    weights.state_for_saving), and what goes into classifier.pt: the context of `prompt`, else None.
     """
     for module, name, _ in _lora_weights(model):
         if parametrize.is_parametrized(module, name):
             # The computed weight becomes the weight.
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    state = model.state_dict()
+    state = state_for_saving(model)
     if "context" not in state:
         return state, None
     return state, {"context": state.pop("context")}

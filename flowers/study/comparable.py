@@ -304,7 +304,11 @@ def grouped(runs: Sequence[Run], without: str = "") -> list[Group]:
 
 def _configuration(run: Run, ignored: set[str]) -> str:
     """A run's protocol and settings as a key, without those to ignore."""
-    settings = {key: value for key, value in run.settings.items() if key not in ignored}
+    # What is left open counts as what an older version did not have.
+    settings = {}
+    for key, value in run.settings.items():
+        if key not in ignored and value is not None:
+            settings[key] = value
     return json.dumps([run.protocol, settings], sort_keys=True)
 
 
