@@ -64,7 +64,7 @@ def open_flowers(
     root = _prepare_root(data_root)
     layout = read_layout(root, splits_path)
 
-    # Names are looked up one by one: they are the same in all but four classes.
+    # Names are looked up one by one: they are the same in all but three classes.
     names = layout.class_names
     if class_names == "openai":
         names = [OPENAI_NAMES.get(name, name) for name in names]
@@ -217,7 +217,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, splits: bool = True) -> 
         "--class_names",
         choices=["oxford", "openai"],
         default="oxford",
-        help="the dataset's names, or CLIP's (four differ) (default: %(default)s)",
+        help="the dataset's names, or CLIP's (three differ) (default: %(default)s)",
     )
     if not splits:
         return
