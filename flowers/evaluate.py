@@ -137,7 +137,21 @@ def read_prompts(path: str | Path, class_names: Sequence[str]) -> Prompts:
             "and ignored",
             file=sys.stderr,
         )
-    return [contents[match_of[name]] for name in class_names]
+    prompts = [contents[match_of[name]] for name in class_names]
+
+    # Files of descriptors ("has five petals") look the same, but are no prompts yet.
+    n_unnamed = 0
+    for name, sentences in zip(class_names, prompts):
+        keys = {name_key(name), name_key(match_of[name])}
+        text = name_key(" ".join(sentences))
+        n_unnamed += not any(key in text for key in keys)
+    if n_unnamed > len(class_names) / 2:
+        print(
+            f"warning: no sentence names its class for {n_unnamed} of {len(class_names)} classes "
+            f"of {path}: are these descriptors, and not whole prompts?",
+            file=sys.stderr,
+        )
+    return prompts
 
 
 def _check_sentences(path: Path, name: str, sentences) -> None:
