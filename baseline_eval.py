@@ -25,7 +25,7 @@ import torch
 from flowers import UserError, command, devices, evaluate, figures, files, runs
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.layouts import read_captions
-from flowers.models import CLIP, image_features, text_features
+from flowers.models import CLIP, encode, image_features, text_features
 from flowers.pixels import load_pixels, to_device
 from flowers.study import figures as study_figures
 from flowers.tracking import log_mistakes, start_wandb
@@ -62,6 +62,12 @@ def parse_arguments() -> argparse.Namespace:
         f"(default: '{evaluate.TEMPLATE}')",
     )
     parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="JSON of class names, each with a list of sentences: an ensemble for each class, "
+        "instead of --prompt_template",
+    )
+    parser.add_argument(
         "--wise_ft",
         type=float,
         action="append",
@@ -87,7 +93,8 @@ def evaluate_along(
     pixels: torch.Tensor,
     flowers: Flowers,
     index: np.ndarray,
-    templates: list[str],
+    templates: list[str] | None,
+    sentences: evaluate.Prompts | None,
 ) -> list[tuple[float, dict[str, float]]]:
     """The metrics at each alpha on the line between two state dicts (WiSE-FT).
 
@@ -97,7 +104,7 @@ def evaluate_along(
     for alpha in alphas:
         evaluate.interpolate(model, start, tuned, alpha)
         images = image_features(model, pixels, torch.from_numpy(index.copy()))
-        head = evaluate.zero_shot_head(model, flowers.class_names, templates)
+        head = evaluate.zero_shot_head(model, flowers.class_names, templates, sentences)
         metrics, _ = evaluate.evaluate_features(images, head, flowers.labels[index])
         curve.append((alpha, metrics))
     return curve
@@ -111,6 +118,8 @@ def with_split(split: str, metrics: dict[str, float]) -> dict[str, float]:
 @command
 def main():
     args = parse_arguments()
+    if args.prompts and args.prompt_template:
+        raise UserError("--prompts and --prompt_template: give one of them")
     devices.seed_everything(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Read first: a mistake in --compare should not be found after the work is done.
@@ -144,9 +153,19 @@ def main():
     # model
 
     model = load_model(args.architecture, device, args.activation)
+    sentences, prompts_digest = None, None
+    if args.prompts:
+        sentences = evaluate.read_prompts(args.prompts, flowers.class_names)
+        prompts_digest = evaluate.digest_of_prompts(args.prompts)
+        evaluate.warn_of_changed_prompts(args.architecture, args.prompts)
     # A run may have left a head or a learned prompt of its own; the templates tell which.
     head, args.prompt_template = evaluate.load_head(
-        args.architecture, model, flowers.class_names, args.prompt_template, evaluate.TEMPLATE
+        args.architecture,
+        model,
+        flowers.class_names,
+        args.prompt_template,
+        evaluate.TEMPLATE,
+        sentences,
     )
     if args.wise_ft:
         start_state = evaluate.load_starting_weights(args.architecture)
@@ -161,7 +180,7 @@ def main():
     protocol = evaluate.protocol(
         flowers, args.split, len(index), args.class_names, prompts, weights
     )
-    config = {"job": "eval", **vars(args)}
+    config = {"job": "eval", **vars(args), "prompts_digest": prompts_digest}
     del config["name"], config["compare"]
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
     tracker = start_wandb(args.wandb, folder, config)
@@ -171,12 +190,14 @@ def main():
 
     start = time.perf_counter()
     images = image_features(model, pixels, torch.from_numpy(index.copy()))  # (N, D)
-    sentences = None
+    caption_features = None
     if captions:
         first_captions = [captions[i][0] for i in index]
-        sentences = text_features(model, first_captions)  # (N, D)
+        n_cut = sum(len(encode(caption)) > model.context_length for caption in first_captions)
+        evaluate.warn_of_cut_captions(n_cut, len(first_captions), model.context_length)
+        caption_features = text_features(model, first_captions)  # (N, D)
     metrics, probabilities = evaluate.evaluate_features(
-        images, head, flowers.labels[index], sentences
+        images, head, flowers.labels[index], caption_features
     )
     seconds = time.perf_counter() - start
     evaluate.save_outputs(folder, probabilities, flowers, index)
@@ -194,6 +215,7 @@ def main():
             flowers,
             index,
             args.prompt_template,
+            sentences,
         )
         rows = []
         for alpha, along in curve:

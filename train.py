@@ -30,11 +30,12 @@ from flowers.losses import backward_in_chunks, info_nce, same_class
 from flowers.models import (
     CLIP,
     RANDOM,
+    encode,
     image_features,
     split_image_tower,
     split_text_tower,
+    stack,
     text_features,
-    tokenize,
     towers,
 )
 from flowers.pixels import get_batch, load_pixels, to_device
@@ -71,13 +72,13 @@ def main():
     # -----------------------------------------------------------------------------
     # data and model
     with processes.main_first():
-        flowers, captions = open_data(config)
+        flowers, captions, sentences = open_data(config)
         model = load_model(config.architecture, processes.device, config.activation)
         pixels = to_device(load_pixels(flowers, model.visual.input_resolution), processes.device)
     config = replace(config, splits=flowers.convention)  # what the dataset says, for the record
     prepare_model(model, config)
     train_index, eval_index = choose_images(flowers, config)
-    texts = make_texts(flowers, captions, config.prompt_template)
+    texts = make_texts(flowers, captions, config.prompt_template, sentences, model.context_length)
     overlap = check_overlap(flowers, train_index, eval_index, config, processes)
     folder = open_run_folder(flowers, train_index, config, processes)
 
@@ -112,6 +113,7 @@ def main():
         files.write_lines(metrics_file, rows)
         work = f"{len(train_index):,} images, {total_steps:,} steps of {batch_size}"
         print_start(folder, first_epoch, work, model, sizes, config)
+        evaluate.warn_of_cut_captions(texts.n_cut, len(texts.tokens), model.context_length)
 
     # -----------------------------------------------------------------------------
     # training loop
@@ -150,7 +152,9 @@ def main():
         if not processes.is_main:
             continue  # the main process evaluates and saves
         if config.evaluates_after(epoch + 1):
-            head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template)
+            head = evaluate.zero_shot_head(
+                model, flowers.class_names, config.prompt_template, sentences
+            )
             metrics, _ = evaluate_images(model, head, flowers, pixels, eval_index, captions)
             row = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch}
             row |= {f"val/{key}": value for key, value in metrics.items()}
@@ -167,7 +171,7 @@ def main():
     # -----------------------------------------------------------------------------
     # results: of the last epoch, on val if it was held out, else on test, once
     state, classifier = strategies.export(model)
-    head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template)
+    head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template, sentences)
     if config.strategy == "linear":
         head, classifier, seconds = fit_head(model, head, flowers, data, eval_index)
     start = time.perf_counter()
@@ -237,7 +241,9 @@ class Config:
     # model and text
     architecture: str
     activation: str | None  # None: what the weights say
-    prompt_template: list[str]
+    prompt_template: list[str] | None  # None: prompts
+    prompts: str | None  # None: prompt_template
+    prompts_digest: str | None  # of that file
     captions: str | None  # None: prompts
     # what is trained
     strategy: str
@@ -314,6 +320,12 @@ def parse_arguments(processes: int) -> argparse.Namespace:
             f"{folder} was begun with {stored.get('processes')} processes: go on with as many, "
             "for the same result"
         )
+    prompts = stored.get("prompts")
+    if prompts and stored.get("prompts_digest") != evaluate.digest_of_prompts(str(prompts)):
+        raise UserError(
+            f"{prompts} has changed since {folder} was begun: go on with the same "
+            "sentences, for the same result"
+        )
     # What the file holds is checked as what a user types.
     known = {key: value for key, value in stored.items() if key in vars(args)}
     known["allow_overlap"] = known.get("allow_overlap") or args.allow_overlap
@@ -333,9 +345,14 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
         raise UserError(
             "--strategy prompt learns the prompt: leave out --captions and --prompt_template"
         )
+    if args.prompts and (args.prompt_template or args.captions or args.strategy == "prompt"):
+        raise UserError(
+            "--prompts are the texts of the classes: leave out --prompt_template, --captions and "
+            "--strategy prompt"
+        )
     if args.strategy == "prompt":
         args.prompt_template = [strategies.context_template(args.context_tokens)]
-    elif not args.prompt_template:
+    elif not args.prompt_template and not args.prompts:
         args.prompt_template = [evaluate.TEMPLATE]
     if args.augment is None:
         args.augment = "crop" if image_blocks is None else "none"
@@ -364,15 +381,18 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
         )
     if args.strategy == "linear" and args.no_cache:
         raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
-    return Config(**vars(args), processes=processes)
+    prompts_digest = evaluate.digest_of_prompts(args.prompts) if args.prompts else None
+    return Config(**vars(args), processes=processes, prompts_digest=prompts_digest)
 
 
 # -----------------------------------------------------------------------------
 # data and model
 
 
-def open_data(config: Config) -> tuple[Flowers, list[list[str]] | None]:
-    """The dataset, and the sentences of each of its images if the training is on captions."""
+def open_data(
+    config: Config,
+) -> tuple[Flowers, list[list[str]] | None, evaluate.Prompts | None]:
+    """The dataset, and with --captions sentences of each image, with --prompts of each class."""
     flowers = open_flowers(
         config.data_root,
         config.splits_path,
@@ -382,7 +402,10 @@ def open_data(config: Config) -> tuple[Flowers, list[list[str]] | None]:
         config.splits_base,
     )
     captions = read_captions(config.captions, flowers.files) if config.captions else None
-    return flowers, captions
+    sentences = None
+    if config.prompts:
+        sentences = evaluate.read_prompts(config.prompts, flowers.class_names)
+    return flowers, captions, sentences
 
 
 def prepare_model(model: CLIP, config: Config) -> None:
@@ -457,12 +480,14 @@ def check_overlap(
 class Texts:
     """The texts to train on: those of image i are the rows first[i] ... first[i] + count[i] - 1.
 
-    tokens: (P, L) of all P texts. first, count: (N,) for the N images of the dataset.
+    tokens: (P, L) of all P texts. first, count: (N,) for the N images of the dataset. n_cut: of how
+    many texts the end is cut off.
     """
 
     tokens: torch.Tensor
     first: torch.Tensor
     count: torch.Tensor
+    n_cut: int = 0
 
     def draw(self, generator: torch.Generator) -> torch.Tensor:
         """A random row for each image, (N,)."""
@@ -471,22 +496,30 @@ class Texts:
 
 
 def make_texts(
-    flowers: Flowers, captions: list[list[str]] | None, templates: Sequence[str]
+    flowers: Flowers,
+    captions: list[list[str]] | None,
+    templates: Sequence[str] | None,
+    sentences: evaluate.Prompts | None,
+    context: int,
 ) -> Texts:
     """The captions of the images, or the prompts of their classes.
 
-    Raises UserError for a template without {}.
+    sentences: those of each class, instead of the templates. context: tokens that the model reads.
+    Raises UserError for prompts that `evaluate.class_prompts` refuses; captions are cut.
     """
-    # The templates are used in evaluation even where captions are learned from.
-    prompts = evaluate.fill_templates(flowers.class_names, templates)
-    if captions:
-        tokens = tokenize([sentence for sentences in captions for sentence in sentences])
-        count = torch.tensor([len(sentences) for sentences in captions])
-        return Texts(tokens, first=count.cumsum(0) - count, count=count)
-    # The prompts of a class are next to each other.
-    labels = torch.tensor(flowers.labels)
-    count = torch.full_like(labels, len(templates))
-    return Texts(tokenize(prompts), first=labels * count, count=count)
+    # The prompts are used in evaluation even where captions are learned from.
+    prompts = evaluate.class_prompts(flowers.class_names, templates, sentences, context)
+    texts_of = captions or prompts  # of each image, or of each class
+    sequences = [encode(text) for texts in texts_of for text in texts]
+    n_cut = sum(len(sequence) > context for sequence in sequences)
+    # The texts of an image or class are next to each other.
+    count = torch.tensor([len(texts) for texts in texts_of])
+    first = count.cumsum(0) - count
+    if not captions:
+        # From classes to images: (C,) becomes (N,).
+        labels = torch.tensor(flowers.labels)
+        first, count = first[labels], count[labels]
+    return Texts(stack(sequences, context), first, count, n_cut)
 
 
 @dataclass(frozen=True)
@@ -927,6 +960,12 @@ def add_model_arguments(group) -> None:
         action="append",
         help="text with {} for the class name; repeatable: training draws one of them for each "
         f"image (default: '{evaluate.TEMPLATE}')",
+    )
+    group.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="JSON of class names, each with a list of sentences, instead of --prompt_template: "
+        "training draws one of them for each image",
     )
     group.add_argument(
         "--captions",

@@ -574,6 +574,8 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
         features = searcher.of_picture(picture)  # (D,)
         show_answer(picture, data.flowers.class_names, searcher.ranking(features))
     else:
+        if searcher.is_cut(state["q"]):
+            st.warning(f"The model reads {searcher.model.context_length} tokens: the rest is cut.")
         features = searcher.of_text(state["q"])
     order, scores = nearest(searcher.features, features)  # of all N images
     return Listing(order, score_lines(order, scores))

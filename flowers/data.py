@@ -112,7 +112,7 @@ def _build_index(
     layout: Layout, split: Split, splits: str | None, holdout: bool, class_names: str
 ) -> Flowers:
     """The index of a dataset that was read and split; the arguments are those of open_flowers."""
-    # Names are looked up one by one: they are the same in all but four classes.
+    # Names are looked up one by one: they are the same in all but three classes.
     names = layout.class_names
     if class_names == "openai":
         names = [OPENAI_NAMES.get(name, name) for name in names]
@@ -351,7 +351,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, splits: bool = True) -> 
         "--class_names",
         choices=["oxford", "openai"],
         default="oxford",
-        help="the dataset's names, or CLIP's (four differ) (default: %(default)s)",
+        help="the dataset's names, or CLIP's (three differ) (default: %(default)s)",
     )
     if not splits:
         return

@@ -3,6 +3,9 @@
 Metrics take tensors and return dicts, in percent. N images, C classes, D dimensions.
 """
 
+import difflib
+import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +24,8 @@ from tabulate import tabulate
 from flowers import UserError, devices, figures, strategies
 from flowers.data import Flowers, base_classes
 from flowers.files import checked, load_tensors, read_json, write_csv
-from flowers.models import CLIP, text_features
+from flowers.layouts import correct_name, name_key
+from flowers.models import CLIP, CONTEXT, END, encode, text_features
 from flowers.weights import load_model
 
 TEMPLATE = "an image of the {} flower"
@@ -29,9 +33,12 @@ TEMPLATE = "an image of the {} flower"
 # A head turns image features into logits: its weight (C, D) and bias (C,).
 Head = tuple[torch.Tensor, torch.Tensor]
 
+# The prompts of each of C classes; classes may have different numbers of them.
+Prompts = list[list[str]]
+
 
 # -----------------------------------------------------------------------------
-# zero-shot classification
+# prompts
 
 
 def fill_templates(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -48,22 +55,235 @@ def fill_templates(class_names: Sequence[str], templates: Sequence[str]) -> list
     return [template.replace("{}", name) for name in class_names for template in templates]
 
 
+def class_prompts(
+    class_names: Sequence[str],
+    templates: Sequence[str] | None,
+    sentences: Prompts | None = None,
+    context: int = CONTEXT,
+) -> Prompts:
+    """The prompts of each class: its own sentences if there are any, else its filled templates.
+
+    sentences: what `read_prompts` returns. context: the tokens that the model reads of a text.
+    Raises UserError for a template without {}, for a prompt that would be cut, and for two classes
+    with the same prompts: with these the model can't do what is measured.
+    """
+    if sentences is None:
+        n = len(templates)
+        filled = fill_templates(class_names, templates)
+        prompts = [filled[start : start + n] for start in range(0, len(filled), n)]
+        sources = list(templates) * len(class_names)
+    else:
+        prompts = sentences
+        sources = [sentence for of_class in sentences for sentence in of_class]
+
+    name_of = {}  # the tokens of all prompts of a class, sorted -> its name
+    source = iter(sources)
+    for name, of_class in zip(class_names, prompts):
+        sequences = [encode(prompt) for prompt in of_class]
+        for sequence in sequences:
+            _check_length(sequence, next(source), name, context)
+        # Prompts may be shared, as long as not all of them are.
+        key = tuple(sorted(tuple(sequence) for sequence in sequences))
+        other = name_of.setdefault(key, name)
+        if other != name:
+            raise UserError(
+                f"the classes {other!r} and {name!r} have the same prompts for CLIP, such as "
+                f"{of_class[0]!r} (it reads all in lower case): give them other names, or --prompts"
+            )
+    return prompts
+
+
+def _check_length(sequence: list[int], source: str, name: str, context: int) -> None:
+    """Raise UserError if the model would not read a prompt to its end.
+
+    source: the template or the sentence that the prompt of class `name` was made from.
+    """
+    if len(sequence) > context:
+        raise UserError(
+            f"the prompt {source!r} of the class {name!r} has {len(sequence)} tokens with start "
+            f"and end, and the model reads {context}: make it shorter, as it would be cut"
+        )
+    if END in sequence[:-1]:
+        raise UserError(
+            f"the prompt {source!r} of the class {name!r} holds <|endoftext|>, and the model reads "
+            "nothing after it: leave it out"
+        )
+
+
+def read_prompts(path: str | Path, class_names: Sequence[str]) -> Prompts:
+    """The sentences of each class from a JSON object of names and lists of sentences.
+
+    Names match as layouts.name_key has it. Names of the file that match no class are ignored, with
+    one warning. Raises UserError if the file is missing or damaged, or if a class has no sentence.
+    """
+    path = Path(path)
+    try:
+        contents = read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"no prompts at {path}") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} can't be read: {error}; it must be a JSON object of class names and lists of "
+            "sentences"
+        ) from None
+
+    for name, sentences in contents.items():
+        _check_sentences(path, name, sentences)
+    match_of = _match_names(path, class_names, list(contents))
+    ignored = len(contents) - len(set(match_of.values()))
+    if ignored:
+        print(
+            f"warning: {ignored} of {len(contents)} names in {path} are no classes of this dataset "
+            "and ignored",
+            file=sys.stderr,
+        )
+    prompts = [contents[match_of[name]] for name in class_names]
+
+    # Files of descriptors ("has five petals") look the same, but are no prompts yet.
+    n_unnamed = 0
+    for name, sentences in zip(class_names, prompts):
+        keys = {name_key(name), name_key(match_of[name])}
+        text = name_key(" ".join(sentences))
+        n_unnamed += not any(key in text for key in keys)
+    if n_unnamed > len(class_names) / 2:
+        print(
+            f"warning: no sentence names its class for {n_unnamed} of {len(class_names)} classes "
+            f"of {path}: are these descriptors, and not whole prompts?",
+            file=sys.stderr,
+        )
+    return prompts
+
+
+def _check_sentences(path: Path, name: str, sentences) -> None:
+    """Raise UserError unless these are the sentences of a class."""
+    is_list = isinstance(sentences, list) and len(sentences) > 0
+    if not is_list or not all(isinstance(text, str) and text.strip() for text in sentences):
+        raise UserError(f"{path} has no list of sentences for {name!r}")
+    templates = [text for text in sentences if "{}" in text]
+    if templates:
+        raise UserError(
+            f"{path} has a {{}} in {templates[0]!r} of {name!r}: its sentences are used as they "
+            "are; templates are given by --prompt_template"
+        )
+
+
+def _match_names(path: Path, class_names: Sequence[str], names: list[str]) -> dict[str, str]:
+    """For each class the name that stands for it in a file.
+
+    Raises UserError if there is none, or more than one.
+    """
+    by_key = {}
+    for name in names:
+        by_key.setdefault(name_key(name), []).append(name)
+
+    match_of = {}
+    for class_name in class_names:
+        candidates = by_key.get(name_key(class_name), [])
+        if class_name in candidates:  # the very name comes before other ways of writing it
+            match_of[class_name] = class_name
+        elif len(candidates) > 1:
+            raise UserError(
+                f"{path} names the class {class_name!r} more than once: "
+                f"{', '.join(map(repr, candidates))}"
+            )
+        elif candidates:
+            match_of[class_name] = candidates[0]
+
+    missing = [name for name in class_names if name not in match_of]
+    if missing:
+        shown = ", ".join(_with_near_matches(name, by_key) for name in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(
+            f"{path} has no sentences for {len(missing)} of {len(class_names)} classes: "
+            f"{shown}{more}"
+        )
+    return match_of
+
+
+def _with_near_matches(class_name: str, by_key: dict[str, list[str]]) -> str:
+    """A class that a file lacks and similar names that it has, as 'iris' (there is 'irises')."""
+    similar = difflib.get_close_matches(name_key(class_name), by_key)
+    if not similar:
+        return repr(class_name)
+    there = ", ".join(repr(by_key[key][0]) for key in similar)
+    return f"{class_name!r} (there is {there})"
+
+
+def describe_prompts(path: str | Path, prompts: Prompts) -> str:
+    """A prompts file as tables and results name it, such as `cupl.json (3,024 sentences)`."""
+    n_sentences = sum(len(sentences) for sentences in prompts)
+    return f"{Path(path).name} ({n_sentences:,} sentences)"
+
+
+def digest_of_prompts(path: str | Path) -> str:
+    """The first 16 hex digits of the SHA-256 of a prompts file, to see whether it has changed.
+
+    Raises UserError if it is missing.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no prompts at {path}") from None
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def warn_of_changed_prompts(architecture: str, path: str | Path) -> None:
+    """Print a warning if a run was made with the prompts file of this path, and it has changed."""
+    source = Path(architecture)
+    folder = source if source.is_dir() else source.parent
+    try:
+        arguments = read_json(folder / "args.json")
+    except (OSError, ValueError):
+        return  # it is no run, or its arguments can't be read: nothing is known
+    was_used = arguments.get("prompts") == str(path)
+    if was_used and arguments.get("prompts_digest") != digest_of_prompts(path):
+        print(
+            f"warning: {path} has changed since {folder} was made with it",
+            file=sys.stderr,
+        )
+
+
+def warn_of_cut_captions(n_cut: int, n_captions: int, context: int) -> None:
+    """Print a warning if captions were cut, as CLIP does it."""
+    if n_cut:
+        print(
+            f"warning: {n_cut:,} of {n_captions:,} captions are longer than {context} tokens and "
+            "are cut there",
+            file=sys.stderr,
+        )
+
+
+# -----------------------------------------------------------------------------
+# zero-shot classification
+
+
 def zero_shot_classifier(
-    model: CLIP, class_names: Sequence[str], templates: Sequence[str]
+    model: CLIP,
+    class_names: Sequence[str],
+    templates: Sequence[str] | None,
+    sentences: Prompts | None = None,
 ) -> torch.Tensor:
     """The normalised mean of the features of each class's prompts, (C, D).
 
-    Prompt ensembling as in Radford et al. 2021, section 3.1.4.
+    Prompt ensembling as in Radford et al. 2021, section 3.1.4. sentences: those of each class,
+    instead of the templates. Raises UserError for prompts that `class_prompts` refuses.
     """
-    features = text_features(model, fill_templates(class_names, templates))
-    features = features.view(len(class_names), len(templates), -1)  # (C, templates, D)
-    return F.normalize(features.mean(1), dim=-1)
+    prompts = class_prompts(class_names, templates, sentences, model.context_length)
+    counts = [len(of_class) for of_class in prompts]
+    features = text_features(model, [prompt for of_class in prompts for prompt in of_class])
+    means = [of_class.mean(0) for of_class in features.split(counts)]
+    return F.normalize(torch.stack(means), dim=-1)
 
 
-def zero_shot_head(model: CLIP, class_names: Sequence[str], templates: Sequence[str]) -> Head:
+def zero_shot_head(
+    model: CLIP,
+    class_names: Sequence[str],
+    templates: Sequence[str] | None,
+    sentences: Prompts | None = None,
+) -> Head:
     """The zero-shot classifier as a head, at the model's temperature."""
     scale = model.logit_scale.exp().item()  # 1 / temperature, about 100 in CLIP
-    weight = scale * zero_shot_classifier(model, class_names, templates)
+    weight = scale * zero_shot_classifier(model, class_names, templates, sentences)
     return weight, torch.zeros(len(weight))
 
 
@@ -73,18 +293,23 @@ def load_head(
     class_names: Sequence[str],
     templates: Sequence[str] | None,
     default: str,
-) -> tuple[Head, list[str]]:
+    sentences: Prompts | None = None,
+) -> tuple[Head, list[str] | None]:
     """The head that belongs to a model, and the templates of its prompts.
 
     A run may have left a linear head or a learned prompt in classifier.pt beside its model.pt.
-    Without either, and if the user gave `templates`, it is the zero-shot classifier.
+    Without either, and if the user gave `templates` or the `sentences` of each class, it is the
+    zero-shot classifier. With sentences there are no templates: None.
 
     architecture: what the model was loaded from. default: the template if `templates` is None.
-    Raises UserError if classifier.pt is damaged or of other classes.
+    Raises UserError if classifier.pt is damaged or of other classes, and for prompts that
+    `class_prompts` refuses.
     """
     source = Path(architecture)
     classifier_file = (source if source.is_dir() else source.parent) / "classifier.pt"
     # The user's own prompts come before anything learned.
+    if sentences is not None:
+        return zero_shot_head(model, class_names, None, sentences), None
     if templates is not None or not source.exists() or not classifier_file.exists():
         templates = templates or [default]
         return zero_shot_head(model, class_names, templates), templates
@@ -122,7 +347,12 @@ def _holds_linear_head(learned: dict, model: CLIP, class_names: Sequence[str]) -
     n_classes = len(class_names)
     embedding = model.text_projection.shape[1]
     fits = weight.shape == (n_classes, embedding) and bias.shape == (n_classes,)
-    return fits and learned.get("class_names") == list(class_names)
+    names = learned.get("class_names")
+    return fits and _are_texts(names) and list(map(correct_name, names)) == list(class_names)
+
+
+def _are_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _is_float_tensor(value) -> bool:

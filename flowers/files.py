@@ -108,7 +108,9 @@ def parse_json(text: str) -> dict:
 
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises ValueError if the file holds none, OSError if it is missing."""
-    return parse_json(path.read_text(encoding="utf-8"))
+    # Windows' editors write a byte-order mark, and its shell UTF-16.
+    data = path.read_bytes()
+    return parse_json(data.decode(json.detect_encoding(data)))
 
 
 def write_json(path: Path, value: dict) -> None:

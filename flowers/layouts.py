@@ -22,12 +22,10 @@ from flowers import UserError
 from flowers.files import note, parse_json, read_json
 from flowers.matfile import MOST_BYTES, read_mat
 
-# CLIP's authors use another name for four classes (openai/CLIP, data/prompts.md).
-# Some copies of cat_to_name.json say "lotus lotus".
+# CLIP's authors use another name for three classes (openai/CLIP, data/prompts.md).
 OPENAI_NAMES = {
     "globe-flower": "globe flower",
     "pink-yellow dahlia": "pink and yellow dahlia",
-    "lotus lotus": "lotus",
     "ball moss": "air plant",
 }
 
@@ -469,7 +467,7 @@ def read_names(root: Path, n_classes: int, above: Path | None = None) -> list[st
         name = name_of.get(number)
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{path} has no name for class {number}")
-        names.append(name)
+        names.append(correct_name(name))
     if len(set(names)) < len(names):
         raise UserError(f"{path} gives two classes the same name")
     return names
@@ -488,6 +486,27 @@ def _read_names_file(path: Path) -> dict:
         return read_json(path)
     except ValueError as error:
         raise UserError(f"{path} can't be read: {error}") from None
+
+
+def correct_name(name: str) -> str:
+    """The name of a class without the mistake that some copies of cat_to_name.json make.
+
+    They say "lotus lotus" for class 78, and so do the runs that were made with them.
+    """
+    return "lotus" if name == "lotus lotus" else name
+
+
+def name_key(name: str) -> str:
+    """What all ways of writing the name of a class have in common, to match names of two files.
+
+    Upper and lower case, `_`, `-` and spaces make no difference, nor do Oxford's and CLIP's names.
+    """
+    key = " ".join(re.split(r"[\s_-]+", name.casefold())).strip()
+    for oxford_name, openai_name in OPENAI_NAMES.items():
+        # "globe-flower" is "globe flower" here.
+        if key == oxford_name.replace("-", " "):
+            return openai_name
+    return correct_name(key)
 
 
 def read_captions(path: str | Path, files: tuple[Path, ...]) -> list[list[str]]:

@@ -83,6 +83,9 @@ RANDOM = ("tiny", "tiny-rn")  # these start from random weights, all others from
 CONTEXT = 77  # tokens of a text, with its start and end
 VOCABULARY = 49408
 
+START = 49406  # the token before a text
+END = 49407  # the one after it, where CLIP reads the feature of the text
+
 # A learned context vector as it is written at the beginning of a prompt, and the token that stands
 # for it: byte 0, which the tokenizer's cleaned text never has.
 CONTEXT_MARK = "[V] "
@@ -241,29 +244,39 @@ def last_blocks(model: CLIP, blocks: int) -> list[torch.nn.Module | torch.nn.Par
 # tokens and features
 
 
-def tokenize(texts: Sequence[str]) -> torch.Tensor:
-    """Token ids of P texts, (P, L) with L the length of the longest text in tokens.
+def encode(text: str) -> list[int]:
+    """All token ids of a text, with START and END, however many they are.
 
-    CLIP's text tower is causal, so it gives the same features without the padding up to 77. If a
-    text begins with CONTEXT_MARK, each mark in it becomes a PLACEHOLDER after the start token. A
-    text that is too long is cut off, and keeps its end token.
+    If the text begins with CONTEXT_MARK, each mark in it becomes a PLACEHOLDER after START.
     """
-    # The marks are taken out before the texts are tokenized: they are no words.
-    n_marks = [text.count(CONTEXT_MARK) if text.startswith(CONTEXT_MARK) else 0 for text in texts]
-    plain = [text.replace(CONTEXT_MARK, "") if n else text for text, n in zip(texts, n_marks)]
-    tokens = clip.tokenize(plain, truncate=True)  # (P, 77), zeros after the end token
+    n_marks = 0
+    if text.startswith(CONTEXT_MARK):
+        # The marks are taken out before the text is tokenized: they are no words.
+        n_marks = text.count(CONTEXT_MARK)
+        text = text.replace(CONTEXT_MARK, "")
+    # The package's own instance: another one would be read again from its file.
+    words = clip.clip._tokenizer.encode(text)
+    return [START, *[PLACEHOLDER] * n_marks, *words, END]
 
-    for row, n in zip(tokens, n_marks):
-        if n == 0:
-            continue
-        row[1 + n :] = row[1 : CONTEXT - n].clone()
-        row[1 : 1 + n] = PLACEHOLDER
-        if row[-1] != 0:  # the text is too long now, and may have lost its end
-            row[-1] = VOCABULARY - 1
 
-    # The end token has the largest id of all.
-    longest = int(tokens.argmax(1).max()) + 1
-    return tokens[:, :longest]
+def stack(sequences: Sequence[list[int]], context: int = CONTEXT) -> torch.Tensor:
+    """P sequences of token ids as one tensor (P, L), L the length of the longest, zeros at the end.
+
+    CLIP's text tower is causal, so it gives the same features without padding up to `context`. A
+    sequence that is longer is cut off there and ends with END, as clip.tokenize does it.
+    """
+    longest = min(context, max(len(sequence) for sequence in sequences))
+    tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for row, sequence in zip(tokens, sequences):
+        row[: len(sequence)] = torch.tensor(sequence[:longest])
+        if len(sequence) > context:
+            row[-1] = END
+    return tokens
+
+
+def tokenize(texts: Sequence[str], context: int = CONTEXT) -> torch.Tensor:
+    """Token ids of P texts, (P, L); see `encode` and `stack`. Texts that are too long are cut."""
+    return stack([encode(text) for text in texts], context)
 
 
 def encode_images(model: CLIP, images: torch.Tensor) -> torch.Tensor:
@@ -298,10 +311,14 @@ def image_features(model: CLIP, pixels: torch.Tensor, index: torch.Tensor) -> to
 
 @torch.inference_mode()
 def text_features(model: CLIP, texts: Sequence[str]) -> torch.Tensor:
-    """Features of P texts, (P, D) fp32 on the CPU, with a progress bar."""
+    """Features of P texts, (P, D) fp32 on the CPU, with a progress bar.
+
+    Texts that are longer than the model's context are cut.
+    """
     device = model.logit_scale.device
+    tokens_of_all = tokenize(texts, model.context_length)  # (P, L)
     features = []
-    for tokens in progress_chunks(tokenize(texts), "encoding texts", size=512):
+    for tokens in progress_chunks(tokens_of_all, "encoding texts", size=512):
         features.append(encode_texts(model, tokens.to(device)).cpu())
     return torch.cat(features)
 

@@ -32,6 +32,7 @@ import pandas as pd
 from flowers import UserError, reason
 from flowers.data import Flowers, image_ids, open_flowers, select, subset
 from flowers.files import append_line, checked, read_json, read_lines, write_json
+from flowers.layouts import correct_name
 
 # An evaluation takes these flags over from the run that it evaluates.
 INHERITED = (
@@ -510,8 +511,9 @@ def read_metrics(run: str | Path, split: str) -> dict:
 def read_predictions(folder: Path) -> pd.DataFrame:
     """Read predictions.csv of a run, a row an image: file, label, top1 ... top5, score1 ... score5.
 
-    All columns are text; a name or score that a row lacks is empty. Raises OSError if there is
-    no such file, ValueError if it is damaged, lists an image twice or none at all.
+    All columns are text; a name or score that a row lacks is empty. Names are those of
+    layouts.correct_name, so that runs made before and after a correction can be compared. Raises
+    OSError if there is no such file, ValueError if it is damaged, lists an image twice or none.
     """
     try:
         with warnings.catch_warnings():
@@ -528,6 +530,9 @@ def read_predictions(folder: Path) -> pd.DataFrame:
     incomplete = (table[required] == "").any(axis=None)
     if table.empty or incomplete or table["file"].duplicated().any():
         raise ValueError("predictions.csv lacks answers, or lists an image twice")
+    for column in table.columns:
+        if column == "label" or column.startswith("top"):
+            table[column] = table[column].map(correct_name)
     return table
 
 

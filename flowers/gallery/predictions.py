@@ -12,7 +12,7 @@ import numpy as np
 from flowers import UserError
 from flowers.data import Flowers
 from flowers.files import read_json
-from flowers.layouts import OPENAI_NAMES
+from flowers.layouts import OPENAI_NAMES, correct_name
 from flowers.runs import command_line
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _read_rows(path: Path, flowers: Flowers) -> tuple[list[tuple], int]:
                 n_foreign += 1
                 continue
             known_names = all(name in class_of for name, _ in answers)
-            if class_of.get(row["label"]) != flowers.labels[i] or not known_names:
+            if class_of.get(correct_name(row["label"])) != flowers.labels[i] or not known_names:
                 # The same file name with another label or other names is another dataset's ...
                 n_foreign += 1
                 contradiction = True
@@ -159,7 +159,7 @@ def _answers(row: dict[str, str]) -> list[tuple[str, float]]:
     for k in range(1, 6):
         # A run on fewer than five classes has fewer columns, or empty ones.
         if row.get(f"top{k}"):
-            answers.append((row[f"top{k}"], float(row[f"score{k}"])))
+            answers.append((correct_name(row[f"top{k}"]), float(row[f"score{k}"])))
     return answers
 
 

@@ -51,9 +51,20 @@ class Searcher:
         # The head is the run's own, learned one, or made from the prompts it was trained with.
         learned = (folder / "classifier.pt").exists()
         templates = None if learned else _prompt_templates(folder)
+        sentences = None
+        prompts_file = run_arguments(folder).get("prompts")
+        if isinstance(prompts_file, str) and not learned:
+            sentences = evaluate.read_prompts(prompts_file, flowers.class_names)
+            evaluate.warn_of_changed_prompts(str(folder), prompts_file)
         self.head, _ = evaluate.load_head(
-            str(folder), self.model, flowers.class_names, templates, evaluate.TEMPLATE
+            str(folder), self.model, flowers.class_names, templates, evaluate.TEMPLATE, sentences
         )
+
+    def is_cut(self, sentence: str) -> bool:
+        """Return whether a sentence is longer than what the model reads."""
+        from flowers.models import encode
+
+        return len(encode(sentence)) > self.model.context_length
 
     def of_text(self, sentence: str) -> np.ndarray:
         """Return the features (D,) of a sentence, of length 1."""

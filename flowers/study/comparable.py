@@ -27,6 +27,7 @@ NOT_SETTINGS = {
     "wandb",
     "eval_every",
     "resume",
+    "prompts",  # where the file was; prompts_digest says what was in it
     "compile",
     "chunk_size",
     "no_cache",
@@ -54,6 +55,8 @@ EVALUATION_SETTINGS = (
     "holdout",
     "class_names",
     "prompt_template",
+    "prompts",
+    "prompts_digest",
     "wise_ft",
 )
 
@@ -245,9 +248,10 @@ def _repeats(evaluation: Run, trained: Run) -> bool:
     """Whether an evaluation does again what the run it evaluates did at its end."""
     if evaluation.settings.get("wise_ft"):
         return False
-    prompt = evaluation.settings.get("prompt_template")
-    same_prompt = prompt == trained.settings.get("prompt_template")
-    return same_prompt and evaluation.images == trained.images
+    for key in ("prompt_template", "prompts_digest"):
+        if evaluation.settings.get(key) != trained.settings.get(key):
+            return False
+    return evaluation.images == trained.images
 
 
 def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
@@ -304,7 +308,7 @@ def grouped(runs: Sequence[Run], without: str = "") -> list[Group]:
 
 def _configuration(run: Run, ignored: set[str]) -> str:
     """A run's protocol and settings as a key, without those to ignore."""
-    # What is left open counts as what an older version did not have.
+    # Settings that older runs do not have are None in newer ones, where they are not used.
     settings = {}
     for key, value in run.settings.items():
         if key not in ignored and value is not None:
