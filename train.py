@@ -90,8 +90,7 @@ def main():
         text_activations = compute_text_activations(model, flowers, texts, config)
     frozen_seconds = time.perf_counter() - start
     encoders = make_encoders(model, views, texts, text_activations, config)
-    labels = torch.tensor(flowers.labels)
-    data = TrainingData(train_index, labels, pixels, views, model.mean, model.std, config)
+    data = TrainingData(train_index, torch.tensor(flowers.labels), pixels, views, model, config)
 
     # -----------------------------------------------------------------------------
     # optimiser, and what an interrupted run left
@@ -546,15 +545,14 @@ class TrainingData:
     labels: (N,) int64. pixels: (N, 3, R, R) uint8.
     views: for each augmented view, what the frozen part of the image tower made of the n training
     images, (n, ...); None if it is computed at every step, or no part is frozen.
-    mean, std: the normalisation of the images that the model was trained with.
+    model: whose normalisation the images get.
     """
 
     index: torch.Tensor
     labels: torch.Tensor
     pixels: torch.Tensor
     views: list[torch.Tensor] | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    model: CLIP
     config: Config
 
     def batch(
@@ -575,9 +573,8 @@ class TrainingData:
         if self.views is None:
             # Random numbers are drawn for the whole batch, so that all processes stay in step.
             augment = self.config.augment
-            images = get_batch(
-                self.pixels, index, device, augment, generator, local, self.mean, self.std
-            )
+            mean, std = self.model.mean, self.model.std
+            images = get_batch(self.pixels, index, device, augment, generator, local, mean, std)
         else:
             # The views take turns, one each epoch.
             view = self.views[epoch % len(self.views)]

@@ -36,7 +36,6 @@ PUBLISHED = {
     "ViT-L-14": ("ViT-L-14", {"layers": 1, "image_size": 56}, NARROW_TEXT),
     "ViT-H-14": ("ViT-H-14", {"layers": 1, "image_size": 56}, NARROW_TEXT),
     "ViT-g-14": ("ViT-g-14", {"layers": 1, "image_size": 56}, NARROW_TEXT),
-    "ViT-bigG-14": ("ViT-bigG-14", {"layers": 1, "image_size": 56}, NARROW_TEXT),
 }
 SMALL = {
     "embed_dim": 64,
