@@ -88,7 +88,7 @@ def main():
         settings["class_names"] = list(names)
         files.write_json(args.json, settings | json_results(readable, rankings, problems))
     if args.sheet:
-        draw_sheet(readable, rankings, args.sheet, args.architecture)
+        draw_sheet(readable, rankings, args.sheet, run.name if run else args.architecture)
     if problems:
         for problem in problems.values():
             print(f"warning: passed over: {problem}", file=sys.stderr)
@@ -265,7 +265,7 @@ def choose_names(run: Path | None, names_file: Path | None) -> tuple[list[str], 
     if names_file:
         return read_names(names_file), f"of {names_file}"
     if run:
-        return runs.read_class_names(run) or names_of_older_run(run), f"of {run}"
+        return runs.read_class_names(run) or names_of_older_run(run), "of the run"
     return oxford_names(), "of Oxford Flowers 102 (others by --names FILE)"
 
 
@@ -469,14 +469,14 @@ def draw_sheet(
     pictures: Sequence[Path],
     rankings: list[list[tuple[str, float]]],
     path: Path,
-    architecture: str,
+    model_name: str,
 ) -> None:
     """Draw the first pictures with their file names above and their best names below."""
     cells = []
     for file, ranking in zip(pictures[:MOST_ON_SHEET], rankings):
         lines = [f"{name} ({100 * score:.0f}%)" for name, score in ranking[:NAMES_ON_SHEET]]
         cells.append((file, path_text(Path(file.name)), "\n".join(lines), "black"))
-    title = f"Named by {architecture}"
+    title = f"Named by {model_name}"
     if len(cells) < len(pictures):
         title += f": the first {len(cells)} of {len(pictures):,} pictures"
     figures.picture_sheet(cells, path, title, columns=min(6, max(3, len(cells))))
