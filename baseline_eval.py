@@ -42,11 +42,14 @@ def parse_arguments() -> argparse.Namespace:
         help="images to evaluate; val needs --holdout (default: %(default)s)",
     )
     parser.add_argument(
-        "--captions", help="captions.jsonl[.gz]: also retrieval with one sentence an image"
+        "--captions",
+        type=files.user_path,
+        help="captions.jsonl[.gz]: also retrieval with one sentence an image",
     )
     # model
     parser.add_argument(
         "--architecture",
+        type=files.user_path,
         default="ViT-B/32",
         help="a name of clip.available_models(), tiny, tiny-rn, or the path of a state dict or run "
         "(default: %(default)s)",
@@ -69,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)"
     )
+    devices.add_device_arguments(parser)
     # run folder
     runs.add_run_arguments(parser, compare=True)
     return parser.parse_args()
@@ -106,8 +110,9 @@ def with_split(split: str, metrics: dict[str, float]) -> dict[str, float]:
 @command
 def main():
     args = parse_arguments()
-    devices.seed_everything(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.choose_device(args.device)
+    devices.seed_everything(args.seed, device)
+    precision = devices.set_precision(args.precision, device)
     # Read first: a mistake in --compare should not be found after the work is done.
     shown = {Path(run).name: runs.read_metrics(run, args.split) for run in args.compare}
 
@@ -138,7 +143,7 @@ def main():
     # -----------------------------------------------------------------------------
     # run folder
 
-    config = {"job": "eval", **vars(args)}
+    config = {"job": "eval", **vars(args), "device": str(device), "precision": precision}
     del config["name"], config["compare"]
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
     tracker = start_wandb(args.wandb, folder, config)

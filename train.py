@@ -22,7 +22,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flowers import UserError, command, devices, evaluate, figures, files, frozen, runs, strategies
+from flowers import (
+    UserError,
+    add_switch,
+    command,
+    devices,
+    evaluate,
+    figures,
+    files,
+    frozen,
+    runs,
+    strategies,
+)
 from flowers.data import Flowers, add_data_arguments, open_flowers, select
 from flowers.layouts import read_captions
 from flowers.losses import backward_in_chunks, info_nce, same_class
@@ -43,6 +54,7 @@ from flowers.training import (
     learning_rate_factor,
     load_checkpoint,
     parameter_groups,
+    restore_scaler,
     save_checkpoint,
     set_learning_rate,
     update,
@@ -61,11 +73,11 @@ DEFAULT_EPOCHS = 5
 def main():
     # -----------------------------------------------------------------------------
     # settings
-    processes = devices.start_processes()  # one, unless torchrun started more
-    args = parse_arguments(processes.world_size)
-    config = resolve(args, processes.world_size)
+    args = parse_arguments(devices.world_size())
+    processes = devices.start_processes(args.device)  # one, unless torchrun started more
+    config = resolve(args, processes)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    devices.seed_everything(config.seed)
+    devices.seed_everything(config.seed, processes.device)
 
     # -----------------------------------------------------------------------------
     # data and model
@@ -93,6 +105,7 @@ def main():
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sizes = count_parameters(model, flowers, config)
     optimizer = make_optimizer(model, trained, config)
+    scaler = devices.gradient_scaler(processes.device)
     batch_size = config.processes * min(config.batch_size, len(train_index) // config.processes)
     steps_per_epoch = len(train_index) // batch_size
     total_steps = config.epochs * steps_per_epoch
@@ -100,7 +113,7 @@ def main():
     checkpoint_file, metrics_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
     first_epoch, seconds = 0, 0.0
     if config.resume and checkpoint_file.exists():
-        first_epoch, seconds = restore(checkpoint_file, start_digest, trained, optimizer)
+        first_epoch, seconds = restore(checkpoint_file, start_digest, trained, optimizer, scaler)
     # Steps after the checkpoint are done again.
     rows = [row for row in files.read_lines(metrics_file, "epoch") if row["epoch"] <= first_epoch]
     tracker = start_tracker(folder, rows, config, processes)
@@ -123,7 +136,9 @@ def main():
             factor = learning_rate_factor(step, total_steps)
             set_learning_rate(optimizer, factor)
             batch = data.batch(positions, epoch, text_rows, generator, processes)
-            loss = training_step(model, encoders, batch, optimizer, processes, config.chunk_size)
+            loss = training_step(
+                model, encoders, batch, optimizer, processes, config.chunk_size, scaler
+            )
 
             # The weights are checked once an epoch, before they are saved.
             weights = list(trained.values()) if i == steps_per_epoch - 1 else []
@@ -138,7 +153,7 @@ def main():
                 "train/images_per_s": batch_size / (time.perf_counter() - step_start),
             }
             rows.append(row)
-            tracker.log(row)
+            tracker.log_row(row)
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
             bar.update()
         seconds += time.perf_counter() - epoch_start
@@ -151,10 +166,11 @@ def main():
             row = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch}
             row |= {f"val/{key}": value for key, value in metrics.items()}
             rows.append(row)
-            tracker.log(row)
+            tracker.log_row(row)
             bar.write(f"epoch {epoch + 1}: val top-1 {metrics['top1']:.2f}%")
         files.write_lines(metrics_file, rows)
         progress = {"start": start_digest, "epoch": epoch + 1, "seconds": seconds}
+        progress["scaler"] = scaler.state_dict()  # empty but for fp16
         save_checkpoint(checkpoint_file, trained, optimizer, **progress)
     bar.close()
     if not processes.is_main:
@@ -172,7 +188,8 @@ def main():
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
-    result |= costs(frozen_seconds, seconds, eval_seconds, n_images) | sizes
+    memory = devices.peak_memory_mb(processes.device)
+    result |= costs(frozen_seconds, seconds, eval_seconds, n_images, memory) | sizes
     runs.finish(folder, {"name": folder.name} | result | config.record())
     tracker.log(result)
     log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, eval_index))
@@ -187,18 +204,21 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     processes: devices.Processes,
     chunk_size: int,
+    scaler: torch.amp.GradScaler,
 ) -> float:
     """Update the model with one batch; returns the loss of the batch before the update.
 
     encoders: make features (B, D) of the batch's images and of its texts.
     chunk_size: images in memory at a time; 0 for the whole batch.
+    scaler: multiplies the loss before the backward pass, with --precision fp16.
     """
 
     def batch_loss(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         # (b, D) of this process become (B, D) of all, each image beside its text.
         images = processes.gather(image_features)
         texts = processes.gather(text_features.index_select(0, batch.text_of_image))
-        return info_nce(images, texts, model.logit_scale.exp(), batch.matches)
+        loss = info_nce(images, texts, model.logit_scale.exp(), batch.matches)
+        return scaler.scale(loss)
 
     encode_images, encode_texts = encoders
     if chunk_size:
@@ -207,13 +227,14 @@ def training_step(
     else:
         loss = batch_loss(encode_images(batch.images), encode_texts(batch.text_rows))
         loss.backward()
+    scale = scaler.get_scale()  # the update may change it
     trained = [p for p in model.parameters() if p.requires_grad]
     processes.average_gradients(trained)
-    update(optimizer, trained)  # with clipped gradients
+    update(optimizer, trained, scaler)  # with clipped gradients
     if model.logit_scale.requires_grad:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-    return loss.item()
+    return loss.item() / scale
 
 
 # -----------------------------------------------------------------------------
@@ -257,6 +278,9 @@ class Config:
     augment: str
     seed: int
     compile: bool
+    # machine
+    device: str  # of the main process
+    precision: str  # bf16, fp16 or fp32
     # run
     eval_every: int
     runs: str
@@ -305,14 +329,18 @@ def parse_arguments(processes: int) -> argparse.Namespace:
         )
     # What the file holds is checked as what a user types.
     known = {key: value for key, value in stored.items() if key in vars(args)}
-    return parser.parse_args([*runs.as_flags(known), f"--resume={folder}", f"--wandb={args.wandb}"])
+    # These belong to this command, not to the run.
+    own = [f"--resume={folder}", f"--wandb={args.wandb}", f"--device={args.device}"]
+    return parser.parse_args([*runs.as_flags(known), *own])
 
 
-def resolve(args: argparse.Namespace, processes: int) -> Config:
+def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
     """Fill in the defaults that depend on other flags, and check all values.
 
     Raises UserError for flags that contradict each other, and for values out of range.
     """
+    args.device = str(processes.device)
+    args.precision = devices.set_precision(args.precision, processes.device)
     from_random = args.architecture in RANDOM
     image_blocks, _ = strategies.cut_points(args.strategy, args.blocks)
 
@@ -352,7 +380,7 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
         )
     if args.strategy == "linear" and args.no_cache:
         raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
-    return Config(**vars(args), processes=processes)
+    return Config(**vars(args), processes=processes.world_size)
 
 
 # -----------------------------------------------------------------------------
@@ -605,14 +633,16 @@ def restore(
     start_digest: str,
     trained: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> tuple[int, float]:
-    """Give model and optimiser what a checkpoint holds; returns its epochs and seconds.
+    """Give model, optimiser and scaler what a checkpoint holds; returns its epochs and seconds.
 
     Raises UserError if it is damaged, or of another run; the program must not go on with the model.
     """
     progress = load_checkpoint(path, trained, optimizer)
     if progress.get("start") != start_digest:
         raise UserError(f"{path} is not of this run: it started from other weights")
+    restore_scaler(path, scaler, progress)
     try:
         return int(progress["epoch"]), float(progress["seconds"])
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -624,10 +654,9 @@ def start_tracker(
 ) -> Tracker:
     """The run in W&B, of the main process only."""
     mode = config.wandb if processes.is_main else "disabled"
-    tracker = start_wandb(mode, folder, config.record())
-    # A resumed run is a new one in W&B, and begins with the rows of its first part.
+    tracker = start_wandb(mode, folder, config.record(), resume=bool(config.resume))
     for row in rows:
-        tracker.log(row)
+        tracker.log_row(row)  # unless W&B has it
     return tracker
 
 
@@ -758,7 +787,7 @@ def save_outputs(
 
 
 def costs(
-    frozen_seconds: float, train_seconds: float, eval_seconds: float, n_images: int
+    frozen_seconds: float, train_seconds: float, eval_seconds: float, n_images: int, memory_mb: int
 ) -> dict[str, float]:
     """Time and memory of the run, as result.json keeps them.
 
@@ -769,7 +798,7 @@ def costs(
     if train_seconds:
         row["train_images_per_s"] = round(n_images / train_seconds, 1)
     row["eval_seconds"] = round(eval_seconds, 2)
-    row["peak_memory_mb"] = devices.peak_memory_mb()
+    row["peak_memory_mb"] = memory_mb
     return row
 
 
@@ -796,6 +825,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_strategy_arguments(parser.add_argument_group("what is trained"))
     add_loss_arguments(parser.add_argument_group("loss"))
     add_optimisation_arguments(parser.add_argument_group("optimisation"))
+    devices.add_device_arguments(parser.add_argument_group("machine"))
     add_run_arguments(parser.add_argument_group("run"))
     return parser
 
@@ -804,6 +834,7 @@ def add_model_arguments(group) -> None:
     # What the training starts from.
     group.add_argument(
         "--architecture",
+        type=files.user_path,
         default="ViT-B/32",
         help="where to start: a name of clip.available_models(), tiny, tiny-rn (a small ResNet), "
         "or the path of a state dict or run (default: %(default)s)",
@@ -817,6 +848,7 @@ def add_model_arguments(group) -> None:
     )
     group.add_argument(
         "--captions",
+        type=files.user_path,
         help="captions.jsonl[.gz]: train on a sentence of the image, drawn anew each epoch, "
         "instead of the prompt",
     )
@@ -866,9 +898,9 @@ def add_strategy_arguments(group) -> None:
         help="augmented views of each image that a frozen part of the image tower is computed "
         "for, if --augment is not none (default: %(default)s)",
     )
-    group.add_argument(
+    add_switch(
+        group,
         "--no_cache",
-        action="store_true",
         help="compute frozen parts again at every step, to see what keeping them gains",
     )
 
@@ -886,9 +918,7 @@ def add_loss_arguments(group) -> None:
         type=float,
         help="tau at the start (default: the model's own, 0.01 for the pretrained ones)",
     )
-    group.add_argument(
-        "--learn_temperature", action="store_true", help="train tau too (default: fixed)"
-    )
+    add_switch(group, "--learn_temperature", help="train tau too (default: fixed)")
     group.add_argument("--tau_lr", type=float, help="learning rate of log(1/tau) (default: --lr)")
 
 
@@ -937,9 +967,7 @@ def add_optimisation_arguments(group) -> None:
         "--seed", type=int, default=0, help="of weights, order, augmentation (default: %(default)s)"
     )
     # Speed.
-    group.add_argument(
-        "--compile", action="store_true", help="torch.compile of the image tower (CUDA)"
-    )
+    add_switch(group, "--compile", help="torch.compile of the image tower (CUDA)")
 
 
 def add_run_arguments(group) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowers import UserError, command
+from flowers import UserError, add_switch, command
 from flowers.download import DEFAULT_ROOT, download, is_complete
 from flowers.layouts import OPENAI_NAMES, read_layout
 
@@ -228,9 +228,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, splits: bool = True) -> 
         help="swapped: train on valid + tstid (7,169), test on trnid (1,020); "
         "official: train on trnid + valid, test on tstid (default: %(default)s)",
     )
-    group.add_argument(
+    add_switch(
+        group,
         "--holdout",
-        action="store_true",
         help="keep the official valid images out of training, "
         "as the val split that choices are made on",
     )

@@ -52,7 +52,7 @@ def image_activations(
     # Without augmentation, seed and view make no difference.
     random = None if augment == "none" else [seed, view]
     key = cache.key_of(
-        "images", weights, pixel_key, index.tolist(), blocks, augment, random, device.type
+        "images", weights, pixel_key, index.tolist(), blocks, augment, random, _arithmetic(device)
     )
 
     def activations() -> Iterator[torch.Tensor]:
@@ -82,7 +82,9 @@ def text_activations(
         if not name.startswith("visual.") and name != "logit_scale":
             tower[name] = tensor
     weights = fingerprint(_frozen_weights(tower, blocks))
-    key = cache.key_of("texts", weights, fingerprint({"tokens": tokens}), blocks, device.type)
+    key = cache.key_of(
+        "texts", weights, fingerprint({"tokens": tokens}), blocks, _arithmetic(device)
+    )
 
     def activations() -> Iterator[torch.Tensor]:
         for part in progress_chunks(tokens, "encoding texts"):
@@ -104,6 +106,16 @@ def fingerprint(state: dict[str, torch.Tensor]) -> bytes:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
     return digest.digest()
+
+
+def _arithmetic(device: torch.device) -> str:
+    """Device and precision as a part of a key: both change the last digits, or more."""
+    precision = devices.precision_of(device)
+    # Arrays that were made before there was a choice have the device alone in their keys.
+    only_choice = {"cpu": "fp32", "cuda": "bf16"}
+    if precision == only_choice.get(device.type):
+        return device.type
+    return f"{device.type} {precision}"
 
 
 def _frozen_weights(tower: dict[str, torch.Tensor], blocks: int) -> dict[str, torch.Tensor]:
