@@ -25,7 +25,7 @@ from scipy.spatial.distance import cdist
 from sklearn.manifold import Isomap, trustworthiness
 from sklearn.neighbors import kneighbors_graph
 
-from flowers import UserError, colour, command, figures
+from flowers import UserError, add_device_arguments, colour, command, figures
 from flowers.colour import load_colours
 from flowers.data import Flowers, add_data_arguments, find_class, open_flowers
 from flowers.files import user_file, user_path
@@ -337,6 +337,7 @@ def parse_arguments() -> argparse.Namespace:
         default="centre",
         help="pixels whose colours count (default: %(default)s)",
     )
+    add_device_arguments(parser)  # of that model
     # Isomap
     parser.add_argument(
         "--level",

@@ -4,11 +4,14 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from tqdm import tqdm
+
+PRECISIONS = ("bf16", "fp16", "fp32")
 
 
 class UserError(Exception):
@@ -54,6 +57,31 @@ def _truth(text: str) -> bool:
     if text.lower() not in value_of:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return value_of[text.lower()]
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --device and --precision, for devices.choose_device and set_precision."""
+    parser.add_argument(
+        "--device",
+        type=_device_name,
+        default="auto",
+        metavar="auto|cuda|cuda:N|mps|cpu",
+        help="where to compute; auto: an NVIDIA or AMD GPU if there is one, else Apple's, else "
+        "the CPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", *PRECISIONS],
+        default="auto",
+        help="of matrix products; weights stay fp32. auto: bf16 on GPUs of compute capability 8.0 "
+        "or higher (A100, RTX 30 and later), else fp32 (default: %(default)s)",
+    )
+
+
+def _device_name(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cuda, cuda:N, mps, cpu")
+    return text
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

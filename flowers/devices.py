@@ -1,11 +1,9 @@
 """Where the work is done: device, precision, processes, seeds, memory."""
 
-import argparse
 import contextlib
 import itertools
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,35 +13,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flowers import UserError
+from flowers import PRECISIONS, UserError
+from flowers import add_device_arguments as add_device_arguments  # it needs no torch
 
 # -----------------------------------------------------------------------------
 # device
-
-
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --device and --precision, for choose_device and set_precision."""
-    parser.add_argument(
-        "--device",
-        type=_device_name,
-        default="auto",
-        metavar="auto|cuda|cuda:N|mps|cpu",
-        help="where to compute; auto: an NVIDIA or AMD GPU if there is one, else Apple's, else "
-        "the CPU (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["auto", *DTYPES],
-        default="auto",
-        help="of matrix products; weights stay fp32. auto: bf16 on GPUs of compute capability 8.0 "
-        "or higher (A100, RTX 30 and later), else fp32 (default: %(default)s)",
-    )
-
-
-def _device_name(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cuda, cuda:N, mps, cpu")
-    return text
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -89,7 +63,7 @@ def describe(device: torch.device | str | None = None) -> str:
 # -----------------------------------------------------------------------------
 # precision
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = dict(zip(PRECISIONS, (torch.bfloat16, torch.float16, torch.float32)))
 # GPUs before this compute capability (T4, V100) have no bf16 units, and would emulate it slowly.
 BF16_CAPABILITY = (8, 0)
 # What set_precision chose, by type of device. A setting of the process and not an argument, since

@@ -10,8 +10,10 @@ import platform
 import socket
 import subprocess
 import sys
+import types
 import urllib.error
 
+import psutil  # before a test pretends to be on Windows
 import pytest
 import torch
 from conftest import ROOT, error_line
@@ -219,11 +221,12 @@ def test_kept_arrays_know_their_precision(monkeypatch):
     assert len(names) == 6
 
 
-def test_training_in_bf16_is_near_that_in_fp32(small, tmp_path):
+def test_training_in_bf16_is_near_that_in_fp32(small, tmp_path, cli):
     common = ("--data_root", small, *TINY, "--runs", tmp_path, *NO_WANDB, "--device", "cpu")
     for precision in ("fp32", "bf16", "fp16"):
-        done = child(ROOT / "train.py", *common, "--precision", precision, "--name", precision)
-        assert done.returncode == 0, done.stderr
+        name = ("--precision", precision, "--name", precision)
+        code, _, err = cli("train.py", *common, *name)
+        assert code == 0, err
         args = read(tmp_path / precision / "args.json")
         assert args["precision"] == precision
         assert args["device"].startswith("cpu, ")
@@ -237,13 +240,12 @@ def test_training_in_bf16_is_near_that_in_fp32(small, tmp_path):
     checkpoint = files.load_tensors(folder / "checkpoint.pt")
     assert checkpoint["scaler"]["scale"] == 65536
     (folder / "result.json").unlink()
-    assert child(ROOT / "train.py", "--resume", folder, *NO_WANDB).returncode == 0
+    assert cli("train.py", "--resume", folder, *NO_WANDB)[0] == 0
     assert read(folder / "result.json")["precision"] == "fp16"
 
     (folder / "result.json").unlink()
     files.save_tensors(folder / "checkpoint.pt", checkpoint | {"scaler": {"scale": 1.0}})
-    done = child(ROOT / "train.py", "--resume", folder, *NO_WANDB)
-    assert "is damaged" in ends_with_one_line(done)
+    assert "is damaged" in error_line(cli("train.py", "--resume", folder, *NO_WANDB))
 
 
 def test_a_step_of_fp16_without_finite_gradients_is_left_out():
@@ -285,18 +287,6 @@ import sys
 
 sys.modules["fcntl"] = sys.modules["resource"] = None
 """
-FAKE_MSVCRT = """
-import os
-
-LK_NBLCK = 2
-
-
-def locking(file, mode, n):
-    assert (mode, n) == (LK_NBLCK, 1)
-    assert os.lseek(file, 0, os.SEEK_CUR) > 1 << 20, "a byte that nobody writes"
-    name = os.readlink(f"/proc/self/fd/{file}") + ".locked"
-    os.close(os.open(name, os.O_CREAT | os.O_EXCL))
-"""
 
 
 @pytest.fixture
@@ -305,7 +295,6 @@ def not_unix(tmp_path):
     folder = tmp_path / "not_unix"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(BLOCK_UNIX)
-    (folder / "msvcrt.py").write_text(FAKE_MSVCRT)
     return f"{folder}{os.pathsep}{ROOT}"
 
 
@@ -324,7 +313,6 @@ def test_training_without_fcntl_and_resource(not_unix, small, tmp_path):
     done = child(ROOT / "ablate.py", *grid, "--only", name, PYTHONPATH=not_unix)
     assert done.returncode == 0, done.stderr
     assert "1 points finished" in done.stdout
-    assert (tmp_path / name / "log.txt.locked").exists()
 
 
 @pytest.mark.parametrize(
@@ -346,6 +334,28 @@ def test_a_locked_file_is_not_locked_twice(tmp_path):
         assert not files.try_lock(second)
         first.close()
         assert files.try_lock(second)
+
+
+def test_a_file_is_locked_on_windows(tmp_path, monkeypatch):
+    """With its `msvcrt`, whose locks are of bytes that nobody else may then read or write."""
+    locked = set()
+
+    def locking(descriptor, mode, n):
+        assert (mode, n) == (2, 1)
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) > 1 << 20, "a byte that nobody writes"
+        inode = os.fstat(descriptor).st_ino
+        if inode in locked:
+            raise PermissionError
+        locked.add(inode)
+
+    msvcrt = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
+    with (tmp_path / "log.txt").open("ab") as first, (tmp_path / "log.txt").open("ab") as second:
+        assert files.try_lock(first)
+        assert not files.try_lock(second)
+        first.write(b"a line")
+    assert (tmp_path / "log.txt").read_bytes() == b"a line", "the place in the file is as it was"
 
 
 def test_on_windows_no_process_is_asked_by_a_signal(tmp_path, monkeypatch):
