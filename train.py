@@ -136,9 +136,7 @@ def main():
             factor = learning_rate_factor(step, total_steps)
             set_learning_rate(optimizer, factor)
             batch = data.batch(positions, epoch, text_rows, generator, processes)
-            loss = training_step(
-                model, encoders, batch, optimizer, processes, config.chunk_size, scaler
-            )
+            loss = training_step(model, encoders, batch, optimizer, scaler, processes, config)
 
             # The weights are checked once an epoch, before they are saved.
             weights = list(trained.values()) if i == steps_per_epoch - 1 else []
@@ -170,8 +168,7 @@ def main():
             bar.write(f"epoch {epoch + 1}: val top-1 {metrics['top1']:.2f}%")
         files.write_lines(metrics_file, rows)
         progress = {"start": start_digest, "epoch": epoch + 1, "seconds": seconds}
-        progress["scaler"] = scaler.state_dict()  # empty but for fp16
-        save_checkpoint(checkpoint_file, trained, optimizer, **progress)
+        save_checkpoint(checkpoint_file, trained, optimizer, scaler=scaler.state_dict(), **progress)
     bar.close()
     if not processes.is_main:
         return
@@ -188,8 +185,7 @@ def main():
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
-    memory = devices.peak_memory_mb(processes.device)
-    result |= costs(frozen_seconds, seconds, eval_seconds, n_images, memory) | sizes
+    result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device) | sizes
     runs.finish(folder, {"name": folder.name} | result | config.record())
     tracker.log(result)
     log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, eval_index))
@@ -202,14 +198,13 @@ def training_step(
     encoders: Sequence[Callable],
     batch: "Batch",
     optimizer: torch.optim.Optimizer,
-    processes: devices.Processes,
-    chunk_size: int,
     scaler: torch.amp.GradScaler,
+    processes: devices.Processes,
+    config: "Config",
 ) -> float:
     """Update the model with one batch; returns the loss of the batch before the update.
 
     encoders: make features (B, D) of the batch's images and of its texts.
-    chunk_size: images in memory at a time; 0 for the whole batch.
     scaler: multiplies the loss before the backward pass, with --precision fp16.
     """
 
@@ -221,9 +216,9 @@ def training_step(
         return scaler.scale(loss)
 
     encode_images, encode_texts = encoders
-    if chunk_size:
+    if config.chunk_size:
         inputs = [batch.images, batch.text_rows]
-        loss = backward_in_chunks(encoders, inputs, batch_loss, chunk_size)
+        loss = backward_in_chunks(encoders, inputs, batch_loss, config.chunk_size)
     else:
         loss = batch_loss(encode_images(batch.images), encode_texts(batch.text_rows))
         loss.backward()
@@ -787,7 +782,11 @@ def save_outputs(
 
 
 def costs(
-    frozen_seconds: float, train_seconds: float, eval_seconds: float, n_images: int, memory_mb: int
+    frozen_seconds: float,
+    train_seconds: float,
+    eval_seconds: float,
+    n_images: int,
+    device: torch.device,
 ) -> dict[str, float]:
     """Time and memory of the run, as result.json keeps them.
 
@@ -798,7 +797,7 @@ def costs(
     if train_seconds:
         row["train_images_per_s"] = round(n_images / train_seconds, 1)
     row["eval_seconds"] = round(eval_seconds, 2)
-    row["peak_memory_mb"] = memory_mb
+    row["peak_memory_mb"] = devices.peak_memory_mb(device)
     return row
 
 

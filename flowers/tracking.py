@@ -69,8 +69,7 @@ def start_wandb(mode: str, folder: Path, config: dict, resume: bool = False) -> 
     WANDB_ENTITY and WANDB_RUN_GROUP.
     resume: go on with the W&B run that the folder had before, if it had one.
     """
-    if mode == "auto" and os.environ.get("WANDB_MODE") in MODES:
-        mode = os.environ["WANDB_MODE"]
+    mode = _choose_mode(mode)
     if mode == "disabled":
         return Tracker()
     try:
@@ -78,10 +77,6 @@ def start_wandb(mode: str, folder: Path, config: dict, resume: bool = False) -> 
     except Exception as error:  # not installed, or at odds with another package
         _warn(f"wandb can't be imported ({reason(error)}); results are in the run folder only")
         return Tracker()
-    if mode == "auto":
-        # Without a key and a terminal, wandb's own default raises.
-        mode = "online" if _is_logged_in() else "offline"
-
     # An agent of a sweep says which run it wants the results in.
     run_id = os.environ.get("WANDB_RUN_ID") or None
     if run_id is None and resume:
@@ -116,6 +111,17 @@ def start_wandb(mode: str, folder: Path, config: dict, resume: bool = False) -> 
             _keep_id(folder, run)
             return Tracker(run)
     return Tracker()
+
+
+def _choose_mode(mode: str) -> str:
+    """What `auto` stands for here: WANDB_MODE, else whether there is a key."""
+    if mode != "auto":
+        return mode
+    variable = os.environ.get("WANDB_MODE")
+    if variable in MODES:
+        return variable
+    # Without a key and a terminal, wandb's own default raises.
+    return "online" if _is_logged_in() else "offline"
 
 
 def _read_id(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ import sys
 import types
 import urllib.error
 
-import psutil  # before a test pretends to be on Windows
+import psutil  # noqa: F401  before a test pretends to be on Windows
 import pytest
 import torch
 from conftest import ROOT, error_line
