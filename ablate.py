@@ -15,7 +15,7 @@ for pretraining. python report.py --runs RUNS makes the report.
 """
 
 import argparse
-import fcntl
+import contextlib
 import hashlib
 import itertools
 import json
@@ -31,6 +31,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from flowers import UserError, command, evaluate, files, runs
 from flowers.models import RANDOM, SHAPES
@@ -123,6 +124,7 @@ def main():
     parser.add_argument("grid", choices=[*GRIDS, *CHOOSING])
     parser.add_argument(
         "--architecture",
+        type=files.user_path,
         nargs="+",
         help="levels of this axis (default: the grid's own, else ViT-B/32)",
     )
@@ -147,14 +149,19 @@ def main():
     )
     # Data
     group = parser.add_argument_group("data")
-    group.add_argument("--data_root", help="as in train.py")
-    group.add_argument("--splits_path", help="as in train.py")
+    group.add_argument("--data_root", type=files.user_path, help="as in train.py")
+    group.add_argument("--splits_path", type=files.user_path, help="as in train.py")
     group.add_argument("--splits_base", help="as in train.py")
     group.add_argument("--splits", help="as in train.py")
     group.add_argument("--class_names", help="as in train.py")
     # Running
     group = parser.add_argument_group("running")
-    group.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
+    group.add_argument(
+        "--runs",
+        type=files.user_path,
+        default="runs",
+        help="folder of the runs (default: %(default)s)",
+    )
     group.add_argument("--jobs", type=int, help="points to run at a time (default: one a GPU)")
     group.add_argument(
         "--gpus", nargs="+", help="numbers of the GPUs to use (default: those that train.py sees)"
@@ -475,9 +482,10 @@ def run(
     A point that another process is working on is waited for.
     """
     queue = deque(points)
-    running = {}  # slot: (point, process)
+    running = {}  # slot: (point, process, log)
     outcomes = []
-    signal.signal(signal.SIGTERM, interrupt)
+    with contextlib.suppress(ValueError):  # in a thread, such as a notebook's
+        signal.signal(signal.SIGTERM, interrupt)
     try:
         while queue or running:
             # Fill the free slots.
@@ -490,9 +498,10 @@ def run(
             time.sleep(0.1)
 
             # A process that has ended frees its slot.
-            ended = [slot for slot, (_, process) in running.items() if process.poll() is not None]
+            ended = [slot for slot, started in running.items() if started[1].poll() is not None]
             for slot in ended:
-                point, process = running.pop(slot)
+                point, process, log = running.pop(slot)
+                log.close()  # and with it the lock
                 # None if the point finished
                 error = failure(folder / point.name, process.returncode)
                 outcomes.append(error is None)
@@ -510,7 +519,7 @@ def run(
                 print(f"FAILED {progress}: {error}", flush=True)
     finally:
         # Ctrl-C and SIGTERM come here too: unless ablate.py is killed, its processes end with it.
-        for _, process in running.values():
+        for _, process, _ in running.values():
             process.terminate()
     return outcomes
 
@@ -522,36 +531,38 @@ def interrupt(*_) -> None:
 
 def start_next(
     queue: deque, outcomes: list[bool], folder: Path, environment: dict, wandb: str
-) -> tuple[Point, subprocess.Popen] | None:
+) -> tuple[Point, subprocess.Popen, IO] | None:
     """Start the first point of the queue that needs a process; None if none does.
 
-    Finished points leave the queue for `outcomes`; those held by another process go to its end.
+    Returns the point, its process, and its log, whose lock ends when it is closed. Finished points
+    leave the queue for `outcomes`; those held by another process go to its end.
     """
     for _ in range(len(queue)):
         point = queue.popleft()
-        process = launch(point, folder, environment, wandb)
-        if process == "finished":
+        started = launch(point, folder, environment, wandb)
+        if started == "finished":
             outcomes.append(True)
-        elif process == "held":
+        elif started == "held":
             queue.append(point)
         else:
-            return point, process
+            return point, *started
     return None
 
 
-def launch(point: Point, folder: Path, environment: dict, wandb: str) -> subprocess.Popen | str:
-    """Start or resume a point and return its process, 'finished', or 'held'.
+def launch(
+    point: Point, folder: Path, environment: dict, wandb: str
+) -> tuple[subprocess.Popen, IO] | str:
+    """Start or resume a point and return its process and log, 'finished', or 'held'.
 
     A point is held while a process of this or of another ablate.py works on it. The lock is on the
     log: train.py inherits the open file, and with it the lock, and so holds it until its own end,
-    even if the ablate.py that started it is killed.
+    even if the ablate.py that started it is killed. (On Windows the lock is ablate.py's alone.)
     """
     run_folder = folder / point.name
     run_folder.mkdir(parents=True, exist_ok=True)
-    with (run_folder / "log.txt").open("ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context((run_folder / "log.txt").open("ab"))
+        if not files.try_lock(log):
             return "held"
         if (run_folder / "result.json").exists():
             # it may have been killed between result.json and its line in results.jsonl
@@ -562,13 +573,15 @@ def launch(point: Point, folder: Path, environment: dict, wandb: str) -> subproc
         else:
             arguments = train_arguments(point, folder)
         script = Path(__file__).resolve().parent / "train.py"
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(script), *arguments, "--wandb", wandb],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
         )
+        stack.pop_all()  # the log stays open
+        return process, log
 
 
 def failure(run_folder: Path, code: int) -> str | None:
@@ -576,7 +589,7 @@ def failure(run_folder: Path, code: int) -> str | None:
     if code == 0 and (run_folder / "result.json").exists():
         return None
     # the last line that names an error; a killed process has none, so the last line of all
-    lines = (run_folder / "log.txt").read_text(errors="replace").splitlines()
+    lines = (run_folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     for line in reversed(lines):
         if re.match(r"error: |\w+(Error|Exception)\b", line):
             return line

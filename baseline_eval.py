@@ -45,11 +45,14 @@ def parse_arguments() -> argparse.Namespace:
         help="images to evaluate; val needs --holdout (default: %(default)s)",
     )
     parser.add_argument(
-        "--captions", help="captions.jsonl[.gz]: also retrieval with one sentence an image"
+        "--captions",
+        type=files.user_path,
+        help="captions.jsonl[.gz]: also retrieval with one sentence an image",
     )
     # model
     parser.add_argument(
         "--architecture",
+        type=files.user_path,
         default="ViT-B/32",
         help="a name of clip.available_models(), tiny, tiny-rn, the path of a state dict or run, "
         "open_clip:NAME/PRETRAINED, or hf:NAME; docs/models.md lists all (default: %(default)s)",
@@ -80,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
         "--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)"
     )
     runs.add_overlap_argument(parser)
+    devices.add_device_arguments(parser)
     # run folder
     runs.add_run_arguments(parser, compare=True)
     return runs.parse_inheriting(parser, "architecture")
@@ -120,8 +124,9 @@ def main():
     args = parse_arguments()
     if args.prompts and args.prompt_template:
         raise UserError("--prompts and --prompt_template: give one of them")
-    devices.seed_everything(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.choose_device(args.device)
+    devices.seed_everything(args.seed, device)
+    precision = devices.set_precision(args.precision, device)
     # Read first: a mistake in --compare should not be found after the work is done.
     shown = {Path(run).name: runs.read_metrics(run, args.split) for run in args.compare}
     protocols = {
@@ -181,6 +186,7 @@ def main():
         flowers, args.split, len(index), args.class_names, prompts, weights
     )
     config = {"job": "eval", **vars(args), "prompts_digest": prompts_digest}
+    config |= {"device": str(device), "precision": precision}
     del config["name"], config["compare"]
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
     tracker = start_wandb(args.wandb, folder, config)

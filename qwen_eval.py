@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from flowers import UserError, command, devices, evaluate, figures, files, runs
+from flowers import UserError, add_switch, command, devices, evaluate, figures, files, runs
 from flowers.data import Flowers, add_data_arguments, open_flowers, subset
 from flowers.devices import autocast
 from flowers.qwen import models
@@ -61,11 +61,15 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and question")
     group.add_argument(
         "--model",
+        type=files.user_path,
         help="a name on the hub, a folder, tiny or random-2b (random weights) "
         f"(default: the adapter's, else {models.DEFAULT})",
     )
     group.add_argument(
-        "--adapter", metavar="RUN", help="a run of qwen_train.py, or the folder of an adapter"
+        "--adapter",
+        type=files.user_path,
+        metavar="RUN",
+        help="a run of qwen_train.py, or the folder of an adapter",
     )
     group.add_argument(
         "--max_pixels",
@@ -92,16 +96,16 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
         help="described: a line about the flower comes before the name "
         "(default: the adapter's, else brief)",
     )
-    group.add_argument("--list_names", action="store_true", help="name all classes in the question")
+    add_switch(group, "--list_names", help="name all classes in the question")
     group.add_argument(
         "--most_tokens",
         type=int,
         default=80,
         help="the longest answer or description, in tokens (default: %(default)s)",
     )
-    group.add_argument(
+    add_switch(
+        group,
         "--describe",
-        action="store_true",
         help="write descriptions.jsonl, one generated sentence an image, and evaluate nothing",
     )
 
@@ -122,6 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--images", type=int, default=0, help="so many of them, drawn with seed 0 (default: 0, all)"
     )
     add_question_arguments(parser)
+    devices.add_device_arguments(parser.add_argument_group("machine"))
     # run
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -163,6 +168,9 @@ class Config:
     list_names: bool
     most_tokens: int
     describe: bool
+    # machine
+    device: str
+    precision: str
     # run
     batch_size: int
     allow_overlap: bool
@@ -208,6 +216,10 @@ def resolve(args: argparse.Namespace) -> Config:
         )
     if min(args.batch_size, args.most_tokens) < 1 or args.images < 0:
         raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
+    # After all checks: the device becomes torch's own.
+    device = devices.choose_device(args.device)
+    args.device = str(device)
+    args.precision = devices.set_precision(args.precision, device)
     return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
 
 
@@ -485,7 +497,11 @@ def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task
     text_tokens = 50 + (name_tokens if config.protocol == "rank" else config.most_tokens)
     if config.list_names:
         text_tokens += name_tokens
-    print(memory_line(config.model, config.batch_size, config.max_pixels, text_tokens))
+    print(
+        memory_line(
+            config.model, config.batch_size, config.max_pixels, text_tokens, 0, config.precision
+        )
+    )
     model, processor = models.load_model(config.model, device, config.adapter, config.max_pixels)
 
     question = question_of(config.answer, class_names if config.list_names else None)
@@ -507,11 +523,11 @@ def main():
         vars(args).update({key: value for key, value in stored.items() if key in vars(args)})
     config = resolve(args)
     metrics_of_run = {Path(run).name: runs.read_metrics(run, config.split) for run in args.compare}
+    device = torch.device(config.device)
+    devices.seed_everything(0, device)
     protocols = {
         Path(run).name: evaluate.recorded_protocol(run, config.split) for run in args.compare
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    devices.seed_everything(0)
 
     # -----------------------------------------------------------------------------
     # data and model
@@ -551,7 +567,7 @@ def main():
     else:
         protocol, records_file = rank_names, folder / "answers.jsonl"
     record_of, result = record_images(task, protocol, flowers, [*index, *val], records_file)
-    result["peak_memory_mb"] = devices.peak_memory_mb()
+    result["peak_memory_mb"] = devices.peak_memory_mb(device)
     if config.describe:
         runs.finish(folder, {"name": folder.name} | result | settings)
         print(f"{records_file}: a sentence for each of {len(index):,} {config.split} images")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flowers import UserError, command, devices, figures, files, runs, training
+from flowers import UserError, add_switch, command, devices, figures, files, runs, training
 from flowers.data import Flowers, add_data_arguments, image_ids, open_flowers, subset
 from flowers.devices import autocast
 from flowers.layouts import read_captions
@@ -61,6 +61,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and answer")
     group.add_argument(
         "--model",
+        type=files.user_path,
         default=models.DEFAULT,
         help="a name on the hub, a folder, tiny or random-2b (random weights) "
         "(default: %(default)s)",
@@ -80,6 +81,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--captions",
+        type=files.user_path,
         help="captions.jsonl[.gz] with sentences about the training images; each epoch takes one "
         "of an image's, at random",
     )
@@ -108,9 +110,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="images in memory at a time, same gradient (default: 0, the whole batch)",
     )
-    group.add_argument(
+    add_switch(
+        group,
         "--keep_activations",
-        action="store_true",
         help="faster, but more memory (default on a GPU: blocks are computed again in the "
         "backward pass)",
     )
@@ -128,6 +130,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of adapter, order and augmentation (default: %(default)s)",
     )
+
+    devices.add_device_arguments(parser.add_argument_group("machine"))
 
     # run
     group = parser.add_argument_group("run")
@@ -187,6 +191,9 @@ class Config:
     wd: float
     augment: str
     seed: int
+    # machine
+    device: str
+    precision: str
     # run
     save_every: int
     runs: str
@@ -226,6 +233,10 @@ def resolve(args: argparse.Namespace) -> Config:
             "--answer described and --captions go together: descriptions are written by "
             "python qwen_eval.py --describe, or by people"
         )
+    # After all checks: the device becomes torch's own.
+    device = devices.choose_device(args.device)
+    args.device = str(device)
+    args.precision = devices.set_precision(args.precision, device)
     return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
 
 
@@ -336,7 +347,7 @@ def prepare_model(config: Config, training_set: TrainingSet, device: torch.devic
 
 
 def train_step(
-    model, processor, question: str, batch: list, optimizer, parameters: list, device
+    model, processor, question: str, batch: list, optimizer, scaler, parameters: list, device
 ) -> float:
     """Update the adapter once. Returns the loss: the mean over all answer tokens, in nats."""
     # Counted before the first chunk, so that the gradient is the same however the batch is cut.
@@ -350,9 +361,9 @@ def train_step(
         image = move(image, device)
         with autocast(device):
             loss_sum, _ = answer_loss(model, processor, inputs, image, answers)
-        (loss_sum / n_tokens).backward()
+        scaler.scale(loss_sum / n_tokens).backward()
         batch_loss += loss_sum.item() / n_tokens
-    training.update(optimizer, parameters)
+    training.update(optimizer, parameters, scaler)
     return batch_loss
 
 
@@ -391,7 +402,7 @@ def save_results(
         "train/loss": round(last_loss, 5),
         "train_seconds": round(seconds, 2),
         "train_images_per_s": round(images_per_s, 1),
-        "peak_memory_mb": devices.peak_memory_mb(),
+        "peak_memory_mb": devices.peak_memory_mb(settings["device"]),
         "trainable": n_trained,
         "parameters": n_frozen,
     }
@@ -422,8 +433,8 @@ def main():
             return
         vars(args).update({key: value for key, value in stored.items() if key in vars(args)})
     config = resolve(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    devices.seed_everything(config.seed)
+    device = torch.device(config.device)
+    devices.seed_everything(config.seed, device)
 
     # -----------------------------------------------------------------------------
     # data and model
@@ -433,7 +444,8 @@ def main():
     batch_size = training_set.batch_size
     chunk_size = training_set.chunk_size
     text_tokens = 100 if config.captions else 50  # about, of question and answer
-    print(memory_line(config.model, chunk_size, config.max_pixels, text_tokens, config.rank))
+    sizes = (chunk_size, config.max_pixels, text_tokens, config.rank)
+    print(memory_line(config.model, *sizes, config.precision))
     model, processor, features = prepare_model(config, training_set, device)
     question = question_of(config.answer)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -455,6 +467,7 @@ def main():
     # this layout.
     group = {"params": parameters, "weight_decay": config.wd, "peak": config.lr}
     optimizer = torch.optim.AdamW([group], lr=config.lr, betas=(0.9, 0.98))
+    scaler = devices.gradient_scaler(device)
     total_steps = config.epochs * training_set.steps_per_epoch
 
     # -----------------------------------------------------------------------------
@@ -462,14 +475,15 @@ def main():
     first_step, seconds = 0, 0.0
     if args.resume and checkpoint_file.exists():
         progress = training.load_checkpoint(checkpoint_file, trained, optimizer)
+        training.restore_scaler(checkpoint_file, scaler, progress)
         first_step, seconds = int(progress["step"]), float(progress["seconds"])
         print(f"resuming {folder} after step {first_step} of {total_steps}")
     # Steps after the checkpoint are done again.
     rows = [row for row in files.read_lines(metrics_file, "step") if row["step"] <= first_step]
     files.write_lines(metrics_file, rows)
-    tracker = start_wandb(config.wandb, folder, settings)
+    tracker = start_wandb(config.wandb, folder, settings, resume=bool(args.resume))
     for row in rows:
-        tracker.log(row)  # a resumed run is a run of its own in W&B
+        tracker.log_row(row)  # unless W&B has it
     print(
         f"{folder}: {config.model}, {len(index):,} images, {total_steps:,} steps of {batch_size} "
         f"on {device}; trainable {n_trained:,} beside {n_frozen:,}; "
@@ -487,7 +501,7 @@ def main():
     for batch, step in zip(batches, steps):
         factor = training.learning_rate_factor(step, total_steps, WARMUP)
         training.set_learning_rate(optimizer, factor)
-        loss = train_step(model, processor, question, batch, optimizer, parameters, device)
+        loss = train_step(model, processor, question, batch, optimizer, scaler, parameters, device)
 
         # No checkpoint may hold weights that are not finite. Looking at all of them takes time, so
         # it is done only where one is saved.
@@ -503,7 +517,7 @@ def main():
         learning_rate = config.lr * factor
         row = {"epoch": epoch, "step": step + 1, "train/loss": loss, "train/lr": learning_rate}
         rows.append(row)
-        tracker.log(row)
+        tracker.log_row(row)
         bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", refresh=False)
         bar.update()
 
@@ -513,9 +527,8 @@ def main():
             seconds += now - start
             start = now
             files.write_lines(metrics_file, rows)
-            training.save_checkpoint(
-                checkpoint_file, trained, optimizer, step=step + 1, seconds=seconds
-            )
+            progress = {"step": step + 1, "seconds": seconds, "scaler": scaler.state_dict()}
+            training.save_checkpoint(checkpoint_file, trained, optimizer, **progress)
     bar.close()
 
     save_results(folder, model, rows, training_set, seconds, settings, tracker)

@@ -27,7 +27,7 @@ import torch
 
 from flowers import UserError, command
 from flowers.evaluate import templates_in_words, wilson
-from flowers.files import atomic, read_lines, write_csv
+from flowers.files import atomic, read_lines, user_path, write_csv
 from flowers.models import SHAPES, build, count_flops
 from flowers.study import figures, statistics
 from flowers.study.comparable import (
@@ -106,12 +106,14 @@ def main():
     )
     parser.add_argument(
         "--runs",
+        type=user_path,
         nargs="+",
         default=["runs"],
         help="folders that hold run folders (default: runs)",
     )
     parser.add_argument(
         "--output",
+        type=user_path,
         default="report",
         help="folder of the report; figures and tables of an earlier report there are removed "
         "(default: %(default)s)",

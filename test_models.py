@@ -11,8 +11,8 @@ not a test: the tests are in tests/.
 """
 
 import argparse
+import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -132,17 +132,14 @@ def _image_tower_shape(model: CLIP) -> dict:
 # speed
 
 
-def measure(architecture: str, batch_size: int) -> dict:
+def measure(architecture: str, batch_size: int, device: torch.device) -> dict:
     """Images a second through the image tower, and the most memory held (MB), in this process.
 
     On a CPU, memory is limited to what is free now: a model that does not fit raises an error
     instead of ending other programs.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and sys.platform == "linux":
-        meminfo = Path("/proc/meminfo").read_text()
-        free_kib = int(meminfo.split("MemAvailable:")[1].split()[0])
-        resource.setrlimit(resource.RLIMIT_DATA, (free_kib * 1024, free_kib * 1024))
+        limit_memory()
     # Random weights are as fast as trained ones, and need no download.
     with device:
         model = build(architecture) if architecture in SHAPES else load_model(architecture, device)
@@ -158,16 +155,27 @@ def measure(architecture: str, batch_size: int) -> dict:
         seconds.append(time.perf_counter() - start)
     return {
         "images_per_s": batch_size / statistics.median(seconds),
-        "memory_mb": devices.peak_memory_mb(),
+        "memory_mb": devices.peak_memory_mb(device),
     }
 
 
-def measure_apart(architecture: str, batch_size: int) -> dict:
+def limit_memory() -> None:
+    """Have Linux refuse this process more memory than is free now."""
+    with contextlib.suppress(ImportError):
+        import resource  # here, as Windows has none
+
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+        free_kib = int(meminfo.split("MemAvailable:")[1].split()[0])
+        resource.setrlimit(resource.RLIMIT_DATA, (free_kib * 1024, free_kib * 1024))
+
+
+def measure_apart(architecture: str, args: argparse.Namespace) -> dict:
     """`measure` in a process of its own, whose peak memory is that of this model alone.
 
     Empty, with a line on stderr, where the model does not fit.
     """
-    flags = ["--measure_one", architecture, "--batch_size", str(batch_size)]
+    flags = ["--measure_one", architecture, "--batch_size", str(args.batch_size)]
+    flags += ["--device", args.device, "--precision", args.precision]
     outcome = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
     if outcome.returncode:
         lines = outcome.stderr.strip().splitlines() or [f"ended with {outcome.returncode}"]
@@ -366,6 +374,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--architecture",
+        type=files.user_path,
         action="append",
         help=f"one of {', '.join(SHAPES)}, 'all' of them, or the path of a state dict or run; "
         "repeatable (default: all)",
@@ -377,7 +386,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="order of the rows (default: %(default)s)",
     )
     parser.add_argument(
-        "--csv", type=Path, help="also write every column to this file, one row an architecture"
+        "--csv",
+        type=files.user_file,
+        help="also write every column to this file, one row an architecture",
     )
     # --output, --pdf, --show
     figures.add_figure_arguments(parser)
@@ -396,9 +407,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--results",
-        type=Path,
+        type=files.user_file,
         help="results.jsonl of finished runs: draw their test accuracy against size and cost",
     )
+    devices.add_device_arguments(group)
     # what `measure_apart` starts
     group.add_argument("--measure_one", help=argparse.SUPPRESS)
     return parser
@@ -426,7 +438,9 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line. Raises UserError for flags that do not go together."""
     args = build_parser().parse_args()
     # 0 stands for the default, as no flag does.
-    args.batch_size = args.batch_size or (64 if torch.cuda.is_available() else 4)
+    if args.batch_size is None or args.batch_size == 0:
+        on_cpu = args.measure and devices.choose_device(args.device).type == "cpu"
+        args.batch_size = 4 if on_cpu else 64
     if args.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
     if args.results and not args.results.is_file():
@@ -451,7 +465,9 @@ def resolve_architectures(names: list[str] | None) -> list[str]:
 def main():
     args = parse_arguments()
     if args.measure_one:
-        print(json.dumps(measure(args.measure_one, args.batch_size)))
+        device = devices.choose_device(args.device)
+        devices.set_precision(args.precision, device)
+        print(json.dumps(measure(args.measure_one, args.batch_size, device)))
         return
 
     # -----------------------------------------------------------------------------
@@ -462,7 +478,7 @@ def main():
     rows = [describe(architecture, args.strategy, **options) for architecture in architectures]
     if args.measure:
         for row in tqdm(rows, desc="measuring", leave=False):
-            row |= measure_apart(row["architecture"], args.batch_size)
+            row |= measure_apart(row["architecture"], args)
     rows.sort(key=lambda row: row.get(args.sort, 0))
 
     # -----------------------------------------------------------------------------

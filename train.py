@@ -23,7 +23,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flowers import UserError, command, devices, evaluate, figures, files, frozen, runs, strategies
+from flowers import (
+    UserError,
+    add_switch,
+    command,
+    devices,
+    evaluate,
+    figures,
+    files,
+    frozen,
+    runs,
+    strategies,
+)
 from flowers.data import Flowers, add_data_arguments, image_ids, open_flowers, select
 from flowers.layouts import read_captions
 from flowers.losses import backward_in_chunks, info_nce, same_class
@@ -45,6 +56,7 @@ from flowers.training import (
     learning_rate_factor,
     load_checkpoint,
     parameter_groups,
+    restore_scaler,
     save_checkpoint,
     set_learning_rate,
     update,
@@ -63,11 +75,11 @@ DEFAULT_EPOCHS = 5
 def main():
     # -----------------------------------------------------------------------------
     # settings
-    processes = devices.start_processes()  # one, unless torchrun started more
-    args = parse_arguments(processes.world_size)
-    config = resolve(args, processes.world_size)
+    args = parse_arguments(devices.world_size())
+    processes = devices.start_processes(args.device)  # one, unless torchrun started more
+    config = resolve(args, processes)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    devices.seed_everything(config.seed)
+    devices.seed_everything(config.seed, processes.device)
 
     # -----------------------------------------------------------------------------
     # data and model
@@ -97,6 +109,7 @@ def main():
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sizes = count_parameters(model, flowers, config)
     optimizer = make_optimizer(model, trained, config)
+    scaler = devices.gradient_scaler(processes.device)
     batch_size = config.processes * min(config.batch_size, len(train_index) // config.processes)
     steps_per_epoch = len(train_index) // batch_size
     total_steps = config.epochs * steps_per_epoch
@@ -104,7 +117,7 @@ def main():
     checkpoint_file, metrics_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
     first_epoch, seconds = 0, 0.0
     if config.resume and checkpoint_file.exists():
-        first_epoch, seconds = restore(checkpoint_file, start_digest, trained, optimizer)
+        first_epoch, seconds = restore(checkpoint_file, start_digest, trained, optimizer, scaler)
     # Steps after the checkpoint are done again.
     rows = [row for row in files.read_lines(metrics_file, "epoch") if row["epoch"] <= first_epoch]
     tracker = start_tracker(folder, rows, config, processes)
@@ -128,7 +141,7 @@ def main():
             factor = learning_rate_factor(step, total_steps)
             set_learning_rate(optimizer, factor)
             batch = data.batch(positions, epoch, text_rows, generator, processes)
-            loss = training_step(model, encoders, batch, optimizer, processes, config.chunk_size)
+            loss = training_step(model, encoders, batch, optimizer, scaler, processes, config)
 
             # The weights are checked once an epoch, before they are saved.
             weights = list(trained.values()) if i == steps_per_epoch - 1 else []
@@ -143,7 +156,7 @@ def main():
                 "train/images_per_s": batch_size / (time.perf_counter() - step_start),
             }
             rows.append(row)
-            tracker.log(row)
+            tracker.log_row(row)
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
             bar.update()
         seconds += time.perf_counter() - epoch_start
@@ -158,11 +171,11 @@ def main():
             row = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch}
             row |= {f"val/{key}": value for key, value in metrics.items()}
             rows.append(row)
-            tracker.log(row)
+            tracker.log_row(row)
             bar.write(f"epoch {epoch + 1}: val top-1 {metrics['top1']:.2f}%")
         files.write_lines(metrics_file, rows)
         progress = {"start": start_digest, "epoch": epoch + 1, "seconds": seconds}
-        save_checkpoint(checkpoint_file, trained, optimizer, **progress)
+        save_checkpoint(checkpoint_file, trained, optimizer, scaler=scaler.state_dict(), **progress)
     bar.close()
     if not processes.is_main:
         return
@@ -179,7 +192,7 @@ def main():
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
-    result |= costs(frozen_seconds, seconds, eval_seconds, n_images) | sizes
+    result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device) | sizes
     protocol = describe(folder, flowers, eval_index, head, model, config) | {"overlap": overlap}
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
     finish_tracker(tracker, result, protocol, probabilities, flowers, eval_index)
@@ -191,35 +204,38 @@ def training_step(
     encoders: Sequence[Callable],
     batch: "Batch",
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     processes: devices.Processes,
-    chunk_size: int,
+    config: "Config",
 ) -> float:
     """Update the model with one batch; returns the loss of the batch before the update.
 
     encoders: make features (B, D) of the batch's images and of its texts.
-    chunk_size: images in memory at a time; 0 for the whole batch.
+    scaler: multiplies the loss before the backward pass, with --precision fp16.
     """
 
     def batch_loss(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         # (b, D) of this process become (B, D) of all, each image beside its text.
         images = processes.gather(image_features)
         texts = processes.gather(text_features.index_select(0, batch.text_of_image))
-        return info_nce(images, texts, model.logit_scale.exp(), batch.matches)
+        loss = info_nce(images, texts, model.logit_scale.exp(), batch.matches)
+        return scaler.scale(loss)
 
     encode_images, encode_texts = encoders
-    if chunk_size:
+    if config.chunk_size:
         inputs = [batch.images, batch.text_rows]
-        loss = backward_in_chunks(encoders, inputs, batch_loss, chunk_size)
+        loss = backward_in_chunks(encoders, inputs, batch_loss, config.chunk_size)
     else:
         loss = batch_loss(encode_images(batch.images), encode_texts(batch.text_rows))
         loss.backward()
+    scale = scaler.get_scale()  # the update may change it
     trained = [p for p in model.parameters() if p.requires_grad]
     processes.average_gradients(trained)
-    update(optimizer, trained)  # with clipped gradients
+    update(optimizer, trained, scaler)  # with clipped gradients
     if model.logit_scale.requires_grad:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-    return loss.item()
+    return loss.item() / scale
 
 
 # -----------------------------------------------------------------------------
@@ -267,6 +283,9 @@ class Config:
     augment: str
     seed: int
     compile: bool
+    # machine
+    device: str  # of the main process
+    precision: str  # bf16, fp16 or fp32
     # run
     eval_every: int
     allow_overlap: bool
@@ -328,14 +347,18 @@ def parse_arguments(processes: int) -> argparse.Namespace:
     # What the file holds is checked as what a user types.
     known = {key: value for key, value in stored.items() if key in vars(args)}
     known["allow_overlap"] = known.get("allow_overlap") or args.allow_overlap
-    return parser.parse_args([*runs.as_flags(known), f"--resume={folder}", f"--wandb={args.wandb}"])
+    # These belong to this command, not to the run.
+    own = [f"--resume={folder}", f"--wandb={args.wandb}", f"--device={args.device}"]
+    return parser.parse_args([*runs.as_flags(known), *own])
 
 
-def resolve(args: argparse.Namespace, processes: int) -> Config:
+def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
     """Fill in the defaults that depend on other flags, and check all values.
 
     Raises UserError for flags that contradict each other, and for values out of range.
     """
+    args.device = str(processes.device)
+    args.precision = devices.set_precision(args.precision, processes.device)
     from_random = args.architecture in RANDOM
     image_blocks, _ = strategies.cut_points(args.strategy, args.blocks)
 
@@ -381,7 +404,7 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
     if args.strategy == "linear" and args.no_cache:
         raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
     prompts_digest = evaluate.digest_of_prompts(args.prompts) if args.prompts else None
-    return Config(**vars(args), processes=processes, prompts_digest=prompts_digest)
+    return Config(**vars(args), processes=processes.world_size, prompts_digest=prompts_digest)
 
 
 # -----------------------------------------------------------------------------
@@ -691,14 +714,16 @@ def restore(
     start_digest: str,
     trained: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> tuple[int, float]:
-    """Give model and optimiser what a checkpoint holds; returns its epochs and seconds.
+    """Give model, optimiser and scaler what a checkpoint holds; returns its epochs and seconds.
 
     Raises UserError if it is damaged, or of another run; the program must not go on with the model.
     """
     progress = load_checkpoint(path, trained, optimizer)
     if progress.get("start") != start_digest:
         raise UserError(f"{path} is not of this run: it started from other weights")
+    restore_scaler(path, scaler, progress)
     try:
         return int(progress["epoch"]), float(progress["seconds"])
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -710,10 +735,9 @@ def start_tracker(
 ) -> Tracker:
     """The run in W&B, of the main process only."""
     mode = config.wandb if processes.is_main else "disabled"
-    tracker = start_wandb(mode, folder, config.record())
-    # A resumed run is a new one in W&B, and begins with the rows of its first part.
+    tracker = start_wandb(mode, folder, config.record(), resume=bool(config.resume))
     for row in rows:
-        tracker.log(row)
+        tracker.log_row(row)  # unless W&B has it
     return tracker
 
 
@@ -850,7 +874,11 @@ def save_outputs(
 
 
 def costs(
-    frozen_seconds: float, train_seconds: float, eval_seconds: float, n_images: int
+    frozen_seconds: float,
+    train_seconds: float,
+    eval_seconds: float,
+    n_images: int,
+    device: torch.device,
 ) -> dict[str, float]:
     """Time and memory of the run, as result.json keeps them.
 
@@ -861,7 +889,7 @@ def costs(
     if train_seconds:
         row["train_images_per_s"] = round(n_images / train_seconds, 1)
     row["eval_seconds"] = round(eval_seconds, 2)
-    row["peak_memory_mb"] = devices.peak_memory_mb()
+    row["peak_memory_mb"] = devices.peak_memory_mb(device)
     return row
 
 
@@ -937,6 +965,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_strategy_arguments(parser.add_argument_group("what is trained"))
     add_loss_arguments(parser.add_argument_group("loss"))
     add_optimisation_arguments(parser.add_argument_group("optimisation"))
+    devices.add_device_arguments(parser.add_argument_group("machine"))
     add_run_arguments(parser.add_argument_group("run"))
     return parser
 
@@ -945,6 +974,7 @@ def add_model_arguments(group) -> None:
     # What the training starts from.
     group.add_argument(
         "--architecture",
+        type=files.user_path,
         default="ViT-B/32",
         help="where to start: a name of clip.available_models(), tiny, tiny-rn (a small ResNet), "
         "the path of a state dict or run, open_clip:NAME/PRETRAINED, or hf:NAME; docs/models.md "
@@ -966,6 +996,7 @@ def add_model_arguments(group) -> None:
     )
     group.add_argument(
         "--captions",
+        type=files.user_path,
         help="captions.jsonl[.gz]: train on a sentence of the image, drawn anew each epoch, "
         "instead of the prompt",
     )
@@ -1015,9 +1046,9 @@ def add_strategy_arguments(group) -> None:
         help="augmented views of each image that a frozen part of the image tower is computed "
         "for, if --augment is not none (default: %(default)s)",
     )
-    group.add_argument(
+    add_switch(
+        group,
         "--no_cache",
-        action="store_true",
         help="compute frozen parts again at every step, to see what keeping them gains",
     )
 
@@ -1035,9 +1066,7 @@ def add_loss_arguments(group) -> None:
         type=float,
         help="tau at the start (default: the model's own, 0.01 for the pretrained ones)",
     )
-    group.add_argument(
-        "--learn_temperature", action="store_true", help="train tau too (default: fixed)"
-    )
+    add_switch(group, "--learn_temperature", help="train tau too (default: fixed)")
     group.add_argument("--tau_lr", type=float, help="learning rate of log(1/tau) (default: --lr)")
 
 
@@ -1086,9 +1115,7 @@ def add_optimisation_arguments(group) -> None:
         "--seed", type=int, default=0, help="of weights, order, augmentation (default: %(default)s)"
     )
     # Speed.
-    group.add_argument(
-        "--compile", action="store_true", help="torch.compile of the image tower (CUDA)"
-    )
+    add_switch(group, "--compile", help="torch.compile of the image tower (CUDA)")
 
 
 def add_run_arguments(group) -> None:

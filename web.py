@@ -28,6 +28,7 @@ from starlette.formparsers import MultiPartParser
 from flowers import UserError, command
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.download import data_folder, default_root, is_complete
+from flowers.files import user_path
 from flowers.gallery import panels
 from flowers.gallery.filters import export, image_ids, in_ranges, parse_ids, split_names
 from flowers.gallery.predictions import (
@@ -825,7 +826,9 @@ def main():
     add_data_arguments(parser)
     if not is_complete(Path(default_root())):
         parser.set_defaults(data_root="sample")
-    parser.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=user_path, default="runs", help="folder of the runs (default: %(default)s)"
+    )
     if not st.runtime.exists():
         parser.parse_args()  # answers --help, and names a mistake
         raise UserError(f"this is a page: start it with {START}")

@@ -186,7 +186,7 @@ def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor()
-    for text in cpuinfo.read_text().splitlines():
+    for text in cpuinfo.read_text(encoding="utf-8").splitlines():
         if text.startswith("model name"):
             return text.split(":")[1].strip()
     return "unknown processor"

@@ -64,7 +64,7 @@ def main():
     # -----------------------------------------------------------------------------
     # model, names and images
     model, processor = models.load_model(args.model, device, max_pixels=MAX_PIXELS)
-    names = list(json.loads(CLASS_NAMES_FILE.read_text()).values())
+    names = list(json.loads(CLASS_NAMES_FILE.read_text(encoding="utf-8")).values())
     images = random_images(args.batch_size)
 
     # -----------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def main():
 def oxford_names() -> list[str]:
     """The 102 names of the dataset, without the dataset."""
     path = Path(flowers.__file__).with_name("cat_to_name.json")
-    return list(json.loads(path.read_text()).values())
+    return list(json.loads(path.read_text(encoding="utf-8")).values())
 
 
 # -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from scipy.fft import dctn
 
 from flowers import cache, command, figures, files, images
 from flowers.data import Flowers, add_data_arguments, open_flowers
+from flowers.files import user_file
 
 plt = figures.plt
 
@@ -270,7 +271,7 @@ def parse_arguments() -> argparse.Namespace:
     # pictures
     parser.add_argument(
         "--sheet",
-        type=Path,
+        type=user_file,
         metavar="FILE",
         help="also save a contact sheet, the first images of every class, as this PNG",
     )

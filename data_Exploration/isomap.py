@@ -25,9 +25,10 @@ from scipy.spatial.distance import cdist
 from sklearn.manifold import Isomap, trustworthiness
 from sklearn.neighbors import kneighbors_graph
 
-from flowers import UserError, colour, command, figures
+from flowers import UserError, add_device_arguments, colour, command, figures
 from flowers.colour import load_colours
 from flowers.data import Flowers, add_data_arguments, find_class, open_flowers
+from flowers.files import user_file, user_path
 
 plt = figures.plt
 MARKERS = ["o", "s", "^", "D", "v", "<", ">", "P"]  # one a coloured class
@@ -42,18 +43,19 @@ THUMBNAIL_DPI = 150
 # features
 
 
-def clip_features(flowers: Flowers, architecture: str) -> np.ndarray:
+def clip_features(flowers: Flowers, args: argparse.Namespace) -> np.ndarray:
     """Return a model's unit features (N, width) float32 of all images."""
     # Here, since features of colours need no torch, which takes seconds to import.
     import torch
 
-    from flowers import frozen
+    from flowers import devices, frozen
     from flowers.pixels import load_pixels, to_device
     from flowers.weights import load_model
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.choose_device(args.device)
+    devices.set_precision(args.precision, device)
     torch.manual_seed(0)  # tiny has random weights
-    model = load_model(architecture, device)
+    model = load_model(args.architecture, device)
     pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
     index = torch.arange(len(flowers.files))
     features = frozen.image_activations(model, flowers, pixels, index)
@@ -63,7 +65,7 @@ def clip_features(flowers: Flowers, architecture: str) -> np.ndarray:
 def load_features(flowers: Flowers, args: argparse.Namespace) -> np.ndarray:
     """Return the features (N, D) that --features names."""
     if args.features == "clip":
-        return clip_features(flowers, args.architecture)
+        return clip_features(flowers, args)
     colours = load_colours(flowers, args.mask)
     return colour.cone(colours) if args.features == "hsv" else colour.hsv_hist(colours)
 
@@ -325,6 +327,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--architecture",
+        type=user_path,
         default="ViT-B/32",
         help="model for --features clip, as train.py takes it (default: %(default)s)",
     )
@@ -334,6 +337,7 @@ def parse_arguments() -> argparse.Namespace:
         default="centre",
         help="pixels whose colours count (default: %(default)s)",
     )
+    add_device_arguments(parser)  # of that model
     # Isomap
     parser.add_argument(
         "--level",
@@ -355,7 +359,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--run",
-        type=Path,
+        type=user_file,
         help="--level image: the images that this run evaluated, coloured by right and wrong",
     )
     parser.add_argument(

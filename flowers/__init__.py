@@ -1,11 +1,17 @@
 """Fine-tuning vision-language models on Oxford Flowers 102: what two scripts must agree on."""
 
+import argparse
+import contextlib
 import functools
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from tqdm import tqdm
+
+PRECISIONS = ("bf16", "fp16", "fp32")
 
 
 class UserError(Exception):
@@ -16,6 +22,66 @@ def reason(error: Exception) -> str:
     """The first line of an error's message, at most 200 characters; its type if it has none."""
     message = str(error) or type(error).__name__
     return message.splitlines()[0][:200]
+
+
+def stop(message: str) -> NoReturn:
+    """End the program with one line on stderr and exit code 2, at an import, before any `main`."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def opencv_import() -> Iterator[None]:
+    """Around `import cv2`: an installation that lacks libGL ends with a line that mends it."""
+    try:
+        yield
+    except ImportError as error:
+        if error.name not in (None, "cv2"):
+            raise  # of another package
+        stop(
+            f"OpenCV can't be imported ({reason(error)}): "
+            "pip uninstall -y opencv-python opencv-python-headless, "
+            "then pip install opencv-python-headless, which needs no libGL"
+        )
+
+
+def add_switch(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
+    """Add a flag that is on or off: --holdout, or as W&B's sweeps write it, --holdout=true."""
+    parser.add_argument(
+        flag, nargs="?", const=True, default=False, type=_truth, metavar="true|false", help=help
+    )
+
+
+def _truth(text: str) -> bool:
+    value_of = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in value_of:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return value_of[text.lower()]
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --device and --precision, for devices.choose_device and set_precision."""
+    parser.add_argument(
+        "--device",
+        type=_device_name,
+        default="auto",
+        metavar="auto|cuda|cuda:N|mps|cpu",
+        help="where to compute; auto: an NVIDIA or AMD GPU if there is one, else Apple's, else "
+        "the CPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", *PRECISIONS],
+        default="auto",
+        help="of matrix products; weights stay fp32. auto: bf16 on GPUs of compute capability 8.0 "
+        "or higher (A100, RTX 30 and later), else fp32 (default: %(default)s)",
+    )
+
+
+def _device_name(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cuda, cuda:N, mps, cpu")
+    return text
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:

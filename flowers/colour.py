@@ -17,11 +17,13 @@ pixels themselves. `load_colours` makes the rows of a dataset.
 import math
 from collections.abc import Iterator
 
-import cv2
 import numpy as np
 
-from flowers import cache, images
+from flowers import cache, images, opencv_import
 from flowers.data import Flowers
+
+with opencv_import():
+    import cv2
 
 FORMAT = 1  # raise it when the stored numbers change
 LEVELS = 256  # of hue (1.4 degrees), saturation and value

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowers import UserError, command
+from flowers import UserError, add_switch, command
 from flowers.download import UNFINISHED, data_folder, default_root, download, is_complete
 from flowers.files import note, user_path
 from flowers.layouts import OPENAI_NAMES, Layout, read_layout
@@ -363,9 +363,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, splits: bool = True) -> 
         "train, val, test of --splits_path, as they are; random: 60/20/20 of each class, made once "
         "and kept beside the data (default: what folder or file have, swapped for Oxford's)",
     )
-    group.add_argument(
+    add_switch(
+        group,
         "--holdout",
-        action="store_true",
         help="keep the valid images out of training, as the val split that choices are made on",
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, ImageShow
 
 from flowers.data import Flowers
-from flowers.files import atomic
+from flowers.files import atomic, user_file
 from flowers.images import read_picture
 
 # No window, also where there is no screen: this comes before pyplot is imported.
@@ -62,7 +62,7 @@ def add_figure_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("figures")
     group.add_argument(
         "--output",
-        type=Path,
+        type=user_file,
         default=Path("figures"),
         help="folder of the figures (default: %(default)s)",
     )

@@ -14,16 +14,30 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from flowers import UserError, reason
 
+# The byte of a file that stands for all of it where bytes are locked.
+FAR_BYTE = 1 << 30
+
 # -----------------------------------------------------------------------------
-# paths and notes
+# paths
 
 
 def user_path(text: str) -> str:
-    """A path as a user writes it, with `~` and `$VARIABLES` filled in: a type for argparse."""
-    return os.path.expandvars(os.path.expanduser(text))
+    """A path of the command line, with ~ and $VARIABLES in it replaced. A type for argparse.
+
+    The shell does not do it after an equals sign, and a sweep or a notebook has no shell.
+    """
+    # open_clip: and hf: may stand before a path.
+    kind, colon, path = text.rpartition(":")
+    return os.path.expandvars(kind + colon + os.path.expanduser(path))
+
+
+def user_file(text: str) -> Path:
+    """user_path as a Path."""
+    return Path(user_path(text))
 
 
 def note(message: str) -> None:
@@ -82,11 +96,53 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    # There os.kill ends the process, whatever the signal.
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.pid_exists(pid)
     try:
         os.kill(pid, 0)  # signal 0 only asks whether there is such a process
     except OSError as error:
         # Permission is denied where it is there and belongs to another user.
         return isinstance(error, PermissionError)
+    return True
+
+
+# -----------------------------------------------------------------------------
+# locks
+
+
+def try_lock(file: IO) -> bool:
+    """Lock an open file until it is closed; False if another process has locked it.
+
+    A process that inherits the open file holds the lock, too, but on Windows.
+    """
+    try:
+        import fcntl  # here, as Windows has none
+    except ImportError:
+        return _try_lock_on_windows(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _try_lock_on_windows(file: IO) -> bool:
+    try:
+        import msvcrt
+    except ImportError:
+        return True  # neither: nothing else can be asked
+    # Nobody else may read or write a byte that is locked, so it is one that is never reached.
+    position = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+    os.lseek(file.fileno(), FAR_BYTE, os.SEEK_SET)
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
+    finally:
+        os.lseek(file.fileno(), position, os.SEEK_SET)
     return True
 
 

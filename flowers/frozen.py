@@ -59,7 +59,15 @@ def image_activations(
     random = None if augment == "none" else [seed, view]
     settings = settings_of(model)  # activation, heads, normalisation
     key = cache.key_of(
-        "images", weights, settings, pixel_key, index.tolist(), blocks, augment, random, device.type
+        "images",
+        weights,
+        settings,
+        pixel_key,
+        index.tolist(),
+        blocks,
+        augment,
+        random,
+        _arithmetic(device),
     )
     normalisation = {"mean": settings.mean, "std": settings.std}
 
@@ -93,7 +101,7 @@ def text_activations(
     weights = fingerprint(_frozen_weights(tower, blocks))
     settings = settings_of(model)  # activation and heads
     texts = fingerprint({"tokens": tokens})
-    key = cache.key_of("texts", weights, settings, texts, blocks, device.type)
+    key = cache.key_of("texts", weights, settings, texts, blocks, _arithmetic(device))
 
     def activations() -> Iterator[torch.Tensor]:
         for part in progress_chunks(tokens, "encoding texts"):
@@ -115,6 +123,16 @@ def fingerprint(state: dict[str, torch.Tensor]) -> bytes:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
     return digest.digest()
+
+
+def _arithmetic(device: torch.device) -> str:
+    """Device and precision as a part of a key: both change the last digits, or more."""
+    precision = devices.precision_of(device)
+    # Arrays that were made before there was a choice have the device alone in their keys.
+    only_choice = {"cpu": "fp32", "cuda": "bf16"}
+    if precision == only_choice.get(device.type):
+        return device.type
+    return f"{device.type} {precision}"
 
 
 def _frozen_weights(tower: dict[str, torch.Tensor], blocks: int) -> dict[str, torch.Tensor]:

@@ -3,8 +3,10 @@
 Building them, tokens, features, and the two towers cut in two where training starts.
 """
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,21 +15,41 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from flowers import UserError
+from flowers import UserError, reason, stop
 from flowers.devices import autocast
 from flowers.pixels import CLIP_MEAN, CLIP_STD, get_batch
 
-with warnings.catch_warnings():
-    # clip imports pkg_resources, which warns of its age.
-    warnings.simplefilter("ignore")
-    import clip
-    from clip.model import (
-        CLIP,
-        ModifiedResNet,
-        QuickGELU,
-        ResidualAttentionBlock,
-        VisionTransformer,
-    )
+
+def _how_to_mend_clip(error: Exception) -> str:
+    """What to do about an `import clip` that failed."""
+    if "pkg_resources" in str(error):
+        return "pip install 'setuptools>=77.0.3,<81', as later ones have no pkg_resources"
+    spec = importlib.util.find_spec("clip")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    is_openai = any((Path(folder) / "simple_tokenizer.py").exists() for folder in folders)
+    if spec and not is_openai:
+        return (
+            f"{spec.origin or folders[0]} is another package of that name: pip uninstall -y clip, "
+            "then pip install --force-reinstall --no-deps clip-anytorch"
+        )
+    return "pip install -r requirements.txt"
+
+
+try:
+    with warnings.catch_warnings():
+        # clip imports pkg_resources, which warns of its age.
+        warnings.simplefilter("ignore")
+        import clip
+        from clip.model import (
+            CLIP,
+            ModifiedResNet,
+            QuickGELU,
+            ResidualAttentionBlock,
+            VisionTransformer,
+        )
+# Another package may be written for another Python.
+except (ImportError, SyntaxError, AttributeError) as error:
+    stop(f"OpenAI's CLIP can't be imported ({reason(error)}): {_how_to_mend_clip(error)}")
 
 # -----------------------------------------------------------------------------
 # architectures

@@ -31,7 +31,7 @@ import pandas as pd
 
 from flowers import UserError, reason
 from flowers.data import Flowers, image_ids, open_flowers, select, subset
-from flowers.files import append_line, checked, read_json, read_lines, write_json
+from flowers.files import append_line, checked, read_json, read_lines, user_path, write_json
 from flowers.layouts import correct_name
 
 # An evaluation takes these flags over from the run that it evaluates.
@@ -65,17 +65,21 @@ def add_run_arguments(
     parser: argparse.ArgumentParser, resume: bool = False, compare: bool = False
 ) -> None:
     """Add the flags of every script that leaves a run behind; --resume and --compare on request."""
-    parser.add_argument("--runs", default="runs", help="folder of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--runs", type=user_path, default="runs", help="folder of the runs (default: %(default)s)"
+    )
     parser.add_argument("--name", help="name of this run (default: model and time)")
     if resume:
         parser.add_argument(
             "--resume",
+            type=user_path,
             metavar="RUN",
             help="go on with the run in this folder, with its own arguments",
         )
     if compare:
         parser.add_argument(
             "--compare",
+            type=user_path,
             action="append",
             default=[],
             metavar="RUN",
@@ -85,7 +89,8 @@ def add_run_arguments(
         "--wandb",
         choices=["auto", "online", "offline", "disabled"],
         default="auto",
-        help="auto: online if logged in, else offline (default: %(default)s)",
+        help="auto: as WANDB_MODE says, else online if logged in, else offline "
+        "(default: %(default)s)",
     )
 
 
@@ -114,7 +119,12 @@ def new_run(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "args.json",
-        {**config, "name": name, "split_sizes": split_sizes, **environment()},
+        {
+            **config,
+            "name": name,
+            "split_sizes": split_sizes,
+            **environment(config.get("device")),
+        },
     )
     return folder
 
@@ -148,9 +158,12 @@ def _is_taken(folder: Path, job: str) -> bool:
     return not (job == "eval" and was_evaluation)
 
 
-def environment() -> dict:
+def environment(device: str | None = None) -> dict:
     """What a result may depend on besides the arguments: commit, versions and device."""
-    import torch  # here, as reading the folders of runs needs none
+    # Here, as reading the folders of runs needs no torch.
+    import torch
+
+    from flowers import devices
 
     try:
         describe = ["git", "describe", "--always", "--dirty"]
@@ -162,16 +175,11 @@ def environment() -> dict:
     versions = {package: importlib.metadata.version(package) for package in packages}
     # The version in the metadata may leave out the build (+cpu, +cu130).
     versions["torch"] = torch.__version__
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        # Sums depend on the number of threads in their last digits.
-        device = f"cpu, {torch.get_num_threads()} threads"
     return {
         "commit": commit,
         "python": platform.python_version(),
         "versions": versions,
-        "device": device,
+        "device": devices.describe(device),
     }
 
 
@@ -198,7 +206,7 @@ def arguments_to_resume(folder: Path, job: str) -> dict | None:
         return None
 
     # These belong to the command that resumes, not to the run.
-    for flag in ("resume", "wandb", "compare"):
+    for flag in ("resume", "wandb", "compare", "device"):
         stored.pop(flag, None)
     # The folder may have been moved since.
     stored["runs"] = str(folder.parent)

@@ -3,13 +3,16 @@
 import contextlib
 import netrc
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flowers import reason
+from flowers import files, reason
 
 PROJECT = "flowers-102"
+ID_FILE = "wandb_id.txt"  # in the run folder: the W&B run that a resumed run goes on with
+MODES = ("online", "offline", "disabled")
 # Seconds. wandb's own defaults keep a run waiting for a dead server for 90 s and more.
 INIT_TIMEOUT = 15
 FINISH_TIMEOUT = 60  # what is not sent by then stays in the run folder, for `wandb sync`
@@ -20,6 +23,9 @@ class Tracker:
 
     def __init__(self, run=None):
         self.run = run
+        self.rows = 0  # of log_row so far
+        # A run that was resumed online has this many rows on the server, the others none.
+        self.rows_there = getattr(run, "step", 0)
 
     def log(self, metrics: dict | Callable[[], dict]) -> None:
         """Send metrics; given as a function, also what goes wrong in making them is a warning."""
@@ -32,6 +38,17 @@ class Tracker:
     def summarise(self, values: dict) -> None:
         """Put values into the run's summary that are no metrics, such as what was evaluated."""
         self._attempt(lambda run: run.summary.update(values))
+
+    def log_row(self, row: dict) -> None:
+        """Send the next row of metrics.jsonl, unless W&B has it from before an interruption.
+
+        A resumed run gives all its rows again, from the first: also those that a kill kept from
+        being sent. The steps after a checkpoint are done twice, and shown once.
+        """
+        step = self.rows
+        self.rows += 1
+        if step >= self.rows_there:
+            self._attempt(lambda run: run.log(row, step=step))
 
     def finish(self) -> None:
         """Wait, for at most FINISH_TIMEOUT, until everything is sent."""
@@ -47,13 +64,16 @@ class Tracker:
             self.run = None
 
 
-def start_wandb(mode: str, folder: Path, config: dict) -> Tracker:
+def start_wandb(mode: str, folder: Path, config: dict, resume: bool = False) -> Tracker:
     """Start a W&B run whose files are kept in the run folder. Never asks, never raises.
 
-    mode: online, offline, disabled, or auto: online if a key is set, else offline. Without wandb
-    the tracker does nothing; without its server the run is offline. Both are warnings.
-    Its group is WANDB_RUN_GROUP, if set.
+    mode: online, offline, disabled, or auto: what WANDB_MODE says, else online if a key is set,
+    else offline. Without wandb the tracker does nothing; without its server the run is offline.
+    Both are warnings. Project, entity and group are WANDB_PROJECT (else flowers-102),
+    WANDB_ENTITY and WANDB_RUN_GROUP.
+    resume: go on with the W&B run that the folder had before, if it had one.
     """
+    mode = _choose_mode(mode)
     if mode == "disabled":
         return Tracker()
     try:
@@ -61,10 +81,10 @@ def start_wandb(mode: str, folder: Path, config: dict) -> Tracker:
     except Exception as error:  # not installed, or at odds with another package
         _warn(f"wandb can't be imported ({reason(error)}); results are in the run folder only")
         return Tracker()
-    if mode == "auto":
-        # Without a key and a terminal, wandb's own default raises.
-        mode = "online" if _is_logged_in() else "offline"
-
+    # An agent of a sweep says which run it wants the results in.
+    run_id = os.environ.get("WANDB_RUN_ID") or None
+    if run_id is None and resume:
+        run_id = _read_id(folder)
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(FINISH_TIMEOUT))
     # The terminal belongs to the script, and its output is not captured.
     settings = wandb.Settings(
@@ -78,7 +98,10 @@ def start_wandb(mode: str, folder: Path, config: dict) -> Tracker:
     for attempt in modes:
         try:
             run = wandb.init(
-                project=PROJECT,
+                project=os.environ.get("WANDB_PROJECT") or PROJECT,
+                entity=os.environ.get("WANDB_ENTITY") or None,
+                id=run_id,
+                resume="allow" if resume else None,
                 dir=folder,
                 name=folder.name,
                 config=config,
@@ -89,8 +112,38 @@ def start_wandb(mode: str, folder: Path, config: dict) -> Tracker:
         except Exception as error:  # network, key, permission: whatever it is
             _warn(f"W&B {attempt} failed ({reason(error)})")
         else:
+            _keep_id(folder, run)
             return Tracker(run)
     return Tracker()
+
+
+def _choose_mode(mode: str) -> str:
+    """What `auto` stands for here: WANDB_MODE, else whether there is a key."""
+    if mode != "auto":
+        return mode
+    variable = os.environ.get("WANDB_MODE")
+    if variable in MODES:
+        return variable
+    # Without a key and a terminal, wandb's own default raises.
+    return "online" if _is_logged_in() else "offline"
+
+
+def _read_id(folder: Path) -> str | None:
+    """The id of the W&B run that the folder had before; None if it had none."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        text = (folder / ID_FILE).read_text(encoding="utf-8").strip()
+        if re.fullmatch(r"[\w-]+", text):
+            return text
+    return None
+
+
+def _keep_id(folder: Path, run) -> None:
+    """Write the id of a W&B run into the folder, for a run that is resumed."""
+    try:
+        with files.atomic(folder / ID_FILE, "w") as file:
+            file.write(f"{run.id}\n")
+    except Exception as error:  # a full disk, or a wandb that gives no id
+        _warn(f"W&B's id can't be kept ({reason(error)}): a resumed run would be a new one there")
 
 
 def log_mistakes(

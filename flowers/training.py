@@ -45,11 +45,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak"] * factor
 
 
-def update(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
-    """Clip the gradients of `parameters` to MAX_GRADIENT_NORM, make a step, clear them."""
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[torch.Tensor],
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """Clip the gradients of `parameters` to MAX_GRADIENT_NORM, make a step, clear them.
+
+    scaler: what the loss was multiplied by before the backward pass, for fp16. A step whose
+        gradients are not finite is left out, and the next loss is multiplied by half as much.
+    """
+    if scaler is None:
+        scaler = torch.amp.GradScaler("cpu", enabled=False)  # does nothing but the step
+    scaler.unscale_(optimizer)
     # The norm of all gradients together, as one vector.
     torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad()
 
 
@@ -74,6 +86,21 @@ def save_checkpoint(
     weights = {name: p.detach() for name, p in parameters.items()}
     state = {"model": weights, "optimizer": optimizer.state_dict(), **progress}
     files.save_tensors(path, state)
+
+
+def restore_scaler(path: Path, scaler: torch.amp.GradScaler, progress: Mapping) -> None:
+    """Give the scaler of fp16 what a checkpoint's progress holds of it.
+
+    Raises UserError if that is damaged, or missing.
+    """
+    if not scaler.is_enabled():
+        return
+    state = progress.get("scaler")
+    expected = scaler.state_dict()
+    is_whole = isinstance(state, dict) and state.keys() == expected.keys()
+    if not is_whole or not all(type(value) in (int, float) for value in state.values()):
+        raise UserError(f"{path} is damaged: it lacks the scale of an fp16 run's loss")
+    scaler.load_state_dict(state)
 
 
 def load_checkpoint(

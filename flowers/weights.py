@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import sys
 import zipfile
 from http.client import HTTPException
@@ -428,20 +429,31 @@ def _load_openai_archive(path: Path) -> CLIP:
 
 
 def _download(name: str) -> CLIP:
-    """OpenAI's weights, from ~/.cache/clip or the network."""
+    """OpenAI's weights, from the user's cache folder or the network."""
     try:
         with patience():
-            model, _ = clip.load(name, device="cpu")
+            model, _ = clip.load(name, device="cpu", download_root=str(_download_folder(name)))
     # TypeError: clip's, if the server does not say how long the file is.
     except (OSError, RuntimeError, HTTPException, TypeError) as error:
         url = clip.clip._MODELS[name]
-        target = Path.home() / ".cache" / "clip" / url.rsplit("/", 1)[1]
+        target = _download_folder(name) / url.rsplit("/", 1)[1]
         raise UserError(
-            f"{name} could not be downloaded ({error}): fetch {url} and put it at {target}, "
-            "or use --architecture tiny, which needs no download"
+            f"{name} could not be downloaded ({error}): fetch {url} elsewhere and give its path, "
+            f"--architecture /path/{target.name}, or put it at {target}; "
+            "--architecture tiny needs no download"
         ) from None
     attach_settings(model, OPENAI, f"OpenAI {name}")
     return model
+
+
+def _download_folder(name: str) -> Path:
+    """Where clip keeps OpenAI's weights: $XDG_CACHE_HOME/clip, else ~/.cache/clip."""
+    usual = Path.home() / ".cache" / "clip"
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    # What was downloaded before is not fetched again.
+    if not xdg or (usual / clip.clip._MODELS[name].rsplit("/", 1)[1]).exists():
+        return usual
+    return Path(xdg) / "clip"
 
 
 # -----------------------------------------------------------------------------

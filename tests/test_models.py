@@ -211,6 +211,7 @@ def test_wrong_models_end_with_one_line(small, tmp_path, cli):
 
 def test_a_failed_download_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
     def no_network(*_, **__):
         raise urllib.error.URLError("no network")

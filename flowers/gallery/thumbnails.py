@@ -11,14 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from flowers import UserError, cache, colour
+from flowers import UserError, cache, colour, opencv_import
 from flowers.data import Flowers
 from flowers.gallery.colours import colour_features
 from flowers.images import MAX_ASPECT, MAX_PIXELS, MAX_SCANS, SCAN_MARKER
+
+with opencv_import():
+    import cv2
 
 SIDE = 160  # pixels of a thumbnail
 SLOT = 10_240  # bytes of a thumbnail in the cache file, filled up with zeros

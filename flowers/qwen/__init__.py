@@ -9,14 +9,19 @@ offline.py    models with random weights, made without a download
 memory.py     how many gigabytes to expect
 """
 
-import sys
+from flowers import stop
+
+OLDEST_TRANSFORMERS = 5
 
 # Here, before any module of the package: these libraries are an extra that most users lack.
 try:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < OLDEST_TRANSFORMERS:
+        raise ImportError(f"transformers {transformers.__version__} is too old")
     import peft  # noqa: F401
     from transformers import AutoModelForImageTextToText, DynamicCache  # noqa: F401
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX  # noqa: F401
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # noqa: F401
 except ImportError as missing:
-    print(f"error: {missing}: Qwen needs pip install -r requirements-qwen.txt", file=sys.stderr)
-    sys.exit(2)
+    stop(f"{missing}: Qwen needs pip install -r requirements-qwen.txt")

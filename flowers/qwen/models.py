@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from flowers import UserError, reason
+from flowers import UserError, devices, reason
 from flowers.qwen.offline import SHAPES, build
 
 DEFAULT = "Qwen/Qwen2-VL-2B-Instruct"
@@ -42,13 +42,13 @@ def load_model(
     adapter: str | Path | None = None,
     max_pixels: int | None = None,
 ):
-    """Load a model in eval mode (bf16 on CUDA, fp32 on a CPU), and its processor.
+    """Load a model in eval mode and in the precision of the device, and its processor.
 
     name: `tiny`, `random-2b`, a name on the hub, or a folder. adapter: a run of qwen_train.py, or
     its adapter/ folder. max_pixels: larger images are scaled down to so many pixels.
     Raises UserError for what can't be loaded.
     """
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype = devices.DTYPES[devices.precision_of(device)]
     if name in SHAPES:
         model, processor = build(name, dtype, device)
     else:

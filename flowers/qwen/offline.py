@@ -144,7 +144,7 @@ def train_bpe(texts: Sequence[str], vocabulary: int) -> tuple[dict[str, int], li
 
 def build_tokenizer() -> transformers.Qwen2Tokenizer:
     """Make a tokenizer for the flower names and questions, with the released special tokens."""
-    class_names = json.loads(CLASS_NAMES_FILE.read_text()).values()
+    class_names = json.loads(CLASS_NAMES_FILE.read_text(encoding="utf-8")).values()
     chat = [SYSTEM, "system\n", "user\n", "assistant\n"]
     # What tiny reads and writes most, so that its sequences are short.
     texts = [*class_names, *QUESTIONS.values(), DESCRIBE, *chat]

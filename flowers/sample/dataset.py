@@ -47,8 +47,8 @@ def jpegs_are_whole(root: Path, count: int) -> bool:
 
 def tables_are_right(root: Path, count: int) -> bool:
     """Return whether marker, names, labels and splits are those of this version."""
-    marker = json.loads((root / "sample.json").read_text())
-    names = json.loads((root / "cat_to_name.json").read_text())
+    marker = json.loads((root / "sample.json").read_text(encoding="utf-8"))
+    names = json.loads((root / "cat_to_name.json").read_text(encoding="utf-8"))
     labels = read_mat(root / "imagelabels.mat")["labels"]
     splits = read_mat(root / "setid.mat")
     ids = np.hstack([splits[split][0] for split in PER_SPLIT])
@@ -78,7 +78,7 @@ def draw_all(folder: Path) -> None:
     numbers = numbers.reshape(len(KINDS), PER_KIND)
     labels = np.zeros((1, count), np.uint8)  # 1-based, as Oxford's
 
-    (folder / "sample.json").write_text(json.dumps(MARKER))
+    (folder / "sample.json").write_text(json.dumps(MARKER), encoding="utf-8")
     (folder / "jpg").mkdir()
     with tqdm(total=count, desc="drawing the sample", unit="img") as bar:
         for k, kind in enumerate(KINDS):
@@ -94,7 +94,7 @@ def draw_all(folder: Path) -> None:
     savemat(folder / "imagelabels.mat", {"labels": labels})
     savemat(folder / "setid.mat", split_ids(numbers))
     names = {str(label): kind for label, kind in enumerate(KINDS, 1)}
-    (folder / "cat_to_name.json").write_text(json.dumps(names, indent=1))
+    (folder / "cat_to_name.json").write_text(json.dumps(names, indent=1), encoding="utf-8")
 
 
 def split_ids(numbers: np.ndarray) -> dict[str, np.ndarray]:

@@ -142,6 +142,9 @@ def _load_run(folder: Path) -> Run | None:
     """
     result = checked(read_json(folder / "result.json"))
     settings = checked(read_json(folder / "args.json"))
+    # Before there was --precision, it was the device's.
+    on_cpu = str(settings.get("device")).startswith("cpu")
+    settings.setdefault("precision", "fp32" if on_cpu else "bf16")
     if settings.get("batch_size") and settings.get("processes"):
         # Four processes with 16 images each train as one with 64.
         settings["batch_size"] *= settings["processes"]
