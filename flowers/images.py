@@ -16,7 +16,7 @@ MAX_PIXELS = 80_000_000
 MAX_SCANS = 100
 SCAN_MARKER = b"\xff\xda"
 # A strip would grow to thousands of columns when its short side is resized to the model's.
-MAX_ASPECT = 20
+MAX_ASPECT = 100
 CHUNK = 64  # files handed to the threads at a time
 
 
