@@ -19,7 +19,7 @@ SCAN_MARKER = b"\xff\xda"
 JPEG_START = b"\xff\xd8\xff"
 FORMATS = ("JPEG", "PNG", "WEBP")
 # A strip would grow to thousands of columns when its short side is resized to the model's.
-MAX_ASPECT = 20
+MAX_ASPECT = 100
 CHUNK = 64  # files handed to the threads at a time
 
 

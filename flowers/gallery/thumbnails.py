@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from flowers import UserError, cache, colour, opencv_import
 from flowers.data import Flowers
 from flowers.gallery.colours import colour_features
-from flowers.images import MAX_ASPECT, MAX_PIXELS, MAX_SCANS, SCAN_MARKER
+from flowers.images import MAX_PIXELS, MAX_SCANS, SCAN_MARKER
 
 with opencv_import():
     import cv2
@@ -34,6 +34,8 @@ CHUNK = 64  # files handed to the threads at a time
 # each of many visitors: its limits are lower than those of the dataset's own files in images.py.
 MAX_UPLOAD_BYTES = 10 << 20
 MAX_UPLOAD_PIXELS = 40_000_000
+# A strip would grow to thousands of columns when its short side is resized to the model's.
+MAX_ASPECT = 20
 JPEG_START = b"\xff\xd8"
 
 # One lock for each cache file, so that two sessions do not make it twice.
