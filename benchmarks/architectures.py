@@ -38,6 +38,7 @@ def main():
         "on the meta device": lambda: count_parameters("meta"),
     }
     seconds = alternate(ways, args.rounds)
+    # there is no number for this limit
     limit = "no arithmetic is left, only Python that makes modules"
     report(args.rows, "parameters of nine architectures", seconds, limit_is=limit)
 

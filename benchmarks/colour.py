@@ -49,6 +49,7 @@ def main():
         "--images", type=int, default=60, help="images for the features (default: %(default)s)"
     )
     args = parser.parse_args()
+    # one core for all: OpenCV and torch would take several
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     flowers = open_flowers(args.data_root, args.splits_path)
@@ -93,11 +94,11 @@ def measure_densities(rgb: np.ndarray, args: argparse.Namespace) -> None:
 
     def plain_densities():
         # the plain recipe's own work; wrapping below is not counted
-        for kde in kernel_densities():
+        for kde in kernel_densities():  # a kernel for each pixel
             kde(POINTS)
 
     def our_densities():
-        row = colour.measure(rgb, "none")
+        row = colour.measure(rgb, "none")  # the histograms, (WIDTH,)
         return [colour.density(row, channel, POINTS) for channel in CHANNELS.values()]
 
     ways = {"gaussian_kde on the pixels": plain_densities, "histogram first": our_densities}
@@ -164,10 +165,12 @@ def measure_features(files: Sequence[Path], args: argparse.Namespace) -> None:
         "flowers.colour": our_features,
     }
     seconds = per_item(alternate(ways, args.rounds), len(files))
+    # nobody can be faster than the decoder
     limit = statistics.median_high(seconds.pop("decoding alone"))
     what = "HSV features of an image (Isomap), one core"
     report(args.rows, what, seconds, limit, "decoding (libjpeg-turbo)")
 
+    # the cone: hue as an angle, chroma as a radius, value as a height
     differences = []
     for file, point in zip(files, colour.cone(our_features())):
         difference = abs(exact_cone(file) - point).max()

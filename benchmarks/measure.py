@@ -62,7 +62,7 @@ def alternate(works: dict[str, Callable], rounds: int) -> dict[str, list[float]]
     """
     if rounds < 1:
         raise UserError("--rounds must be at least 1")
-    spent = {name: [] for name in works}
+    spent = {name: [] for name in works}  # seconds, one value a round
     for i in range(rounds + 1):
         order = list(works) if i % 2 == 0 else list(reversed(works))
         for name in order:

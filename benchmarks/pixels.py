@@ -26,7 +26,7 @@ from flowers import command
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.pixels import CLIP_STD, get_batch, load_pixels, read_jpeg, read_square
 
-BATCH = 64
+BATCH = 64  # images
 
 
 class AnyPart(Flowers102):
@@ -68,6 +68,7 @@ def main():
         }
         first_pass(peers, files, side, args)
 
+        # the labels play no part: any will do
         labels = np.zeros(len(files), int)
         part = Flowers(Path(folder), tuple(files), labels, flowers.class_names, {})
         later_epoch(peers, load_pixels(part, side), args)
@@ -105,12 +106,13 @@ def first_pass(
         for start in range(0, len(files), BATCH):
             part = files[start : start + BATCH]
             squares = torch.stack([read_square(file, side) for file in part])  # (B, 3, R, R) uint8
-            get_batch(squares, torch.arange(len(part)), "cpu")
+            get_batch(squares, torch.arange(len(part)), "cpu")  # (B, 3, R, R) float32
 
     ways = {}
     for name, dataset in peers.items():
         loader = DataLoader(dataset, batch_size=BATCH)
         ways[name] = one_thread(lambda loader=loader: consume(loader))
+    # ours is the last, as `report` expects
     ways["decoding alone"] = one_thread(decode)
     ways["flowers.pixels"] = one_thread(ours)
     seconds = per_item(alternate(ways, args.rounds), len(files))
@@ -147,6 +149,7 @@ def compare_pixels(plain: Pictures, files: Sequence[Path], side: int) -> None:
     std = torch.tensor(CLIP_STD).view(3, 1, 1)
     counts = torch.zeros(256, dtype=torch.long)
     for i, file in enumerate(files):
+        # (3, R, R) each
         square = read_square(file, side)
         ours = get_batch(square[None], torch.tensor([0]), "cpu")[0]
         theirs, _ = plain[i]

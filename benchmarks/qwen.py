@@ -27,7 +27,7 @@ from flowers.models import count_flops
 from flowers.qwen import answers, memory, models, prompts, ranking
 from flowers.qwen.offline import CLASS_NAMES_FILE
 
-MAX_PIXELS = 512 * 512
+MAX_PIXELS = 512 * 512  # of an image
 LONG = 240  # tokens of the long question
 FILLER = " Look closely at the petals, the centre, the leaves and the stem before you answer."
 LORA_RANK = 8
@@ -150,6 +150,7 @@ def measure_ranking(
 ) -> None:
     """Measure the ranking of all names, and print how far the scores are from the plain way's."""
     device = model.device
+    # Names that begin alike share the tokens of their beginning.
     tree = ranking.NameTree(processor, names)
     suffixes = [processor.tokenizer(name + prompts.END)["input_ids"] for name in names]
     inputs, patches = prepare(processor, question, images[:1], device)
@@ -166,6 +167,7 @@ def measure_ranking(
         batched: lambda: ranking.rank(model, tree, batch_inputs, batch_patches)[0],
         ours: lambda: ranking.rank(model, tree, inputs, patches)[0],
     }
+    # what each way computes in its last round
     scores = {}
 
     def keep(name):

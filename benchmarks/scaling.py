@@ -30,12 +30,12 @@ from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.losses import info_nce
 from flowers.pixels import get_batch, load_pixels, read_square
 
-BATCH = 64
-SIDE = 224
+BATCH = 64  # images
+SIDE = 224  # pixels
 N_CLASSES = 102
 CAPTIONS = 32
 SCALE = 100.0  # of the logits, as CLIP was trained
-# the plain recipe is red and the first of ours blue
+# the plain recipe is vermilion and the first of ours blue
 COLOURS = [figures.PALETTE[1], figures.PALETTE[0], figures.PALETTE[2]]
 STYLES = ["o--", "s-", "^-"]
 
@@ -192,6 +192,7 @@ def batch_works(model: torch.nn.Module) -> Callable[[int], dict[str, Callable]]:
     def works(n):
         images = torch.randn(n, 3, side, side)
         labels = torch.randint(0, N_CLASSES, (n,))
+        # text[distinct][inverse] is text[labels]
         distinct, inverse = torch.unique(labels, return_inverse=True)
 
         def plain():
@@ -212,7 +213,7 @@ def batch_works(model: torch.nn.Module) -> Callable[[int], dict[str, Callable]]:
 
 def measure(panel: Panel, rounds: int) -> dict[str, list[float]]:
     """The median seconds of each way, one value a size."""
-    curves = {}
+    curves = {}  # name: a value at each size
     for size in panel.sizes:
         for name, seconds in alternate(panel.works(size), rounds).items():
             curves.setdefault(name, []).append(statistics.median(seconds))

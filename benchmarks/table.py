@@ -67,13 +67,16 @@ def main():
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
+        # every benchmark runs in a process of its own and appends its rows here
         rows_file = Path(folder) / "rows.jsonl"
         for name in args.only:
             run_benchmark(name, args.data_root, args.rounds, rows_file)
         rows = files.read_lines(rows_file)
 
+    # a row of JSON becomes a line of Markdown
     head = heading(args.rounds)
     text = "\n".join(["# Ratios", "", head, "", *TABLE, *map(line, rows), ""])
+    # replaced as a whole: an interruption leaves the former table
     with files.atomic(args.output, "w") as out:
         out.write(text)
     print(text)
@@ -90,6 +93,7 @@ def run_benchmark(name: str, data_root: str, rounds: int, rows_file: Path) -> No
     print("$ " + " ".join(["python", str(HERE / script), *arguments]), file=sys.stderr, flush=True)
     words = [sys.executable, str(HERE / script), *arguments, "--rows", str(rows_file)]
     ended = subprocess.run(words, stdout=sys.stderr)
+    # a table that lacks rows is not written
     if ended.returncode != 0:
         raise UserError(f"the benchmark {name} failed; the table would be without it")
 

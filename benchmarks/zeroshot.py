@@ -91,13 +91,14 @@ def main():
         }
         seconds = alternate(ways, args.rounds)
 
-        # seconds an image
+        # Seconds an image: the pipeline gets fewer images than the others.
         pipeline = {"transformers pipeline": seconds.pop("transformers pipeline")}
         each = per_item(seconds, n) | per_item(pipeline, args.pipeline_images)
         peers = {name: each[name] for name in (benchmark, "transformers pipeline")}
         limit = models.count_flops(ours) / n / peak_flops(device)
 
     what = f"zero-shot evaluation, {args.architecture}, an image of {n}"
+    # two tables: the peers are the same in both
     without_cache = {"baseline_eval.py, no cache": each["baseline_eval.py, no cache"]}
     with_cache = {"baseline_eval.py, pixels cached": each["baseline_eval.py"]}
     report(args.rows, what, peers | without_cache, limit, MATRICES)
@@ -123,7 +124,7 @@ def clip_benchmark(architecture: str, flowers: Flowers, device: torch.device) ->
     @torch.no_grad()
     def work():
         weights = classifier()
-        logits = []
+        logits = []  # (B, C) each
         for images, _ in loader:
             with devices.autocast(device):
                 features = F.normalize(model.encode_image(images.to(device)), dim=-1)
@@ -140,6 +141,7 @@ def pipeline_of(
     architecture: str, flowers: Flowers, files: tuple[Path, ...], device: torch.device
 ) -> Callable:
     """The zero-shot pipeline of transformers, over the files."""
+    # importing it takes seconds
     from transformers import pipeline
 
     pipe = pipeline(

@@ -1,4 +1,4 @@
-"""The index: layouts, splits, names, and what is said of files that are missing or damaged."""
+"""The index: layouts, splits, names, and the messages about files that are missing or damaged."""
 
 import functools
 import gzip
@@ -19,23 +19,35 @@ from flowers import UserError
 from flowers.data import open_flowers
 from flowers.layouts import read_captions
 
+SPLIT_NAMES = ("trnid", "valid", "tstid")
+
 
 @pytest.fixture
 def copy(small, tmp_path):
+    """A copy of the small dataset that a test may change."""
     return shutil.copytree(small, tmp_path / "copy")
 
 
+def read_setid(root):
+    """The ids of setid.mat by split, each an array (1, n)."""
+    contents = scipy.io.loadmat(root / "setid.mat")
+    return {name: contents[name] for name in SPLIT_NAMES}
+
+
 def ids(flowers, split):
-    return [int(flowers.files[i].stem[6:]) for i in flowers.splits[split]]
+    """The image ids of a split, from the file names."""
+    files = [flowers.files[i] for i in flowers.splits[split]]
+    return [int(file.stem.removeprefix("image_")) for file in files]
+
+
+# -----------------------------------------------------------------------------
+# the index
 
 
 def test_splits_of_both_conventions(small):
-    raw = {
-        k: v.ravel().tolist()
-        for k, v in scipy.io.loadmat(small / "setid.mat").items()
-        if not k.startswith("_")
-    }
+    raw = {name: array.ravel().tolist() for name, array in read_setid(small).items()}
     expected = {
+        # (splits, holdout): train, val, test
         ("swapped", False): (raw["valid"] + raw["tstid"], [], raw["trnid"]),
         ("swapped", True): (raw["tstid"], raw["valid"], raw["trnid"]),
         ("official", False): (raw["trnid"] + raw["valid"], [], raw["tstid"]),
@@ -43,57 +55,61 @@ def test_splits_of_both_conventions(small):
     }
     for (splits, holdout), parts in expected.items():
         flowers = open_flowers(small, splits=splits, holdout=holdout)
-        assert [ids(flowers, s) for s in ("train", "val", "test")] == [sorted(p) for p in parts]
+        got = [ids(flowers, split) for split in ("train", "val", "test")]
+        assert got == [sorted(part) for part in parts]
 
 
 def test_a_label_belongs_to_the_number_in_the_file_name(copy):
     labels = scipy.io.loadmat(copy / "imagelabels.mat")["labels"].ravel()
+
+    # Three images are left, and a file that is first in the sorted folder: counting files is wrong.
     (copy / "jpg" / "aaa.txt").write_text("sorts first")
     keep = np.array([5, 17, 40])
     scipy.io.savemat(copy / "setid.mat", {"trnid": keep[:1], "valid": keep[1:2], "tstid": keep[2:]})
-    for i in set(range(1, 49)) - set(keep.tolist()):
-        (copy / "jpg" / f"image_{i:05d}.jpg").unlink()
+    for image_id in range(1, 49):
+        if image_id not in keep:
+            (copy / "jpg" / f"image_{image_id:05d}.jpg").unlink()
+
     flowers = open_flowers(copy)
-    assert [f.name for f in flowers.files] == [
-        "image_00005.jpg",
-        "image_00017.jpg",
-        "image_00040.jpg",
-    ]
-    assert flowers.labels.tolist() == [labels[i - 1] - 1 for i in keep]
+    names = [file.name for file in flowers.files]
+    assert names == ["image_00005.jpg", "image_00017.jpg", "image_00040.jpg"]
+    assert flowers.labels.tolist() == [labels[image_id - 1] - 1 for image_id in keep]
     assert len(flowers.class_names) == 6
 
 
 @pytest.mark.parametrize("base", [0, 1])
 def test_the_original_layout_gives_the_same_index(small, copy, base):
+    """base: the original project's JSON files count images from 0 or from 1."""
     expected = open_flowers(small)
+
     (copy / "images").mkdir()
     (copy / "jpg").rename(copy / "images" / "jpg")
-    np.savez(
-        copy / "labels.npz", scipy.io.loadmat(copy / "imagelabels.mat")["labels"].reshape(2, -1)
-    )
-    raw = scipy.io.loadmat(copy / "setid.mat")
-    (copy / "splits.json").write_text(
-        json.dumps({k: (raw[k].ravel() - 1 + base).tolist() for k in ("trnid", "valid", "tstid")})
-    )
-    for name in ("imagelabels.mat", "setid.mat"):
-        (copy / name).unlink()
+    labels = scipy.io.loadmat(copy / "imagelabels.mat")["labels"]
+    np.savez(copy / "labels.npz", labels.reshape(2, -1))  # its shape does not matter
+    split_ids = {
+        name: (array.ravel() - 1 + base).tolist() for name, array in read_setid(copy).items()
+    }
+    (copy / "splits.json").write_text(json.dumps(split_ids))
+    (copy / "imagelabels.mat").unlink()
+    (copy / "setid.mat").unlink()
+
     got = open_flowers(copy, splits_path=copy / "splits.json")
-    assert [f.name for f in got.files] == [f.name for f in expected.files]
-    assert np.array_equal(got.labels, expected.labels) and got.class_names == expected.class_names
-    assert all(np.array_equal(got.splits[k], expected.splits[k]) for k in expected.splits)
+    assert [file.name for file in got.files] == [file.name for file in expected.files]
+    assert np.array_equal(got.labels, expected.labels)
+    assert got.class_names == expected.class_names
+    for split, index in expected.splits.items():
+        assert np.array_equal(got.splits[split], index)
 
 
 def test_names(small, copy):
-    oxford, openai = (
-        open_flowers(small).class_names,
-        open_flowers(small, class_names="openai").class_names,
-    )
-    assert [(a, b) for a, b in zip(oxford, openai) if a != b] == [
-        ("ball moss", "air plant"),
-        ("globe-flower", "globe flower"),
-    ]
+    oxford = open_flowers(small).class_names
+    openai = open_flowers(small, class_names="openai").class_names
+    different = [(a, b) for a, b in zip(oxford, openai) if a != b]
+    assert different == [("ball moss", "air plant"), ("globe-flower", "globe flower")]
+
+    # Without a file of names, those of the package.
     (copy / "cat_to_name.json").unlink()
-    assert len(open_flowers(copy).class_names) == 102  # those of the package
+    assert len(open_flowers(copy).class_names) == 102
 
 
 def test_nothing_of_the_index_can_be_changed(small):
@@ -104,35 +120,46 @@ def test_nothing_of_the_index_can_be_changed(small):
         flowers.root = "elsewhere"
 
 
+def test_real_images(real, cli):
+    code, out, _ = cli("flowers.data", "--data_root", real)
+    assert code == 0
+    assert "5,868 images of 102 classes" in out
+    assert "train 5,150, val 0, test 718" in out
+
+    flowers = open_flowers(real, holdout=True, class_names="openai")
+    sizes = [len(flowers.splits[split]) for split in ("train", "val", "test")]
+    assert sizes == [4427, 723, 718]
+    oxford = open_flowers(real).class_names
+    # Not four: copies that call class 78 "lotus lotus" are corrected.
+    assert sum(a != b for a, b in zip(flowers.class_names, oxford)) == 3
+
+
+# -----------------------------------------------------------------------------
+# damage: each function harms a folder and returns what the message must name
+
+
 def damage_missing_image(root):
     (root / "jpg" / "image_00007.jpg").unlink()
     return "image_00007.jpg"
 
 
 def damage_id_without_label(root):
-    raw = scipy.io.loadmat(root / "setid.mat")
-    scipy.io.savemat(
-        root / "setid.mat",
-        {"trnid": raw["trnid"], "valid": raw["valid"], "tstid": np.append(raw["tstid"], 49)},
-    )
+    split_ids = read_setid(root)
+    split_ids["tstid"] = np.append(split_ids["tstid"], 49)
+    scipy.io.savemat(root / "setid.mat", split_ids)
     return "49"
 
 
 def damage_overlap(root):
-    raw = scipy.io.loadmat(root / "setid.mat")
-    scipy.io.savemat(
-        root / "setid.mat",
-        {
-            "trnid": raw["trnid"],
-            "valid": raw["valid"],
-            "tstid": np.append(raw["tstid"], raw["trnid"][0, 0]),
-        },
-    )
+    split_ids = read_setid(root)
+    split_ids["tstid"] = np.append(split_ids["tstid"], split_ids["trnid"][0, 0])
+    scipy.io.savemat(root / "setid.mat", split_ids)
     return "more than once"
 
 
 def damage_labels(root):
-    (root / "imagelabels.mat").write_bytes((root / "imagelabels.mat").read_bytes()[:100])
+    path = root / "imagelabels.mat"
+    path.write_bytes(path.read_bytes()[:100])
     return "imagelabels.mat"
 
 
@@ -162,24 +189,29 @@ def damage_everything(root):
     return "--data_root"
 
 
-@pytest.mark.parametrize(
-    "damage", [f for name, f in sorted(globals().items()) if name.startswith("damage_")]
-)
+DAMAGES = [
+    damage_everything,
+    damage_folder,
+    damage_id_without_label,
+    damage_labels,
+    damage_missing_image,
+    damage_names,
+    damage_overlap,
+    damage_pickled_labels,
+    damage_splits,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_ends_with_one_line_that_names_it(copy, damage, cli):
-    assert cli("flowers.data", "--data_root", copy)[0] == 0
+    code, _, _ = cli("flowers.data", "--data_root", copy)
+    assert code == 0
     word = damage(copy)
     assert word in error_line(cli("flowers.data", "--data_root", copy))
 
 
-def test_real_images(real, cli):
-    code, out, _ = cli("flowers.data", "--data_root", real)
-    assert (
-        code == 0 and "5,868 images of 102 classes" in out and "train 5,150, val 0, test 718" in out
-    )
-    flowers = open_flowers(real, holdout=True, class_names="openai")
-    assert [len(flowers.splits[s]) for s in ("train", "val", "test")] == [4427, 723, 718]
-    oxford_names = open_flowers(real).class_names
-    assert sum(a != b for a, b in zip(flowers.class_names, oxford_names)) == 3
+# -----------------------------------------------------------------------------
+# the download
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
@@ -191,67 +223,98 @@ class Server(http.server.SimpleHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        if self.path.endswith(".tgz") and Server.cut:
-            data = open(self.translate_path(self.path), "rb").read()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
-        else:
+        if not self.path.endswith(".tgz") or not Server.cut:
             super().do_GET()
+            return
+        with open(self.translate_path(self.path), "rb") as file:
+            data = file.read()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2])
 
 
-def test_download(tmp_path, monkeypatch, cli):
-    """Through torchvision, from a server of ours: broken off, run again, checked, and said so before."""
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A server here, from which torchvision downloads the small dataset into the working folder."""
     source = write_dataset(tmp_path / "site")
     with tarfile.open(source / "102flowers.tgz", "w:gz") as archive:
         archive.add(source / "jpg", "jpg")
-    names = {"image": "102flowers.tgz", "label": "imagelabels.mat", "setid": "setid.mat"}
-    monkeypatch.setattr(
-        Flowers102,
-        "_file_dict",
-        {
-            k: (name, hashlib.md5((source / name).read_bytes()).hexdigest())
-            for k, name in names.items()
-        },
-    )
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Server, directory=source)
-    )
+    file_dict = {}
+    for key, name in (
+        ("image", "102flowers.tgz"),
+        ("label", "imagelabels.mat"),
+        ("setid", "setid.mat"),
+    ):
+        file_dict[key] = (name, hashlib.md5((source / name).read_bytes()).hexdigest())
+
+    handler = functools.partial(Server, directory=source)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(
-        Flowers102, "_download_url_prefix", f"http://127.0.0.1:{server.server_port}/"
-    )
+    address = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(Flowers102, "_file_dict", file_dict)
+    monkeypatch.setattr(Flowers102, "_download_url_prefix", address)
+    monkeypatch.setattr(Server, "cut", True)
     monkeypatch.chdir(tmp_path)
-    broken = cli("flowers.data")
-    assert "run again" in error_line(broken) and "downloading" in broken[1]
-    monkeypatch.setattr(Server, "cut", False)
-    code, out, _ = cli("flowers.data")
-    assert (
-        code == 0
-        and "48 images" in out
-        and (tmp_path / "data" / "flowers-102" / "setid.mat").exists()
-    )
+    yield server
     server.shutdown()
     server.server_close()
+
+
+def test_download(site, tmp_path, monkeypatch, cli):
+    """Through torchvision: broken off, run again, checked, and announced."""
+    broken = cli("flowers.data")
+    assert "run again" in error_line(broken)
+    assert "downloading" in broken[1]
+
+    monkeypatch.setattr(Server, "cut", False)
     code, out, _ = cli("flowers.data")
-    assert code == 0 and "downloading" not in out  # what is there is not fetched again
+    assert code == 0
+    assert "48 images" in out
+    assert (tmp_path / "data" / "flowers-102" / "setid.mat").exists()
+
+    # What is there is not fetched again: the server could not be reached.
+    site.shutdown()
+    site.server_close()
+    code, out, _ = cli("flowers.data")
+    assert code == 0
+    assert "downloading" not in out
+
     shutil.rmtree(tmp_path / "data")
-    assert "--data_root sample" in error_line(cli("flowers.data"))  # no server
+    assert "--data_root sample" in error_line(cli("flowers.data"))
+
+
+def test_the_download_is_a_command_of_its_own(site, tmp_path, monkeypatch, cli):
+    assert "run again" in error_line(cli("flowers.download"))
+
+    monkeypatch.setattr(Server, "cut", False)
+    code, out, _ = cli("flowers.download")
+    assert code == 0
+    assert out.strip().endswith("data/flowers-102")
+    assert len(open_flowers(tmp_path / "data" / "flowers-102").files) == 48
+
+    # torchvision would call the folder flowers-102 whatever the user wishes.
+    assert "flowers-102" in error_line(cli("flowers.download", "--data_root", "elsewhere"))
+
+
+# -----------------------------------------------------------------------------
+# captions
 
 
 def test_captions(small, tmp_path):
     files = open_flowers(small).files
     path = tmp_path / "captions.jsonl.gz"
     with gzip.open(path, "wt") as out:
+        # In another order than that of the index.
         for file in reversed(files):
-            out.write(
-                json.dumps({"file": file.name, "captions": [f"about {file.name}", "ünïcode"]})
-                + "\n"
-            )
+            row = {"file": file.name, "captions": [f"about {file.name}", "ünïcode"]}
+            out.write(json.dumps(row) + "\n")
     assert read_captions(path, files)[5] == [f"about {files[5].name}", "ünïcode"]
+
+    unknown = files[0].with_name("image_99999.jpg")
     with pytest.raises(UserError, match="no caption for image_99999"):
-        read_captions(path, (*files, files[0].with_name("image_99999.jpg")))
+        read_captions(path, (*files, unknown))
+
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="damaged"):
         read_captions(path, files)

@@ -1,4 +1,7 @@
-"""The pixel cache: equal to clip's own preprocessing, reused, rebuilt when it must be, and never in the way of a read-only folder."""
+"""The pixels equal those of clip's own preprocessing, and the cache of them is right.
+
+It is reused, rebuilt when it must be, and never in the way of a read-only folder.
+"""
 
 import os
 import shutil
@@ -21,62 +24,84 @@ with warnings.catch_warnings():
 
 @pytest.fixture
 def copy(small, tmp_path):
+    """A copy of the small dataset, without a cache, that a test may change."""
     return shutil.copytree(small, tmp_path / "copy", ignore=shutil.ignore_patterns(".cache"))
 
 
+def read_all(flowers, resolution):
+    return torch.stack([read_square(file, resolution) for file in flowers.files])
+
+
+# -----------------------------------------------------------------------------
+# against clip's preprocessing
+
+
 def agreement(files, resolution):
-    """Differences in levels from clip's transform, for the files; and both float batches."""
+    """Differences from clip's transform in levels of 255, and both float batches."""
     transform = _transform(resolution)
-    theirs = torch.stack([transform(Image.open(f)) for f in files])
-    pixels = torch.stack([read_square(f, resolution) for f in files])
+    theirs = torch.stack([transform(Image.open(file)) for file in files])
+    pixels = torch.stack([read_square(file, resolution) for file in files])
     ours = get_batch(pixels, torch.arange(len(files)), "cpu")
     std = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
-    return ((ours - theirs) * std * 255).round().abs(), ours, theirs
+    difference = ((ours - theirs) * std * 255).round().abs()
+    return difference, ours, theirs
 
 
 def test_pixels_agree_with_clip_on_odd_sizes(tmp_path):
-    rng, files = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    files = []
     for width, height in [(64, 64), (65, 90), (131, 64), (300, 201), (201, 300), (40, 33)]:
-        smooth = Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).resize(
-            (width, height), Image.BICUBIC
-        )
+        noise = Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8))
+        smooth = noise.resize((width, height), Image.BICUBIC)
         files.append(tmp_path / f"{width}x{height}.jpg")
         smooth.save(files[-1])
     grey = tmp_path / "grey.jpg"
     smooth.convert("L").save(grey)
+
+    # torch's resize of bytes has weights of 16 bits, PIL's of 22.
     difference, _, _ = agreement([*files, grey], 64)
-    assert (
-        difference.max() <= 2 and (difference > 1).sum() <= 2
-    )  # torch's 8-bit resize has weights of 16 bits, PIL's of 22
+    assert difference.max() <= 2
+    assert (difference > 1).sum() <= 2
 
 
 def test_pixels_agree_with_clip_on_real_images(real):
-    """One level but for rare coincidences of rounding; and the model sees no difference."""
+    """One level but for rare coincidences of rounding, and the model sees no difference."""
     torch.manual_seed(0)
     files = open_flowers(real).files[::60]
     for resolution in (64, 224):
         difference, ours, theirs = agreement(files, resolution)
-        assert (
-            difference.max() <= 2
-            and (difference > 1).float().mean() < 1e-6
-            and (difference > 0).float().mean() < 0.01
-        )
-        if resolution == 64:
-            model = models.build("tiny")
-            classes = models.text_features(model, [f"flower {i}" for i in range(102)])
-            with torch.no_grad():
-                a, b = (models.encode_images(model, x) @ classes.t() for x in (ours, theirs))
-            assert torch.equal(a.argmax(1), b.argmax(1)) and (a - b).abs().max() < 1e-2
+        assert difference.max() <= 2
+        assert (difference > 1).float().mean() < 1e-6
+        assert (difference > 0).float().mean() < 0.01
+        if resolution != 64:  # that of `tiny`
+            continue
+
+        model = models.build("tiny")
+        classes = models.text_features(model, [f"flower {i}" for i in range(102)])
+        with torch.no_grad():
+            our_logits = models.encode_images(model, ours) @ classes.t()
+            their_logits = models.encode_images(model, theirs) @ classes.t()
+        assert torch.equal(our_logits.argmax(1), their_logits.argmax(1))
+        assert (our_logits - their_logits).abs().max() < 1e-2
+
+
+# -----------------------------------------------------------------------------
+# the cache
 
 
 def test_the_cache_is_made_once_and_mapped(copy):
     flowers = open_flowers(copy)
     pixels = load_pixels(flowers, 32)
-    assert pixels.shape == (48, 3, 32, 32) and pixels.dtype == torch.uint8
-    assert torch.equal(pixels, torch.stack([read_square(f, 32) for f in flowers.files]))
+    assert pixels.shape == (48, 3, 32, 32)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(pixels, read_all(flowers, 32))
+
     (cache,) = (copy / ".cache").iterdir()
-    before = cache.stat().st_mtime_ns
-    assert torch.equal(load_pixels(flowers, 32), pixels) and cache.stat().st_mtime_ns == before
+    written = cache.stat().st_mtime_ns
+    assert torch.equal(load_pixels(flowers, 32), pixels)
+    assert cache.stat().st_mtime_ns == written
+
+    # Another resolution has a file of its own.
     load_pixels(flowers, 16)
     assert len(list((copy / ".cache").iterdir())) == 2
 
@@ -107,7 +132,7 @@ def test_a_damaged_or_stale_cache_is_made_anew_with_a_warning(copy, harm, capsys
     harm(cache, flowers)
     pixels = load_pixels(flowers, 32)
     assert "warning" in capsys.readouterr().err
-    assert torch.equal(pixels, torch.stack([read_square(f, 32) for f in flowers.files]))
+    assert torch.equal(pixels, read_all(flowers, 32))
 
 
 def test_a_read_only_dataset_is_left_alone(copy, tmp_path, monkeypatch):
@@ -115,43 +140,52 @@ def test_a_read_only_dataset_is_left_alone(copy, tmp_path, monkeypatch):
     os.chmod(copy, 0o555)
     load_pixels(open_flowers(copy), 16)
     os.chmod(copy, 0o755)
-    assert not (copy / ".cache").exists() and list((tmp_path / "home").rglob("pixels-16-*.npy"))
+    assert not (copy / ".cache").exists()
+    assert list((tmp_path / "home").rglob("pixels-16-*.npy"))
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", None])
 def test_an_image_that_cannot_be_decoded_is_named(copy, cli, content, tmp_path):
+    """content: the bytes of the image; None cuts off the image that is there."""
     file = copy / "jpg" / "image_00011.jpg"
-    file.write_bytes(file.read_bytes()[:700] if content is None else content)
-    outcome = cli(
-        "baseline_eval.py",
-        "--data_root",
-        copy,
-        "--architecture",
-        "tiny",
-        "--runs",
-        tmp_path / "runs",
-        "--wandb",
-        "disabled",
-    )
+    if content is None:
+        content = file.read_bytes()[:700]
+    file.write_bytes(content)
+
+    arguments = ["--data_root", copy, "--architecture", "tiny"]
+    arguments += ["--runs", tmp_path / "runs", "--wandb", "disabled"]
+    outcome = cli("baseline_eval.py", *arguments)
     assert "image_00011.jpg" in error_line(outcome)
     assert list((copy / ".cache").iterdir()) == []
+
+
+# -----------------------------------------------------------------------------
+# batches
 
 
 def test_augmentation(small):
     pixels = load_pixels(open_flowers(small), 32)
     index = torch.arange(40)
     plain = get_batch(pixels, index, "cpu")
+
+    # About half of the images are mirrored, the others are as they were.
     flipped = get_batch(pixels, index, "cpu", "flip", devices.generator(0))
-    mirrored = torch.tensor(
-        [bool(torch.equal(a, b.flip(-1)) and not torch.equal(a, b)) for a, b in zip(flipped, plain)]
-    )
-    same = torch.tensor([torch.equal(a, b) for a, b in zip(flipped, plain)])
-    assert (mirrored | same).all() and 8 < mirrored.sum() < 32
+    n_mirrored = 0
+    for after, before in zip(flipped, plain):
+        same = torch.equal(after, before)
+        mirrored = not same and torch.equal(after, before.flip(-1))
+        assert same or mirrored
+        n_mirrored += mirrored
+    assert 8 < n_mirrored < 32
+
+    # Reflection at the border makes no value that was not in the image.
     cropped = get_batch(pixels, index, "cpu", "crop", devices.generator(0))
-    assert (
-        cropped.shape == plain.shape
-        and not torch.equal(cropped, plain)
-        and cropped.min() >= plain.min() - 1e-4
-    )
-    assert torch.equal(cropped, get_batch(pixels, index, "cpu", "crop", devices.generator(0)))
-    assert not torch.equal(cropped, get_batch(pixels, index, "cpu", "crop", devices.generator(1)))
+    assert cropped.shape == plain.shape
+    assert not torch.equal(cropped, plain)
+    assert cropped.min() >= plain.min() - 1e-4
+
+    # The images depend on the seed alone.
+    again = get_batch(pixels, index, "cpu", "crop", devices.generator(0))
+    other = get_batch(pixels, index, "cpu", "crop", devices.generator(1))
+    assert torch.equal(cropped, again)
+    assert not torch.equal(cropped, other)
