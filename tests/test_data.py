@@ -130,8 +130,8 @@ def test_real_images(real, cli):
     sizes = [len(flowers.splits[split]) for split in ("train", "val", "test")]
     assert sizes == [4427, 723, 718]
     oxford = open_flowers(real).class_names
-    # Four names differ in copies that call class 78 "lotus lotus".
-    assert sum(a != b for a, b in zip(flowers.class_names, oxford)) >= 3
+    # Not four: copies that call class 78 "lotus lotus" are corrected.
+    assert sum(a != b for a, b in zip(flowers.class_names, oxford)) == 3
 
 
 # -----------------------------------------------------------------------------
