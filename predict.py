@@ -28,7 +28,7 @@ from flowers.images import read_picture
 from flowers.models import CLIP, RANDOM, SHAPES, image_features
 from flowers.pixels import resize_and_crop
 from flowers.sample.kinds import KINDS
-from flowers.weights import load_model
+from flowers.weights import add_activation_argument, load_model
 
 # What is taken for a picture in a folder. A file that is named on the command line may have any
 # name. Pillow needs a plugin for HEIC: without it those files are named and passed over.
@@ -49,8 +49,9 @@ def main():
     args = parse_arguments()
     # Pillow warns of odd files, while a bar is running; what can't be read is named at the end.
     warnings.filterwarnings("ignore", module="PIL")
-    devices.seed_everything(0)  # the random weights of tiny, as baseline_eval.py has them
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.choose_device(args.device)
+    devices.set_precision(args.precision, device)
+    devices.seed_everything(0, device)  # the random weights of tiny, as baseline_eval.py has them
 
     # -----------------------------------------------------------------------------
     # pictures, and where the results go
@@ -62,11 +63,12 @@ def main():
     run = run_folder(args.architecture)
     names, source = choose_names(run, args.names)
     templates = choose_templates(run, args.prompt_template)
-    if run and args.names and templates is None:
+    sentences = choose_sentences(run, names, args.prompts, templates)
+    if run and args.names and templates is None and sentences is None:
         check_head(run, names)
-    model = load_model(args.architecture, device)
+    model = load_model(args.architecture, device, args.activation)
     head, templates = evaluate.load_head(
-        args.architecture, model, names, templates, evaluate.TEMPLATE
+        args.architecture, model, names, templates, evaluate.TEMPLATE, sentences
     )
     print(f"{args.architecture}: {len(names)} names {source}")
     if args.architecture in RANDOM:
@@ -112,15 +114,17 @@ def parse_arguments() -> argparse.Namespace:
     # model
     parser.add_argument(
         "--architecture",
+        type=files.user_path,
         default="ViT-B/32",
         help="a run folder, a name of clip.available_models(), tiny, tiny-rn, or the path of a "
         "state dict (default: %(default)s, not fine-tuned)",
     )
+    add_activation_argument(parser)
     # names
     parser.add_argument(
         "--names",
         metavar="FILE",
-        type=Path,
+        type=files.user_file,
         help='names to choose from: a text file with one a line, or JSON, ["rose", "lily"] or '
         '{"1": "rose", "2": "lily"} (default: the classes of the run; of a pretrained model the '
         "102 of Oxford Flowers)",
@@ -131,8 +135,18 @@ def parse_arguments() -> argparse.Namespace:
         help="text with {} for the name; repeat it for an ensemble "
         f"(default: that of the run, else '{evaluate.TEMPLATE}')",
     )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=files.user_file,
+        help="JSON of names, each with a list of sentences, instead of --prompt_template",
+    )
+    devices.add_device_arguments(parser)
     add_result_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.prompts and args.prompt_template:
+        raise UserError("--prompts and --prompt_template: give one of them")
+    return args
 
 
 def add_result_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,19 +156,19 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--csv",
         metavar="FILE",
-        type=Path,
+        type=files.user_file,
         help="write a row a picture: file, top1, score1, top2, ... (scores from 0 to 1)",
     )
     parser.add_argument(
         "--json",
         metavar="FILE",
-        type=Path,
+        type=files.user_file,
         help="write the same as JSON, with the settings and the files that could not be read",
     )
     parser.add_argument(
         "--sheet",
         metavar="FILE.png",
-        type=Path,
+        type=files.user_file,
         help=f"draw the first {MOST_ON_SHEET} pictures with their names and probabilities",
     )
 
@@ -371,9 +385,24 @@ def choose_templates(run: Path | None, templates: list[str] | None) -> list[str]
             f"{run} was trained with --strategy {strategy} and lacks its classifier.pt: copy the "
             "whole folder, or give --prompt_template to name by prompts"
         )
-    if arguments.get("prompts"):
-        raise UserError(f"{run} was trained with prompts of a file: give --prompt_template")
     return arguments.get("prompt_template")
+
+
+def choose_sentences(
+    run: Path | None, names: Sequence[str], prompts: Path | None, templates: list[str] | None
+) -> evaluate.Prompts | None:
+    """The sentences of each class: of --prompts, else of the file that the run was trained with.
+
+    None for a model of templates, or with something learned. Raises UserError if the file is
+    missing, or has no sentence for one of the names.
+    """
+    if prompts is None and templates is None and run and not (run / "classifier.pt").exists():
+        prompts = read_arguments(run).get("prompts")
+        if prompts:
+            evaluate.warn_of_changed_prompts(str(run), prompts)
+    if prompts is None:
+        return None
+    return evaluate.read_prompts(prompts, names)
 
 
 def check_head(run: Path, names: Sequence[str]) -> None:

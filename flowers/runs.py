@@ -327,9 +327,13 @@ def parse_inheriting(parser: argparse.ArgumentParser, model_flag: str) -> argpar
     # argparse puts no default where there is a value: None is left at flags that were not typed.
     untyped = argparse.Namespace(**dict.fromkeys(inherited))
     typed = vars(parser.parse_args(namespace=untyped))
+    typed_keys = {key for key in inherited if typed.get(key) is not None}
+    # Templates and a file of prompts take each other's place.
+    if vars(args).get("prompts") or typed.get("prompt_template"):
+        typed_keys |= {"prompts", "prompt_template"}
     taken = {}
     for key, value in inherited.items():
-        if key in vars(args) and typed[key] is None:
+        if key in vars(args) and key not in typed_keys:
             taken[key] = value
     flags = as_flags(taken)
     if not flags:
