@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flowers import UserError, command, devices, evaluate, figures, files, layouts, runs
 from flowers.data import open_flowers
-from flowers.download import DEFAULT_ROOT, is_complete
+from flowers.download import default_root, is_complete
 from flowers.images import read_picture
 from flowers.models import CLIP, RANDOM, SHAPES, image_features
 from flowers.pixels import resize_and_crop
@@ -357,13 +357,19 @@ def names_in_predictions(run: Path) -> set[str]:
 def names_of_dataset(run: Path) -> list[str]:
     """The class names of the dataset that a run was trained on; none if it is not here."""
     arguments = read_arguments(run)
-    root = Path(arguments.get("data_root", ""))
+    root = Path(arguments.get("data_root") or default_root())
     # Neither drawn nor downloaded for the sake of its names.
-    if not root.is_dir() or (root == Path(DEFAULT_ROOT) and not is_complete(root)):
+    if not root.is_dir() or (root == Path(default_root()) and not is_complete(root)):
         return []
     class_names = arguments.get("class_names", "oxford")
     try:
-        flowers = open_flowers(root, arguments.get("splits_path"), class_names=class_names)
+        flowers = open_flowers(
+            root,
+            arguments.get("splits_path"),
+            class_names=class_names,
+            splits_base=arguments.get("splits_base"),
+            needs_split=False,
+        )
     except UserError:
         return []
     return list(flowers.class_names)

@@ -112,6 +112,30 @@ def test_the_template_is_that_of_the_run_unless_told_otherwise(predict):
     assert sum(row["probability"] for row in predictions) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_run_of_a_prompts_file_names_by_its_sentences(copy, predict, tmp_path):
+    prompts = tmp_path / "prompts.json"
+    sentences = {name: [f"a {name} in the sun", f"the petals of a {name}"] for name in NAMES}
+    prompts.write_text(json.dumps(sentences))
+    *_, by_template = predict()
+    *_, by_flag = predict(options=("--prompts", prompts))
+    assert by_flag["prompt_template"] is None
+    assert by_flag["pictures"] != by_template["pictures"]
+
+    args = json.loads((copy / "args.json").read_text())
+    args |= {"prompts": str(prompts), "prompt_template": None}
+    (copy / "args.json").write_text(json.dumps(args))
+    code, _, err, by_run = predict(architecture=copy)
+    assert code == 0, err
+    assert by_run["pictures"] == by_flag["pictures"]
+    *_, typed = predict(architecture=copy, options=("--prompt_template", TEMPLATE))
+    assert typed["pictures"] == by_template["pictures"]
+
+    prompts.unlink()
+    assert str(prompts) in refused(predict(architecture=copy))
+    both = ("--prompts", prompts, "--prompt_template", TEMPLATE)
+    assert "give one of them" in refused(predict(options=both))
+
+
 def test_a_model_without_a_run_chooses_among_oxford_s_names_and_says_so(predict):
     code, out, err, results = predict(architecture="tiny")
     assert code == 0 and "102 names of Oxford Flowers" in out and "untrained" in err

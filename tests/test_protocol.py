@@ -97,6 +97,19 @@ def test_an_evaluation_takes_over_what_the_run_was_trained_with(
     assert (tmp_path / "eval" / "predictions.csv").read_bytes() == predictions
 
 
+def test_prompts_that_are_typed_take_the_place_of_inherited_templates(
+    official, evaluate_run, tmp_path
+):
+    names = read_json(official / "class_names.json")["names"]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({name: [f"petals of a {name}"] for name in names}))
+    code, out, err = evaluate_run(official, "--prompts", prompts)
+    assert code == 0, err
+    evaluated = read_json(tmp_path / "eval" / "args.json")
+    assert evaluated["prompts"] == str(prompts) and evaluated["prompt_template"] is None
+    assert "prompts.json" in read_json(tmp_path / "eval" / "result.json")["prompts"]
+
+
 def test_what_is_typed_comes_before_what_is_inherited(official, small, evaluate_run, tmp_path):
     moved = shutil.copytree(small, tmp_path / "moved")
     options = ["--data_root", moved, "--prompt_template", "{}", "--class_names=oxford"]
