@@ -180,7 +180,7 @@ def main():
     # -----------------------------------------------------------------------------
     # run folder
 
-    prompts = evaluate.prompts_in_words(args.prompt_template, head, vars(args).get("prompts"))
+    prompts = evaluate.prompts_in_words(args.prompt_template, head, args.prompts, sentences)
     weights = getattr(model, "origin", args.architecture)
     protocol = evaluate.protocol(
         flowers, args.split, len(index), args.class_names, prompts, weights

@@ -193,7 +193,8 @@ def main():
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device) | sizes
-    protocol = describe(folder, flowers, eval_index, head, model, config) | {"overlap": overlap}
+    protocol = describe(folder, flowers, eval_index, head, sentences, model, config)
+    protocol["overlap"] = overlap
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
     finish_tracker(tracker, result, protocol, probabilities, flowers, eval_index)
     print_results(folder, metrics, result, protocol, config)
@@ -898,11 +899,12 @@ def describe(
     flowers: Flowers,
     eval_index: np.ndarray,
     head: tuple[torch.Tensor, torch.Tensor],
+    sentences: evaluate.Prompts | None,
     model: CLIP,
     config: Config,
 ) -> dict:
     """What the accuracy is the accuracy of: dataset, split, names, prompts and weights."""
-    prompts = evaluate.prompts_in_words(config.prompt_template, head)
+    prompts = evaluate.prompts_in_words(config.prompt_template, head, config.prompts, sentences)
     start = getattr(model, "origin", config.architecture)
     return evaluate.protocol(
         flowers,

@@ -554,7 +554,7 @@ def per_class(
     table = pd.DataFrame(
         {
             "class": class_names,
-            "images": images,
+            "images": images.astype(int),
             "precision": (100 * precision).round(2),
             "recall": (100 * recall).round(2),
             "f1": (100 * f1).round(2),
@@ -595,13 +595,18 @@ def save_outputs(
     figures.mistakes_sheet(mistakes, folder / "mistakes.png")
 
 
-def prompts_in_words(templates: Sequence[str], head: Head, prompts_file: str | None = None) -> str:
+def prompts_in_words(
+    templates: Sequence[str] | None,
+    head: Head,
+    prompts_file: str | None = None,
+    sentences: Prompts | None = None,
+) -> str:
     """What class names are turned into, for tables: a template or several, a file, or nothing."""
     _, bias = head
     if bias.any():
         return "none (a linear head)"  # a zero-shot head has no bias
-    if prompts_file:
-        return f"of {prompts_file}"
+    if sentences is not None:
+        return describe_prompts(prompts_file, sentences)
     return templates_in_words(templates)
 
 
