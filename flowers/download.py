@@ -36,7 +36,11 @@ def data_folder(name: str) -> str:
     repository = Path(__file__).resolve().parent.parent
     # A package that was installed without its repository has no place of its own.
     is_repository = (repository / "pyproject.toml").exists()
-    if here.exists() or not is_repository or repository == Path.cwd():
+    try:
+        is_here = here.exists()
+    except PermissionError:
+        is_here = False  # a folder that may not be looked into
+    if is_here or not is_repository or repository == Path.cwd():
         return str(here)
     return str(repository / here)
 

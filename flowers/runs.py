@@ -25,14 +25,17 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from flowers import UserError, reason
 from flowers.data import Flowers, image_ids, open_flowers, select, subset
 from flowers.files import append_line, checked, read_json, read_lines, user_path, write_json
 from flowers.layouts import correct_name
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # An evaluation takes these flags over from the run that it evaluates.
 INHERITED = (
@@ -520,13 +523,15 @@ def read_metrics(run: str | Path, split: str) -> dict:
     return metrics
 
 
-def read_predictions(folder: Path) -> pd.DataFrame:
+def read_predictions(folder: Path) -> "pd.DataFrame":
     """Read predictions.csv of a run, a row an image: file, label, top1 ... top5, score1 ... score5.
 
     All columns are text; a name or score that a row lacks is empty. Names are those of
     layouts.correct_name, so that runs made before and after a correction can be compared. Raises
     OSError if there is no such file, ValueError if it is damaged, lists an image twice or none.
     """
+    import pandas as pd  # half a second, which the page's first view does without
+
     try:
         with warnings.catch_warnings():
             # A row with a field too many is damage: pandas would drop the field, or shift the row.

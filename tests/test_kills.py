@@ -62,7 +62,7 @@ def read(path: Path):
     elif path.suffix == ".npy":
         array = np.load(path, mmap_mode="r")
         key = data[-36:-4]  # 32 bytes, before the checksum of 4
-        problem = cache._problem(path, key, array.shape, array.dtype)
+        problem = cache._find_problem(path, key, array.shape, array.dtype)
         assert not problem, f"{path} is not whole"
     elif path.suffix == ".png":
         Image.open(path).load()

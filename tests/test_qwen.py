@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
 
-from flowers import files, training
+from flowers import files
 from flowers.data import open_flowers
 from flowers.layouts import read_captions
 from flowers.models import count_flops
@@ -614,7 +614,7 @@ def test_training_goes_on_where_it_was_killed(small, tmp_path, cli, monkeypatch)
             raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(training, "save_tensors", save_and_die)
+        m.setattr(files, "save_tensors", save_and_die)
         assert cli("qwen_train.py", *arguments, "--name", "killed")[0] == 130
     code, out, err = cli("qwen_train.py", "--resume", tmp_path / "killed", "--wandb", "disabled")
     assert code == 0 and "after step 4 of 6" in out, err
