@@ -28,7 +28,7 @@ from flowers.layouts import read_captions
 from flowers.models import CLIP, encode, image_features, text_features
 from flowers.pixels import load_pixels, to_device
 from flowers.study import figures as study_figures
-from flowers.tracking import log_mistakes, start_wandb
+from flowers.tracking import Tracker, log_mistakes, start_wandb
 from flowers.weights import add_activation_argument, load_model
 
 
@@ -89,6 +89,21 @@ def parse_arguments() -> argparse.Namespace:
     return runs.parse_inheriting(parser, "architecture")
 
 
+def open_data(args: argparse.Namespace) -> Flowers:
+    """The dataset. Raises UserError if the split to evaluate is empty."""
+    flowers = open_flowers(
+        args.data_root,
+        args.splits_path,
+        args.splits,
+        args.holdout,
+        args.class_names,
+        args.splits_base,
+    )
+    if not len(flowers.splits[args.split]):
+        raise UserError(f"the {args.split} split is empty: val needs --holdout")
+    return flowers
+
+
 def evaluate_along(
     model: CLIP,
     start: dict[str, torch.Tensor],
@@ -114,6 +129,20 @@ def evaluate_along(
     return curve
 
 
+def write_curve(
+    curve: list[tuple[float, dict[str, float]]], split: str, folder: Path, tracker: Tracker
+) -> None:
+    """Leave the WiSE-FT curve in the run folder, as metrics.jsonl and wise_ft.png, and in W&B."""
+    rows = [{"alpha": alpha, **with_split(split, metrics)} for alpha, metrics in curve]
+    for row in rows:
+        tracker.log(row)
+    files.write_lines(folder / "metrics.jsonl", rows)
+    # --wise_ft may be given in any order; the figure joins the points from left to right.
+    points = [{"alpha": alpha, **metrics} for alpha, metrics in curve]
+    points.sort(key=lambda point: point["alpha"])
+    study_figures.wise_ft({f"{folder.name} ({split})": points}, folder / "wise_ft.png")
+
+
 def with_split(split: str, metrics: dict[str, float]) -> dict[str, float]:
     """Metrics under the names that results have: test/top1, ..."""
     return {f"{split}/{name}": value for name, value in metrics.items()}
@@ -128,6 +157,7 @@ def main():
     devices.seed_everything(args.seed, device)
     precision = devices.set_precision(args.precision, device)
     # Read first: a mistake in --compare should not be found after the work is done.
+    # For the table at the end: its columns, and what each of them was measured on.
     shown = {Path(run).name: runs.read_metrics(run, args.split) for run in args.compare}
     protocols = {
         Path(run).name: evaluate.recorded_protocol(run, args.split) for run in args.compare
@@ -135,19 +165,9 @@ def main():
 
     # -----------------------------------------------------------------------------
     # data
-
-    flowers = open_flowers(
-        args.data_root,
-        args.splits_path,
-        args.splits,
-        args.holdout,
-        args.class_names,
-        args.splits_base,
-    )
-    args.splits = flowers.convention
-    index = flowers.splits[args.split]
-    if not len(index):
-        raise UserError(f"the {args.split} split is empty: val needs --holdout")
+    flowers = open_data(args)
+    args.splits = flowers.convention  # what the dataset says, for the record
+    index = flowers.splits[args.split]  # (N,) the images to evaluate
     # Training images are evaluated only where they are asked for by name.
     allowed = args.allow_overlap or args.split == "train"
     overlap = runs.check_overlap(args.architecture, flowers, index, args.split, allowed)
@@ -156,7 +176,6 @@ def main():
 
     # -----------------------------------------------------------------------------
     # model
-
     model = load_model(args.architecture, device, args.activation)
     sentences, prompts_digest = None, None
     if args.prompts:
@@ -172,6 +191,7 @@ def main():
         evaluate.TEMPLATE,
         sentences,
     )
+    # Both ends of the WiSE-FT line. Copied, as interpolate writes over the model's own weights.
     if args.wise_ft:
         start_state = evaluate.load_starting_weights(args.architecture)
         tuned_state = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -179,12 +199,12 @@ def main():
 
     # -----------------------------------------------------------------------------
     # run folder
-
     prompts = evaluate.prompts_in_words(args.prompt_template, head, args.prompts, sentences)
     weights = getattr(model, "origin", args.architecture)
     protocol = evaluate.protocol(
         flowers, args.split, len(index), args.class_names, prompts, weights
     )
+    # args.json keeps what decides the result, as resolved here, and not how the command was called.
     config = {"job": "eval", **vars(args), "prompts_digest": prompts_digest}
     config |= {"device": str(device), "precision": precision}
     del config["name"], config["compare"]
@@ -193,7 +213,6 @@ def main():
 
     # -----------------------------------------------------------------------------
     # features and metrics
-
     start = time.perf_counter()
     images = image_features(model, pixels, torch.from_numpy(index.copy()))  # (N, D)
     caption_features = None
@@ -210,7 +229,6 @@ def main():
 
     # -----------------------------------------------------------------------------
     # WiSE-FT
-
     if args.wise_ft:
         curve = evaluate_along(
             model,
@@ -223,19 +241,12 @@ def main():
             args.prompt_template,
             sentences,
         )
-        rows = []
-        for alpha, along in curve:
-            rows.append({"alpha": alpha, **with_split(args.split, along)})
-            tracker.log(rows[-1])
-            shown[f"alpha {alpha:g}"] = along | seen
-        files.write_lines(folder / "metrics.jsonl", rows)
-        points = [{"alpha": alpha, **along} for alpha, along in curve]
-        points.sort(key=lambda point: point["alpha"])
-        study_figures.wise_ft({f"{folder.name} ({args.split})": points}, folder / "wise_ft.png")
+        write_curve(curve, args.split, folder, tracker)
+        for alpha, metrics_at_alpha in curve:
+            shown[f"alpha {alpha:g}"] = metrics_at_alpha | seen
 
     # -----------------------------------------------------------------------------
     # results
-
     result = with_split(args.split, metrics)
     result["eval_seconds"] = round(seconds, 3)
     result["eval_images_per_s"] = round(len(index) / seconds, 1)

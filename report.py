@@ -53,6 +53,7 @@ FACTORS = {
     "prompt_template": "prompt",
     "augment": "augmentation",
 }
+# Those that can be drawn as a curve; the others have a table only.
 NUMERIC_FACTORS = ("lr", "temperature", "batch_size", "shots")
 # The grid of ablate.py that varies a factor, where it has another name.
 GRID_OF_FACTOR = {"lr": "learning_rate", "prompt_template": "prompt"}
@@ -146,6 +147,7 @@ def main():
     # sections
 
     output.mkdir(parents=True, exist_ok=True)
+    # Removed at the end, if they are not written again: links to them stay valid until then.
     earlier_files = report_files(output)
     missing: list[Missing] = []  # what the sections could not show, and how to get it
     sections = [
@@ -223,6 +225,7 @@ def report_files(output: Path) -> dict[Path, int]:
 
     Other files in the folder are the user's own.
     """
+    # By their names, which are the report's own.
     stems = "|".join(FILE_STEMS)
     pattern = re.compile(rf"({stems})(-.*)?\.(png|pdf|tex|csv)")
     return {path: path.stat().st_ino for path in output.iterdir() if pattern.fullmatch(path.name)}
@@ -300,6 +303,7 @@ def ablate_command(grid: str, runs: Sequence[Run]) -> str:
         architectures = []
     if architectures:
         words += ["--architecture", *architectures]
+    # The new runs must have the protocol of these, or they could not be compared.
     for key in ("data_root", "splits_path", "splits", "class_names"):
         if first.settings.get(key):
             words += [f"--{key}", str(first.settings[key])]
@@ -402,6 +406,7 @@ def answer(
 
 def untrained_models(runs: Sequence[Run], grid: Grid) -> dict[str, Run]:
     """Return the untrained model of each architecture that has the protocol of the grid."""
+    # On other images or names it would be no baseline for the grid.
     protocol = any_run(grid).protocol
     untrained = {}
     for run in runs:
@@ -411,6 +416,7 @@ def untrained_models(runs: Sequence[Run], grid: Grid) -> dict[str, Run]:
 
 
 def any_run(grid: Grid) -> Run:
+    # All runs of a grid share their protocol, so any one speaks for it.
     first_cell = next(iter(grid.runs.values()))
     return first_cell[0][grid.seeds[0]]
 
@@ -435,6 +441,7 @@ def correct_answers(
 
 
 def percent(interval: statistics.Interval) -> str:
+    # A share of no gain at all.
     if math.isnan(interval[0]):
         return "undefined"
     estimate, low, high = (100 * value for value in interval)
@@ -460,6 +467,7 @@ def answer_sentence(shares: dict, smallest: str) -> str:
 
 def answer_caveat(starts: Sequence[Run], architectures: Sequence[str]) -> str:
     """Return what stands in for pretrained models, or "" if nothing does."""
+    # The reader must not take small models trained here for the published ones.
     pretraining = []
     for run in starts:
         if run.architecture in architectures:
@@ -488,6 +496,7 @@ def answer_table(shares: dict, names: Sequence[str], output: Path) -> str:
                 "alone (points)": points(gain[f"alone {name}"]),
             }
         )
+    # Neither belongs to one factor, so neither has a share of the gain.
     together = {"factor": "interaction", "variance": percent(variance["interaction"]), "gain": ""}
     together["alone (points)"] = points(gain["interaction"])
     seeds = {"factor": "seeds", "variance": percent(variance["seeds"]), "gain": ""}
@@ -562,6 +571,7 @@ def compare_pairs(groups: list[Group]) -> pd.DataFrame:
     """
     rows = []
     for a, b in itertools.combinations(range(len(groups)), 2):
+        # One run each: McNemar's test takes pairs of answers to the same image.
         first, second = groups[a][0], groups[b][0]
         test = statistics.mcnemar(first.correct, second.correct)
         rows.append((a, b, first.seed, *test))
@@ -601,7 +611,8 @@ def result_row(group: Group, p_value: float | None) -> dict[str, str]:
         _, low, high = interval(group)
         row["seeds 95%"] = f"[{low:.1f}, {high:.1f}]"
     images = len(first.labels)
-    # With several seeds, the interval around their mean number of right images.
+    # With several seeds, the interval around their mean number of right images. Not of all their
+    # images together: the seeds see the same ones, so they are not independent trials.
     low, high = wilson(round(mean(group) * images / 100), images)
     row["images 95%"] = f"[{low:.1f}, {high:.1f}]"
     for column, metric in (("top-5", "top5"), ("per class", "mean_per_class")):
@@ -625,7 +636,7 @@ def result_row(group: Group, p_value: float | None) -> dict[str, str]:
 
 
 def accuracies_figure(groups: list[Group], path: Path) -> str:
-    first = groups[0][0]
+    first = groups[0][0]  # the protocol is that of all
     rows = []
     for group in groups:
         middle, low, high = interval(group)
@@ -665,6 +676,7 @@ def factors(protocols: list[list[Run]], output: Path, missing: list[Missing]) ->
         caption = "Top-1 in percent with 95% intervals, over seeds or, with one seed, over images"
         parts.append(table(output, name, rows, caption))
 
+    # Missing only if no protocol varies it.
     for factor, factor_name in FACTORS.items():
         if factor not in varied:
             grid = GRID_OF_FACTOR.get(factor, factor)
@@ -752,6 +764,7 @@ def base_to_new(protocols: list[list[Run]], output: Path, missing: list[Missing]
         rows = []
         for group in best_by_strategy(runs):
             first = group[0]
+            # Trained on all classes, none of them is new.
             if first.trained_on != "base" or math.isnan(mean(group, "new_top1")):
                 continue
             row = {"architecture": first.architecture, "strategy": first.strategy}
@@ -819,6 +832,7 @@ def closer_look(runs: Sequence[Run], output: Path, missing: list[Missing]) -> st
     """Return cost, learning curves, classes and confusions of the main protocol."""
     groups = best_by_strategy(runs)
     best = int(np.argmax([mean(group) for group in groups]))
+    # Classes without images in this split have no accuracy.
     names = sorted(set(runs[0].labels.tolist()))
     accuracy = np.array([class_accuracy(group, names) for group in groups])  # (models, classes)
     parts = [f"## A closer look: {title(runs[0])}"]
@@ -834,6 +848,7 @@ def closer_look(runs: Sequence[Run], output: Path, missing: list[Missing]) -> st
 
 def class_accuracy(group: Group, names: Sequence[str]) -> list[float]:
     """Return the accuracy of each class in percent, over all seeds."""
+    # In the order of `names`, as all models are compared class by class.
     accuracy = []
     for name in names:
         # All runs of a group have the same images, so this is (seeds, images of the class).
@@ -958,6 +973,7 @@ def worst_classes(
     labels = [label(groups[i][0]) for i in models]
     figure = figures.worst_overlap(counts, p_values, labels, k, path)
     tests = math.comb(len(models), 2)
+    # The mean of the hypergeometric distribution: k draws, k of the classes marked.
     expected = k * k / len(names)
     caption = (
         f"How many of their {k} worst classes two models share; chance gives {expected:.1f}; "
@@ -1011,7 +1027,7 @@ def confusions_figure(group: Group, path: Path) -> str:
         wrong = ~run.correct
         mistakes.update(zip(run.labels[wrong].tolist(), run.predicted[wrong].tolist()))
         images.update(run.labels.tolist())
-    # By number, and among equals by name.
+    # By number, and among equals by name, so that the same runs give the same report.
     frequent = sorted(mistakes, key=lambda pair: (-mistakes[pair], pair))[:12]
     rows = []
     for true, predicted in frequent:

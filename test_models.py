@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from flowers import UserError, command, devices, figures, files
 from flowers.figures import PALETTE, plt
-from flowers.models import CLIP, CONTEXT, SHAPES, build, count_flops, encode_images, towers
+from flowers.models import CLIP, CONTEXT_LENGTH, SHAPES, build, count_flops, encode_images, towers
 from flowers.strategies import STRATEGIES, count_trainable, prepare
 from flowers.weights import load_model
 
@@ -84,7 +84,7 @@ def describe(architecture: str, strategies: list[str], **options: int) -> dict:
     }
     side = model.visual.input_resolution
     image = torch.empty(1, 3, side, side, device="meta")
-    tokens = torch.zeros(1, CONTEXT, dtype=torch.long, device="meta")
+    tokens = torch.zeros(1, CONTEXT_LENGTH, dtype=torch.long, device="meta")
     # Buffers are part of the file, though not of the parameters.
     file_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     text_width, embedding = model.text_projection.shape

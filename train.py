@@ -95,7 +95,7 @@ def main():
     folder = open_run_folder(flowers, train_index, config, processes)
 
     # -----------------------------------------------------------------------------
-    # frozen parts: what they make of images and texts never changes, so it is computed once
+    # frozen parts: their activations of images and texts never change, so they are computed once
     start = time.perf_counter()
     with processes.main_first():
         views = compute_views(model, flowers, pixels, train_index, config)
@@ -118,14 +118,12 @@ def main():
     first_epoch, seconds = 0, 0.0
     if config.resume and checkpoint_file.exists():
         first_epoch, seconds = restore(checkpoint_file, start_digest, trained, optimizer, scaler)
-    # Steps after the checkpoint are done again.
-    rows = [row for row in files.read_lines(metrics_file, "epoch") if row["epoch"] <= first_epoch]
+    rows = rows_until(first_epoch, metrics_file)
     tracker = start_tracker(folder, rows, config, processes)
     if processes.is_main:
         files.write_lines(metrics_file, rows)
         work = f"{len(train_index):,} images, {total_steps:,} steps of {batch_size}"
-        print_start(folder, first_epoch, work, model, sizes, config)
-        evaluate.warn_of_cut_captions(texts.n_cut, len(texts.tokens), model.context_length)
+        print_start(folder, first_epoch, work, texts, model, sizes, config)
 
     # -----------------------------------------------------------------------------
     # training loop
@@ -164,15 +162,11 @@ def main():
         if not processes.is_main:
             continue  # the main process evaluates and saves
         if config.evaluates_after(epoch + 1):
-            head = evaluate.zero_shot_head(
-                model, flowers.class_names, config.prompt_template, sentences
-            )
-            metrics, _ = evaluate_images(model, head, flowers, pixels, eval_index, captions)
             row = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch}
-            row |= {f"val/{key}": value for key, value in metrics.items()}
+            row |= evaluate_val(model, flowers, pixels, eval_index, captions, sentences, config)
             rows.append(row)
             tracker.log_row(row)
-            bar.write(f"epoch {epoch + 1}: val top-1 {metrics['top1']:.2f}%")
+            bar.write(f"epoch {epoch + 1}: val top-1 {row['val/top1']:.2f}%")
         files.write_lines(metrics_file, rows)
         progress = {"start": start_digest, "epoch": epoch + 1, "seconds": seconds}
         save_checkpoint(checkpoint_file, trained, optimizer, scaler=scaler.state_dict(), **progress)
@@ -193,8 +187,7 @@ def main():
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device) | sizes
-    protocol = describe(folder, flowers, eval_index, head, sentences, model, config)
-    protocol["overlap"] = overlap
+    protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
     finish_tracker(tracker, result, protocol, probabilities, flowers, eval_index)
     print_results(folder, metrics, result, protocol, config)
@@ -211,14 +204,14 @@ def training_step(
 ) -> float:
     """Update the model with one batch; returns the loss of the batch before the update.
 
-    encoders: make features (B, D) of the batch's images and of its texts.
+    encoders: batch.images -> features (b, D), and batch.text_rows -> features (p, D).
     scaler: multiplies the loss before the backward pass, with --precision fp16.
     """
 
-    def batch_loss(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        # (b, D) of this process become (B, D) of all, each image beside its text.
-        images = processes.gather(image_features)
-        texts = processes.gather(text_features.index_select(0, batch.text_of_image))
+    def batch_loss(local_images: torch.Tensor, local_texts: torch.Tensor) -> torch.Tensor:
+        # (b, D) and (p, D) of this process become (B, D) of all, each image beside its text.
+        images = processes.gather(local_images)
+        texts = processes.gather(local_texts.index_select(0, batch.text_of_image))
         loss = info_nce(images, texts, model.logit_scale.exp(), batch.matches)
         return scaler.scale(loss)
 
@@ -473,9 +466,10 @@ def check_overlap(
     config: Config,
     processes: devices.Processes,
 ) -> int | str:
-    """How many images to evaluate have been trained on by then; "unknown" if that can't be known.
+    """How many of the evaluated images will have been trained on; "unknown" if nobody can tell.
 
-    By the run that this one starts from, or by this one, where a dataset has a picture twice.
+    The run that this one starts from may have used them, and so may this one, where a dataset has
+    a picture twice under two names.
     Raises UserError if there are such images, unless --allow_overlap is given.
     """
     if not processes.is_main:
@@ -523,18 +517,19 @@ def make_texts(
     captions: list[list[str]] | None,
     templates: Sequence[str] | None,
     sentences: evaluate.Prompts | None,
-    context: int,
+    context_length: int,
 ) -> Texts:
     """The captions of the images, or the prompts of their classes.
 
-    sentences: those of each class, instead of the templates. context: tokens that the model reads.
+    sentences: those of each class, instead of the templates. context_length: how many
+    tokens of a text the model reads.
     Raises UserError for prompts that `evaluate.class_prompts` refuses; captions are cut.
     """
     # The prompts are used in evaluation even where captions are learned from.
-    prompts = evaluate.class_prompts(flowers.class_names, templates, sentences, context)
+    prompts = evaluate.class_prompts(flowers.class_names, templates, sentences, context_length)
     texts_of = captions or prompts  # of each image, or of each class
     sequences = [encode(text) for texts in texts_of for text in texts]
-    n_cut = sum(len(sequence) > context for sequence in sequences)
+    n_cut = sum(len(sequence) > context_length for sequence in sequences)
     # The texts of an image or class are next to each other.
     count = torch.tensor([len(texts) for texts in texts_of])
     first = count.cumsum(0) - count
@@ -542,14 +537,14 @@ def make_texts(
         # From classes to images: (C,) becomes (N,).
         labels = torch.tensor(flowers.labels)
         first, count = first[labels], count[labels]
-    return Texts(stack(sequences, context), first, count, n_cut)
+    return Texts(stack(sequences, context_length), first, count, n_cut)
 
 
 @dataclass(frozen=True)
 class Batch:
     """The inputs of a training step: B images of all processes together, b of them in this one.
 
-    images: (b, 3, R, R), or what the frozen part of the image tower made of them.
+    images: (b, 3, R, R), or their activations behind the frozen part of the image tower.
     text_rows: (p,) rows of Texts, each once, however many images share the text.
     text_of_image: (b,) which of text_rows belongs to each image.
     matches: (B, B) bool, which images and texts belong together; None if only the pairs do.
@@ -567,9 +562,9 @@ class TrainingData:
 
     index: (n,) the training images among the N of the dataset.
     labels: (N,) int64. pixels: (N, 3, R, R) uint8.
-    views: for each augmented view, what the frozen part of the image tower made of the n training
-    images, (n, ...); None if it is computed at every step, or no part is frozen.
-    model: whose normalisation the images get.
+    views: for each augmented view, the activations of the n training images behind the frozen part
+    of the image tower, (n, ...); None if they are computed at every step, or no part is frozen.
+    model: the images are normalised with its mean and std.
     """
 
     index: torch.Tensor
@@ -622,9 +617,10 @@ def compute_views(
     train_index: torch.Tensor,
     config: Config,
 ) -> list[torch.Tensor] | None:
-    """What the frozen part of the image tower makes of the training images, (n, ...) for each view.
+    """The activations of the training images behind the image tower's frozen part, for each view.
 
-    None if no part of it is frozen, or with --no_cache.
+    A list of tensors (n, ...), shaped as split_image_tower says; None if no part of the tower is
+    frozen, or with --no_cache.
     """
     blocks, _ = strategies.cut_points(config.strategy, config.blocks)
     if blocks is None or config.no_cache:
@@ -643,7 +639,7 @@ def compute_views(
 def compute_text_activations(
     model: CLIP, flowers: Flowers, texts: Texts, config: Config
 ) -> torch.Tensor | None:
-    """What the frozen part of the text tower makes of all texts, (P, ...).
+    """The activations of all texts behind the text tower's frozen part, (P, ...).
 
     None if no part of it is frozen, or with --no_cache.
     """
@@ -731,6 +727,14 @@ def restore(
         raise UserError(f"{path} is damaged: it does not say how far the run came") from None
 
 
+def rows_until(epoch: int, metrics_file: Path) -> list[dict]:
+    """The rows of metrics.jsonl up to a checkpoint's epoch; none in a new run.
+
+    Steps after the checkpoint were lost and are done again, so their rows are dropped.
+    """
+    return [row for row in files.read_lines(metrics_file, "epoch") if row["epoch"] <= epoch]
+
+
 def start_tracker(
     folder: Path, rows: list[dict], config: Config, processes: devices.Processes
 ) -> Tracker:
@@ -769,9 +773,18 @@ def count_parameters(model: CLIP, flowers: Flowers, config: Config) -> dict[str,
 
 
 def print_start(
-    folder: Path, first_epoch: int, work: str, model: CLIP, sizes: dict[str, int], config: Config
+    folder: Path,
+    first_epoch: int,
+    work: str,
+    texts: Texts,
+    model: CLIP,
+    sizes: dict[str, int],
+    config: Config,
 ) -> None:
-    """A line of what is about to be done; `work` is how much of it in images and steps."""
+    """Print what is about to be trained, and a warning if captions are cut.
+
+    work: the numbers of images and steps, in words.
+    """
     if first_epoch > 0:
         print(f"resuming {folder} after epoch {first_epoch} of {config.epochs}")
     # The scale and the head are named only if they are trained.
@@ -788,6 +801,7 @@ def print_start(
         f"{model.logit_scale.device}; trainable {', '.join(parts)}; "
         f"{sizes['parameters']:,} parameters"
     )
+    evaluate.warn_of_cut_captions(texts.n_cut, len(texts.tokens), model.context_length)
 
 
 def progress_bar(done: int, total: int, processes: devices.Processes) -> tqdm:
@@ -810,7 +824,7 @@ def diverged_error(loss: float, step: int, checkpoint_file: Path) -> UserError:
 
 def evaluate_images(
     model: CLIP,
-    head: tuple[torch.Tensor, torch.Tensor],
+    head: evaluate.Head,
     flowers: Flowers,
     pixels: torch.Tensor,
     index: np.ndarray,
@@ -828,16 +842,31 @@ def evaluate_images(
     return evaluate.evaluate_features(features, head, flowers.labels[index], sentence_features)
 
 
+def evaluate_val(
+    model: CLIP,
+    flowers: Flowers,
+    pixels: torch.Tensor,
+    val_index: np.ndarray,
+    captions: list[list[str]] | None,
+    sentences: evaluate.Prompts | None,
+    config: Config,
+) -> dict[str, float]:
+    """The metrics of the val images between epochs, under their names in metrics.jsonl."""
+    head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template, sentences)
+    metrics, _ = evaluate_images(model, head, flowers, pixels, val_index, captions)
+    return {f"val/{key}": value for key, value in metrics.items()}
+
+
 def fit_head(
     model: CLIP,
-    zero_shot: tuple[torch.Tensor, torch.Tensor],
+    zero_shot: evaluate.Head,
     flowers: Flowers,
     data: TrainingData,
     eval_index: np.ndarray,
-) -> tuple[tuple[torch.Tensor, torch.Tensor], dict, float]:
+) -> tuple[evaluate.Head, dict, float]:
     """The head of `linear`, the content of classifier.pt, and the seconds that it took.
 
-    C is chosen on val with --holdout, and says so.
+    With --holdout the penalty C is chosen on val, else it is strategies.DEFAULT_C. Prints it.
     """
     start = time.perf_counter()
     features = torch.cat(data.views).cpu()  # (views * n, D)
@@ -898,15 +927,16 @@ def describe(
     folder: Path,
     flowers: Flowers,
     eval_index: np.ndarray,
-    head: tuple[torch.Tensor, torch.Tensor],
+    overlap: int | str,
+    head: evaluate.Head,
     sentences: evaluate.Prompts | None,
     model: CLIP,
     config: Config,
 ) -> dict:
-    """What the accuracy is the accuracy of: dataset, split, names, prompts and weights."""
+    """What the accuracy was measured with: dataset, split, names, prompts, weights, overlap."""
     prompts = evaluate.prompts_in_words(config.prompt_template, head, config.prompts, sentences)
     start = getattr(model, "origin", config.architecture)
-    return evaluate.protocol(
+    protocol = evaluate.protocol(
         flowers,
         config.eval_split,
         len(eval_index),
@@ -914,6 +944,7 @@ def describe(
         prompts,
         weights=f"{folder} (from {start})",
     )
+    return protocol | {"overlap": overlap}
 
 
 def finish_tracker(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from flowers.models import CONTEXT, SHAPES, VOCABULARY
+from flowers.models import CONTEXT_LENGTH, SHAPES, VOCABULARY
 
 # clip imports pkg_resources, which warns that it is old
 warnings.simplefilter("ignore")
@@ -79,7 +79,7 @@ def open_clip_model(architecture: str) -> torch.nn.Module:
     embed, resolution, layers, width, patch, text_width, heads, text_layers = SHAPES[architecture]
     vision = {"image_size": resolution, "layers": layers, "width": width, "patch_size": patch}
     text = {
-        "context_length": CONTEXT,
+        "context_length": CONTEXT_LENGTH,
         "vocab_size": VOCABULARY,
         "width": text_width,
         "heads": heads,
@@ -126,4 +126,4 @@ def transformers_tokenizer():
     pieces = SimpleTokenizer()
     vocabulary = dict(pieces.encoder)
     merges = list(pieces.bpe_ranks)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT_LENGTH)

@@ -167,7 +167,7 @@ def token_works(model: torch.nn.Module) -> Callable[[int], dict[str, Callable]]:
     def works(n):
         short = torch.randint(1, 40000, (CAPTIONS, n))
         short[:, -1] = models.VOCABULARY - 1  # the end token, at which the feature is taken
-        padded = F.pad(short, (0, models.CONTEXT - n))  # (32, 77)
+        padded = F.pad(short, (0, models.CONTEXT_LENGTH - n))  # (32, 77)
         return {
             "plain: padded to 77": lambda: encode(padded),
             "cut to length": lambda: encode(short),

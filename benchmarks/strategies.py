@@ -140,7 +140,7 @@ def prepare(strategy: str, flowers: Flowers, args: argparse.Namespace) -> Setup:
 def plain_step(setup: Setup) -> Callable:
     """A step (images, labels) -> loss through both towers."""
     model, device = setup.model, setup.device
-    padding = models.CONTEXT - setup.tokens.shape[1]
+    padding = models.CONTEXT_LENGTH - setup.tokens.shape[1]
     tokens = F.pad(setup.tokens, (0, padding)).to(device)  # (C, 77)
 
     def step(images, labels):

@@ -53,6 +53,7 @@ def add_switch(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
 
 
 def _truth(text: str) -> bool:
+    # argparse's own bool("false") is True.
     value_of = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in value_of:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
@@ -79,6 +80,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _device_name(text: str) -> str:
+    # Checked without torch, so that --help and a wrong name take no seconds.
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cuda, cuda:N, mps, cpu")
     return text

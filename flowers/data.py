@@ -26,6 +26,7 @@ from flowers.layouts import OPENAI_NAMES, Layout, read_layout
 from flowers.splits import NO_SPLIT, Split, choose_split
 
 OXFORD = "Oxford Flowers 102"
+# The values of --splits: two ways to use Oxford's three parts, and three other sources of a split.
 CONVENTIONS = ("swapped", "official", "folder", "random", "file")
 
 # -----------------------------------------------------------------------------
@@ -96,10 +97,12 @@ def open_flowers(
 
     Raises UserError if a file is missing, damaged or contradicts another one.
     """
+    # First what is in the folder, then how it is split, then the index over what the split lists.
     root = _prepare_root(default_root() if data_root is None else data_root)
     layout = read_layout(root)
     splits_path = Path(splits_path) if splits_path else None  # an empty flag counts as none
     split = choose_split(layout, splits_path, splits, splits_base)
+    # Not split at random unasked: nobody should report a test on a split that they do not know of.
     if split is NO_SPLIT and needs_split:
         raise UserError(
             f"{layout.root} says nowhere which images are for the test: give --splits random for a "
@@ -119,12 +122,14 @@ def _build_index(
 
     # Images that no split lists are left out. Ids are 1-based, labels become 0-based.
     ids = np.unique(np.concatenate(list(split.ids.values())))  # (N,), sorted
+    # Exploration looks at all images, split or not.
     if split is NO_SPLIT:
         ids = np.array(sorted(layout.files))
     files = tuple(layout.files[image_id] for image_id in ids.tolist())
     labels = layout.labels[ids - 1] - 1  # (N,)
 
-    # From ids to indices into `files`, for each part of the split.
+    # From ids to indices into `files`, for each part of the split. `ids` is sorted and holds all of
+    # these, so searchsorted finds their very places.
     index_of = {
         part: np.searchsorted(ids, np.sort(part_ids)) for part, part_ids in split.ids.items()
     }
@@ -163,6 +168,7 @@ def _prepare_root(data_root: str | Path) -> Path:
                 f"the download to {folder} broke off: "
                 f"go on with python -m flowers.download --data_root {folder}"
             )
+    # Only to the default place: a wrong --data_root should end with an error, not with a download.
     if root == Path(default_root()) and not is_complete(root):
         print(f"{data_root} is missing or incomplete: downloading Oxford Flowers 102 (345 MB)")
         download(root)
@@ -195,6 +201,7 @@ def _choose_convention(split: Split, splits: str | None) -> str:
                 "which are used as swapped or official"
             )
         return splits or "swapped"
+    # A note and no error, so that one command line serves datasets of every kind.
     if splits in ("swapped", "official"):
         note(f"--splits {splits} is for trnid, valid and tstid: the split is {split.protocol}")
     elif splits not in (None, split.kind):
@@ -233,6 +240,7 @@ def image_ids(flowers: Flowers, index: Iterable[int]) -> tuple[str, ...]:
     ids = []
     for i in index:
         file = flowers.files[i]
+        # Copies of Oxford's images may differ in their bytes (resized), not in their numbers.
         if flowers.is_oxford:
             number = int(file.stem.rpartition("_")[2])
             ids.append(f"oxford-flowers-102:{number:05d}")
@@ -294,6 +302,7 @@ def select(
 
     Returns a new array. It is sorted if `shots` is set, else in the order of `index`.
     """
+    # By label, not by what is in `index`: the halves are the same for every split.
     is_base = labels[index] < base_classes(n_classes)  # (n,) bool
     mask_of = {"all": np.ones_like(is_base), "base": is_base, "new": ~is_base}
     index = index[mask_of[classes]]
@@ -313,6 +322,7 @@ def subset(index: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Return `count` random entries of `index`, in their order; all of them for a count of 0."""
     if count == 0 or count >= len(index):
         return index
+    # The first of one permutation, so that a larger subset contains a smaller one of the same seed.
     shuffled = np.random.default_rng(seed).permutation(index)
     return np.sort(shuffled[:count])
 

@@ -51,6 +51,7 @@ def is_complete(root: Path) -> bool:
         return True
     if (root / UNFINISHED).exists():
         return False
+    # What torchvision unpacks. Whether the images are all there is seen when they are opened.
     needed = ("jpg", "imagelabels.mat", "setid.mat")
     if all((root / name).exists() for name in needed):
         return True

@@ -1,4 +1,4 @@
-"""What a model makes of a split: zero-shot classification, retrieval, a report by class.
+"""Evaluation: prompts, the zero-shot classifier, metrics, tables, and WiSE-FT.
 
 Metrics take tensors and return dicts, in percent. N images, C classes, D dimensions.
 """
@@ -25,9 +25,10 @@ from flowers import UserError, devices, figures, strategies
 from flowers.data import Flowers, base_classes
 from flowers.files import checked, load_tensors, read_json, write_csv
 from flowers.layouts import correct_name, name_key
-from flowers.models import CLIP, CONTEXT, END, encode, text_features
+from flowers.models import CLIP, CONTEXT_LENGTH, END, encode, text_features
 from flowers.weights import load_model
 
+# The default, of this project; CLIP's own is "a photo of a {}, a type of flower."
 TEMPLATE = "an image of the {} flower"
 
 # A head turns image features into logits: its weight (C, D) and bias (C,).
@@ -59,11 +60,12 @@ def class_prompts(
     class_names: Sequence[str],
     templates: Sequence[str] | None,
     sentences: Prompts | None = None,
-    context: int = CONTEXT,
+    context_length: int = CONTEXT_LENGTH,
 ) -> Prompts:
     """The prompts of each class: its own sentences if there are any, else its filled templates.
 
-    sentences: what `read_prompts` returns. context: the tokens that the model reads of a text.
+    sentences: what `read_prompts` returns. context_length: how many
+    tokens of a text the model reads.
     Raises UserError for a template without {}, for a prompt that would be cut, and for two classes
     with the same prompts: with these the model can't do what is measured.
     """
@@ -76,12 +78,13 @@ def class_prompts(
         prompts = sentences
         sources = [sentence for of_class in sentences for sentence in of_class]
 
+    # Compared as tokens: names that differ in capitals are the same to CLIP.
     name_of = {}  # the tokens of all prompts of a class, sorted -> its name
     source = iter(sources)
     for name, of_class in zip(class_names, prompts):
         sequences = [encode(prompt) for prompt in of_class]
         for sequence in sequences:
-            _check_length(sequence, next(source), name, context)
+            _check_length(sequence, next(source), name, context_length)
         # Prompts may be shared, as long as not all of them are.
         key = tuple(sorted(tuple(sequence) for sequence in sequences))
         other = name_of.setdefault(key, name)
@@ -93,15 +96,15 @@ def class_prompts(
     return prompts
 
 
-def _check_length(sequence: list[int], source: str, name: str, context: int) -> None:
+def _check_length(sequence: list[int], source: str, name: str, context_length: int) -> None:
     """Raise UserError if the model would not read a prompt to its end.
 
     source: the template or the sentence that the prompt of class `name` was made from.
     """
-    if len(sequence) > context:
+    if len(sequence) > context_length:
         raise UserError(
             f"the prompt {source!r} of the class {name!r} has {len(sequence)} tokens with start "
-            f"and end, and the model reads {context}: make it shorter, as it would be cut"
+            f"and end, and the model reads {context_length}: make it shorter, as it would be cut"
         )
     if END in sequence[:-1]:
         raise UserError(
@@ -130,6 +133,7 @@ def read_prompts(path: str | Path, class_names: Sequence[str]) -> Prompts:
     for name, sentences in contents.items():
         _check_sentences(path, name, sentences)
     match_of = _match_names(path, class_names, list(contents))
+    # Not refused: such files often describe more classes than a part of the dataset has.
     ignored = len(contents) - len(set(match_of.values()))
     if ignored:
         print(
@@ -172,6 +176,7 @@ def _match_names(path: Path, class_names: Sequence[str], names: list[str]) -> di
 
     Raises UserError if there is none, or more than one.
     """
+    # A list for each key, as a file may write one name in two ways.
     by_key = {}
     for name in names:
         by_key.setdefault(name_key(name), []).append(name)
@@ -243,12 +248,12 @@ def warn_of_changed_prompts(architecture: str, path: str | Path) -> None:
         )
 
 
-def warn_of_cut_captions(n_cut: int, n_captions: int, context: int) -> None:
+def warn_of_cut_captions(n_cut: int, n_captions: int, context_length: int) -> None:
     """Print a warning if captions were cut, as CLIP does it."""
     if n_cut:
         print(
-            f"warning: {n_cut:,} of {n_captions:,} captions are longer than {context} tokens and "
-            "are cut there",
+            f"warning: {n_cut:,} of {n_captions:,} captions are longer than {context_length} "
+            "tokens and are cut there",
             file=sys.stderr,
         )
 
@@ -271,6 +276,7 @@ def zero_shot_classifier(
     prompts = class_prompts(class_names, templates, sentences, model.context_length)
     counts = [len(of_class) for of_class in prompts]
     features = text_features(model, [prompt for of_class in prompts for prompt in of_class])
+    # The mean of features of length 1 is shorter than 1, so it is normalised again.
     means = [of_class.mean(0) for of_class in features.split(counts)]
     return F.normalize(torch.stack(means), dim=-1)
 
@@ -283,6 +289,7 @@ def zero_shot_head(
 ) -> Head:
     """The zero-shot classifier as a head, at the model's temperature."""
     scale = model.logit_scale.exp().item()  # 1 / temperature, about 100 in CLIP
+    # The scale does not change which class is best, but the probabilities need it.
     weight = scale * zero_shot_classifier(model, class_names, templates, sentences)
     return weight, torch.zeros(len(weight))
 
@@ -346,7 +353,9 @@ def _holds_linear_head(learned: dict, model: CLIP, class_names: Sequence[str]) -
         return False
     n_classes = len(class_names)
     embedding = model.text_projection.shape[1]
+    # The names, too: a head of as many other classes would fit by its shape alone.
     fits = weight.shape == (n_classes, embedding) and bias.shape == (n_classes,)
+    # Older runs wrote "lotus lotus": see correct_name.
     names = learned.get("class_names")
     return fits and _are_texts(names) and list(map(correct_name, names)) == list(class_names)
 
@@ -381,7 +390,8 @@ def evaluate_features(
         raise UserError(
             "the model's scores are not numbers: it diverged; train it again with a lower --lr"
         )
-    # The keys are those of result.json, in its order.
+    # The keys are those of result.json, in its order. Ranks are the same for logits and
+    # probabilities, but the logits do not saturate.
     metrics = classification(logits, labels)
     metrics |= base_to_new(logits, labels)
     metrics |= _class_retrieval(logits, labels)
@@ -412,6 +422,7 @@ def classification(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, floa
     precision, recall, f1, _ = precision_recall_fscore_support(
         y, predicted, average="weighted", **options
     )
+    # Over images alone: it says nothing about other seeds.
     low, high = wilson(int(correct[1]), n)
     return {
         "n": n,
@@ -450,6 +461,7 @@ def base_to_new(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         metrics[f"{name}_top1"] = 100 * correct / n
         metrics[f"{name}_top1_low"], metrics[f"{name}_top1_high"] = wilson(correct, n)
 
+    # Harmonic, as in CoCoOp: a model that gains on base classes and forgets new ones scores low.
     base, new = metrics["base_top1"], metrics["new_top1"]
     metrics["harmonic_mean"] = 2 * base * new / (base + new) if base + new else 0.0
     return metrics
@@ -470,6 +482,7 @@ def recall_at(
 
     scores, relevant (bool): (Q, G).
     """
+    # With fewer items than k, all of them are among the k best.
     n_best = min(max(ks), scores.shape[1])
     best = scores.topk(n_best, dim=1).indices  # (Q, n_best)
     hits = relevant.gather(1, best)
@@ -500,6 +513,7 @@ def _class_retrieval(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, fl
     Classes without images have nothing to be found: they are no queries.
     """
     relevant = F.one_hot(labels, logits.shape[1]).bool()  # (N, C)
+    # i2t: an image asks for its one class. t2i: a class asks for all of its images.
     present = labels.unique()  # (classes that occur,)
     i2t = retrieval(logits, relevant)
     t2i = retrieval(logits.t()[present], relevant.t()[present])
@@ -511,6 +525,7 @@ def _caption_retrieval(similarities: torch.Tensor, labels: torch.Tensor) -> dict
 
     R@k asks for the sentence of the very image; mAP for all sentences of its class.
     """
+    # The i-th sentence is of the i-th image.
     same_image = torch.eye(len(labels), dtype=torch.bool)  # (N, N)
     same_class = labels[:, None] == labels[None]  # (N, N)
     metrics = {}
@@ -620,7 +635,7 @@ def templates_in_words(templates: Sequence[str]) -> str:
 def protocol(
     flowers: Flowers, split: str, n: int, class_names: str, prompts: str, weights: str
 ) -> dict:
-    """What an accuracy is the accuracy of, as result.json and W&B keep it.
+    """What an accuracy was measured with, as result.json and W&B keep it.
 
     split: train, val or test; n: its number of images that are evaluated. class_names: as the flag
     says. prompts: as `prompts_in_words` gives them. weights: where the model comes from.
@@ -628,6 +643,7 @@ def protocol(
     return {
         "dataset": flowers.name,
         "split": split,
+        # In words, such as "CoOp's"; the value of --splits is the key `splits` of result.json.
         "convention": flowers.protocol,
         "images": n,
         "class_names": class_names,
@@ -745,6 +761,7 @@ def interpolate(
     """
     state = {}
     for name, weight in tuned.items():
+        # BatchNorm's running statistics are interpolated, too: they are in the state dict.
         if weight.is_floating_point():
             state[name] = torch.lerp(start[name].to(weight), weight, alpha)
         else:

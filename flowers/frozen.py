@@ -1,4 +1,4 @@
-"""What the frozen part of a model makes of images and texts: computed once, kept in `.cache/`.
+"""Activations behind the frozen part of a model: computed once, and kept in `.cache/`.
 
 Every epoch and every run reads it from there. The arrays have the precision that the model computes
 in (fp32 on a CPU, bf16 under autocast), so training from them gives the losses and gradients of
@@ -72,6 +72,7 @@ def image_activations(
     normalisation = {"mean": settings.mean, "std": settings.std}
 
     def activations() -> Iterator[torch.Tensor]:
+        # Of this array alone, so that it is the same whenever and for whichever run it is made.
         generator = devices.generator(seed, view)
         for part in progress_chunks(index, "encoding images"):
             batch = pixels.get_batch(images, part, device, augment, generator, **normalisation)
@@ -155,6 +156,7 @@ def _cached_rows(
 
     first_row: makes one row, (1, ...), which tells the shape and the precision.
     """
+    # Computed also where the array is cached: it costs little, and nothing else tells its shape.
     row = first_row()
     # Stored as bytes, because numpy has no bf16.
     shape = (n, *row.shape[1:-1], row.shape[-1] * row.element_size())

@@ -1,8 +1,9 @@
 """Every copy of the dataset that people have, read into one form.
 
-`read_layout` tries the functions of LAYOUTS in order. To add a layout, write a function that takes
-a folder and returns a Layout, or None if the folder is laid out in another way, and add it to
-LAYOUTS. Everything that comes from a file is checked here, so that a Layout can be trusted.
+`read_layout` tries the functions of LAYOUTS in order. To add a layout, write a function of two
+folders (the one to read, and the one that the user gave, which may be above it) that returns a
+Layout, or None if the folder is laid out in another way, and add it to LAYOUTS. Everything that
+comes from a file is checked here, so that a Layout can be trusted.
 Splits that come from a file of their own are read in flowers.splits.
 """
 
@@ -45,6 +46,7 @@ SPLIT_OF_FOLDER = {
     "test": "test",
     "testing": "test",
 }
+# Class names by label; a copy of Oxford's lies in this package, for datasets that have none.
 NAMES_FILE = "cat_to_name.json"
 
 
@@ -107,6 +109,7 @@ def class_folders(root: Path, above: Path) -> Layout | None:
     return _own_class_folders(root, above, pictures)
 
 
+# The most specific first: jpg/ could also be taken for a class folder.
 LAYOUTS: tuple[Callable[[Path, Path], Layout | None], ...] = (
     torchvision_folder,
     original_folder,
@@ -282,6 +285,7 @@ def _oxford_class_folders(root: Path, above: Path, pictures: list[Picture]) -> L
             raise UserError(f"image {number} is in {root} twice: {files[number]}, {picture.path}")
         files[number] = picture.path
 
+    # Gaps in the ids stay: an id must name the same picture in every copy of the dataset.
     ids = np.array(sorted(files))
     # Labels count the classes that are there, in Oxford's order, as ImageFolder does.
     oxford_labels, labels_of_ids = np.unique(official[ids - 1], return_inverse=True)
@@ -315,6 +319,7 @@ def _own_class_folders(root: Path, above: Path, pictures: list[Picture]) -> Layo
 
 def _splits_of(pictures: list[Picture], id_of: dict[Path, int]) -> dict[str, np.ndarray] | None:
     """The image ids of train, val and test, or None if no folder says them."""
+    # Either all folders lie below train/, valid/ and test/, or none does.
     if pictures[0].split is None:
         return None
     ids = {split: [] for split in ("train", "val", "test")}
@@ -340,6 +345,7 @@ def _names_of_folders(root: Path, above: Path, folders: list[str]) -> list[str]:
         for folder, name in zip(folders, names):
             if not isinstance(name, str) or not name.strip():
                 raise UserError(f"{path} has no name for the class folder {folder}")
+    # CLIP's tokenizer lowers all text, so such classes would have the same prompt.
     lowered = [name.lower() for name in names]
     for name in names:
         if lowered.count(name.lower()) > 1:
@@ -365,6 +371,7 @@ def _number_in(path: Path) -> int | None:
 @functools.cache
 def official_labels() -> np.ndarray:
     """Oxford's own labels, (8189,) int64 and 1-based; that of image id i is at i - 1."""
+    # Images of a class are mostly numbered in a row: pairs of label and count make a short file.
     runs = read_json(Path(__file__).with_name("oxford_labels.json"))["runs"]
     values, counts = zip(*runs)
     labels = np.repeat(np.array(values, dtype=np.int64), counts)
@@ -379,27 +386,16 @@ def text_sorted_labels() -> np.ndarray:
     return np.argsort(in_text_order) + 1
 
 
-def canonical_name(name: str) -> str:
-    """A class name as it is compared: all spellings of Oxford's names that are in use are equal."""
-    words = re.sub(r"[-_\s]+", " ", name.lower()).strip()
-    spellings = {
-        "pink and yellow dahlia": "pink yellow dahlia",
-        "lotus lotus": "lotus",
-        "air plant": "ball moss",
-    }
-    return spellings.get(words, words)
-
-
 @functools.cache
 def _labels_by_name() -> dict[str, int]:
     name_of = read_json(Path(__file__).with_name(NAMES_FILE))
-    return {canonical_name(name): int(number) for number, name in name_of.items()}
+    return {name_key(name): int(number) for number, name in name_of.items()}
 
 
 def _oxford_label_of(folder: str) -> int | None:
     """The label that the name of a class folder says: a number up to 102 or one of the names."""
     if not folder.isdecimal():
-        return _labels_by_name().get(canonical_name(folder))
+        return _labels_by_name().get(name_key(folder))
     number = int(folder)
     return number if number <= official_labels().max() else None
 

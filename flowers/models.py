@@ -102,7 +102,7 @@ SHAPES = {
 }
 RANDOM = ("tiny", "tiny-rn")  # these start from random weights, all others from OpenAI's
 
-CONTEXT = 77  # tokens of a text, with its start and end
+CONTEXT_LENGTH = 77  # tokens of a text, with its start and end
 VOCABULARY = 49408
 
 START = 49406  # the token before a text
@@ -123,7 +123,7 @@ def build(name: str, activation: str = OPENAI.activation) -> CLIP:
 
 def build_shape(
     shape: Shape,
-    context: int = CONTEXT,
+    context_length: int = CONTEXT_LENGTH,
     vocabulary: int = VOCABULARY,
     settings: Settings = OPENAI,
 ) -> CLIP:
@@ -141,7 +141,7 @@ def build_shape(
         vision_layers=image_layers,
         vision_width=shape.image_width,
         vision_patch_size=shape.patch,
-        context_length=context,
+        context_length=context_length,
         vocab_size=vocabulary,
         transformer_width=shape.text_width,
         transformer_heads=shape.text_heads,
@@ -281,24 +281,25 @@ def encode(text: str) -> list[int]:
     return [START, *[PLACEHOLDER] * n_marks, *words, END]
 
 
-def stack(sequences: Sequence[list[int]], context: int = CONTEXT) -> torch.Tensor:
+def stack(sequences: Sequence[list[int]], context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
     """P sequences of token ids as one tensor (P, L), L the length of the longest, zeros at the end.
 
-    CLIP's text tower is causal, so it gives the same features without padding up to `context`. A
-    sequence that is longer is cut off there and ends with END, as clip.tokenize does it.
+    CLIP's text tower is causal, so it gives the same features without padding up to
+    `context_length`. A sequence that is longer is cut off there and ends with END, as clip.tokenize
+    does it.
     """
-    longest = min(context, max(len(sequence) for sequence in sequences))
+    longest = min(context_length, max(len(sequence) for sequence in sequences))
     tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
     for row, sequence in zip(tokens, sequences):
         row[: len(sequence)] = torch.tensor(sequence[:longest])
-        if len(sequence) > context:
+        if len(sequence) > context_length:
             row[-1] = END
     return tokens
 
 
-def tokenize(texts: Sequence[str], context: int = CONTEXT) -> torch.Tensor:
+def tokenize(texts: Sequence[str], context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
     """Token ids of P texts, (P, L); see `encode` and `stack`. Texts that are too long are cut."""
-    return stack([encode(text) for text in texts], context)
+    return stack([encode(text) for text in texts], context_length)
 
 
 def encode_images(model: CLIP, images: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,8 @@ from flowers.layouts import correct_name
 if TYPE_CHECKING:
     import pandas as pd
 
-# An evaluation takes these flags over from the run that it evaluates.
+# An evaluation takes these flags over from the run that it evaluates: with other splits it would
+# test on training images, and with other names or prompts it would measure something else.
 INHERITED = (
     "data_root",
     "splits_path",
@@ -118,6 +119,7 @@ def new_run(
             advice += f", or go on with --resume {folder}"
         raise UserError(f"{folder} is a run already: {advice}")
 
+    # The sizes tell later whether the dataset is still the same: see _train_index.
     split_sizes = {split: len(index) for split, index in splits.items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -201,9 +203,11 @@ def arguments_to_resume(folder: Path, job: str) -> dict | None:
         raise UserError(f"nothing to resume in {folder}: there is no args.json") from None
     except ValueError:
         raise UserError(f"nothing to resume in {folder}: its args.json is damaged") from None
+    # The checkpoint of another script holds other weights and other progress.
     if stored.get("job") != job:
         raise UserError(f"nothing to resume in {folder}: it is a run of another script")
     if (folder / "result.json").exists():
+        # A kill may have come before its line was in results.jsonl.
         register(folder)
         print(f"{folder} is finished: nothing to do")
         return None
@@ -223,6 +227,7 @@ def as_flags(stored: dict) -> list[str]:
     """
     flags = []
     for key, value in stored.items():
+        # Defaults of None mean "not given", and switches are off unless they are named.
         if value is None or value is False:
             continue
         if value is True:
@@ -243,7 +248,11 @@ def _is_list_of_texts(value) -> bool:
 
 
 def finish(folder: Path, result: dict) -> None:
-    """Write result.json, and append its line to results.jsonl beside the run folders, once."""
+    """Write result.json, and append its line to results.jsonl beside the run folders, once.
+
+    The last thing that a run does: a folder with result.json is a whole run.
+    """
+    # In this order: after a kill in between, the next call adds the line from the file.
     write_json(folder / "result.json", result)
     register(folder)
 
@@ -261,6 +270,7 @@ def register(folder: Path) -> None:
             f"{folder / 'result.json'} is damaged ({error}): "
             f"remove it, and go on with --resume {folder}"
         ) from None
+    # By name, as a run may be registered again after a kill.
     registered = {row.get("name") for row in read_lines(results_file)}
     if result.get("name") not in registered:
         append_line(results_file, result)
@@ -289,6 +299,7 @@ def run_folder(model: str | Path) -> Path | None:
             candidates.append(place.parent)
         for folder in candidates:
             if (folder / "args.json").exists():
+                # The folder of an evaluation has args.json, too, but made no model.
                 job = _read_arguments(folder).get("job")
                 return folder if job in ("train", "qwen_train") else None
     return None
@@ -327,7 +338,8 @@ def parse_inheriting(parser: argparse.ArgumentParser, model_flag: str) -> argpar
     args = parser.parse_args()
     model = getattr(args, model_flag)
     inherited = inherited_arguments(model) if model else {}
-    # argparse puts no default where there is a value: None is left at flags that were not typed.
+    # argparse can't say which flags were typed. So it parses once more, into a namespace that holds
+    # None for the inherited ones: where there is a value it puts no default, and None is left.
     untyped = argparse.Namespace(**dict.fromkeys(inherited))
     typed = vars(parser.parse_args(namespace=untyped))
     typed_keys = {key for key in inherited if typed.get(key) is not None}
@@ -342,7 +354,7 @@ def parse_inheriting(parser: argparse.ArgumentParser, model_flag: str) -> argpar
     if not flags:
         return args
     print(f"taken over from {run_folder(model)}: {shlex.join(flags)}")
-    # What the file holds is checked as what a user types.
+    # What the file holds is checked as what a user types. Typed flags come last, so they win.
     return parser.parse_args([*flags, *sys.argv[1:]])
 
 
@@ -382,10 +394,12 @@ def write_trained_on(folder: Path, ids: Iterable[str], start: str | None = None)
         return
     images = set(ids)
     record = {}
+    # A start whose images can't be known is recorded as such: without it the list would look whole.
     try:
         images |= (read_trained_on(start) if start else None) or set()
     except UnknownImages as error:
         record["unknown"] = str(error)
+    # Sorted, so that the digest is that of the set. JSON has no checksum of its own.
     images = sorted(images)
     write_json(path, {"digest": _digest(images), "images": images, **record})
 
@@ -430,8 +444,10 @@ def _derive_trained_on(folder: Path, visited: tuple[Path, ...]) -> set[str]:
     stored = _read_arguments(folder)
     unknown = f"it can't be known which images {folder} was trained on: "
     root = stored.get("data_root")
+    # Not opened if it is missing: that would start a download.
     if root is None or root != "sample" and not Path(root).is_dir():
         raise UnknownImages(f"{unknown}there is no dataset at {root}")
+    # A damaged args.json may lead in a circle.
     if folder in visited:
         raise UnknownImages(f"{unknown}it started from itself")
     names = inspect.signature(open_flowers).parameters  # called like the flags
@@ -476,6 +492,7 @@ def check_overlap(
     whose images can't be known. split: what the images are called. allow: evaluate them anyhow.
     Raises UserError if there are such images, unless they are allowed.
     """
+    # When in doubt refuse: an accuracy on training images looks like any other.
     try:
         trained_on = read_trained_on(model)
     except UnknownImages as error:

@@ -15,12 +15,14 @@ import numpy as np
 from flowers import UserError
 from flowers.cache import cache_folder
 from flowers.files import note, read_json, write_json
-from flowers.layouts import Layout, as_integers, canonical_name, official_labels
+from flowers.layouts import Layout, as_integers, name_key, official_labels
 from flowers.matfile import read_mat
 
+# The authors' names of their splits, and those of everybody else.
 OXFORD_IDS = ("trnid", "valid", "tstid")
 PARTS = ("train", "val", "test")
 
+# A random split is made once and kept in a file, so that all scripts test on the same images.
 RANDOM_FILE = "splits.random.json"
 RANDOM_SEED = 0
 RANDOM_PROTOCOL = f"random 60/20/20 (seed {RANDOM_SEED})"
@@ -61,6 +63,7 @@ def choose_split(
     """
     if splits == "random" and splits_path:
         raise UserError("--splits random and --splits_path both say how to split: give one of them")
+    # What the user asks for comes first, then what the dataset has.
     setid = layout.root / "setid.mat"
     if splits_path:
         split = read_split_file(splits_path, layout, base)
@@ -78,6 +81,7 @@ def choose_split(
 
 def _folder_split(layout: Layout) -> Split:
     """The split of the folders train/, valid/ and test/."""
+    # Not val: without it there is nothing to hold out, which only --holdout needs.
     for part in ("train", "test"):
         if len(layout.own_splits[part]) == 0:
             raise UserError(
@@ -142,8 +146,10 @@ def _read_ids(
         split_ids = {name: as_integers(contents[name]) for name in OXFORD_IDS}
     except Exception as error:  # numpy raises many kinds
         raise _unreadable(path, error) from None
+    # valid may be empty: then --holdout has nothing to hold out, and the others need none.
     if len(split_ids["trnid"]) == 0 or len(split_ids["tstid"]) == 0:
         raise UserError(f"{path} lists no image under trnid or tstid")
+    # The ids of other pictures only count the files: the numbers would be of other images.
     if not layout.is_numbered:
         raise UserError(
             f"{path} lists image numbers, and the pictures of {layout.root} are not numbered as "
@@ -161,6 +167,7 @@ def _read_ids(
     else:
         base = 1
 
+    # If the first and the last are in range, so are all between.
     for image_id in (all_ids.min(), all_ids.max()):
         if not base <= image_id < base + n_labels:
             raise UserError(
@@ -175,10 +182,12 @@ def _base_of(path: Path, contents: dict, base: int | None, ids: np.ndarray, n_la
     said = contents.get("base")
     if said is not None and (type(said) is not int or said not in (0, 1)):
         raise UserError(f'{path} says "base": {json.dumps(said)}: image ids count from 0 or from 1')
+    # Neither is believed over the other.
     if said is not None and base is not None and said != base:
         raise UserError(f'{path} says "base": {said}, and --splits_base {base}: one is wrong')
     if said is not None or base is not None:
         return base if said is None else said
+    # Only an id that exists in one way of counting decides.
     if ids.min() == 0:
         return 0
     if ids.max() == n_labels:
@@ -194,6 +203,7 @@ def _read_named_lists(path: Path, contents: dict, layout: Layout, base: int | No
     """A JSON of CoOp's form, each row of it checked against the dataset."""
     if base is not None:
         raise UserError(f"--splits_base has no meaning for {path}: it lists files, not image ids")
+    # Numbered images are found by their number in any folder; others by their path.
     id_of = {} if layout.is_numbered else _ids_by_name(layout)
     # Class folders may have fewer classes than Oxford, and count those only.
     labels = official_labels() if layout.is_oxford else layout.labels
@@ -243,7 +253,7 @@ def _check_row(path: Path, row: list, label: int, layout: Layout, image_id: int)
         raise UserError(
             f"{path} gives {name} the label {row_label}, and the dataset {label - 1} (from 0)"
         )
-    if own_name and canonical_name(class_name) != canonical_name(own_name):
+    if own_name and name_key(class_name) != name_key(own_name):
         raise UserError(f"{path} calls {name} a {class_name}, and the dataset a {own_name}")
 
 
@@ -258,6 +268,7 @@ def _ids_by_name(layout: Layout) -> dict[str, int]:
 def _id_of_file(name: str, id_of: dict[str, int], layout: Layout) -> int | None:
     if not layout.is_numbered:
         return id_of.get(name)
+    # Any ending, as copies of the dataset are converted: image_00001.jpg may be a .png here.
     match = re.search(r"image_(\d+)\.\w+$", name)
     if not match or not 1 <= int(match[1]) <= len(layout.labels):
         return None
@@ -311,7 +322,7 @@ def _draw(layout: Layout) -> dict:
     for label, class_name in enumerate(layout.class_names, start=1):
         members = rng.permutation(ids[labels == label])
         n_held_out = max(1, round(HELD_OUT * len(members)))
-        # The names may be those of more classes than the folder has.
+        # Empty is no error: the names may be those of more classes than the folder has.
         if 0 < len(members) < 3:
             raise UserError(
                 f"class {class_name} has {len(members)} pictures: a split needs 3 of each class"

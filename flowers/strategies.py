@@ -224,7 +224,7 @@ def attach_context(model: CLIP, context: torch.Tensor) -> None:
 
 # Values of C in scikit-learn's LogisticRegression (the inverse of the L2 penalty), tried on val.
 INVERSE_REGULARISATION = (0.1, 1.0, 10.0, 100.0, 1000.0)
-# Used without val: the choice on val for the real images (README).
+# Used without val: the choice on val for the real images (docs/study.md).
 DEFAULT_C = 100.0
 
 

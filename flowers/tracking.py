@@ -55,6 +55,8 @@ class Tracker:
         self._attempt(lambda run: run.finish())
 
     def _attempt(self, action: Callable) -> None:
+        # None from the start where W&B is disabled, and after its first failure: each further try
+        # might wait for a dead server again.
         if self.run is None:
             return
         try:

@@ -8,6 +8,7 @@ import torch
 
 from flowers import UserError, files, reason
 
+# Common for transformers: one bad batch can't throw the weights far.
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -67,6 +68,7 @@ def update(
 
 def diverged(loss: float, parameters: Sequence[torch.Tensor] = ()) -> bool:
     """Whether the loss, or one of the weights, is not a finite number."""
+    # Both, as the last update of an epoch may break the weights after its loss was computed.
     if not math.isfinite(loss):
         return True
     return not all(bool(p.isfinite().all()) for p in parameters)

@@ -1,9 +1,9 @@
 """A model from any checkpoint that people have: loaded right, or refused.
 
-A CLIP's weights do not say all that it computes: its activation, the width of its attention's heads
-and the normalisation of its images must be known besides. Built with others it answers without a
-word, and worse. So each source below comes with its settings, and where they can't be known, the
-user is asked or told what is assumed.
+The weights of a CLIP do not determine the model: its activation, the width of its attention heads
+and the normalisation of its images must be known, too. A model that is built with other settings
+gives no error, only worse answers. So each source below comes with its settings, and where they
+can't be known, the user is asked or told what is assumed.
 
 Weights are fp32 whatever the file holds: AdamW on fp16 weights gives NaN after a step.
 """
@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
@@ -23,11 +22,11 @@ import torch
 
 from flowers import UserError, reason
 from flowers.download import patience
-from flowers.files import load_tensors, read_json
+from flowers.files import load_tensors, note, read_json
 from flowers.models import (
     ACTIVATIONS,
     CLIP,
-    CONTEXT,
+    CONTEXT_LENGTH,
     OPENAI,
     RANDOM,
     VOCABULARY,
@@ -49,6 +48,7 @@ SETTINGS_KEY = "flowers_config"
 # OpenAI's widest ViT. The published ones that are wider have heads of 80, 88, 104 and 112.
 WIDEST_OPENAI_VIT = 1024
 
+# How --architecture names a model of another library.
 OPEN_CLIP = "open_clip:"
 HUGGING_FACE = "hf:"
 INSTALL = "pip install -r requirements-openclip.txt"
@@ -93,6 +93,7 @@ def load_model(
         model = _load_hugging_face_name(architecture.removeprefix(HUGGING_FACE))
     else:
         model = _load_path(architecture, activation)
+    # Where it is known what the weights were trained with, another --activation is a mistake.
     if activation not in (None, model.activation):
         raise UserError(
             f"{architecture} was trained with {model.activation}: leave out --activation"
@@ -116,6 +117,7 @@ def _load_path(architecture: str, activation: str | None) -> CLIP:
             f"no model {architecture}: give a path, open_clip:NAME/PRETRAINED, hf:NAME, "
             f"or one of {known}"
         )
+    # Not by the name's ending: OpenAI's archives and state dicts are both called .pt.
     if _is_torchscript(path):
         return _load_openai_archive(path)
     return _load_raw_file(path, activation)
@@ -133,6 +135,7 @@ def state_for_saving(model: CLIP) -> dict[str, torch.Tensor]:
     """
     state = model.state_dict()
     settings = settings_of(model)
+    # With OpenAI's settings the file stays plain, so that clip.load opens it.
     if settings != OPENAI:
         text = json.dumps(settings._asdict()).encode()
         state[SETTINGS_KEY] = torch.tensor(list(text), dtype=torch.uint8)
@@ -143,6 +146,7 @@ def _read_settings(tensor: torch.Tensor) -> Settings:
     """The settings that state_for_saving wrote. Raises ValueError if they are damaged."""
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
         raise ValueError(f"{SETTINGS_KEY} is damaged")
+    # The file may come from anywhere, so every value is checked.
     values = json.loads(bytes(tensor.tolist()))
     try:
         settings = Settings(**values)
@@ -153,6 +157,7 @@ def _read_settings(tensor: torch.Tensor) -> Settings:
         known = False
     if not known:
         raise ValueError(f"{SETTINGS_KEY} is damaged, or of a newer version")
+    # JSON has lists where settings are compared as tuples.
     return settings._replace(mean=mean, std=std)
 
 
@@ -202,11 +207,14 @@ def from_state_dict(
             settings = _read_settings(weights.pop(SETTINGS_KEY))
         settings = settings or OPENAI
         _refuse_other_kinds(weights)
-        context = weights["positional_embedding"].shape[0]
+        context_length = weights["positional_embedding"].shape[0]
         vocabulary = weights["token_embedding.weight"].shape[0]
+        # More rows than CLIP's tokenizer has tokens: the texts were tokenized in another way.
         if vocabulary > VOCABULARY:
             raise ValueError(f"its tokenizer has {vocabulary:,} tokens, CLIP's {VOCABULARY:,}")
-        model = build_shape(read_shape(weights, settings), context, vocabulary, settings)
+        shape = read_shape(weights, settings)
+        model = build_shape(shape, context_length, vocabulary, settings)
+        # Before load_state_dict, whose own message lists hundreds of names.
         _refuse_other_names(weights, model)
         # Some trainings keep the temperature as a vector of one number.
         if weights["logit_scale"].numel() == 1:
@@ -222,7 +230,7 @@ def from_state_dict(
 def read_shape(weights: dict[str, torch.Tensor], settings: Settings = OPENAI) -> Shape:
     """The shape of the CLIP that has these weights. Raises KeyError if some are missing."""
     embedding = weights["text_projection"].shape[1]  # (text width, D)
-    text_width = weights["positional_embedding"].shape[1]  # (context, text width)
+    text_width = weights["positional_embedding"].shape[1]  # (context length, text width)
     text_layers = _count(weights, "transformer.resblocks.")
 
     if "visual.proj" in weights:  # a ViT
@@ -260,6 +268,7 @@ def _count(weights: dict[str, torch.Tensor], prefix: str) -> int:
     numbers = {
         name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)
     }
+    # Distinct numbers, as a block has many weights.
     return len(numbers)
 
 
@@ -297,9 +306,11 @@ def _other_model(state: dict) -> str | None:
 
 def unwrap(state: dict) -> dict:
     """The state dict within the checkpoint of a training, without the prefixes of its wrappers."""
+    # Wrappers may lie within one another, as those of a compiled and distributed model do.
     for key in WRAPPERS:
         if isinstance(state.get(key), dict):
             return unwrap(state[key])
+    # A prefix of some names only belongs to the model itself.
     for prefix in PREFIXES:
         if state and all(str(name).startswith(prefix) for name in state):
             return unwrap({name.removeprefix(prefix): value for name, value in state.items()})
@@ -318,6 +329,7 @@ def _load_raw_file(path: Path, activation: str | None) -> CLIP:
     """
     weights = _read_weights(path)
     start = _start_of_run(path)
+    # A model.pt without the settings, in a run of ours, has OpenAI's: see state_for_saving.
     if SETTINGS_KEY in weights or start:
         model = from_state_dict(weights, str(path))
         model.origin = f"{path.parent} (from {start})" if start else str(path)
@@ -330,7 +342,7 @@ def _load_raw_file(path: Path, activation: str | None) -> CLIP:
         model.origin = f"{path} ({activation})"
     else:
         model.origin = f"{path} (taken as {settings.activation})"
-        _note(
+        note(
             f"{path} does not say what it was trained with: QuickGELU and OpenAI's normalisation "
             "are assumed; give --activation gelu for most of LAION's and DataComp's models, or "
             "--activation quickgelu to leave out this line"
@@ -384,6 +396,7 @@ def _refuse_unknown_heads(model: CLIP, path: Path) -> None:
     transformers = [model.transformer]
     if hasattr(model.visual, "transformer"):
         transformers.append(model.visual.transformer)
+    # By width and MLPs, as the weights have the same shapes whatever the number of heads.
     width = transformers[-1].width
     hidden_is_openais = all(
         block.mlp.c_fc.out_features == 4 * transformer.width
@@ -396,10 +409,6 @@ def _refuse_unknown_heads(model: CLIP, path: Path) -> None:
             f"its shape (width {width}): give open_clip:NAME/{path} with open_clip's name of the "
             "model, or a folder with its open_clip_config.json or config.json"
         )
-
-
-def _note(message: str) -> None:
-    print(f"note: {message}", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -450,7 +459,7 @@ def _download_folder(name: str) -> Path:
     """Where clip keeps OpenAI's weights: $XDG_CACHE_HOME/clip, else ~/.cache/clip."""
     usual = Path.home() / ".cache" / "clip"
     xdg = os.environ.get("XDG_CACHE_HOME")
-    # What was downloaded before is not fetched again.
+    # clip itself knows ~/.cache only: what it downloaded there before is not fetched again.
     if not xdg or (usual / clip.clip._MODELS[name].rsplit("/", 1)[1]).exists():
         return usual
     return Path(xdg) / "clip"
@@ -515,6 +524,7 @@ OPEN_CLIP_FORMS = {
 
 def _load_open_clip(name: str, activation: str | None) -> CLIP:
     """A model by open_clip's NAME/PRETRAINED, NAME/FILE, or by the path of a file or folder."""
+    # What is on the disk comes before open_clip's names, which are asked for in its package.
     path = Path(name).expanduser()
     if path.is_dir():
         return _load_open_clip_folder(path, None, name)
@@ -542,6 +552,7 @@ def _load_open_clip_folder(folder: Path, file: Path | None, name: str) -> CLIP:
         raise UserError(f"{folder} has no open_clip_config.json: give a file of weights") from None
     except (ValueError, KeyError) as error:
         raise UserError(f"{config_file} is damaged: {reason(error)}") from None
+    # A file that was named is taken, though the folder may hold others.
     if file is None:
         file = _first_file(folder, OPEN_CLIP_FILES)
     settings = _open_clip_settings(model_config, preprocessing, name)
@@ -573,6 +584,7 @@ def _load_open_clip_name(name: str, activation: str | None) -> CLIP:
             settings = settings._replace(activation="quickgelu")
         file = _download_open_clip(open_clip, tag_config, name)
     elif activation:
+        # A file has no tag: the user may know of what the name does not say.
         settings = settings._replace(activation=activation)
     return _build_open_clip(file, model_config, settings, name)
 
@@ -608,8 +620,9 @@ def _open_clip_settings(config: dict, preprocessing: dict, name: str) -> Setting
         _refuse_other_forms({"model": config, "vision": vision, "text": text}, name)
         if text.get("vocab_size", VOCABULARY) != VOCABULARY:
             raise _no_such_form(name, "its tokenizer is not CLIP's")
-        if text.get("context_length", CONTEXT) < CONTEXT:
-            raise _no_such_form(name, f"its texts have fewer than {CONTEXT} tokens")
+        if text.get("context_length", CONTEXT_LENGTH) < CONTEXT_LENGTH:
+            raise _no_such_form(name, f"its texts have fewer than {CONTEXT_LENGTH} tokens")
+        # pixels.py prepares images in one way only: short side to R by bicubic, then the centre.
         size = preprocessing.get("size", vision["image_size"])
         if size not in (vision["image_size"], [vision["image_size"]] * 2):
             raise _no_such_form(name, f"its images are {size} pixels large, and then cut")
@@ -618,6 +631,7 @@ def _open_clip_settings(config: dict, preprocessing: dict, name: str) -> Setting
                 raise _no_such_form(
                     name, f"its images are resized with {key} {preprocessing[key]}, not {value}"
                 )
+        # open_clip's own defaults: GELU, heads of 64, OpenAI's mean and std.
         return Settings(
             activation="quickgelu" if config.get("quick_gelu") else "gelu",
             image_head_width=vision.get("head_width", OPENAI.image_head_width),
@@ -638,6 +652,7 @@ def _refuse_other_forms(parts: dict[str, dict], name: str) -> None:
     for part, values in parts.items():
         for key, value in values.items():
             harmless = key in OPEN_CLIP_KEYS[part] or value in OPEN_CLIP_VALUES.get(key, [])
+            # Keys that are unknown here are refused, too: a newer open_clip may compute with them.
             if value and not harmless:
                 problems[key] = f"its {part} has {key} = {value}"
     # The kinds of model that have a name say more than their other keys.
@@ -654,6 +669,7 @@ def _no_such_form(name: str, why: str) -> UserError:
 
 def _build_open_clip(file: Path, config: dict, settings: Settings, name: str) -> CLIP:
     """A model from a file of open_clip's. Raises UserError if it is of another shape."""
+    # What open_clip has under the tag openai may be one of OpenAI's own archives.
     if _is_torchscript(file):
         model = _load_openai_archive(file)
     else:
@@ -686,6 +702,7 @@ def _refuse_another_shape(model: CLIP, config: dict, name: str) -> None:
     else:
         stages = [visual.layer1, visual.layer2, visual.layer3, visual.layer4]
         found |= {"width": visual.conv3.out_channels, "layers": [len(stage) for stage in stages]}
+    # These keys are called the same in the config.
     for key in found.keys() - expected.keys():
         expected[key] = vision.get(key)
     for key, value in found.items():
@@ -824,6 +841,7 @@ def _hugging_face_settings(config: dict, name: str) -> tuple[Settings, int]:
     vision = HUGGING_FACE_VISION | (config.get("vision_config") or {})
     vision |= config.get("vision_config_dict") or {}
 
+    # None of these shows in the shapes of the weights: each would give a model that computes wrong.
     problem = None
     if text["hidden_act"] != vision["hidden_act"]:
         problem = "its towers have different activations"
@@ -858,7 +876,7 @@ def _hugging_face_normalisation(
             config = config.get("image_processor", config)
             break
     if "image_mean" not in config:
-        _note(f"{name} has no preprocessor_config.json: OpenAI's normalisation is assumed")
+        note(f"{name} has no preprocessor_config.json: OpenAI's normalisation is assumed")
     side = config.get("size", resolution)
     if isinstance(side, dict):
         side = side.get("shortest_edge")
@@ -884,6 +902,7 @@ def _read_hugging_face_weights(folder: Path) -> dict[str, torch.Tensor]:
             files = set(read_json(folder / name)["weight_map"].values())
             weights = {}
             for file in sorted(files):
+                # The name alone, so that an index can't lead out of the folder.
                 weights |= load_tensors(folder / Path(file).name)
             return weights
     return load_tensors(_first_file(folder, HUGGING_FACE_FILES))
@@ -900,7 +919,7 @@ def from_hugging_face(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
             continue  # 0, 1, 2, ... in files of old versions
         name = _clip_name(name)
         state[name] = tensor.t() if name in TRANSPOSED else tensor
-    # nn.MultiheadAttention keeps q, k and v in one weight, (3 * width, width).
+    # nn.MultiheadAttention keeps q, k and v in one weight, (3 * width, width), in this order.
     for name in [name for name in state if ".self_attn.q_proj." in name]:
         parts = [state.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
         name = name.replace("self_attn.q_proj.", "attn.in_proj_")

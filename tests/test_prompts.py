@@ -54,7 +54,7 @@ def test_tokens_are_those_of_the_stock_package():
     assert torch.equal(ours, clip.tokenize(texts, truncate=True).long())
     # A model with a shorter context, as some of open_clip have.
     assert torch.equal(
-        models.tokenize(texts, context=32),
+        models.tokenize(texts, context_length=32),
         clip.tokenize(texts, context_length=32, truncate=True).long(),
     )
     assert [len(models.encode(text)) for text in texts[-3:-1]] == [77, 78]
@@ -97,8 +97,8 @@ def test_a_prompt_is_refused_wherever_it_comes_from(job, tmp_path):
         evaluate.class_prompts(names, [strategies.context_template(35)])
     # The model says how much it reads.
     with pytest.raises(UserError, match="has 43 tokens.*reads 32"):
-        evaluate.class_prompts(names, ["a {}"], context=32)
-    model = models.build_shape(models.SHAPES["tiny"], context=8)
+        evaluate.class_prompts(names, ["a {}"], context_length=32)
+    model = models.build_shape(models.SHAPES["tiny"], context_length=8)
     with pytest.raises(UserError, match="reads 8"):
         evaluate.zero_shot_head(model, ["rose", "iris"], ["one two three four five six {}"])
 
