@@ -66,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--prompts",
+        type=files.user_path,
         metavar="FILE",
         help="JSON of class names, each with a list of sentences: an ensemble for each class, "
         "instead of --prompt_template",

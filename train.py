@@ -992,6 +992,7 @@ def add_model_arguments(group) -> None:
     )
     group.add_argument(
         "--prompts",
+        type=files.user_path,
         metavar="FILE",
         help="JSON of class names, each with a list of sentences, instead of --prompt_template: "
         "training draws one of them for each image",
