@@ -125,6 +125,8 @@ def main():
     args = parse_arguments()
     if args.prompts and args.prompt_template:
         raise UserError("--prompts and --prompt_template: give one of them")
+    if not np.isfinite(args.wise_ft).all():
+        raise UserError("--wise_ft: ALPHA must be a number, such as 0.5")
     device = devices.choose_device(args.device)
     devices.seed_everything(args.seed, device)
     precision = devices.set_precision(args.precision, device)

@@ -723,7 +723,7 @@ def load_starting_weights(run: str) -> dict[str, torch.Tensor]:
         architecture, strategy, seed = args["architecture"], args["strategy"], args["seed"]
     except (OSError, ValueError, KeyError):
         raise UserError(
-            f"{folder} is no run of train.py: its args.json says where the weights started"
+            f"{run} is no run of train.py, whose args.json says where the weights started"
         ) from None
     if strategy in ("linear", "prompt"):
         raise UserError(
@@ -741,8 +741,14 @@ def interpolate(
 ) -> None:
     """Give the model the weights (1 - alpha) * start + alpha * tuned (Wortsman et al. 2022).
 
-    start, tuned: state dicts of the same model.
+    start, tuned: state dicts of the same model. Raises UserError if they are not.
     """
+    shapes = [{name: weight.shape for name, weight in state.items()} for state in (start, tuned)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            "the file of weights that the run started from now holds another model: "
+            "--wise_ft needs the one that it was trained from"
+        )
     state = {}
     for name, weight in tuned.items():
         if weight.is_floating_point():
