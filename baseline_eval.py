@@ -66,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--prompts",
+        type=files.user_path,
         metavar="FILE",
         help="JSON of class names, each with a list of sentences: an ensemble for each class, "
         "instead of --prompt_template",
@@ -153,6 +154,8 @@ def main():
     args = parse_arguments()
     if args.prompts and args.prompt_template:
         raise UserError("--prompts and --prompt_template: give one of them")
+    if not np.isfinite(args.wise_ft).all():
+        raise UserError("--wise_ft: ALPHA must be a number, such as 0.5")
     device = devices.choose_device(args.device)
     devices.seed_everything(args.seed, device)
     precision = devices.set_precision(args.precision, device)

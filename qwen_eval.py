@@ -492,6 +492,9 @@ def command_after_descriptions(config: Config, records_file: Path) -> str:
 
 def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task:
     """Load the model, saying before how much memory it takes, and put the question together."""
+    # An adapter that is missing is said before its model is downloaded.
+    if config.adapter:
+        models.adapter_folder(Path(config.adapter))
     class_names = flowers.class_names
     name_tokens = 8 * len(class_names)  # about; a name has four tokens
     text_tokens = 50 + (name_tokens if config.protocol == "rank" else config.most_tokens)

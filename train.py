@@ -87,7 +87,9 @@ def main():
         flowers, captions, sentences = open_data(config)
         model = load_model(config.architecture, processes.device, config.activation)
         pixels = to_device(load_pixels(flowers, model.visual.input_resolution), processes.device)
-    config = replace(config, splits=flowers.convention)  # what the dataset says, for the record
+    # For the record: what the dataset says of its splits, and what the model is at the start.
+    start = frozen.fingerprint(model.state_dict()).hex()
+    config = replace(config, splits=flowers.convention, start=start)
     prepare_model(model, config)
     train_index, eval_index = choose_images(flowers, config)
     texts = make_texts(flowers, captions, config.prompt_template, sentences, model.context_length)
@@ -253,6 +255,7 @@ class Config:
     prompt_template: list[str] | None  # None: prompts
     prompts: str | None  # None: prompt_template
     prompts_digest: str | None  # of that file
+    start: str | None  # fingerprint of the weights before training; None: not yet loaded
     captions: str | None  # None: prompts
     # what is trained
     strategy: str
@@ -398,7 +401,12 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
     if args.strategy == "linear" and args.no_cache:
         raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
     prompts_digest = evaluate.digest_of_prompts(args.prompts) if args.prompts else None
-    return Config(**vars(args), processes=processes.world_size, prompts_digest=prompts_digest)
+    return Config(
+        **vars(args),
+        processes=processes.world_size,
+        prompts_digest=prompts_digest,
+        start=None,
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -1023,6 +1031,7 @@ def add_model_arguments(group) -> None:
     )
     group.add_argument(
         "--prompts",
+        type=files.user_path,
         metavar="FILE",
         help="JSON of class names, each with a list of sentences, instead of --prompt_template: "
         "training draws one of them for each image",

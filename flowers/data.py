@@ -26,6 +26,7 @@ from flowers.layouts import OPENAI_NAMES, Layout, read_layout
 from flowers.splits import NO_SPLIT, Split, choose_split
 
 OXFORD = "Oxford Flowers 102"
+OXFORD_ID = "oxford-flowers-102:"  # before the number of an image of Oxford's, in image_ids
 # The values of --splits: two ways to use Oxford's three parts, and three other sources of a split.
 CONVENTIONS = ("swapped", "official", "folder", "random", "file")
 
@@ -243,7 +244,7 @@ def image_ids(flowers: Flowers, index: Iterable[int]) -> tuple[str, ...]:
         # Copies of Oxford's images may differ in their bytes (resized), not in their numbers.
         if flowers.is_oxford:
             number = int(file.stem.rpartition("_")[2])
-            ids.append(f"oxford-flowers-102:{number:05d}")
+            ids.append(f"{OXFORD_ID}{number:05d}")
         else:
             ids.append(hashlib.sha256(file.read_bytes()).hexdigest()[:16])
     return tuple(ids)

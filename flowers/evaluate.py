@@ -21,7 +21,7 @@ from sklearn.metrics import (
 )
 from tabulate import tabulate
 
-from flowers import UserError, devices, figures, strategies
+from flowers import UserError, devices, figures, frozen, strategies
 from flowers.data import Flowers, base_classes
 from flowers.files import checked, load_tensors, read_json, write_csv
 from flowers.layouts import correct_name, name_key
@@ -730,8 +730,8 @@ def _table_column(metrics: dict[str, float]) -> dict[str, str]:
 def load_starting_weights(run: str) -> dict[str, torch.Tensor]:
     """Load the weights that a run of train.py started from.
 
-    run: its folder, or a file in it. Raises UserError if it is no run of train.py, or one that
-    left the weights as they were.
+    run: its folder, or a file in it. Raises UserError if it is no run of train.py, one that left
+    the weights as they were, or if its start has changed since.
     """
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     try:
@@ -739,7 +739,7 @@ def load_starting_weights(run: str) -> dict[str, torch.Tensor]:
         architecture, strategy, seed = args["architecture"], args["strategy"], args["seed"]
     except (OSError, ValueError, KeyError):
         raise UserError(
-            f"{folder} is no run of train.py: its args.json says where the weights started"
+            f"{run} is no run of train.py, whose args.json says where the weights started"
         ) from None
     if strategy in ("linear", "prompt"):
         raise UserError(
@@ -748,8 +748,13 @@ def load_starting_weights(run: str) -> dict[str, torch.Tensor]:
         )
     # As train.py does before it makes the random weights of `tiny`.
     devices.seed_everything(seed)
-    # Runs of older versions have no `activation`.
-    return load_model(architecture, activation=args.get("activation")).state_dict()
+    # Runs of older versions have no `activation`, and no `start`.
+    start = load_model(architecture, activation=args.get("activation")).state_dict()
+    if args.get("start") not in (None, frozen.fingerprint(start).hex()):
+        raise UserError(
+            f"{architecture} has changed since {folder} started from it: its weights are others"
+        )
+    return start
 
 
 def interpolate(
@@ -757,8 +762,14 @@ def interpolate(
 ) -> None:
     """Give the model the weights (1 - alpha) * start + alpha * tuned (Wortsman et al. 2022).
 
-    start, tuned: state dicts of the same model.
+    start, tuned: state dicts of the same model. Raises UserError if they are not.
     """
+    shapes = [{name: weight.shape for name, weight in state.items()} for state in (start, tuned)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            "the file of weights that the run started from now holds another model: "
+            "--wise_ft needs the one that it was trained from"
+        )
     state = {}
     for name, weight in tuned.items():
         # BatchNorm's running statistics are interpolated, too: they are in the state dict.

@@ -7,6 +7,7 @@ file is written beside its place and renamed, and a file that is read may be dam
 import contextlib
 import json
 import os
+import pickle
 import platform
 import re
 import sys
@@ -321,6 +322,11 @@ def load_tensors(path: Path) -> dict:
         raise UserError(f"no file {path}") from None
     except UserError:
         raise
+    except pickle.UnpicklingError:  # torch's own message says how to run what is in the file
+        raise UserError(
+            f"{path} can't be read as tensors: it is damaged, no file of torch's, or holds other "
+            "Python objects besides; give a state dict"
+        ) from None
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(f"{path} can't be read as tensors: {reason(error)}") from None
     if not isinstance(state, dict):

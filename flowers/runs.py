@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowers import UserError, reason
-from flowers.data import Flowers, image_ids, open_flowers, select, subset
-from flowers.files import append_line, checked, read_json, read_lines, user_path, write_json
+from flowers.data import OXFORD_ID, Flowers, image_ids, open_flowers, select, subset
+from flowers.files import append_line, checked, note, read_json, read_lines, user_path, write_json
 from flowers.layouts import correct_name
 
 if TYPE_CHECKING:
@@ -502,6 +502,13 @@ def check_overlap(
     if trained_on is None:
         return None
     overlap = count_overlap(trained_on, image_ids(flowers, index))
+    # Numbers and contents can't be compared.
+    by_number = [image.startswith(OXFORD_ID) for image in trained_on]
+    if any(has_number != flowers.is_oxford for has_number in by_number):
+        note(
+            f"Oxford's images are known by number, others by content: if some of {flowers.root} "
+            f"are copies of what {model} was trained on, this is not noticed"
+        )
     if overlap and not allow:
         raise UserError(
             f"{overlap:,} of the {len(index):,} {split} images were trained on by {model}: choose "

@@ -15,7 +15,7 @@ import numpy as np
 from flowers import UserError
 from flowers.cache import cache_folder
 from flowers.files import note, read_json, write_json
-from flowers.layouts import Layout, as_integers, name_key, official_labels
+from flowers.layouts import SPLIT_OF_FOLDER, Layout, as_integers, name_key, official_labels
 from flowers.matfile import read_mat
 
 # The authors' names of their splits, and those of everybody else.
@@ -203,6 +203,9 @@ def _read_named_lists(path: Path, contents: dict, layout: Layout, base: int | No
     """A JSON of CoOp's form, each row of it checked against the dataset."""
     if base is not None:
         raise UserError(f"--splits_base has no meaning for {path}: it lists files, not image ids")
+    # A part of another name would be left out.
+    for key in contents.keys() & SPLIT_OF_FOLDER.keys() - set(PARTS):
+        raise UserError(f"{path} lists images under {key}: call it {SPLIT_OF_FOLDER[key]} there")
     # Numbered images are found by their number in any folder; others by their path.
     id_of = {} if layout.is_numbered else _ids_by_name(layout)
     # Class folders may have fewer classes than Oxford, and count those only.

@@ -111,7 +111,12 @@ def _load_path(architecture: str, activation: str | None) -> CLIP:
         return _load_hugging_face(path, architecture)
     if (path / "open_clip_config.json").exists():
         return _load_open_clip_folder(path, None, architecture)
-    if path.is_dir() or not path.exists():
+    if path.is_dir():
+        raise UserError(
+            f"{architecture} holds no model: a run of train.py has a model.pt, a folder of Hugging "
+            "Face's a config.json, and one of open_clip's an open_clip_config.json"
+        )
+    if not path.exists():
         known = ", ".join([*RANDOM, *clip.available_models()])
         raise UserError(
             f"no model {architecture}: give a path, open_clip:NAME/PRETRAINED, hf:NAME, "
@@ -202,6 +207,9 @@ def from_state_dict(
     Raises UserError if it is not the state dict of a CLIP.
     """
     try:
+        if state and "positional_embedding" not in state:
+            names = ", ".join(str(name) for name in list(state)[:3])
+            raise ValueError(f"it has no positional_embedding; it begins with {names}")
         weights = {name: tensor for name, tensor in state.items() if name not in EXTRA_KEYS}
         if SETTINGS_KEY in weights:
             settings = _read_settings(weights.pop(SETTINGS_KEY))

@@ -417,6 +417,7 @@ def test_coop_s_split_against_a_plain_loop(small, coop, capsys):
         (lambda c: c["test"].append("image_00001.jpg"), "its rows are"),
         (lambda c: c.pop("test"), "no image under train or test"),
         (lambda c: c.update(train={"a": 1}), "train is no list"),
+        (lambda c: c.update(valid=c.pop("val")), "under valid: call it val"),
     ],
 )
 def test_a_split_of_coop_s_form_is_checked(small, coop, change, word):

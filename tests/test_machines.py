@@ -20,6 +20,7 @@ from conftest import ROOT, error_line
 
 from flowers import UserError, add_switch, cache, devices, files, frozen, tracking, training
 from flowers import weights as weight_files
+from flowers.data import open_flowers
 from flowers.models import build
 
 NO_WANDB = ("--wandb", "disabled")
@@ -429,6 +430,13 @@ def test_a_run_is_found_by_home_and_variables(small, tmp_path, cli, monkeypatch)
     compare = ("--compare", "${RUNS}/a", "--runs=$RUNS", "--name", "b")
     code, _, err = cli("baseline_eval.py", *data, "--architecture", "$RUNS/a/model.pt", *compare)
     assert code == 0, err
+    sentences = {name: [f"a {name}"] for name in open_flowers(small).class_names}
+    files.write_json(tmp_path / "runs" / "prompts.json", sentences)
+    prompts = ("--prompts=~/runs/prompts.json", "--runs=$RUNS")
+    for script in ("train.py", "baseline_eval.py"):
+        options = TINY if script == "train.py" else ("--architecture", "tiny")
+        code, _, err = cli(script, *data, *options, *prompts, "--name", f"prompts of {script}")
+        assert code == 0, err
     assert cli("train.py", "--resume", "~/runs/a")[0] == 0
     assert cli("report.py", "--runs", "~/runs", "--output", "$RUNS/report")[0] == 0
     figures = ("--output", "~/figures", "--level", "image", "--run", "$RUNS/b")

@@ -347,6 +347,19 @@ def test_a_picture_in_training_and_test_is_noticed(cli, tmp_path):
     assert code == 0 and "TRAINED ON: 1 of these images" in out, err
 
 
+def test_images_that_are_known_in_another_way_are_not_compared_in_silence(
+    official, small, evaluate_run, tmp_path
+):
+    run = Path(shutil.copytree(official, tmp_path / "run"))
+    (run / "trained_on.json").unlink()
+    runs.write_trained_on(run, ["oxford-flowers-102:00001"])
+    code, _, err = evaluate_run(run, "--data_root", small)
+    assert code == 0 and err.count("note: Oxford's images are known by number") == 1, err
+    shutil.rmtree(tmp_path / "eval")
+    code, _, err = evaluate_run(official, "--data_root", small)
+    assert code == 0 and "known by number" not in err
+
+
 def test_an_adapter_is_asked_too(adapter, small, cli, tmp_path):
     seen = len(runs.read_trained_on(adapter) & images_of(small, "trnid"))
     assert seen > 0

@@ -698,6 +698,8 @@ def test_mistakes_end_in_one_line(small, tmp_path, cli):
 
     outcome = cli("qwen_eval.py", *tiny, "--adapter", tmp_path)
     assert "no adapter in" in error_line(outcome)
+    outcome = cli("qwen_eval.py", *common, "--model", "no/such-model", "--adapter", tmp_path)
+    assert "no adapter in" in error_line(outcome)
     outcome = cli("qwen_eval.py", *common, "--model", "no/such-model")
     assert "needs the network once" in error_line(outcome)
     outcome = cli("qwen_train.py", *tiny, "--answer", "described")

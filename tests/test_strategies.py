@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, error_line
 from sklearn.linear_model import LogisticRegression
 
-from flowers import devices, evaluate, files, frozen, models, strategies, weights
+from flowers import UserError, devices, evaluate, files, frozen, models, strategies, weights
 from flowers.data import open_flowers, select
 from flowers.losses import info_nce
 from flowers.pixels import load_pixels
@@ -508,6 +508,27 @@ def test_wise_ft_runs_from_start_to_fine_tuned(tmp_path, train, evaluate_run):
     assert row["test/top1"] == result(tmp_path / "curve")["test/top1"]
     outcome = evaluate_run("r", tmp_path / "0.5.pt", "--wise_ft", 0.5)
     assert "no run of train.py" in error_line(outcome)
+    outcome = evaluate_run("r", "tiny", "--wise_ft", 0.5)
+    assert "tiny is no run of train.py" in error_line(outcome)
+    outcome = evaluate_run("r", tmp_path / "run", "--wise_ft", "nan")
+    assert "ALPHA must be a number" in error_line(outcome)
+
+
+def test_wise_ft_needs_the_model_that_the_run_started_from():
+    start, tuned = (models.build(name).state_dict() for name in ("tiny-rn", "tiny"))
+    with pytest.raises(UserError, match="now holds another model"):
+        evaluate.interpolate(models.build("tiny"), start, tuned, 0.5)
+
+
+def test_wise_ft_notices_a_start_that_was_overwritten(start, tmp_path, train, evaluate_run):
+    """By weights of the same shape, which nothing else tells from those of the start."""
+    path = shutil.copy(start, tmp_path / "start.pt")
+    assert train("run", "--architecture", path, "--epochs", 1)[0] == 0
+    assert evaluate_run("whole", tmp_path / "run", "--wise_ft", 0.5)[0] == 0
+    other = {name: torch.zeros_like(tensor) for name, tensor in load(path).items()}
+    torch.save(other, path)
+    line = error_line(evaluate_run("other", tmp_path / "run", "--wise_ft", 0.5))
+    assert "start.pt has changed since" in line
 
 
 # -----------------------------------------------------------------------------

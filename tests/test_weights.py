@@ -646,6 +646,24 @@ def test_other_state_dicts_are_refused_by_name(change, said, tmp_path):
         weights.load_model(str(tmp_path / "a.pt"))
 
 
+def test_what_is_no_model_is_said_in_words_of_its_own(tmp_path):
+    state = models.build("tiny").state_dict()
+    torch.save({"ema": state, "args": 1}, tmp_path / "ema.pt")
+    with pytest.raises(UserError, match="no positional_embedding; it begins with ema, args"):
+        weights.load_model(str(tmp_path / "ema.pt"))
+    # torch's own message advises to run what is in the file.
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    (tmp_path / "text.pt").write_text('{"test/top1": 5}')
+    for name in ("whole.pt", "text.pt"):
+        with pytest.raises(UserError, match="give a state dict") as caught:
+            weights.load_model(str(tmp_path / name))
+        assert "weights_only" not in str(caught.value) and "two options" not in str(caught.value)
+    # The run of an evaluation, say.
+    (tmp_path / "eval").mkdir()
+    with pytest.raises(UserError, match="eval holds no model: a run of train.py has a model.pt"):
+        weights.load_model(str(tmp_path / "eval"))
+
+
 def test_a_file_that_says_nothing_is_told_as_what_it_is_taken(tmp_path, capfd):
     path = tmp_path / "a.pt"
     torch.save(models.build("tiny").state_dict(), path)

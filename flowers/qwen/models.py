@@ -76,13 +76,19 @@ def load_adapter(model, name: str, path: Path):
 
     Raises UserError if there is none, or if it was made for another model.
     """
-    folder = path / "adapter" if (path / "adapter").is_dir() else path
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"no adapter in {path}: give a finished run of qwen_train.py")
+    folder = adapter_folder(path)
     try:
         return peft.PeftModel.from_pretrained(model, folder).eval()
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{folder} does not fit {name}: {reason(error)}") from None
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder of the adapter in a run, or `path` itself. Raises UserError if there is none."""
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"no adapter in {path}: give a finished run of qwen_train.py")
+    return folder
 
 
 def load_config(name: str):

@@ -41,6 +41,7 @@ NOT_SETTINGS = {
     "job",
     "split",
     "allow_overlap",
+    "start",  # random weights differ with the seed
 }
 
 # Settings that may differ between the cells of a factorial grid. The last two have a default that
