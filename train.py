@@ -88,8 +88,7 @@ def main():
         model = load_model(config.architecture, processes.device, config.activation)
         pixels = to_device(load_pixels(flowers, model.visual.input_resolution), processes.device)
     # For the record: what the dataset says of its splits, and what the model is at the start.
-    start = frozen.fingerprint(model.state_dict()).hex()
-    config = replace(config, splits=flowers.convention, start=start)
+    config = replace(config, splits=flowers.convention, start=digest_of_weights(model))
     prepare_model(model, config)
     train_index, eval_index = choose_images(flowers, config)
     texts = make_texts(flowers, captions, config.prompt_template, sentences, model.context_length)
@@ -705,6 +704,11 @@ def make_optimizer(
     # The temperature has a learning rate of its own.
     groups.append({"params": [model.logit_scale], "weight_decay": 0.0, "peak": config.tau_lr})
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def digest_of_weights(model: CLIP) -> str:
+    """A fingerprint of all weights, by which WiSE-FT knows the start of the run again."""
+    return frozen.fingerprint(model.state_dict()).hex()
 
 
 def digest_of_frozen_weights(model: CLIP) -> str:
