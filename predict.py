@@ -28,6 +28,7 @@ from flowers.images import read_picture
 from flowers.models import CLIP, RANDOM, SHAPES, image_features
 from flowers.pixels import resize_and_crop
 from flowers.sample.kinds import KINDS
+from flowers.strategies import KEEPS_WEIGHTS
 from flowers.weights import add_activation_argument, load_model
 
 # What is taken for a picture in a folder. A file that is named on the command line may have any
@@ -386,7 +387,7 @@ def choose_templates(run: Path | None, templates: list[str] | None) -> list[str]
         return None
     arguments = read_arguments(run)
     strategy = arguments.get("strategy")
-    if strategy in ("linear", "prompt"):
+    if strategy in KEEPS_WEIGHTS:
         raise UserError(
             f"{run} was trained with --strategy {strategy} and lacks its classifier.pt: copy the "
             "whole folder, or give --prompt_template to name by prompts"

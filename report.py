@@ -29,6 +29,7 @@ from flowers import UserError, command
 from flowers.evaluate import templates_in_words, wilson
 from flowers.files import atomic, read_lines, user_path, write_csv
 from flowers.models import SHAPES, build, count_flops
+from flowers.strategies import KEEPS_WEIGHTS
 from flowers.study import figures, statistics
 from flowers.study.comparable import (
     Grid,
@@ -791,7 +792,7 @@ def wise_ft_command(runs: Sequence[Run]) -> str:
     Empty if none has.
     """
     for run in runs:
-        moves = run.strategy not in ("none", "linear", "prompt")  # these leave the weights
+        moves = run.strategy not in ("none", *KEEPS_WEIGHTS)
         if moves and (run.folder / "model.pt").exists():
             name = shlex.quote(run.folder.name)
             return (

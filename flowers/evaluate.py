@@ -741,7 +741,7 @@ def load_starting_weights(run: str) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{run} is no run of train.py, whose args.json says where the weights started"
         ) from None
-    if strategy in ("linear", "prompt"):
+    if strategy in strategies.KEEPS_WEIGHTS:
         raise UserError(
             f"{folder} was trained with --strategy {strategy}, which leaves the weights as they "
             "were: there is nothing to interpolate"

@@ -29,6 +29,9 @@ from flowers.weights import state_for_saving
 
 STRATEGIES = ("full", "image", "text", "last_blocks", "linear", "lora", "prompt")
 
+# These learn something beside the model, and leave its weights as they were.
+KEEPS_WEIGHTS = ("linear", "prompt")
+
 # Peak learning rates for pretrained models: common values of the literature, for prompt that of
 # CoOp (Zhou et al. 2022). They were not tuned here.
 LEARNING_RATES = {
