@@ -15,6 +15,18 @@ import scipy.io
 os.environ["WANDB_MODE"] = "disabled"
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("FLOWERS_TEST_DATA") or ROOT.parent / "shared" / "oxford-flowers-102")
+# Parameters of each architecture, as counted in OpenAI's own models.
+COUNTS = {
+    "RN50": 102_007_137,
+    "RN101": 119_688_033,
+    "RN50x4": 178_300_601,
+    "RN50x16": 290_979_217,
+    "RN50x64": 623_258_305,
+    "ViT-B/32": 151_277_313,
+    "ViT-B/16": 149_620_737,
+    "ViT-L/14": 427_616_513,
+    "ViT-L/14@336px": 427_944_193,
+}
 NAMES = ["rose", "lotus", "ball moss", "tree mallow", "mallow", "globe-flower"]
 
 # Rows of the table at the end of the session: see `tally`.

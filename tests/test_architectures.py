@@ -8,23 +8,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line
+from conftest import COUNTS, ROOT, error_line
 from PIL import Image
 
 from flowers import UserError, figures, models, strategies
-
-# Parameters, as counted in OpenAI's own models.
-COUNTS = {
-    "RN50": 102_007_137,
-    "RN101": 119_688_033,
-    "RN50x4": 178_300_601,
-    "RN50x16": 290_979_217,
-    "RN50x64": 623_258_305,
-    "ViT-B/32": 151_277_313,
-    "ViT-B/16": 149_620_737,
-    "ViT-L/14": 427_616_513,
-    "ViT-L/14@336px": 427_944_193,
-}
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,10 @@ import warnings
 import clip
 import pytest
 import torch
-from conftest import error_line
+from conftest import COUNTS, error_line
 
 from flowers import UserError, models, weights
 
-COUNTS = {
-    "RN50": 102_007_137,
-    "RN101": 119_688_033,
-    "RN50x4": 178_300_601,
-    "RN50x16": 290_979_217,
-    "RN50x64": 623_258_305,
-    "ViT-B/32": 151_277_313,
-    "ViT-B/16": 149_620_737,
-    "ViT-L/14": 427_616_513,
-    "ViT-L/14@336px": 427_944_193,
-}
 # OpenAI's names and those of transformers.
 NORMS = [
     ("ln_final", "text_model.final_layer_norm"),
