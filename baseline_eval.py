@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from flowers import UserError, command, devices, evaluate, figures, files, runs
-from flowers.data import Flowers, add_data_arguments, open_flowers
+from flowers.data import Flowers, add_data_arguments, open_from_flags, split_index
 from flowers.layouts import read_captions
 from flowers.models import CLIP, encode, image_features, text_features
 from flowers.pixels import load_pixels, to_device
@@ -90,21 +90,6 @@ def parse_arguments() -> argparse.Namespace:
     return runs.parse_inheriting(parser, "architecture")
 
 
-def open_data(args: argparse.Namespace) -> Flowers:
-    """The dataset. Raises UserError if the split to evaluate is empty."""
-    flowers = open_flowers(
-        args.data_root,
-        args.splits_path,
-        args.splits,
-        args.holdout,
-        args.class_names,
-        args.splits_base,
-    )
-    if not len(flowers.splits[args.split]):
-        raise UserError(f"the {args.split} split is empty: val needs --holdout")
-    return flowers
-
-
 def evaluate_along(
     model: CLIP,
     start: dict[str, torch.Tensor],
@@ -168,9 +153,9 @@ def main():
 
     # -----------------------------------------------------------------------------
     # data
-    flowers = open_data(args)
+    flowers = open_from_flags(vars(args))
     args.splits = flowers.convention  # what the dataset says, for the record
-    index = flowers.splits[args.split]  # (N,) the images to evaluate
+    index = split_index(flowers, args.split)  # (N,) the images to evaluate
     # Training images are evaluated only where they are asked for by name.
     allowed = args.allow_overlap or args.split == "train"
     overlap = runs.check_overlap(args.architecture, flowers, index, args.split, allowed)
@@ -203,9 +188,8 @@ def main():
     # -----------------------------------------------------------------------------
     # run folder
     prompts = evaluate.prompts_in_words(args.prompt_template, head, args.prompts, sentences)
-    weights = getattr(model, "origin", args.architecture)
     protocol = evaluate.protocol(
-        flowers, args.split, len(index), args.class_names, prompts, weights
+        flowers, args.split, len(index), args.class_names, prompts, model.origin
     )
     # args.json keeps what decides the result, as resolved here, and not how the command was called.
     config = {"job": "eval", **vars(args), "prompts_digest": prompts_digest}

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from flowers import UserError, add_switch, command, devices, evaluate, figures, files, runs
-from flowers.data import Flowers, add_data_arguments, open_flowers, subset
+from flowers.data import Flowers, add_data_arguments, open_from_flags, split_index, subset
 from flowers.devices import autocast
 from flowers.qwen import models
 from flowers.qwen.answers import first_line, generate, match, one_line
@@ -534,18 +534,9 @@ def main():
 
     # -----------------------------------------------------------------------------
     # data and model
-    flowers = open_flowers(
-        config.data_root,
-        config.splits_path,
-        config.splits,
-        config.holdout,
-        config.class_names,
-        config.splits_base,
-    )
+    flowers = open_from_flags(dataclasses.asdict(config))
     config = dataclasses.replace(config, splits=flowers.convention)
-    index = subset(flowers.splits[config.split], config.images, seed=0)
-    if not len(index):
-        raise UserError(f"the {config.split} split is empty: val needs --holdout")
+    index = subset(split_index(flowers, config.split), config.images, seed=0)
     # The val images are asked about as well, but only where they decide something.
     val = index[:0]
     if config.chooses_score:

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from flowers import UserError, add_switch, command, devices, figures, files, runs, training
-from flowers.data import Flowers, add_data_arguments, image_ids, open_flowers, subset
+from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, subset
 from flowers.devices import autocast
 from flowers.layouts import read_captions
 from flowers.qwen import models
@@ -308,14 +308,7 @@ class TrainingSet:
 
 def open_training_set(config: Config) -> TrainingSet:
     """Open the dataset and the captions. Raises UserError for what is missing or damaged."""
-    flowers = open_flowers(
-        config.data_root,
-        config.splits_path,
-        config.splits,
-        config.holdout,
-        config.class_names,
-        config.splits_base,
-    )
+    flowers = open_from_flags(dataclasses.asdict(config))
     config = dataclasses.replace(config, splits=flowers.convention)
     index = subset(flowers.splits["train"], config.images, config.seed)
     captions = None

@@ -35,7 +35,7 @@ from flowers import (
     runs,
     strategies,
 )
-from flowers.data import Flowers, add_data_arguments, image_ids, open_flowers, select
+from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select
 from flowers.layouts import read_captions
 from flowers.losses import backward_in_chunks, info_nce, same_class
 from flowers.models import (
@@ -416,14 +416,7 @@ def open_data(
     config: Config,
 ) -> tuple[Flowers, list[list[str]] | None, evaluate.Prompts | None]:
     """The dataset, and with --captions sentences of each image, with --prompts of each class."""
-    flowers = open_flowers(
-        config.data_root,
-        config.splits_path,
-        config.splits,
-        config.holdout,
-        config.class_names,
-        config.splits_base,
-    )
+    flowers = open_from_flags(asdict(config))
     captions = read_captions(config.captions, flowers.files) if config.captions else None
     sentences = None
     if config.prompts:
@@ -947,14 +940,13 @@ def describe(
 ) -> dict:
     """What the accuracy was measured with: dataset, split, names, prompts, weights, overlap."""
     prompts = evaluate.prompts_in_words(config.prompt_template, head, config.prompts, sentences)
-    start = getattr(model, "origin", config.architecture)
     protocol = evaluate.protocol(
         flowers,
         config.eval_split,
         len(eval_index),
         config.class_names,
         prompts,
-        weights=f"{folder} (from {start})",
+        weights=f"{folder} (from {model.origin})",
     )
     return protocol | {"overlap": overlap}
 

@@ -22,7 +22,7 @@ from matplotlib.colors import hsv_to_rgb
 
 from flowers import UserError, colour, command, figures
 from flowers.colour import load_colours
-from flowers.data import add_data_arguments, find_class, open_flowers
+from flowers.data import add_data_arguments, find_class, open_from_flags
 
 plt = figures.plt
 
@@ -241,13 +241,7 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main():
     args = parse_arguments()
-    flowers = open_flowers(
-        args.data_root,
-        args.splits_path,
-        class_names=args.class_names,
-        splits_base=args.splits_base,
-        needs_split=False,
-    )
+    flowers = open_from_flags(vars(args), needs_split=False)
     classes = [find_class(flowers, text) for text in args.classes]
     if args.all:
         classes = np.unique(flowers.labels)

@@ -27,7 +27,7 @@ from sklearn.neighbors import kneighbors_graph
 
 from flowers import UserError, add_device_arguments, colour, command, figures
 from flowers.colour import load_colours
-from flowers.data import Flowers, add_data_arguments, find_class, open_flowers
+from flowers.data import Flowers, add_data_arguments, find_class, open_from_flags
 from flowers.files import user_file, user_path
 
 plt = figures.plt
@@ -400,13 +400,7 @@ def main():
     # -------------------------------------------------------------------------
     # images
 
-    flowers = open_flowers(
-        args.data_root,
-        args.splits_path,
-        class_names=args.class_names,
-        splits_base=args.splits_base,
-        needs_split=False,
-    )
+    flowers = open_from_flags(vars(args), needs_split=False)
     coloured_classes = [find_class(flowers, text) for text in args.classes]
     if args.run:
         index, is_right = read_run(args.run, flowers)

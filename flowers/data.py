@@ -13,7 +13,7 @@ import argparse
 import difflib
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from flowers.splits import NO_SPLIT, Split, choose_split
 
 OXFORD = "Oxford Flowers 102"
 OXFORD_ID = "oxford-flowers-102:"  # before the number of an image of Oxford's, in image_ids
+# What open_flowers takes from the command line.
+DATA_FLAGS = ("data_root", "splits_path", "splits_base", "splits", "holdout", "class_names")
 # The values of --splits: two ways to use Oxford's three parts, and three other sources of a split.
 CONVENTIONS = ("swapped", "official", "folder", "random", "file")
 
@@ -110,6 +112,25 @@ def open_flowers(
             "split of our own (60/20/20), or sort the class folders into train/, val/ and test/"
         )
     return _build_index(layout, split, splits, holdout, class_names)
+
+
+def open_from_flags(flags: Mapping, needs_split: bool = True) -> Flowers:
+    """Open the dataset that the flags of `add_data_arguments` describe.
+
+    flags: by name, as the command line or the args.json of a run has them; others are passed over,
+        and those that are missing have open_flowers's defaults.
+    Raises UserError as open_flowers does.
+    """
+    described = {name: flags[name] for name in DATA_FLAGS if name in flags}
+    return open_flowers(**described, needs_split=needs_split)
+
+
+def split_index(flowers: Flowers, split: str) -> np.ndarray:
+    """The images of a split that is to be evaluated. Raises UserError if it has none."""
+    index = flowers.splits[split]
+    if not len(index):
+        raise UserError(f"the {split} split is empty: val needs --holdout")
+    return index
 
 
 def _build_index(

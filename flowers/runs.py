@@ -14,7 +14,6 @@ runs/<name>/result.json      all results, flat; the same line is appended to run
 import argparse
 import hashlib
 import importlib.metadata
-import inspect
 import os
 import platform
 import re
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowers import UserError, reason
-from flowers.data import OXFORD_ID, Flowers, image_ids, open_flowers, select, subset
+from flowers.data import OXFORD_ID, Flowers, image_ids, open_from_flags, select, subset
 from flowers.files import append_line, checked, note, read_json, read_lines, user_path, write_json
 from flowers.layouts import correct_name
 
@@ -450,10 +449,8 @@ def _derive_trained_on(folder: Path, visited: tuple[Path, ...]) -> set[str]:
     # A damaged args.json may lead in a circle.
     if folder in visited:
         raise UnknownImages(f"{unknown}it started from itself")
-    names = inspect.signature(open_flowers).parameters  # called like the flags
-    opening = {name: stored[name] for name in names if name in stored}
     try:
-        flowers = open_flowers(**opening)
+        flowers = open_from_flags(stored)
         index = _train_index(stored, flowers)
     except (UserError, KeyError, TypeError, ValueError) as error:
         raise UnknownImages(f"{unknown}{reason(error)}") from None
