@@ -10,8 +10,8 @@ resumed, and failed ones are recorded while the others go on.
 All choices are made on val: the grids run with --holdout. `final` (and the end of `study`) takes
 the best settings of each strategy and architecture, trains on all training images, and evaluates
 on test once. The one-factor grids of `study` use the first architecture and strategy. An
-architecture with random weights (tiny, tiny-rn) is first trained on the base classes, as a stand-in
-for pretraining. python report.py --runs RUNS makes the report.
+architecture with random weights (tiny, tiny-16, tiny-rn) is first trained on the base classes, as a
+stand-in for pretraining. python report.py --runs RUNS makes the report.
 """
 
 import argparse
@@ -145,7 +145,8 @@ def main():
         "--start_epochs",
         type=int,
         default=19,
-        help="epochs of the stand-in for pretraining of tiny and tiny-rn (default: %(default)s)",
+        help="epochs of the stand-in for pretraining of tiny, tiny-16 and tiny-rn "
+        "(default: %(default)s)",
     )
     # Data
     group = parser.add_argument_group("data")

@@ -54,8 +54,9 @@ def parse_arguments() -> argparse.Namespace:
         "--architecture",
         type=files.user_path,
         default="ViT-B/32",
-        help="a name of clip.available_models(), tiny, tiny-rn, the path of a state dict or run, "
-        "open_clip:NAME/PRETRAINED, or hf:NAME; docs/models.md lists all (default: %(default)s)",
+        help="a name of clip.available_models(), tiny, tiny-16, tiny-rn, the path of a state "
+        "dict or run, open_clip:NAME/PRETRAINED, or hf:NAME; docs/models.md lists all "
+        "(default: %(default)s)",
     )
     add_activation_argument(parser)
     parser.add_argument(

@@ -117,8 +117,8 @@ def parse_arguments() -> argparse.Namespace:
         "--architecture",
         type=files.user_path,
         default="ViT-B/32",
-        help="a run folder, a name of clip.available_models(), tiny, tiny-rn, or the path of a "
-        "state dict (default: %(default)s, not fine-tuned)",
+        help="a run folder, a name of clip.available_models(), tiny, tiny-16, tiny-rn, or the path "
+        "of a state dict (default: %(default)s, not fine-tuned)",
     )
     add_activation_argument(parser)
     # names

@@ -43,6 +43,7 @@ from flowers.models import (
     RANDOM,
     encode,
     image_features,
+    layers_above,
     split_image_tower,
     split_text_tower,
     stack,
@@ -52,23 +53,31 @@ from flowers.models import (
 from flowers.pixels import get_batch, load_pixels, to_device
 from flowers.tracking import Tracker, log_mistakes, start_wandb
 from flowers.training import (
+    assign,
+    averaged,
+    copies,
     diverged,
+    layerwise_groups,
     learning_rate_factor,
     load_checkpoint,
-    parameter_groups,
+    restore_average,
     restore_scaler,
     save_checkpoint,
     set_learning_rate,
+    squared_distance,
     update,
+    update_average,
 )
 from flowers.weights import add_activation_argument, load_model
 
 # CLIP was trained with the logit scale clamped here (Radford et al. 2021, section 2.5).
 MAX_LOGIT_SCALE = 100.0
-# For tiny and tiny-rn, which start from random weights.
+# For the architectures that start from random weights: tiny, tiny-16 and tiny-rn.
 RANDOM_LR = 5e-4
 RANDOM_EPOCHS = 19
 DEFAULT_EPOCHS = 5
+# Trained parameters of the loss, which belong to no layer of a tower.
+LOSS_PARAMETERS = ("logit_scale", "logit_bias")
 
 
 @command
@@ -87,10 +96,9 @@ def main():
         flowers, captions, sentences = open_data(config)
         model = load_model(config.architecture, processes.device, config.activation)
         pixels = to_device(load_pixels(flowers, model.visual.input_resolution), processes.device)
-    # For the record: what the dataset says of its splits, and what the model is at the start.
-    config = replace(config, splits=flowers.convention, start=digest_of_weights(model))
-    prepare_model(model, config)
     train_index, eval_index = choose_images(flowers, config)
+    config = complete(config, flowers, train_index, model)
+    prepare_model(model, config)
     texts = make_texts(flowers, captions, config.prompt_template, sentences, model.context_length)
     overlap = check_overlap(flowers, train_index, eval_index, config, processes)
     folder = open_run_folder(flowers, train_index, config, processes)
@@ -108,17 +116,22 @@ def main():
     # -----------------------------------------------------------------------------
     # optimiser, and what an interrupted run left
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    pulled_to = copies(weights_of_towers(trained)) if config.pull else {}
+    average = copies(trained) if config.ema else {}
     sizes = count_parameters(model, flowers, config)
     optimizer = make_optimizer(model, trained, config)
     scaler = devices.gradient_scaler(processes.device)
     batch_size = config.processes * min(config.batch_size, len(train_index) // config.processes)
     steps_per_epoch = len(train_index) // batch_size
     total_steps = config.epochs * steps_per_epoch
-    start_digest = digest_of_frozen_weights(model)
+    # With --pull the start of the trained weights counts, too.
+    start_digest = config.start if config.pull else digest_of_frozen_weights(model)
     checkpoint_file, metrics_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
     first_epoch, seconds = 0, 0.0
     if config.resume and checkpoint_file.exists():
-        first_epoch, seconds = restore(checkpoint_file, start_digest, trained, optimizer, scaler)
+        first_epoch, seconds = restore(
+            checkpoint_file, start_digest, trained, average, optimizer, scaler
+        )
     rows = rows_until(first_epoch, metrics_file)
     tracker = start_tracker(folder, rows, config, processes)
     if processes.is_main:
@@ -140,16 +153,20 @@ def main():
             factor = learning_rate_factor(step, total_steps)
             set_learning_rate(optimizer, factor)
             batch = data.batch(positions, epoch, text_rows, generator, processes)
-            loss = training_step(model, encoders, batch, optimizer, scaler, processes, config)
+            losses = training_step(
+                model, encoders, batch, pulled_to, optimizer, scaler, processes, config
+            )
+            update_average(average, trained, config.ema, step)
 
             # The weights are checked once an epoch, before they are saved.
             weights = list(trained.values()) if i == steps_per_epoch - 1 else []
+            loss = losses["train/loss"]
             if diverged(loss, weights):
                 raise diverged_error(loss, step, checkpoint_file)
             row = {
                 "epoch": epoch + 1,
                 "step": step + 1,
-                "train/loss": loss,
+                **losses,
                 "train/lr": config.lr * factor,
                 "train/tau": math.exp(-model.logit_scale.item()),
                 "train/images_per_s": batch_size / (time.perf_counter() - step_start),
@@ -164,19 +181,22 @@ def main():
             continue  # the main process evaluates and saves
         if config.evaluates_after(epoch + 1):
             row = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch}
-            row |= evaluate_val(model, flowers, pixels, eval_index, captions, sentences, config)
+            with averaged(trained, average):
+                row |= evaluate_val(model, flowers, pixels, eval_index, captions, sentences, config)
             rows.append(row)
             tracker.log_row(row)
             bar.write(f"epoch {epoch + 1}: val top-1 {row['val/top1']:.2f}%")
         files.write_lines(metrics_file, rows)
         progress = {"start": start_digest, "epoch": epoch + 1, "seconds": seconds}
-        save_checkpoint(checkpoint_file, trained, optimizer, scaler=scaler.state_dict(), **progress)
+        progress |= {"average": average, "scaler": scaler.state_dict()}
+        save_checkpoint(checkpoint_file, trained, optimizer, **progress)
     bar.close()
     if not processes.is_main:
         return
 
     # -----------------------------------------------------------------------------
     # results: of the last epoch, on val if it was held out, else on test, once
+    assign(trained, average)
     state, classifier = strategies.export(model)
     head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template, sentences)
     if config.strategy == "linear":
@@ -198,14 +218,16 @@ def training_step(
     model: CLIP,
     encoders: Sequence[Callable],
     batch: "Batch",
+    pulled_to: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     processes: devices.Processes,
     config: "Config",
-) -> float:
-    """Update the model with one batch; returns the loss of the batch before the update.
+) -> dict[str, float]:
+    """Update the model with one batch; returns the losses of the batch before the update.
 
     encoders: batch.images -> features (b, D), and batch.text_rows -> features (p, D).
+    pulled_to: the weights to which --pull pulls, by name; empty without it.
     scaler: multiplies the loss before the backward pass, with --precision fp16.
     """
 
@@ -224,13 +246,19 @@ def training_step(
         loss = batch_loss(encode_images(batch.images), encode_texts(batch.text_rows))
         loss.backward()
     scale = scaler.get_scale()  # the update may change it
+    losses = {"train/loss": loss.item() / scale}
+    if pulled_to:
+        # Once for the whole batch: each process adds the same, and so does their mean.
+        pull = config.pull * squared_distance(dict(model.named_parameters()), pulled_to)
+        scaler.scale(pull).backward()
+        losses["train/pull"] = pull.item()
     trained = [p for p in model.parameters() if p.requires_grad]
     processes.average_gradients(trained)
     update(optimizer, trained, scaler)  # with clipped gradients
     if model.logit_scale.requires_grad:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-    return loss.item() / scale
+    return losses
 
 
 # -----------------------------------------------------------------------------
@@ -275,7 +303,10 @@ class Config:
     batch_size: int  # of each process
     chunk_size: int
     lr: float
+    lr_decay: float
     wd: float
+    pull: float | None  # None: nothing to pull (linear), or not yet known
+    ema: float
     augment: str
     seed: int
     compile: bool
@@ -356,7 +387,7 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
     args.device = str(processes.device)
     args.precision = devices.set_precision(args.precision, processes.device)
     from_random = args.architecture in RANDOM
-    image_blocks, _ = strategies.cut_points(args.strategy, args.blocks)
+    image_cut, _ = strategies.cut_points(args.strategy, args.blocks)
 
     # The arguments of a resumed run hold the learned prompt's own template.
     if args.strategy == "prompt" and not args.resume and (args.captions or args.prompt_template):
@@ -373,7 +404,7 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
     elif not args.prompt_template and not args.prompts:
         args.prompt_template = [evaluate.TEMPLATE]
     if args.augment is None:
-        args.augment = "crop" if image_blocks is None else "none"
+        args.augment = "crop" if image_cut is None else "none"
     if args.positives is None:
         args.positives = "pair" if args.captions else "class"
     if args.lr is None:
@@ -388,6 +419,7 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
 
     if args.eval_every and not args.holdout:
         raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
+    check_regularisers(args)
     at_least_zero = [args.epochs, args.lr, args.tau_lr, args.wd, args.chunk_size]
     above_zero = [args.views, args.batch_size - 1]
     above_zero += [value for value in (args.temperature, args.shots) if value is not None]
@@ -406,6 +438,34 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
         prompts_digest=prompts_digest,
         start=None,
     )
+
+
+def check_regularisers(args: argparse.Namespace) -> None:
+    """Fill in --pull where it is off; raise UserError for --pull, --lr_decay or --ema in vain."""
+    strategy = args.strategy
+    has_steps = args.epochs != 0
+    # `complete` sets that of projection, which depends on the images; linear has its own use of it.
+    is_left_open = strategy == "linear" or strategy == "projection" and has_steps
+    if args.pull is None and not is_left_open:
+        args.pull = 0.0
+    if args.pull and strategy in strategies.ADDS_WEIGHTS:
+        raise UserError(
+            f"--pull: --strategy {strategy} leaves the weights as they were and trains others "
+            "beside them, so there is nothing to pull back: leave it out"
+        )
+    if args.lr_decay != 1 and strategy in strategies.ONE_LAYER:
+        raise UserError(
+            f"--lr_decay: --strategy {strategy} trains one layer alone: set --lr instead"
+        )
+    if not has_steps and (args.ema or args.lr_decay != 1 or args.pull and strategy != "linear"):
+        raise UserError("--pull, --lr_decay and --ema act on steps: with 0 epochs leave them out")
+    # Comparisons with NaN are false, so it does not pass either.
+    pull_is_valid = args.pull is None or 0 <= args.pull < math.inf
+    if not (pull_is_valid and 0 < args.lr_decay <= 1 and 0 <= args.ema < 1):
+        raise UserError(
+            "--pull must be at least 0, --lr_decay above 0 and at most 1, --ema at least 0 and "
+            "below 1"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -457,6 +517,18 @@ def choose_images(flowers: Flowers, config: Config) -> tuple[torch.Tensor, np.nd
     if len(eval_index) == 0:
         raise UserError("the splits list no image for val: --holdout has nothing to hold out")
     return torch.from_numpy(train_index), eval_index
+
+
+def complete(config: Config, flowers: Flowers, train_index: torch.Tensor, model: CLIP) -> Config:
+    """The settings with what only the dataset and the weights at the start say."""
+    pull = config.pull
+    if pull is None and config.strategy == "projection":
+        # 1 / (mean number of training images of a class): ProLIP's 1 / shots (Fahes et al. 2024),
+        # where every class has as many.
+        n_classes = len(np.unique(flowers.labels[train_index.numpy()]))
+        pull = n_classes / len(train_index)
+    start = digest_of_weights(model)
+    return replace(config, splits=flowers.convention, start=start, pull=pull)
 
 
 def check_overlap(
@@ -622,15 +694,15 @@ def compute_views(
     A list of tensors (n, ...), shaped as split_image_tower says; None if no part of the tower is
     frozen, or with --no_cache.
     """
-    blocks, _ = strategies.cut_points(config.strategy, config.blocks)
-    if blocks is None or config.no_cache:
+    cut, _ = strategies.cut_points(config.strategy, config.blocks)
+    if cut is None or config.no_cache:
         return None
     # Without augmentation all views are the same.
     n_views = 1 if config.augment == "none" else config.views
     views = []
     for view in range(n_views):
         activations = frozen.image_activations(
-            model, flowers, pixels, train_index, blocks, config.augment, config.seed, view
+            model, flowers, pixels, train_index, cut, config.augment, config.seed, view
         )
         views.append(to_device(activations, model.logit_scale.device))
     return views
@@ -661,8 +733,8 @@ def make_encoders(
 ) -> tuple[Callable, Callable]:
     """Two functions of a Batch's parts: images -> features (b, D), text_rows (p,) -> (p, D)."""
     device = model.logit_scale.device
-    image_blocks, text_blocks = strategies.cut_points(config.strategy, config.blocks)
-    image_trunk, image_rest = split_image_tower(model, image_blocks)
+    image_cut, text_blocks = strategies.cut_points(config.strategy, config.blocks)
+    image_trunk, image_rest = split_image_tower(model, image_cut)
     text_trunk, text_rest = split_text_tower(model, text_blocks)
     # Not the text tower: the number of distinct texts differs from step to step.
     if config.compile:
@@ -692,11 +764,16 @@ def make_optimizer(
     model: CLIP, trained: dict[str, torch.nn.Parameter], config: Config
 ) -> torch.optim.AdamW:
     """AdamW with the betas and epsilon of CLIP's vision transformers (Radford et al. 2021)."""
-    weights = {name: p for name, p in trained.items() if name != "logit_scale"}
-    groups = parameter_groups(weights, config.lr, config.wd)
+    weights = weights_of_towers(trained)
+    groups = layerwise_groups(weights, layers_above(model), config.lr, config.wd, config.lr_decay)
     # The temperature has a learning rate of its own.
     groups.append({"params": [model.logit_scale], "weight_decay": 0.0, "peak": config.tau_lr})
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def weights_of_towers(trained: dict[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters without those of the loss."""
+    return {name: p for name, p in trained.items() if name not in LOSS_PARAMETERS}
 
 
 def digest_of_weights(model: CLIP) -> str:
@@ -715,16 +792,18 @@ def restore(
     path: Path,
     start_digest: str,
     trained: dict[str, torch.nn.Parameter],
+    average: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> tuple[int, float]:
-    """Give model, optimiser and scaler what a checkpoint holds; returns its epochs and seconds.
+    """Give all of them what a checkpoint holds; returns its epochs and seconds.
 
     Raises UserError if it is damaged, or of another run; the program must not go on with the model.
     """
     progress = load_checkpoint(path, trained, optimizer)
     if progress.get("start") != start_digest:
         raise UserError(f"{path} is not of this run: it started from other weights")
+    restore_average(path, average, progress)
     restore_scaler(path, scaler, progress)
     try:
         return int(progress["epoch"]), float(progress["seconds"])
@@ -1013,9 +1092,9 @@ def add_model_arguments(group) -> None:
         "--architecture",
         type=files.user_path,
         default="ViT-B/32",
-        help="where to start: a name of clip.available_models(), tiny, tiny-rn (a small ResNet), "
-        "the path of a state dict or run, open_clip:NAME/PRETRAINED, or hf:NAME; docs/models.md "
-        "lists all (default: %(default)s)",
+        help="where to start: a name of clip.available_models(), tiny, tiny-16, tiny-rn (a small "
+        "ResNet), the path of a state dict or run, open_clip:NAME/PRETRAINED, or hf:NAME; "
+        "docs/models.md lists all (default: %(default)s)",
     )
     add_activation_argument(group)
     # What an image is matched with.
@@ -1141,6 +1220,30 @@ def add_optimisation_arguments(group) -> None:
         type=float,
         default=0.1,
         help="weight decay, not on biases, norms and the temperature (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lr_decay",
+        type=float,
+        default=1.0,
+        metavar="D",
+        help="a layer's peak learning rate is --lr times D for each layer above it in its tower "
+        "(default: 1, all the same)",
+    )
+    # What holds the weights back.
+    group.add_argument(
+        "--pull",
+        type=float,
+        metavar="LAMBDA",
+        help="add LAMBDA times the squared distance of the trained weights from their start to "
+        "the loss (default: 0; for projection 1 / mean number of training images of a class)",
+    )
+    group.add_argument(
+        "--ema",
+        type=float,
+        default=0.0,
+        metavar="D",
+        help="evaluate and save an exponential moving average of the trained weights, which keeps "
+        "D of itself at each step, such as 0.99 (default: 0, the weights themselves)",
     )
     # Randomness.
     group.add_argument(

@@ -29,7 +29,7 @@ from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.losses import info_nce
 from flowers.pixels import get_batch, load_pixels
 
-MEASURED = ("last_blocks", "text", "prompt", "linear", "image", "lora")
+MEASURED = ("last_blocks", "text", "prompt", "linear", "image", "projection", "norm", "lora")
 PLAIN = "plain recipe, requires_grad=False"
 SCALE = 100.0  # of the logits, as CLIP was trained
 
@@ -175,16 +175,16 @@ def plain_epoch(setup: Setup, batch_size: int) -> Callable:
 def our_step(setup: Setup) -> Callable:
     """A step (index) -> loss, from what the frozen part has made of images and texts, kept."""
     model, device = setup.model, setup.device
-    image_blocks, text_blocks = strategies.cut_points(setup.strategy, setup.blocks)
-    _, image_rest = models.split_image_tower(model, image_blocks)
+    image_cut, text_blocks = strategies.cut_points(setup.strategy, setup.blocks)
+    _, image_rest = models.split_image_tower(model, image_cut)
     text_trunk, text_rest = models.split_text_tower(model, text_blocks)
     tokens = setup.tokens.to(device)
     ends = tokens.argmax(1)  # the end token has the highest number
 
     # None: nothing of that tower is frozen
     images = texts = None
-    if image_blocks is not None:
-        images = image_activations(setup, image_blocks)
+    if image_cut is not None:
+        images = image_activations(setup, image_cut)
     if text_blocks is not None:
         texts = frozen.text_activations(model, setup.flowers, setup.tokens, text_blocks).to(device)
 
@@ -204,10 +204,10 @@ def our_step(setup: Setup) -> Callable:
     return step
 
 
-def image_activations(setup: Setup, blocks: int) -> torch.Tensor:
-    """What enters the last `blocks` blocks of the image tower, for all images."""
+def image_activations(setup: Setup, cut: models.Cut) -> torch.Tensor:
+    """What the image tower computes before a cut, for all images."""
     everything = torch.arange(len(setup.labels))
-    kept = frozen.image_activations(setup.model, setup.flowers, setup.pixels, everything, blocks)
+    kept = frozen.image_activations(setup.model, setup.flowers, setup.pixels, everything, cut)
     return kept.to(setup.device)
 
 
@@ -250,7 +250,7 @@ def measure_steps(setup: Setup, args: argparse.Namespace) -> None:
 
 def measure_linear(setup: Setup, args: argparse.Namespace) -> None:
     """Measure `linear`, whose epoch is an iteration of L-BFGS over the features of all images."""
-    features = image_activations(setup, blocks=0).float().cpu().numpy()  # (N, D)
+    features = image_activations(setup, cut=0).float().cpu().numpy()  # (N, D)
     labels = setup.labels.numpy()
     iterations = []
 

@@ -20,6 +20,7 @@ from flowers import UserError, cache, devices, pixels
 from flowers.data import Flowers
 from flowers.models import (
     CLIP,
+    Cut,
     progress_chunks,
     settings_of,
     split_image_tower,
@@ -35,25 +36,26 @@ def image_activations(
     flowers: Flowers,
     images: torch.Tensor,
     index: torch.Tensor,
-    blocks: int = 0,
+    cut: Cut = 0,
     augment: str = "none",
     seed: int = 0,
     view: int = 0,
 ) -> torch.Tensor:
-    """What enters the last `blocks` blocks of the image tower, for the images at `index` (n,).
+    """What the image tower computes before a cut, for the images at `index` (n,).
 
-    Returns (n, tokens, width), of a ResNet (n, channels, side, side); with blocks = 0 the features
-    (n, D), of length 1.
+    Returns the result of the trunk of split_image_tower: (n, tokens, width), of a ResNet (n,
+    channels, side, side); what enters the projection, (n, width) or (n, channels); or, with a cut
+    of 0, the features (n, D), of length 1.
 
     images: the pixels of the dataset, (N, 3, R, R) uint8.
     augment, seed, view: how the images are augmented; each view is another random augmentation.
     Raises UserError if the disk is full.
     """
     device = model.logit_scale.device
-    trunk, _ = split_image_tower(model, blocks)
+    trunk, _ = split_image_tower(model, cut)
     # The key says all that the result depends on, so other weights or images have another file.
     tower = model.visual.state_dict(keep_vars=True)
-    weights = fingerprint(_frozen_weights(tower, blocks))
+    weights = fingerprint(_frozen_weights(tower, cut))
     pixel_key = pixels.key(flowers, images.shape[-1])
     # Without augmentation, seed and view make no difference.
     random = None if augment == "none" else [seed, view]
@@ -64,7 +66,7 @@ def image_activations(
         settings,
         pixel_key,
         index.tolist(),
-        blocks,
+        cut,
         augment,
         random,
         _arithmetic(device),
@@ -136,10 +138,10 @@ def _arithmetic(device: torch.device) -> str:
     return f"{device.type} {precision}"
 
 
-def _frozen_weights(tower: dict[str, torch.Tensor], blocks: int) -> dict[str, torch.Tensor]:
+def _frozen_weights(tower: dict[str, torch.Tensor], cut: Cut) -> dict[str, torch.Tensor]:
     """The weights that activations depend on: all of a frozen tower, else those not trained."""
     # The trained weights of a tower come after the cut.
-    if blocks == 0:
+    if cut == 0:
         return tower
     return {name: tensor for name, tensor in tower.items() if not tensor.requires_grad}
 

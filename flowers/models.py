@@ -1,4 +1,4 @@
-"""CLIP's architectures: the nine released ones and two small ones.
+"""CLIP's architectures: the nine released ones and three small ones.
 
 Building them, tokens, features, and the two towers cut in two where training starts.
 """
@@ -7,7 +7,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,9 +98,10 @@ SHAPES = {
     "ViT-L/14": Shape(768, 224, 24, 1024, 14, 768, 12, 12),
     "ViT-L/14@336px": Shape(768, 336, 24, 1024, 14, 768, 12, 12),
     "tiny": Shape(128, 64, 4, 128, 8, 128, 2, 2),
+    "tiny-16": Shape(128, 64, 4, 128, 16, 128, 2, 2),
     "tiny-rn": Shape(128, 64, (1, 1, 1, 1), 16, None, 128, 2, 2),
 }
-RANDOM = ("tiny", "tiny-rn")  # these start from random weights, all others from OpenAI's
+RANDOM = ("tiny", "tiny-16", "tiny-rn")  # these start from random weights, all others from OpenAI's
 
 CONTEXT_LENGTH = 77  # tokens of a text, with its start and end
 VOCABULARY = 49408
@@ -253,13 +254,57 @@ def last_blocks(model: CLIP, blocks: int) -> list[torch.nn.Module | torch.nn.Par
             raise UserError(f"--blocks {blocks}: the {name} tower has {len(layers)}")
 
     # A ResNet projects within its attention pooling.
-    image_projection = model.visual.attnpool if is_resnet(model) else model.visual.proj
+    image_top = model.visual.attnpool if is_resnet(model) else model.visual.proj
     return [
         image_layers[-blocks:],
-        image_projection,
+        image_top,
         text_layers[-blocks:],
         model.text_projection,
     ]
+
+
+def image_projection(model: CLIP) -> torch.nn.Parameter:
+    """The matrix that makes features of length D: of a ViT (width, D), of a ResNet (D, channels).
+
+    That of a ResNet ends its attention pool, and has a bias beside it.
+    """
+    visual = model.visual
+    return visual.attnpool.c_proj.weight if is_resnet(model) else visual.proj
+
+
+def norms(model: CLIP) -> list[torch.nn.Module]:
+    """All LayerNorms of both towers, and the BatchNorms of a ResNet."""
+    kinds = (torch.nn.LayerNorm, torch.nn.BatchNorm2d)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def layers_above(model: CLIP) -> dict[str, int]:
+    """How many layers of its tower lie above each parameter, by the parameter's name.
+
+    A tower of L blocks has L + 2 layers: the stem or the embeddings (L + 1 above), the blocks (L to
+    1), and the top (0): the last norm and the projection, of a ResNet the attention pool. The norm
+    before a ViT's blocks belongs to its stem. Parameters of neither tower have none above them.
+    """
+    if is_resnet(model):
+        image_top = [model.visual.attnpool]
+    else:
+        image_top = [model.visual.ln_post, model.visual.proj]
+    text_top = [model.ln_final, model.text_projection]
+    above = dict.fromkeys(model.parameters(), 0)
+    parts = [
+        ("image", image_blocks(model), image_top),
+        ("text", model.transformer.resblocks, text_top),
+    ]
+    for tower, blocks, top in parts:
+        n = len(blocks)
+        # What is neither in a block nor in the top is the stem.
+        above |= dict.fromkeys(towers(model)[tower], n + 1)
+        for i, block in enumerate(blocks):
+            above |= dict.fromkeys(block.parameters(), n - i)
+        for part in top:
+            is_matrix = isinstance(part, torch.nn.Parameter)
+            above |= dict.fromkeys([part] if is_matrix else part.parameters(), 0)
+    return {name: above[parameter] for name, parameter in model.named_parameters()}
 
 
 # -----------------------------------------------------------------------------
@@ -358,25 +403,37 @@ def progress_chunks(items: torch.Tensor, title: str, size: int = 256) -> Iterato
 # towers cut in two: a frozen trunk, which can be computed once, and the rest, which is trained
 
 
-def split_image_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callable]:
+# Where the image tower can be cut, beside before its last 1, 2, ... blocks: just before the
+# projection.
+PROJECTION = "projection"
+Cut = int | Literal["projection"] | None
+
+
+def split_image_tower(model: CLIP, cut: Cut) -> tuple[Callable, Callable]:
     """The image tower as two functions, trunk and rest.
 
     rest(trunk(images)) are the features (B, D) fp32 of length 1 of images (B, 3, R, R).
 
-    blocks: the rest is the last `blocks` blocks and the projection. With 0 the trunk does
-        everything and the rest nothing, with None the other way round.
+    cut: how many of the last blocks are the rest, with the projection; PROJECTION if it is the
+        projection alone. With 0 the trunk does everything and the rest nothing, with None the
+        other way round.
 
     The trunk has no graph. Its result is (B, tokens, width), or (B, channels, side, side) of a
-    ResNet, or the features if `blocks` is 0.
+    ResNet; what enters the projection, (B, width) or (B, channels), if the cut is there; the
+    features if it is 0.
     """
-    if blocks is None:
+    if cut is None:
         return _identity, lambda images: encode_images(model, images)
-    if blocks == 0:
+    if cut == 0:
         return torch.no_grad()(lambda images: encode_images(model, images)), _identity
 
-    layers = image_blocks(model)
-    split = _split_resnet if is_resnet(model) else _split_vit
-    frozen_half, trained_half = split(model.visual, layers[:-blocks], layers[-blocks:])
+    if cut == PROJECTION:
+        split = _split_resnet_at_projection if is_resnet(model) else _split_vit_at_projection
+        frozen_half, trained_half = split(model.visual, image_blocks(model))
+    else:
+        layers = image_blocks(model)
+        split = _split_resnet if is_resnet(model) else _split_vit
+        frozen_half, trained_half = split(model.visual, layers[:-cut], layers[-cut:])
 
     @torch.no_grad()
     def trunk(images):
@@ -408,6 +465,30 @@ def _split_resnet(
     return frozen_half, trained_half
 
 
+def _split_resnet_at_projection(
+    visual: ModifiedResNet, bottlenecks: torch.nn.Sequential
+) -> tuple[Callable, Callable]:
+    """ModifiedResNet.forward in two halves, cut within the attention pool before its c_proj."""
+    pool = visual.attnpool
+    bottlenecks_of, _ = _split_resnet(visual, bottlenecks, torch.nn.Sequential())
+
+    def heads(x):
+        return x.unflatten(-1, (pool.num_heads, -1)).transpose(
+            1, 2
+        )  # (B, heads, tokens, C / heads)
+
+    def frozen_half(images):
+        cells = bottlenecks_of(images).flatten(2).transpose(1, 2)  # (B, side * side, C)
+        # Their mean is the query; keys and values are the mean and the cells.
+        tokens = torch.cat([cells.mean(dim=1, keepdim=True), cells], 1)
+        tokens = tokens + pool.positional_embedding.to(tokens.dtype)
+        query, key, value = pool.q_proj(tokens[:, :1]), pool.k_proj(tokens), pool.v_proj(tokens)
+        pooled = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        return pooled.flatten(1)  # (B, C)
+
+    return frozen_half, pool.c_proj
+
+
 def _split_vit(
     visual: VisionTransformer, frozen: torch.nn.Sequential, trained: torch.nn.Sequential
 ) -> tuple[Callable, Callable]:
@@ -426,6 +507,18 @@ def _split_vit(
         return visual.ln_post(tokens[0]) @ visual.proj  # (B, D), of the class token
 
     return frozen_half, trained_half
+
+
+def _split_vit_at_projection(
+    visual: VisionTransformer, blocks: torch.nn.Sequential
+) -> tuple[Callable, Callable]:
+    """VisionTransformer.forward in two halves, cut before the projection."""
+    tokens_of, _ = _split_vit(visual, blocks, torch.nn.Sequential())
+
+    def frozen_half(images):
+        return visual.ln_post(tokens_of(images)[:, 0])  # (B, width), of the class token
+
+    return frozen_half, lambda x: x @ visual.proj
 
 
 def split_text_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callable]:

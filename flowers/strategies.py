@@ -4,6 +4,10 @@ full         everything but the temperature
 image, text  one tower; the other is frozen
 last_blocks  the last K blocks and the projections of both towers (of a ResNet: its last
              bottlenecks and its attention pool)
+projection   the image projection (ProLIP, Fahes et al. 2024), of a ResNet the weight of the output
+             projection of its attention pool
+norm         the LayerNorms of both towers (of a ResNet: its BatchNorms too, but for their running
+             statistics)
 lora         low-rank updates of q, k, v, out and MLP weights in both towers (of a ResNet's image
              tower: its attention pool)
 prompt       learned context vectors before the class name, everything else frozen
@@ -20,25 +24,48 @@ from flowers.models import (
     CLIP,
     CONTEXT_MARK,
     PLACEHOLDER,
+    PROJECTION,
+    Cut,
     ModifiedResNet,
+    image_projection,
     last_blocks,
+    norms,
     tokenize,
     towers,
 )
 from flowers.weights import state_for_saving
 
-STRATEGIES = ("full", "image", "text", "last_blocks", "linear", "lora", "prompt")
+STRATEGIES = (
+    "full",
+    "image",
+    "text",
+    "last_blocks",
+    "projection",
+    "norm",
+    "linear",
+    "lora",
+    "prompt",
+)
 
 # These learn something beside the model, and leave its weights as they were.
 KEEPS_WEIGHTS = ("linear", "prompt")
 
+# These add what they train to weights that stay: there is no start to which --pull could pull.
+ADDS_WEIGHTS = ("lora", "prompt")
+
+# These train one layer alone, which has none above it to be slower than.
+ONE_LAYER = ("projection", "linear", "prompt")
+
 # Peak learning rates for pretrained models: common values of the literature, for prompt that of
-# CoOp (Zhou et al. 2022). They were not tuned here.
+# CoOp (Zhou et al. 2022), for projection that of ProLIP (Fahes et al. 2024), for norm that of Tent
+# (Wang et al. 2021), which trains the scales and shifts of norms too. They were not tuned here.
 LEARNING_RATES = {
     "full": 1e-5,
     "image": 1e-5,
     "text": 1e-5,
     "last_blocks": 3e-5,
+    "projection": 1e-5,
+    "norm": 1e-3,
     "lora": 2e-4,
     "prompt": 2e-3,
     "linear": 0.0,
@@ -62,6 +89,13 @@ def prepare(
     if strategy == "last_blocks":
         for part in last_blocks(model, blocks):
             part.requires_grad_(True)
+    if strategy == "projection":
+        # Without the bias that a ResNet has beside it, as in ProLIP.
+        image_projection(model).requires_grad_(True)
+    if strategy == "norm":
+        # The model stays in eval mode, so BatchNorm's running statistics do not move.
+        for norm in norms(model):
+            norm.requires_grad_(True)
     if strategy == "lora":
         add_lora(model, rank)
     if strategy == "prompt":
@@ -69,17 +103,21 @@ def prepare(
     # linear trains nothing of the model: fit_linear makes a head for its features.
 
 
-def cut_points(strategy: str, blocks: int) -> tuple[int | None, int | None]:
+def cut_points(strategy: str, blocks: int) -> tuple[Cut, int | None]:
     """Where the frozen part of the image and of the text tower ends.
 
     A number of trained blocks, as split_image_tower and split_text_tower take it: 0 where the whole
-    tower is frozen, None where no part of it is.
+    tower is frozen, None where no part of it is. PROJECTION where the image projection alone is
+    trained.
     """
     cuts = {
         "full": (None, None),
         "image": (None, 0),
         "text": (0, None),
         "last_blocks": (blocks, blocks),
+        "projection": (PROJECTION, 0),
+        # The first norms stand before the first blocks.
+        "norm": (None, None),
         "linear": (0, None),
         # Low-rank updates begin in the first block.
         "lora": (None, None),

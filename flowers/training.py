@@ -1,7 +1,11 @@
-"""What train.py and qwen_train.py share of a training loop: schedule, update, checkpoints."""
+"""What train.py and qwen_train.py share of a training loop: schedule, update, checkpoints.
 
+And what train.py has beside them: layer-wise rates, a pull to the start, averaged weights.
+"""
+
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +28,30 @@ def parameter_groups(parameters: Mapping[str, torch.Tensor], lr: float, wd: floa
         {"params": decayed, "weight_decay": wd, "peak": lr},
         {"params": not_decayed, "weight_decay": 0.0, "peak": lr},
     ]
+
+
+def layerwise_groups(
+    parameters: Mapping[str, torch.Tensor],
+    layers_above: Mapping[str, int],
+    lr: float,
+    wd: float,
+    lr_decay: float,
+) -> list[dict]:
+    """The parameter groups of AdamW with slower layers further down: lr * lr_decay^(layers above).
+
+    Of BEiT (Bao et al. 2022), for CLIP of Dong et al. 2022. With lr_decay = 1 they are those of
+    `parameter_groups`.
+
+    parameters, layers_above: by name, as models.layers_above counts them. lr: the peak learning
+    rate of the top layer.
+    """
+    if lr_decay == 1:
+        return parameter_groups(parameters, lr, wd)
+    groups = []
+    for above in sorted({layers_above[name] for name in parameters}):
+        layer = {name: p for name, p in parameters.items() if layers_above[name] == above}
+        groups += parameter_groups(layer, lr * lr_decay**above, wd)
+    return groups
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup: float = 0.1) -> float:
@@ -66,6 +94,67 @@ def update(
     optimizer.zero_grad()
 
 
+# -----------------------------------------------------------------------------
+# weights that are held near their start, and averaged weights
+
+
+def copies(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The values that parameters have now, by name."""
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def squared_distance(
+    parameters: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The sum of (w - w0)^2 over all numbers of the parameters in `start`, a scalar.
+
+    The penalty of L2-SP (Li et al. 2018), there with a factor of 1/2.
+    """
+    distances = [(parameters[name] - w0).square().sum() for name, w0 in start.items()]
+    return torch.stack(distances).sum()
+
+
+@torch.no_grad()
+def update_average(
+    average: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
+    decay: float,
+    step: int,
+) -> None:
+    """Move the averaged weights a to the weights w after a step (0-based): a <- d a + (1 - d) w.
+
+    d is min(decay, (1 + step) / (10 + step)): a high decay would hold on to the start for longer
+    than a short training lasts. An empty average stays empty.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    for name, averaged_weight in average.items():
+        averaged_weight.lerp_(parameters[name], 1 - decay)
+
+
+@torch.no_grad()
+def assign(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Give the parameters the values of their names; those that have none stay."""
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+@contextlib.contextmanager
+def averaged(
+    parameters: Mapping[str, torch.Tensor], average: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Within the block the parameters have the averaged values, after it their own again."""
+    own = copies({name: parameters[name] for name in average})
+    assign(parameters, average)
+    try:
+        yield
+    finally:
+        assign(parameters, own)
+
+
+# -----------------------------------------------------------------------------
+# the end of an epoch: is the run sound, and what is kept of it
+
+
 def diverged(loss: float, parameters: Sequence[torch.Tensor] = ()) -> bool:
     """Whether the loss, or one of the weights, is not a finite number."""
     # Both, as the last update of an epoch may break the weights after its loss was computed.
@@ -105,6 +194,30 @@ def restore_scaler(path: Path, scaler: torch.amp.GradScaler, progress: Mapping) 
     scaler.load_state_dict(state)
 
 
+def restore_average(path: Path, average: Mapping[str, torch.Tensor], progress: Mapping) -> None:
+    """Give the averaged weights what a checkpoint's progress holds of them.
+
+    Raises UserError if that is damaged, missing, or of other weights.
+    """
+    try:
+        _copy_all(progress.get("average", {}), average)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged: its averaged weights are not of this run ({reason(error)})"
+        ) from None
+
+
+def _copy_all(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors by name. Raises ValueError if names or shapes differ."""
+    if set(source) != set(target):
+        raise ValueError("it trains other parameters")
+    for name, tensor in target.items():
+        # copy_ alone would broadcast a smaller tensor.
+        if source[name].shape != tensor.shape:
+            raise ValueError(f"{name} has another shape")
+    assign(target, source)
+
+
 def load_checkpoint(
     path: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> dict:
@@ -119,14 +232,7 @@ def load_checkpoint(
     try:
         # Checkpoints of qwen_train.py once called the weights `trained`.
         weights = checkpoint.pop("model" if "model" in checkpoint else "trained")
-        if set(weights) != set(parameters):
-            raise ValueError("it trains other parameters")
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                # copy_ alone would broadcast a smaller tensor.
-                if weights[name].shape != parameter.shape:
-                    raise ValueError(f"{name} has another shape")
-                parameter.copy_(weights[name])
+        _copy_all(weights, parameters)
         optimizer.load_state_dict(checkpoint.pop("optimizer"))
     except Exception as error:  # torch raises many kinds at what it did not expect
         raise UserError(

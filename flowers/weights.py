@@ -70,10 +70,10 @@ def load_model(
 ) -> CLIP:
     """A CLIP in fp32 and eval mode, so that a ResNet's BatchNorm keeps its statistics.
 
-    architecture: `tiny` or `tiny-rn` (random weights), a name of clip.available_models()
-        (downloaded, SHA-256-checked), `open_clip:NAME/PRETRAINED`, `open_clip:PATH`, `hf:NAME`, or
-        the path of a state dict, an archive of OpenAI's, a run folder, or a folder of Hugging
-        Face's or open_clip's. docs/models.md lists them all.
+    architecture: `tiny`, `tiny-16` or `tiny-rn` (random weights), a name of
+        clip.available_models() (downloaded, SHA-256-checked), `open_clip:NAME/PRETRAINED`,
+        `open_clip:PATH`, `hf:NAME`, or the path of a state dict, an archive of OpenAI's, a run
+        folder, or a folder of Hugging Face's or open_clip's. docs/models.md lists them all.
     activation: of a file that does not say it, one of ACTIVATIONS.
 
     The model carries its settings: `activation`, `head_width` (image, text), `mean` and `std` (for

@@ -552,7 +552,7 @@ def test_kept_activations_follow_weights_and_cut(small, tmp_path, monkeypatch):
     assert {path.stat().st_ino for path in kept_files()} == inodes, "used again"
 
     # Another cut, and other weights, have files of their own.
-    one_block = frozen.image_activations(model, flowers, pixels, index, blocks=1)
+    one_block = frozen.image_activations(model, flowers, pixels, index, cut=1)
     assert one_block.shape == (20, 65, 128)
     model.visual.proj.data.mul_(-1)
     negated = frozen.image_activations(model, flowers, pixels, index)
