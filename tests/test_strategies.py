@@ -6,9 +6,11 @@ evaluated to the same answers, and two processes train as one.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import clip
 import numpy as np
@@ -17,10 +19,20 @@ import torch
 from conftest import ROOT, error_line
 from sklearn.linear_model import LogisticRegression
 
-from flowers import UserError, devices, evaluate, files, frozen, models, strategies, weights
+from flowers import (
+    UserError,
+    devices,
+    evaluate,
+    files,
+    frozen,
+    models,
+    strategies,
+    training,
+    weights,
+)
 from flowers.data import open_flowers, select
 from flowers.losses import info_nce
-from flowers.pixels import load_pixels
+from flowers.pixels import get_batch, load_pixels
 
 NO_WANDB = ("--wandb", "disabled")
 COMMON = ("--batch_size", 12, *NO_WANDB)
@@ -54,11 +66,26 @@ LORA = tuple(
     for i in range(4)
     for matrix in BLOCK_MATRICES
 ) + tuple(f"visual.attnpool.{letter}_proj.weight" for letter in "qkvc")
+# With the ends of the names: BatchNorm's running statistics stay.
+NORM = tuple(
+    f"{norm}.{part}"
+    for part in ("weight", "bias")
+    for norm in (
+        *(f"transformer.resblocks.{i}.ln_{j}" for i in range(2) for j in (1, 2)),
+        *(f"visual.transformer.resblocks.{i}.ln_{j}" for i in range(4) for j in (1, 2)),
+        *("ln_final", "visual.ln_pre", "visual.ln_post"),
+        *(f"visual.bn{j}" for j in (1, 2, 3)),
+        *(f"visual.layer{i}.0.bn{j}" for i in (1, 2, 3, 4) for j in (1, 2, 3)),
+        *(f"visual.layer{i}.0.downsample.1" for i in (1, 2, 3, 4)),
+    )
+)
 TRAINED_NAMES = {
     "full": ("",),
     "image": ("visual.",),
     "text": TEXT_TOWER,
     "last_blocks": LAST_BLOCKS,
+    "projection": ("visual.proj", "visual.attnpool.c_proj.weight"),
+    "norm": NORM,
     "lora": LORA,
     "linear": (),
     "prompt": (),
@@ -104,9 +131,9 @@ def result(run):
     return json.loads((run / "result.json").read_text())
 
 
-def losses(run):
+def losses(run, key="train/loss"):
     rows = files.read_lines(run / "metrics.jsonl")
-    return [row["train/loss"] for row in rows]
+    return [row[key] for row in rows]
 
 
 def load(path):
@@ -158,19 +185,39 @@ def test_each_strategy(strategy, start, tmp_path, train, evaluate_run):
         assert expected[-1] != expected[0]
         assert train("chunks", *common, "--chunk_size", 5)[0] == 0
         assert losses(tmp_path / "chunks") == pytest.approx(expected, abs=2e-4)
+    if strategy == "projection":
+        assert run["pull"] == pytest.approx(1 / 6), "six training images a class"
+        assert train("plain", *common, "--no_cache", "--chunk_size", 5)[0] == 0
+        plain_losses, pulls = losses(tmp_path / "plain"), losses(tmp_path / "plain", "train/pull")
+        assert plain_losses == pytest.approx(losses(tmp_path / "run"), abs=2e-4)
+        assert pulls == pytest.approx(losses(tmp_path / "run", "train/pull"), rel=1e-3)
+        assert pulls[0] == 0 < pulls[-1]
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-rn"])
-@pytest.mark.parametrize("blocks", [None, 0, 1, 2])
-def test_towers_in_two_parts_give_the_whole_gradient(name, blocks):
+def build(name):
+    """One of models.SHAPES, or `wide-heads`: heads, MLPs and GELU as in some of LAION's models."""
+    if name != "wide-heads":
+        return models.build(name)
+    shape = models.SHAPES["tiny"]._replace(image_hidden=200, image_width=96)
+    settings = models.OPENAI._replace(activation="gelu", image_head_width=48)
+    return models.build_shape(shape, settings=settings)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-rn", "wide-heads"])
+@pytest.mark.parametrize("cut", [None, 0, 1, 2, models.PROJECTION])
+def test_towers_in_two_parts_give_the_whole_gradient(name, cut):
     torch.manual_seed(0)
-    model = models.build(name)
+    model = build(name)
     images = torch.randn(6, 3, 64, 64)
     texts = ["rose", "a lenten rose", "globe thistle", "iris", "lotus flower", "mallow"]
     tokens = models.tokenize(texts)
-    if blocks:
+    text_blocks = cut
+    if cut == models.PROJECTION:
+        strategies.prepare(model, "projection")
+        text_blocks = 0
+    elif cut:
         model.requires_grad_(False)
-        for part in models.last_blocks(model, blocks):
+        for part in models.last_blocks(model, cut):
             part.requires_grad_(True)
     parameters = dict(model.named_parameters())
     del parameters["logit_scale"]
@@ -182,8 +229,8 @@ def test_towers_in_two_parts_give_the_whole_gradient(name, blocks):
             return loss.item(), ()
         return loss.item(), torch.autograd.grad(loss, trained.values())
 
-    image_trunk, image_rest = models.split_image_tower(model, blocks)
-    text_trunk, text_rest = models.split_text_tower(model, blocks)
+    image_trunk, image_rest = models.split_image_tower(model, cut)
+    text_trunk, text_rest = models.split_text_tower(model, text_blocks)
     activations = image_trunk(images)
     text_features = text_rest(text_trunk(tokens), tokens.argmax(1))
     loss, grads = gradients(image_rest(activations), text_features)
@@ -192,7 +239,9 @@ def test_towers_in_two_parts_give_the_whole_gradient(name, blocks):
     )
     assert loss == pytest.approx(expected_loss, abs=1e-5)
     assert activations.requires_grad is False
-    assert bool(grads) == (blocks != 0)
+    assert bool(grads) == (cut != 0)
+    if cut == models.PROJECTION:
+        assert activations.shape == (6, models.image_projection(model).numel() // 128)
     for name, grad, expected in zip(trained, grads, expected_grads):
         assert (grad - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
 
@@ -301,17 +350,149 @@ def test_what_has_no_meaning_ends_with_one_line(tmp_path, train):
     assert "--context_tokens 60" in error("--strategy", "prompt", "--context_tokens", 60)
     assert "learns the prompt" in error("--strategy", "prompt", "--prompt_template", "{}")
     assert "--shots" in error("--shots", 0)
+    for strategy in ("lora", "prompt"):
+        assert "nothing to pull back" in error("--strategy", strategy, "--pull", 0.1)
+    for strategy in ("linear", "prompt", "projection"):
+        assert "one layer alone" in error("--strategy", strategy, "--lr_decay", 0.9)
+    for flag in ("--pull", "--ema", "--lr_decay"):
+        assert "with 0 epochs" in error("--epochs", 0, flag, 0.5)
+        assert "at most 1" in error(flag, "nan")
+    assert "with 0 epochs" in error("--strategy", "linear", "--ema", 0.5)
+    assert "below 1" in error("--ema", 1)
+    assert "below 1" in error("--lr_decay", 0)
+    assert "below 1" in error("--pull", -1)
     assert not (tmp_path / "runs").exists()
+
+
+# -----------------------------------------------------------------------------
+# pull, layer-wise learning rates, averaged weights
+
+
+def test_a_run_is_this_loop(small, tmp_path, train):
+    """Steps of `projection` with --pull and --ema, written once more."""
+    torch.manual_seed(1)
+    torch.save(models.build("tiny-16").state_dict(), tmp_path / "start.pt")
+    pull, decay, lr = 0.7, 0.3, 1e-2
+    options = ("--strategy", "projection", "--epochs", 2, "--pull", pull, "--ema", decay)
+    code, _, err = train("run", "--architecture", tmp_path / "start.pt", *options, "--lr", lr)
+    assert code == 0, err
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert (args["pull"], args["ema"], args["lr_decay"]) == (pull, decay, 1.0)
+
+    flowers = open_flowers(small)
+    model = weights.load_model(str(tmp_path / "start.pt"))
+    index = torch.from_numpy(flowers.splits["train"].copy())
+    labels = torch.tensor(flowers.labels)[index]
+    prompts = evaluate.fill_templates(flowers.class_names, [evaluate.TEMPLATE])
+    texts = models.text_features(model, prompts)[labels]  # (n, D)
+    images = get_batch(load_pixels(flowers, 64), index, "cpu")
+    entering = []
+    model.visual.ln_post.register_forward_hook(lambda _, __, output: entering.append(output))
+    with torch.no_grad():
+        model.encode_image(images)
+    start = model.visual.proj.detach()
+    weight = start.clone().requires_grad_()
+    average = start.clone()
+    optimizer = torch.optim.AdamW([weight], lr=lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    steps_per_epoch = len(index) // 12
+    total_steps = 2 * steps_per_epoch
+    expected, step = [], 0
+    for epoch in range(2):
+        order = torch.randperm(len(index), generator=devices.generator(0, epoch))
+        for batch in order.split(12)[:steps_per_epoch]:
+            warmup = (step + 1) / max(1, 0.1 * total_steps)
+            done = max(0, step - 0.1 * total_steps) / max(1, 0.9 * total_steps)
+            cosine = 0.5 * (1 + np.cos(np.pi * done))
+            optimizer.param_groups[0]["lr"] = lr * min(warmup, cosine)
+            features = torch.nn.functional.normalize(entering[0][batch] @ weight, dim=-1)
+            same = labels[batch][:, None] == labels[batch][None, :]
+            loss = info_nce(features, texts[batch], model.logit_scale.exp().detach(), same)
+            penalty = pull * ((weight - start) ** 2).sum()
+            expected.append((loss.item(), penalty.item()))
+            optimizer.zero_grad()
+            (loss + penalty).backward()
+            torch.nn.utils.clip_grad_norm_([weight], 1.0)
+            optimizer.step()
+            keep = min(decay, (1 + step) / (10 + step))
+            average = keep * average + (1 - keep) * weight.detach()
+            step += 1
+
+    run = tmp_path / "run"
+    assert losses(run) == pytest.approx([loss for loss, _ in expected], abs=1e-4)
+    penalties = [penalty for _, penalty in expected]
+    assert losses(run, "train/pull") == pytest.approx(penalties, rel=1e-3)
+    assert torch.allclose(load(run / "model.pt")["visual.proj"], average, atol=1e-5)
+    assert (average - weight).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-rn"])
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_lower_layers_learn_slower(name, strategy):
+    model = models.build(name)
+    strategies.prepare(model, strategy, rank=2)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained.pop("logit_scale", None)
+    above = models.layers_above(model)
+    groups = training.layerwise_groups(trained, above, 1.0, 0.1, 0.5)
+    peak_of, decay_of = {}, {}
+    for group in groups:
+        for parameter in group["params"]:
+            peak_of[parameter] = group["peak"]
+            decay_of[parameter] = group["weight_decay"]
+    assert len(peak_of) == len(trained) == sum(len(group["params"]) for group in groups)
+
+    tops = ("visual.ln_post", "visual.proj", "visual.attnpool", "ln_final", "text_projection")
+    for full_name, parameter in trained.items():
+        block = re.search(r"resblocks\.(\d+)\.|layer(\d)\.", full_name)
+        n_blocks = 4 if full_name.startswith("visual.") else 2
+        if full_name.startswith(tops):
+            layers = 0
+        elif block:
+            # Stages of a ResNet are counted from 1, and those of tiny-rn have one bottleneck.
+            layers = n_blocks - int(block[1]) if block[1] else 5 - int(block[2])
+        else:
+            layers = n_blocks + 1
+        assert peak_of[parameter] == 0.5**layers, full_name
+        assert decay_of[parameter] == (0.1 if parameter.ndim >= 2 else 0.0), full_name
+
+    # Without decay they are what they were: two groups, in the order of the parameters.
+    plain = training.parameter_groups(trained, 1.0, 0.1)
+    undecayed = training.layerwise_groups(trained, above, 1.0, 0.1, 1.0)
+    assert len(plain) == len(undecayed) == 2
+    for group, expected in zip(undecayed, plain):
+        assert [id(p) for p in group["params"]] == [id(p) for p in expected["params"]]
+        assert group["peak"] == expected["peak"]
+
+
+def test_averaged_weights_are_there_only_within_the_block():
+    parameters = {"a": torch.nn.Parameter(torch.ones(3)), "b": torch.nn.Parameter(torch.zeros(2))}
+    average = {"a": torch.full((3,), 5.0)}
+    with pytest.raises(KeyboardInterrupt), training.averaged(parameters, average):
+        assert parameters["a"].tolist() == [5, 5, 5] and parameters["b"].tolist() == [0, 0]
+        raise KeyboardInterrupt
+    assert parameters["a"].tolist() == [1, 1, 1]
+
+    path, wrong = Path("checkpoint.pt"), [{}, {"a": torch.ones(1)}, {"b": torch.ones(3)}, 5, None]
+    for value in wrong:
+        with pytest.raises(UserError, match="checkpoint.pt is damaged"):
+            training.restore_average(path, average, {"average": value})
+    assert average["a"].tolist() == [5, 5, 5]
+    training.restore_average(path, {}, {})  # a checkpoint from before there were averages
 
 
 # -----------------------------------------------------------------------------
 # stopped and resumed
 
 
-@pytest.mark.parametrize("strategy", ["last_blocks", "lora", "prompt", "text"])
+# What the averaged weights and the pull need to know after a stop.
+REGULARISERS = {"norm": ("--ema", 0.9, "--pull", 0.1, "--lr_decay", 0.8)}
+
+
+@pytest.mark.parametrize("strategy", ["last_blocks", "lora", "norm", "prompt", "text"])
 def test_a_stopped_run_resumes_to_the_same_weights(strategy, tmp_path, cli, train, monkeypatch):
     """Stopped after its first epoch; the views of --augment are those of the whole run too."""
-    common = ("--architecture", "tiny", "--epochs", 2, "--augment", "crop", "--views", 2)
+    common = ("--architecture", "tiny-16", "--epochs", 2, "--augment", "crop", "--views", 2)
+    common += REGULARISERS.get(strategy, ())
     assert train("whole", *common, *options_of(strategy))[0] == 0
     save, stopped = files.save_tensors, []
 
@@ -333,6 +514,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(strategy, tmp_path, cli, trai
         whole, resumed = load(tmp_path / "whole" / name), load(tmp_path / "stopped" / name)
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+    if strategy in REGULARISERS:
+        pulls = losses(tmp_path / "whole", "train/pull")
+        assert losses(tmp_path / "stopped", "train/pull") == pulls
 
 
 def test_resume_refuses_other_starting_weights(tmp_path, cli, train):
@@ -362,7 +546,7 @@ def torchrun(script, *arguments):
 
 def test_two_processes_equal_one_with_twice_the_batch(small, tmp_path, cli):
     common = ("--data_root", small, "--architecture", "tiny", "--runs", tmp_path, *NO_WANDB)
-    common += ("--epochs", 2, "--lr", 1e-3, "--learn_temperature")
+    common += ("--epochs", 2, "--lr", 1e-3, "--learn_temperature", "--pull", 0.3, "--ema", 0.5)
     done = torchrun(ROOT / "train.py", *common, "--batch_size", 6, "--name", "two")
     assert done.returncode == 0, done.stderr[-2000:]
     assert cli("train.py", *common, "--batch_size", 12, "--name", "one")[0] == 0
@@ -371,12 +555,17 @@ def test_two_processes_equal_one_with_twice_the_batch(small, tmp_path, cli):
     assert len(two) == 6
     assert two == pytest.approx(one, abs=1e-3)
     assert two[0] == pytest.approx(one[0], abs=1e-5)
+    pulls = losses(tmp_path / "one", "train/pull")
+    assert losses(tmp_path / "two", "train/pull") == pytest.approx(pulls, rel=1e-3)
     assert len(files.read_lines(tmp_path / "results.jsonl")) == 2
     assert result(tmp_path / "two")["processes"] == 2
     checkpoint_one, checkpoint_two = (load(tmp_path / n / "checkpoint.pt") for n in ("one", "two"))
     for name in ("logit_scale", "visual.proj", "text_projection"):
         expected = checkpoint_one["model"][name]
         assert expected.allclose(checkpoint_two["model"][name], atol=2e-3), name
+        average = load(tmp_path / "two" / "model.pt")[name]
+        assert torch.equal(average, checkpoint_two["average"][name])
+        assert not torch.equal(average, checkpoint_two["model"][name])
 
 
 GRADIENTS_OF_TWO_PROCESSES = """
