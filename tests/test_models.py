@@ -45,7 +45,7 @@ def test_parameter_counts_of_all_nine():
     assert set(COUNTS) == set(clip.available_models())
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-rn", "RN50", "ViT-B/32"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-16", "tiny-rn", "RN50", "ViT-B/32"])
 def test_a_state_dict_is_enough_to_build_the_model(name, vit):
     model = vit if name == "ViT-B/32" else models.build(name)
     again = weights.from_state_dict(model.state_dict())
