@@ -21,7 +21,7 @@ from sklearn.metrics import (
 )
 from tabulate import tabulate
 
-from flowers import UserError, devices, figures, frozen, strategies
+from flowers import UserError, calibration, devices, figures, frozen, strategies
 from flowers.data import Flowers, base_classes
 from flowers.files import checked, load_tensors, read_json, write_csv
 from flowers.layouts import correct_name, name_key
@@ -377,27 +377,36 @@ def evaluate_features(
     head: Head,
     labels: np.ndarray,
     captions: torch.Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[dict[str, float], torch.Tensor]:
     """All metrics of image features (N, D) under a head, and the class probabilities (N, C).
 
     labels: (N,). captions: (N, D), the feature of one sentence for each image, for retrieval
-    between images and sentences. Raises UserError for a model that diverged.
+    between images and sentences. temperature: divides the logits before they become
+    probabilities; their ranks are the same. Raises UserError for a model that diverged.
     """
-    weight, bias = head
     labels = torch.from_numpy(np.array(labels))  # a copy, as torch has no read-only tensors
-    logits = images @ weight.t() + bias  # (N, C)
-    if not logits.isfinite().all():
-        raise UserError(
-            "the model's scores are not numbers: it diverged; train it again with a lower --lr"
-        )
+    logits = class_logits(images, head)  # (N, C)
     # The keys are those of result.json, in its order. Ranks are the same for logits and
     # probabilities, but the logits do not saturate.
     metrics = classification(logits, labels)
+    metrics |= probability_scores(logits / temperature, labels)
     metrics |= base_to_new(logits, labels)
     metrics |= _class_retrieval(logits, labels)
     if captions is not None:
         metrics |= _caption_retrieval(images @ captions.t(), labels)
-    return metrics, logits.softmax(1)
+    return metrics, (logits / temperature).softmax(1)
+
+
+def class_logits(images: torch.Tensor, head: Head) -> torch.Tensor:
+    """The logits (N, C) of image features (N, D). Raises UserError for a model that diverged."""
+    weight, bias = head
+    logits = images @ weight.t() + bias
+    if not logits.isfinite().all():
+        raise UserError(
+            "the model's scores are not numbers: it diverged; train it again with a lower --lr"
+        )
+    return logits
 
 
 def classification(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -436,6 +445,11 @@ def classification(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, floa
         "recall": 100 * recall,
         "f1": 100 * f1,
     }
+
+
+def probability_scores(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """NLL, Brier score and ECE of logits (N, C) against labels (N,): see `calibration.scores`."""
+    return calibration.scores(logits.numpy(), labels.numpy(), _top1(logits))
 
 
 def base_to_new(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -597,9 +611,16 @@ def predictions(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray
 
 
 def save_outputs(
-    folder: Path, probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray
+    folder: Path,
+    probabilities: torch.Tensor,
+    flowers: Flowers,
+    index: np.ndarray,
+    metrics: dict[str, float],
 ) -> None:
-    """Leave predictions.csv, report.csv, confusion.png and mistakes.png in the run folder."""
+    """Leave predictions.csv, report.csv, confusion.png and mistakes.png in the run folder.
+
+    And reliability.png, if the metrics have an ECE.
+    """
     labels = flowers.labels[index]
     names = flowers.class_names
     report = per_class(probabilities, torch.from_numpy(labels), names)
@@ -608,6 +629,45 @@ def save_outputs(
     figures.confusion_matrix(probabilities.numpy(), labels, names, folder / "confusion.png")
     mistakes = figures.mistakes(probabilities.numpy(), flowers, index)
     figures.mistakes_sheet(mistakes, folder / "mistakes.png")
+    if "ece" in metrics:
+        _draw_reliability(probabilities, labels, metrics, folder / "reliability.png")
+
+
+def _draw_reliability(
+    probabilities: torch.Tensor, labels: np.ndarray, metrics: dict[str, float], path: Path
+) -> None:
+    confidence = probabilities.max(1).values.numpy()  # (N,)
+    correct = _top1(probabilities) == labels
+    rows = reliability(confidence, correct)
+    title = (
+        f"{len(labels):,} images: ECE {_with_interval('ece', metrics)}%\n"
+        f"NLL {_with_interval('nll', metrics)} nats"
+    )
+    figures.reliability(pd.DataFrame(rows), confidence, path, title)
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[dict]:
+    """A row for each bin of the ECE: images, mean confidence and accuracy, in percent.
+
+    confidence: (N,), of the best class. correct: (N,) bool. The accuracy has its Wilson 95%
+    interval, `low` and `high`.
+    """
+    rows = []
+    bins = calibration.assign_bins(confidence)
+    for b in np.unique(bins):
+        in_bin = bins == b
+        n_images, n_correct = int(in_bin.sum()), int(correct[in_bin].sum())
+        low, high = wilson(n_correct, n_images)
+        rows.append(
+            {
+                "images": n_images,
+                "confidence": 100 * float(confidence[in_bin].mean()),
+                "accuracy": 100 * n_correct / n_images,
+                "low": low,
+                "high": high,
+            }
+        )
+    return rows
 
 
 def prompts_in_words(
@@ -689,8 +749,9 @@ def format_table(
 ) -> str:
     """Results as text, a column for each name and a row for each metric that any of them has.
 
-    Percentages have two digits, and their interval behind them where there is one. Above stands
-    what the columns of each name are measured on: `protocols`, a line for each.
+    Percentages have two digits, NLL and Brier score three, and their interval behind them where
+    there is one. Above stands what the columns of each name are measured on: `protocols`, a line
+    for each.
     """
     columns = [_table_column(metrics) for metrics in results.values()]
     keys = dict.fromkeys(key for column in columns for key in column)
@@ -716,11 +777,19 @@ def _table_column(metrics: dict[str, float]) -> dict[str, str]:
             continue
         if key == "overlap":
             continue  # it stands below the number of images
-        column[key] = f"{value:.2f}"
-        if key + "_low" in metrics:
-            low, high = metrics[key + "_low"], metrics[key + "_high"]
-            column[key] += f" [{low:.1f}, {high:.1f}]"
+        column[key] = _with_interval(key, metrics)
     return column
+
+
+def _with_interval(key: str, metrics: dict[str, float]) -> str:
+    """A metric as text, and its interval behind it if it has one, as 95.20 [93.7, 96.3]."""
+    # Percentages have fewer digits than what is about 1.
+    digits, digits_of_ends = (3, 3) if key in ("nll", "brier", "nll_calibrated") else (2, 1)
+    text = f"{metrics[key]:.{digits}f}"
+    if f"{key}_low" in metrics:
+        low, high = metrics[f"{key}_low"], metrics[f"{key}_high"]
+        text += f" [{low:.{digits_of_ends}f}, {high:.{digits_of_ends}f}]"
+    return text
 
 
 # -----------------------------------------------------------------------------
