@@ -16,6 +16,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
+FILE = "calibration.json"  # in the folder of a run with --holdout
 BINS = 15
 ROUNDS = 1000  # of the bootstrap
 # The temperature is searched between 1 / MOST and MOST.

@@ -5,6 +5,7 @@ Metrics take tensors and return dicts, in percent. N images, C classes, D dimens
 
 import difflib
 import hashlib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -369,6 +370,99 @@ def _is_float_tensor(value) -> bool:
 
 
 # -----------------------------------------------------------------------------
+# the temperature that a run found on its val images
+
+
+def read_temperature(run: Path) -> float | None:
+    """The temperature in calibration.json of a run; None if it has none.
+
+    Raises UserError if the file is damaged.
+    """
+    path = run / calibration.FILE
+    try:
+        temperature = read_json(path).get("temperature")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} can't be read ({error}): remove it, or train the run again"
+        ) from None
+    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not is_number or not 0 < temperature < math.inf:
+        raise UserError(
+            f"{path} is damaged: its temperature is {temperature!r}, and no number above 0; remove "
+            "it, or train the run again"
+        )
+    return float(temperature)
+
+
+def own_temperature(
+    run: Path | None,
+    class_names: Sequence[str],
+    templates: Sequence[str] | None,
+    prompts_file: str | Path | None,
+) -> float | None:
+    """The temperature of a run, if it was found for the head that is used; else None.
+
+    The other arguments say which head that is; templates and prompts_file are both None for what
+    the run has learned. Raises UserError if calibration.json is damaged.
+    """
+    if run is None or not _is_own_head(run, class_names, templates, prompts_file):
+        return None
+    return read_temperature(run)
+
+
+def require_temperature(
+    run: Path | None,
+    class_names: Sequence[str],
+    templates: Sequence[str] | None,
+    prompts_file: str | Path | None,
+) -> float:
+    """As `own_temperature`, for --calibrated: raises UserError, too, where there is none."""
+    if run is None:
+        raise UserError("--calibrated needs a run of train.py --holdout: give it as --architecture")
+    temperature = read_temperature(run)
+    if temperature is None:
+        raise UserError(
+            f"--calibrated: {run} has no {calibration.FILE}, which train.py --holdout leaves: "
+            "leave out --calibrated, or train the run again with --holdout"
+        )
+    if not _is_own_head(run, class_names, templates, prompts_file):
+        raise UserError(
+            f"--calibrated: the temperature of {run} was found for the names and prompts that it "
+            "was trained with, and these are others: leave out --calibrated, or the other names "
+            "and prompts"
+        )
+    return temperature
+
+
+def _is_own_head(
+    run: Path,
+    class_names: Sequence[str],
+    templates: Sequence[str] | None,
+    prompts_file: str | Path | None,
+) -> bool:
+    """Whether class names and prompts make the head that the run was evaluated with."""
+    try:
+        arguments = read_json(run / "args.json")
+        names = read_json(run / "class_names.json").get("names")
+    except (OSError, ValueError):
+        return False  # it can't be known
+    if names != list(class_names):
+        return False
+    if (run / "classifier.pt").exists():
+        return templates is None and prompts_file is None
+    if prompts_file is not None:
+        return arguments.get("prompts_digest") == digest_of_prompts(prompts_file)
+    return templates is not None and arguments.get("prompt_template") == list(templates)
+
+
+def temperature_in_words(temperature: float) -> str:
+    """How a calibrated probability is marked, such as `calibrated (T = 1.37)`."""
+    return f"calibrated (T = {temperature:.3g})"
+
+
+# -----------------------------------------------------------------------------
 # metrics
 
 
@@ -722,6 +816,8 @@ def protocol_line(protocol: dict, overlap: int | str | None = None) -> str:
         f"{protocol['images']:,} images; {protocol['class_names']} names; "
         f"prompts: {protocol['prompts']}; weights: {protocol['weights']}"
     )
+    if protocol.get("probabilities"):
+        line += f"; probabilities: {protocol['probabilities']}"
     if overlap:
         line += f"; TRAINED ON: {overlap} of these images"
     return line
@@ -740,6 +836,7 @@ def recorded_protocol(run: str | Path, split: str) -> str:
         "class_names": result.get("class_names", unknown),
         "prompts": result.get("prompts") or templates_in_words(templates) or unknown,
         "weights": result.get("weights", result.get("architecture", unknown)),
+        "probabilities": result.get("probabilities"),
     }
     return protocol_line(recorded, result.get("overlap"))
 

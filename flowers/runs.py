@@ -537,6 +537,9 @@ def read_metrics(run: str | Path, split: str) -> dict:
     metrics = {
         key.removeprefix(prefix): value for key, value in result.items() if key.startswith(prefix)
     }
+    # Runs of qwen_eval.py from before the score was called pmi.
+    if "calibrated_top1" in metrics:
+        metrics["pmi_top1"] = metrics.pop("calibrated_top1")
     if "top1" not in metrics:
         raise UserError(f"{run} was not evaluated on the {split} images")
     if result.get("overlap"):

@@ -501,7 +501,7 @@ def test_training_teaches_and_evaluation_leaves_what_clip_leaves(trained, small,
     assert result["test/top1_low"] > 100 / 6  # chance
 
     # The score that is best on val is reported.
-    on_val = {score: result[f"val/{score}_top1"] for score in ("sum", "token", "calibrated")}
+    on_val = {score: result[f"val/{score}_top1"] for score in ("sum", "token", "pmi")}
     reported = result["reported_score"]
     assert on_val[reported] == max(on_val.values())
     assert result["test/top1"] == result[f"test/{reported}_top1"]
@@ -512,7 +512,7 @@ def test_training_teaches_and_evaluation_leaves_what_clip_leaves(trained, small,
     flowers = open_flowers(small, holdout=True)
     tree = NameTree(processor, flowers.class_names)
     without_image = rank(model, tree, encode(processor, BRIEF, None))[0].numpy()
-    np.testing.assert_allclose(scores["calibrated"], scores["sum"] - without_image, atol=1e-4)
+    np.testing.assert_allclose(scores["pmi"], scores["sum"] - without_image, atol=1e-4)
     lengths = [answer_length(processor, name) for name in flowers.class_names]
     np.testing.assert_allclose(scores["token"] * lengths, scores["sum"], rtol=1e-4)
     i = flowers.splits["test"][3]
