@@ -7,6 +7,7 @@ runs/<name>/metrics.jsonl    one line a step or evaluation
 runs/<name>/checkpoint.pt    to resume from
 runs/<name>/model.pt         a state dict that clip.load opens
 runs/<name>/predictions.csv  file, label, five best names with their probabilities
+runs/<name>/calibration.json the temperature of least NLL on val, with --holdout
 runs/<name>/report.csv       precision, recall, F1 of each class
 runs/<name>/result.json      all results, flat; the same line is appended to runs/results.jsonl
 """
