@@ -4,6 +4,10 @@
     python baseline_eval.py --architecture runs/NAME/model.pt  # what train.py made
     python baseline_eval.py --data_root sample --architecture tiny  # any machine, offline, seconds
 
+After train.py --holdout, with the temperature that its val images gave (never those of test):
+
+    python baseline_eval.py --architecture runs/NAME --split test --calibrated
+
 Between the weights that a run started from and what it became (WiSE-FT):
 
     python baseline_eval.py --architecture runs/NAME --wise_ft 0 --wise_ft 0.5 --wise_ft 1
@@ -22,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowers import UserError, command, devices, evaluate, figures, files, runs
+from flowers import UserError, add_switch, command, devices, evaluate, figures, files, runs
 from flowers.data import Flowers, add_data_arguments, open_from_flags, split_index
 from flowers.layouts import read_captions
 from flowers.models import CLIP, encode, image_features, text_features
@@ -80,6 +84,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="ALPHA",
         help="also evaluate (1 - ALPHA) * the weights a run started from + ALPHA * its own "
         "(WiSE-FT); repeat it for a curve",
+    )
+    add_switch(
+        parser,
+        "--calibrated",
+        help="divide the logits by the temperature that a run of train.py --holdout found on val; "
+        "probabilities, NLL, Brier score and ECE change, ranks do not",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)"
@@ -140,6 +150,11 @@ def main():
     args = parse_arguments()
     if args.prompts and args.prompt_template:
         raise UserError("--prompts and --prompt_template: give one of them")
+    if args.calibrated and args.wise_ft:
+        raise UserError(
+            "--calibrated and --wise_ft: the temperature of a run was found for its own weights, "
+            "and not for those between: give one of them"
+        )
     if not np.isfinite(args.wise_ft).all():
         raise UserError("--wise_ft: ALPHA must be a number, such as 0.5")
     device = devices.choose_device(args.device)
@@ -162,6 +177,14 @@ def main():
     overlap = runs.check_overlap(args.architecture, flowers, index, args.split, allowed)
     seen = {"overlap": overlap} if overlap else {}  # for the table
     captions = read_captions(args.captions, flowers.files) if args.captions else None
+    temperature = 1.0  # divides the logits
+    if args.calibrated:
+        temperature = evaluate.require_temperature(
+            runs.run_folder(args.architecture),
+            flowers.class_names,
+            args.prompt_template,
+            args.prompts,
+        )
 
     # -----------------------------------------------------------------------------
     # model
@@ -192,9 +215,14 @@ def main():
     protocol = evaluate.protocol(
         flowers, args.split, len(index), args.class_names, prompts, model.origin
     )
+    if args.calibrated:
+        protocol["probabilities"] = evaluate.temperature_in_words(temperature)
+        if args.split == "val":
+            protocol["probabilities"] += ", found on these same images"
     # args.json keeps what decides the result, as resolved here, and not how the command was called.
     config = {"job": "eval", **vars(args), "prompts_digest": prompts_digest}
-    config |= {"device": str(device), "precision": precision}
+    # None if it is off, as in the runs from before there was this flag.
+    config |= {"device": str(device), "precision": precision, "calibrated": args.calibrated or None}
     del config["name"], config["compare"]
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
     tracker = start_wandb(args.wandb, folder, config)
@@ -210,10 +238,10 @@ def main():
         evaluate.warn_of_cut_captions(n_cut, len(first_captions), model.context_length)
         caption_features = text_features(model, first_captions)  # (N, D)
     metrics, probabilities = evaluate.evaluate_features(
-        images, head, flowers.labels[index], caption_features
+        images, head, flowers.labels[index], caption_features, temperature
     )
     seconds = time.perf_counter() - start
-    evaluate.save_outputs(folder, probabilities, flowers, index)
+    evaluate.save_outputs(folder, probabilities, flowers, index, metrics)
 
     # -----------------------------------------------------------------------------
     # WiSE-FT
@@ -236,6 +264,8 @@ def main():
     # -----------------------------------------------------------------------------
     # results
     result = with_split(args.split, metrics)
+    if args.calibrated:
+        result["calibration_temperature"] = temperature
     result["eval_seconds"] = round(seconds, 3)
     result["eval_images_per_s"] = round(len(index) / seconds, 1)
     # After all other files: a run that has a result is whole.

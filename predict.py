@@ -7,7 +7,9 @@
 Pictures may have any format that Pillow reads; folders are searched with all folders in them.
 Prints the best names of each picture with their probabilities. These are the softmax at the
 model's temperature over the names that there are: they sum to 100% also where a picture shows none
-of them, and they are not calibrated (of answers with 90%, more or fewer than 90% may be right).
+of them. A run of train.py --holdout has found on its val images the temperature of least NLL: it
+is used with the run's own names and prompts, and said. All others are not calibrated (of answers
+with 90%, more or fewer than 90% may be right).
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flowers import UserError, command, devices, evaluate, figures, files, layouts, runs
+from flowers import UserError, add_switch, command, devices, evaluate, figures, files, layouts, runs
 from flowers.data import open_flowers
 from flowers.download import default_root, is_complete
 from flowers.images import read_picture
@@ -67,18 +69,20 @@ def main():
     sentences = choose_sentences(run, names, args.prompts, templates)
     if run and args.names and templates is None and sentences is None:
         check_head(run, names)
+    temperature = choose_temperature(run, names, templates, args)
+    note = f"; {evaluate.temperature_in_words(temperature)}" if temperature else ""
     model = load_model(args.architecture, device, args.activation)
     head, templates = evaluate.load_head(
         args.architecture, model, names, templates, evaluate.TEMPLATE, sentences
     )
-    print(f"{args.architecture}: {len(names)} names {source}")
+    print(f"{args.architecture}: {len(names)} names {source}{note}")
     if args.architecture in RANDOM:
         print(f"warning: {args.architecture} is untrained: its answers are chance", file=sys.stderr)
 
     # -----------------------------------------------------------------------------
     # predictions
     readable, features, problems = encode_pictures(model, pictures)
-    probabilities = predict(features, head)  # (N, C)
+    probabilities = predict(features, head, temperature or 1.0)  # (N, C)
     rankings = rank(probabilities, names, args.top)
 
     # -----------------------------------------------------------------------------
@@ -89,9 +93,11 @@ def main():
     if args.json:
         settings = {"architecture": args.architecture, "prompt_template": templates}
         settings["class_names"] = list(names)
+        settings["calibration_temperature"] = temperature
         files.write_json(args.json, settings | json_results(readable, rankings, problems))
     if args.sheet:
-        draw_sheet(readable, rankings, args.sheet, run.name if run else args.architecture)
+        title = f"Named by {run.name if run else args.architecture}{note}"
+        draw_sheet(readable, rankings, args.sheet, title)
     if problems:
         for problem in problems.values():
             print(f"warning: passed over: {problem}", file=sys.stderr)
@@ -141,6 +147,14 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         type=files.user_file,
         help="JSON of names, each with a list of sentences, instead of --prompt_template",
+    )
+    add_switch(
+        parser,
+        "--calibrated",
+        default=None,
+        help="divide the logits by the temperature that a run of train.py --holdout found on val; "
+        "--calibrated=false leaves it out (default: if the run has one, and is asked for its own "
+        "names by its own prompts)",
     )
     devices.add_device_arguments(parser)
     add_result_arguments(parser)
@@ -423,6 +437,27 @@ def check_head(run: Path, names: Sequence[str]) -> None:
         )
 
 
+def choose_temperature(
+    run: Path | None,
+    names: Sequence[str],
+    templates: list[str] | None,
+    args: argparse.Namespace,
+) -> float | None:
+    """What divides the logits: the temperature that the run found on val; None without one.
+
+    Raises UserError if --calibrated asks for one that is not there, or was found for other names
+    or prompts.
+    """
+    if args.calibrated is False:
+        return None
+    prompts = args.prompts
+    if run and prompts is None and templates is None and not (run / "classifier.pt").exists():
+        prompts = read_arguments(run).get("prompts")
+    if args.calibrated:
+        return evaluate.require_temperature(run, names, templates, prompts)
+    return evaluate.own_temperature(run, names, templates, prompts)
+
+
 def read_arguments(run: Path) -> dict:
     """The args.json of a run. Raises UserError if it is damaged."""
     try:
@@ -435,16 +470,16 @@ def read_arguments(run: Path) -> dict:
 # predictions
 
 
-def predict(features: torch.Tensor, head: evaluate.Head) -> torch.Tensor:
+def predict(features: torch.Tensor, head: evaluate.Head, temperature: float = 1.0) -> torch.Tensor:
     """The probabilities (N, C) of the classes for features (N, D).
 
-    Raises UserError for a model that diverged.
+    temperature: divides the logits. Raises UserError for a model that diverged.
     """
     weight, bias = head
     logits = features @ weight.t() + bias
     if not logits.isfinite().all():
         raise UserError("the model's scores are not numbers: it diverged; use another checkpoint")
-    return logits.softmax(1)
+    return (logits / temperature).softmax(1)
 
 
 def rank(
@@ -505,14 +540,13 @@ def draw_sheet(
     pictures: Sequence[Path],
     rankings: list[list[tuple[str, float]]],
     path: Path,
-    model_name: str,
+    title: str,
 ) -> None:
     """Draw the first pictures with their file names above and their best names below."""
     cells = []
     for file, ranking in zip(pictures[:MOST_ON_SHEET], rankings):
         lines = [f"{name} ({100 * score:.0f}%)" for name, score in ranking[:NAMES_ON_SHEET]]
         cells.append((file, path_text(Path(file.name)), "\n".join(lines), "black"))
-    title = f"Named by {model_name}"
     if len(cells) < len(pictures):
         title += f": the first {len(cells)} of {len(pictures):,} pictures"
     figures.picture_sheet(cells, path, title, columns=min(6, max(3, len(cells))))

@@ -10,8 +10,9 @@
 Takes the same images and names as baseline_eval.py, and leaves the same files in runs/NAME/.
 
 rank: the log-likelihood of every class name as the answer. Names are compared by its sum, its mean
-a token, or the sum less that without the image (calibrated). With --holdout the val images decide
-which of the three is reported; without, it is the sum. All three are in scores.npz and result.json.
+a token, or the sum less that without the image (pmi, pointwise mutual information). With --holdout
+the val images decide which of the three is reported; without, it is the sum. All three are in
+scores.npz and result.json.
 """
 
 import argparse
@@ -47,7 +48,8 @@ from flowers.qwen.ranking import NameTree, rank, scores
 from flowers.tracking import log_mistakes, start_wandb
 
 OUTSIDE = "(outside the list)"  # the class of the answers that are no class name
-SCORES = ("sum", "token", "calibrated")
+SCORES = ("sum", "token", "pmi")
+OLD_PMI = "calibrated"  # what the flag and older runs call pmi
 # Of flags that are left out, where the adapter does not say more.
 DEFAULTS = {"model": models.DEFAULT, "max_pixels": 512 * 512, "answer": "brief"}
 
@@ -86,7 +88,8 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--score",
-        choices=["auto", *SCORES],
+        choices=["auto", *SCORES, OLD_PMI],
+        metavar="|".join(["auto", *SCORES]),
         default="auto",
         help="what rank reports; auto: the best on val with --holdout, else sum (default: auto)",
     )
@@ -205,6 +208,9 @@ def resolve(args: argparse.Namespace) -> Config:
 
     Raises UserError if they contradict one another, or the adapter.
     """
+    if args.score == OLD_PMI:
+        files.note(f"--score {OLD_PMI} is now called pmi")
+        args.score = "pmi"
     adapter_arguments = read_adapter_arguments(args.adapter)
     for flag, value in DEFAULTS.items():
         if getattr(args, flag) is None:
@@ -397,6 +403,7 @@ def evaluate_ranking(
 
     labels = flowers.labels[index]
     metrics = evaluate.classification(by_score[score], torch.from_numpy(labels))
+    metrics |= evaluate.probability_scores(by_score[score], torch.from_numpy(labels))
     metrics |= {f"{name}_top1": top1 for name, top1 in top1_of(by_score, labels).items()}
     probabilities = by_score[score].softmax(1)
     predictions = evaluate.predictions(probabilities, flowers, index)
@@ -582,7 +589,7 @@ def main():
     # results
     # Free answers have one more class: outside the list.
     flowers = dataclasses.replace(flowers, class_names=evaluation.class_names)
-    evaluate.save_outputs(folder, evaluation.probabilities, flowers, index)
+    evaluate.save_outputs(folder, evaluation.probabilities, flowers, index, evaluation.metrics)
     # Again: free answers have no second best.
     files.write_csv(folder / "predictions.csv", evaluation.predictions)
     answer_sheet(evaluation, flowers, index, folder / "answers.png")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from flowers import (
     UserError,
     add_switch,
+    calibration,
     command,
     devices,
     evaluate,
@@ -202,12 +203,15 @@ def main():
     if config.strategy == "linear":
         head, classifier, seconds = fit_head(model, head, flowers, data, eval_index)
     start = time.perf_counter()
-    metrics, probabilities = evaluate_images(model, head, flowers, pixels, eval_index, captions)
-    save_outputs(folder, state, classifier, probabilities, flowers, eval_index, rows)
+    metrics, logits = evaluate_images(model, head, flowers, pixels, eval_index, captions)
+    probabilities = logits.softmax(1)  # (m, C), at the model's own temperature
+    fitted = fit_temperature(folder, logits, flowers.labels[eval_index], config)
+    save_outputs(folder, state, classifier, probabilities, flowers, eval_index, metrics, rows)
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
-    result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device) | sizes
+    result |= fitted | final_tau(model, config) | sizes
+    result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device)
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
     finish_tracker(tracker, result, protocol, probabilities, flowers, eval_index)
@@ -914,7 +918,7 @@ def evaluate_images(
     index: np.ndarray,
     captions: list[list[str]] | None,
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """All metrics of the images at `index` (m,) under a head, and their probabilities (m, C).
+    """All metrics of the images at `index` (m,) under a head, and their logits (m, C).
 
     head: weight (C, D) and bias (C,). captions: of each image; the first one is for the retrieval
     of image and sentence.
@@ -923,7 +927,9 @@ def evaluate_images(
     if captions:
         sentence_features = text_features(model, [captions[i][0] for i in index])
     features = image_features(model, pixels, torch.tensor(index))  # (m, D)
-    return evaluate.evaluate_features(features, head, flowers.labels[index], sentence_features)
+    labels = flowers.labels[index]
+    metrics, _ = evaluate.evaluate_features(features, head, labels, sentence_features)
+    return metrics, evaluate.class_logits(features, head)
 
 
 def evaluate_val(
@@ -967,6 +973,41 @@ def fit_head(
     return head, classifier, time.perf_counter() - start
 
 
+def fit_temperature(
+    folder: Path, logits: torch.Tensor, labels: np.ndarray, config: Config
+) -> dict[str, float]:
+    """With --holdout leave calibration.json: the temperature for which the NLL on val is least.
+
+    logits: (m, C); labels: (m,). Returns what result.json keeps of it, and prints it. Nothing here
+    is divided by it: --calibrated of baseline_eval.py does that, on other images.
+    """
+    if not config.holdout:
+        return {}
+    temperature = calibration.fit_temperature(logits.numpy(), labels)
+    if temperature is None:
+        print(
+            f"no temperature is best on these {len(labels):,} val images: all are right, or the "
+            "answers are no better than chance"
+        )
+        return {}
+    contents = {"temperature": temperature, "split": "val", "images": len(labels)}
+    files.write_json(folder / calibration.FILE, contents)
+    # Too low for other images, as the temperature was chosen on these.
+    nll = calibration.nll(logits.numpy(), labels, temperature)
+    print(
+        f"temperature of least NLL on val: T = {temperature:.3f}, which gives {nll:.3f} nats on "
+        "these same images"
+    )
+    return {"calibration_temperature": temperature, "val/nll_calibrated": nll}
+
+
+def final_tau(model: CLIP, config: Config) -> dict[str, float]:
+    """The temperature tau at the end, which the probabilities have; a linear head has none."""
+    if config.strategy == "linear":
+        return {}
+    return {"tau": math.exp(-model.logit_scale.item())}
+
+
 def save_outputs(
     folder: Path,
     state: dict[str, torch.Tensor],
@@ -974,6 +1015,7 @@ def save_outputs(
     probabilities: torch.Tensor,
     flowers: Flowers,
     eval_index: np.ndarray,
+    metrics: dict[str, float],
     rows: list[dict],
 ) -> None:
     """Write model.pt, classifier.pt if the strategy has one, names, predictions, and pictures."""
@@ -982,7 +1024,7 @@ def save_outputs(
         files.save_tensors(folder / "classifier.pt", classifier)
     runs.write_class_names(folder, flowers.class_names)
     files.save_tensors(folder / "model.pt", state)
-    evaluate.save_outputs(folder, probabilities, flowers, eval_index)
+    evaluate.save_outputs(folder, probabilities, flowers, eval_index, metrics)
     if rows:
         figures.training_curve(rows, folder / "curve.png")
 

@@ -227,7 +227,7 @@ def load_searcher(data: Dataset, run: Path) -> Searcher:
         return Searcher(data.flowers, path.parent)
 
     path = run / "model.pt"
-    return made_once(make, path, data.stamp + stamp_of(path))
+    return made_once(make, path, data.stamp + stamp_of(path, run / "calibration.json"))
 
 
 # -----------------------------------------------------------------------------
@@ -573,7 +573,10 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
     if upload:  # it comes before a sentence, which may stand there from an earlier search
         picture = open_picture(upload.getvalue())
         features = searcher.of_picture(picture)  # (D,)
-        show_answer(picture, data.flowers.class_names, searcher.ranking(features))
+        title = "class"
+        if searcher.temperature:
+            title = f"class, calibrated (T = {searcher.temperature:.3g})"
+        show_answer(picture, data.flowers.class_names, searcher.ranking(features), title)
     else:
         if searcher.is_cut(state["q"]):
             st.warning(f"The model reads {searcher.model.context_length} tokens: the rest is cut.")
@@ -588,13 +591,15 @@ def score_lines(index: np.ndarray, scores: np.ndarray) -> Callable[[int], list[s
     return lambda i: [f"{score_of[int(i)]:.3f}"]
 
 
-def show_answer(picture: np.ndarray, class_names: Sequence[str], probabilities: np.ndarray) -> None:
+def show_answer(
+    picture: np.ndarray, class_names: Sequence[str], probabilities: np.ndarray, title: str
+) -> None:
     """Show a visitor's picture (H, W, 3) beside the best classes for it. probabilities: (C,)."""
     best = [(class_names[c], probabilities[c]) for c in np.argsort(-probabilities)[:BEST]]
     left, right = st.columns([1, 3])
     left.image(picture, alt="your picture")
     with right:
-        draw(panels.ranking("class", best), "answer")
+        draw(panels.ranking(title, best), "answer")
 
 
 # -----------------------------------------------------------------------------

@@ -45,10 +45,12 @@ def opencv_import() -> Iterator[None]:
         )
 
 
-def add_switch(parser: argparse.ArgumentParser, flag: str, help: str) -> None:
+def add_switch(
+    parser: argparse.ArgumentParser, flag: str, help: str, default: bool | None = False
+) -> None:
     """Add a flag that is on or off: --holdout, or as W&B's sweeps write it, --holdout=true."""
     parser.add_argument(
-        flag, nargs="?", const=True, default=False, type=_truth, metavar="true|false", help=help
+        flag, nargs="?", const=True, default=default, type=_truth, metavar="true|false", help=help
     )
 
 

@@ -5,6 +5,7 @@ Metrics take tensors and return dicts, in percent. N images, C classes, D dimens
 
 import difflib
 import hashlib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from sklearn.metrics import (
 )
 from tabulate import tabulate
 
-from flowers import UserError, devices, figures, frozen, strategies
+from flowers import UserError, calibration, devices, figures, frozen, strategies
 from flowers.data import Flowers, base_classes
 from flowers.files import checked, load_tensors, read_json, write_csv
 from flowers.layouts import correct_name, name_key
@@ -369,6 +370,99 @@ def _is_float_tensor(value) -> bool:
 
 
 # -----------------------------------------------------------------------------
+# the temperature that a run found on its val images
+
+
+def read_temperature(run: Path) -> float | None:
+    """The temperature in calibration.json of a run; None if it has none.
+
+    Raises UserError if the file is damaged.
+    """
+    path = run / calibration.FILE
+    try:
+        temperature = read_json(path).get("temperature")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} can't be read ({error}): remove it, or train the run again"
+        ) from None
+    is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not is_number or not 0 < temperature < math.inf:
+        raise UserError(
+            f"{path} is damaged: its temperature is {temperature!r}, and no number above 0; remove "
+            "it, or train the run again"
+        )
+    return float(temperature)
+
+
+def own_temperature(
+    run: Path | None,
+    class_names: Sequence[str],
+    templates: Sequence[str] | None,
+    prompts_file: str | Path | None,
+) -> float | None:
+    """The temperature of a run, if it was found for the head that is used; else None.
+
+    The other arguments say which head that is; templates and prompts_file are both None for what
+    the run has learned. Raises UserError if calibration.json is damaged.
+    """
+    if run is None or not _is_own_head(run, class_names, templates, prompts_file):
+        return None
+    return read_temperature(run)
+
+
+def require_temperature(
+    run: Path | None,
+    class_names: Sequence[str],
+    templates: Sequence[str] | None,
+    prompts_file: str | Path | None,
+) -> float:
+    """As `own_temperature`, for --calibrated: raises UserError, too, where there is none."""
+    if run is None:
+        raise UserError("--calibrated needs a run of train.py --holdout: give it as --architecture")
+    temperature = read_temperature(run)
+    if temperature is None:
+        raise UserError(
+            f"--calibrated: {run} has no {calibration.FILE}, which train.py --holdout leaves: "
+            "leave out --calibrated, or train the run again with --holdout"
+        )
+    if not _is_own_head(run, class_names, templates, prompts_file):
+        raise UserError(
+            f"--calibrated: the temperature of {run} was found for the names and prompts that it "
+            "was trained with, and these are others: leave out --calibrated, or the other names "
+            "and prompts"
+        )
+    return temperature
+
+
+def _is_own_head(
+    run: Path,
+    class_names: Sequence[str],
+    templates: Sequence[str] | None,
+    prompts_file: str | Path | None,
+) -> bool:
+    """Whether class names and prompts make the head that the run was evaluated with."""
+    try:
+        arguments = read_json(run / "args.json")
+        names = read_json(run / "class_names.json").get("names")
+    except (OSError, ValueError):
+        return False  # it can't be known
+    if names != list(class_names):
+        return False
+    if (run / "classifier.pt").exists():
+        return templates is None and prompts_file is None
+    if prompts_file is not None:
+        return arguments.get("prompts_digest") == digest_of_prompts(prompts_file)
+    return templates is not None and arguments.get("prompt_template") == list(templates)
+
+
+def temperature_in_words(temperature: float) -> str:
+    """How a calibrated probability is marked, such as `calibrated (T = 1.37)`."""
+    return f"calibrated (T = {temperature:.3g})"
+
+
+# -----------------------------------------------------------------------------
 # metrics
 
 
@@ -377,27 +471,36 @@ def evaluate_features(
     head: Head,
     labels: np.ndarray,
     captions: torch.Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[dict[str, float], torch.Tensor]:
     """All metrics of image features (N, D) under a head, and the class probabilities (N, C).
 
     labels: (N,). captions: (N, D), the feature of one sentence for each image, for retrieval
-    between images and sentences. Raises UserError for a model that diverged.
+    between images and sentences. temperature: divides the logits before they become
+    probabilities; their ranks are the same. Raises UserError for a model that diverged.
     """
-    weight, bias = head
     labels = torch.from_numpy(np.array(labels))  # a copy, as torch has no read-only tensors
-    logits = images @ weight.t() + bias  # (N, C)
-    if not logits.isfinite().all():
-        raise UserError(
-            "the model's scores are not numbers: it diverged; train it again with a lower --lr"
-        )
+    logits = class_logits(images, head)  # (N, C)
     # The keys are those of result.json, in its order. Ranks are the same for logits and
     # probabilities, but the logits do not saturate.
     metrics = classification(logits, labels)
+    metrics |= probability_scores(logits / temperature, labels)
     metrics |= base_to_new(logits, labels)
     metrics |= _class_retrieval(logits, labels)
     if captions is not None:
         metrics |= _caption_retrieval(images @ captions.t(), labels)
-    return metrics, logits.softmax(1)
+    return metrics, (logits / temperature).softmax(1)
+
+
+def class_logits(images: torch.Tensor, head: Head) -> torch.Tensor:
+    """The logits (N, C) of image features (N, D). Raises UserError for a model that diverged."""
+    weight, bias = head
+    logits = images @ weight.t() + bias
+    if not logits.isfinite().all():
+        raise UserError(
+            "the model's scores are not numbers: it diverged; train it again with a lower --lr"
+        )
+    return logits
 
 
 def classification(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -436,6 +539,11 @@ def classification(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, floa
         "recall": 100 * recall,
         "f1": 100 * f1,
     }
+
+
+def probability_scores(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """NLL, Brier score and ECE of logits (N, C) against labels (N,): see `calibration.scores`."""
+    return calibration.scores(logits.numpy(), labels.numpy(), _top1(logits))
 
 
 def base_to_new(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -597,9 +705,16 @@ def predictions(probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray
 
 
 def save_outputs(
-    folder: Path, probabilities: torch.Tensor, flowers: Flowers, index: np.ndarray
+    folder: Path,
+    probabilities: torch.Tensor,
+    flowers: Flowers,
+    index: np.ndarray,
+    metrics: dict[str, float],
 ) -> None:
-    """Leave predictions.csv, report.csv, confusion.png and mistakes.png in the run folder."""
+    """Leave predictions.csv, report.csv, confusion.png and mistakes.png in the run folder.
+
+    And reliability.png, if the metrics have an ECE.
+    """
     labels = flowers.labels[index]
     names = flowers.class_names
     report = per_class(probabilities, torch.from_numpy(labels), names)
@@ -608,6 +723,45 @@ def save_outputs(
     figures.confusion_matrix(probabilities.numpy(), labels, names, folder / "confusion.png")
     mistakes = figures.mistakes(probabilities.numpy(), flowers, index)
     figures.mistakes_sheet(mistakes, folder / "mistakes.png")
+    if "ece" in metrics:
+        _draw_reliability(probabilities, labels, metrics, folder / "reliability.png")
+
+
+def _draw_reliability(
+    probabilities: torch.Tensor, labels: np.ndarray, metrics: dict[str, float], path: Path
+) -> None:
+    confidence = probabilities.max(1).values.numpy()  # (N,)
+    correct = _top1(probabilities) == labels
+    rows = reliability(confidence, correct)
+    title = (
+        f"{len(labels):,} images: ECE {_with_interval('ece', metrics)}%\n"
+        f"NLL {_with_interval('nll', metrics)} nats"
+    )
+    figures.reliability(pd.DataFrame(rows), confidence, path, title)
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[dict]:
+    """A row for each bin of the ECE: images, mean confidence and accuracy, in percent.
+
+    confidence: (N,), of the best class. correct: (N,) bool. The accuracy has its Wilson 95%
+    interval, `low` and `high`.
+    """
+    rows = []
+    bins = calibration.assign_bins(confidence)
+    for b in np.unique(bins):
+        in_bin = bins == b
+        n_images, n_correct = int(in_bin.sum()), int(correct[in_bin].sum())
+        low, high = wilson(n_correct, n_images)
+        rows.append(
+            {
+                "images": n_images,
+                "confidence": 100 * float(confidence[in_bin].mean()),
+                "accuracy": 100 * n_correct / n_images,
+                "low": low,
+                "high": high,
+            }
+        )
+    return rows
 
 
 def prompts_in_words(
@@ -662,6 +816,8 @@ def protocol_line(protocol: dict, overlap: int | str | None = None) -> str:
         f"{protocol['images']:,} images; {protocol['class_names']} names; "
         f"prompts: {protocol['prompts']}; weights: {protocol['weights']}"
     )
+    if protocol.get("probabilities"):
+        line += f"; probabilities: {protocol['probabilities']}"
     if overlap:
         line += f"; TRAINED ON: {overlap} of these images"
     return line
@@ -680,6 +836,7 @@ def recorded_protocol(run: str | Path, split: str) -> str:
         "class_names": result.get("class_names", unknown),
         "prompts": result.get("prompts") or templates_in_words(templates) or unknown,
         "weights": result.get("weights", result.get("architecture", unknown)),
+        "probabilities": result.get("probabilities"),
     }
     return protocol_line(recorded, result.get("overlap"))
 
@@ -689,8 +846,9 @@ def format_table(
 ) -> str:
     """Results as text, a column for each name and a row for each metric that any of them has.
 
-    Percentages have two digits, and their interval behind them where there is one. Above stands
-    what the columns of each name are measured on: `protocols`, a line for each.
+    Percentages have two digits, NLL and Brier score three, and their interval behind them where
+    there is one. Above stands what the columns of each name are measured on: `protocols`, a line
+    for each.
     """
     columns = [_table_column(metrics) for metrics in results.values()]
     keys = dict.fromkeys(key for column in columns for key in column)
@@ -716,11 +874,19 @@ def _table_column(metrics: dict[str, float]) -> dict[str, str]:
             continue
         if key == "overlap":
             continue  # it stands below the number of images
-        column[key] = f"{value:.2f}"
-        if key + "_low" in metrics:
-            low, high = metrics[key + "_low"], metrics[key + "_high"]
-            column[key] += f" [{low:.1f}, {high:.1f}]"
+        column[key] = _with_interval(key, metrics)
     return column
+
+
+def _with_interval(key: str, metrics: dict[str, float]) -> str:
+    """A metric as text, and its interval behind it if it has one, as 95.20 [93.7, 96.3]."""
+    # Percentages have fewer digits than what is about 1.
+    digits, digits_of_ends = (3, 3) if key in ("nll", "brier", "nll_calibrated") else (2, 1)
+    text = f"{metrics[key]:.{digits}f}"
+    if f"{key}_low" in metrics:
+        low, high = metrics[f"{key}_low"], metrics[f"{key}_high"]
+        text += f" [{low:.{digits_of_ends}f}, {high:.{digits_of_ends}f}]"
+    return text
 
 
 # -----------------------------------------------------------------------------

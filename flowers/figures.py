@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -16,6 +17,9 @@ from PIL import Image, ImageOps, ImageShow
 from flowers.data import Flowers
 from flowers.files import atomic, user_file
 from flowers.images import read_picture
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # No window, also where there is no screen: this comes before pyplot is imported.
 matplotlib.use("Agg")
@@ -29,7 +33,7 @@ matplotlib.rcParams["text.parse_math"] = False
 # Okabe and Ito's colours, in the order in which to use them: colour-blind readers tell them apart,
 # and so does a printer without colour.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000"]
-DARK_BLUE, LIGHT_BLUE, RED = "#08519c", "#9ecae1", "#b2182b"
+DARK_BLUE, LIGHT_BLUE, RED, LIGHT_RED = "#08519c", "#9ecae1", "#b2182b", "#f4a582"
 
 # A wrong prediction: file, true name, predicted name and its probability.
 Mistake = tuple[Path, str, str, float]
@@ -291,6 +295,53 @@ def confusion_matrix(
         ylabel="true",
         title=f"Confusion matrix, top-1 {top1:.1f}% of {len(labels):,} images",
     )
+    return save(figure, path)
+
+
+def reliability(table: "pd.DataFrame", confidence: np.ndarray, path: Path, title: str) -> Path:
+    """Draw accuracy against confidence, a point for each bin, above a histogram of confidences.
+
+    table: a row for each bin, with confidence and accuracy in percent, and the interval of the
+    accuracy from low to high. confidence: of each image, (N,), from 0 to 1. Returns `path`.
+    """
+    figure, (axis, below) = plt.subplots(
+        2,
+        1,
+        figsize=(4.2, 4.8),
+        sharex=True,
+        height_ratios=[3, 1],
+        layout="constrained",
+    )
+    axis.plot([0, 100], [0, 100], color="grey", linewidth=0.8, linestyle="--", label="calibrated")
+    # The ECE is the mean of these lengths over images.
+    axis.vlines(
+        table["confidence"],
+        table["accuracy"],
+        table["confidence"],
+        color=LIGHT_RED,
+        linewidth=4,
+        label="gap",
+    )
+    distances = [table["accuracy"] - table["low"], table["high"] - table["accuracy"]]
+    axis.errorbar(
+        table["confidence"],
+        table["accuracy"],
+        yerr=np.maximum(distances, 0),
+        fmt="o",
+        markersize=4,
+        color=DARK_BLUE,
+        elinewidth=1,
+        label="a bin, with 95% interval",
+    )
+    axis.set(ylim=(-2, 102), ylabel="accuracy (%)")
+    axis.set_title(title, fontsize=10)
+    below.hist(100 * confidence, bins=np.arange(0, 101, 5), color=LIGHT_BLUE, edgecolor="white")
+    below.set(xlim=(-2, 102), xlabel="confidence: probability of the best class (%)")
+    below.set_ylabel("images")
+    # Outside, as the points may be anywhere.
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    for each in (axis, below):
+        each.spines[["top", "right"]].set_visible(False)
     return save(figure, path)
 
 

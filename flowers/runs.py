@@ -7,6 +7,7 @@ runs/<name>/metrics.jsonl    one line a step or evaluation
 runs/<name>/checkpoint.pt    to resume from
 runs/<name>/model.pt         a state dict that clip.load opens
 runs/<name>/predictions.csv  file, label, five best names with their probabilities
+runs/<name>/calibration.json the temperature of least NLL on val, with --holdout
 runs/<name>/report.csv       precision, recall, F1 of each class
 runs/<name>/result.json      all results, flat; the same line is appended to runs/results.jsonl
 """
@@ -537,6 +538,9 @@ def read_metrics(run: str | Path, split: str) -> dict:
     metrics = {
         key.removeprefix(prefix): value for key, value in result.items() if key.startswith(prefix)
     }
+    # Runs of qwen_eval.py from before the score was called pmi.
+    if "calibrated_top1" in metrics:
+        metrics["pmi_top1"] = metrics.pop("calibrated_top1")
     if "top1" not in metrics:
         raise UserError(f"{run} was not evaluated on the {split} images")
     if result.get("overlap"):

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, error_line
 from PIL import Image
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("peft")
@@ -501,18 +503,22 @@ def test_training_teaches_and_evaluation_leaves_what_clip_leaves(trained, small,
     assert result["test/top1_low"] > 100 / 6  # chance
 
     # The score that is best on val is reported.
-    on_val = {score: result[f"val/{score}_top1"] for score in ("sum", "token", "calibrated")}
+    on_val = {score: result[f"val/{score}_top1"] for score in ("sum", "token", "pmi")}
     reported = result["reported_score"]
     assert on_val[reported] == max(on_val.values())
     assert result["test/top1"] == result[f"test/{reported}_top1"]
 
     # All three scores are what they are said to be.
     scores = np.load(folder / "scores.npz")
+    class_names = scores["class_names"].tolist()
+    labels = [class_names.index(row["label"]) for row in read_csv(folder / "predictions.csv")]
+    nll = log_loss(labels, softmax(scores[reported].astype(float), axis=1), labels=range(6))
+    assert result["test/nll"] == pytest.approx(nll, rel=1e-4)
     model, processor = load_model("tiny", "cpu", trained)
     flowers = open_flowers(small, holdout=True)
     tree = NameTree(processor, flowers.class_names)
     without_image = rank(model, tree, encode(processor, BRIEF, None))[0].numpy()
-    np.testing.assert_allclose(scores["calibrated"], scores["sum"] - without_image, atol=1e-4)
+    np.testing.assert_allclose(scores["pmi"], scores["sum"] - without_image, atol=1e-4)
     lengths = [answer_length(processor, name) for name in flowers.class_names]
     np.testing.assert_allclose(scores["token"] * lengths, scores["sum"], rtol=1e-4)
     i = flowers.splits["test"][3]
@@ -564,6 +570,14 @@ def test_evaluation_goes_on_where_it_was_killed(trained, small, cli):
     assert "nothing to do" in cli("qwen_eval.py", "--resume", folder)[1]
 
 
+def test_the_old_name_of_pmi_is_understood(capfd):
+    """As a flag, and in the args.json of a run that is resumed, which goes through `resolve` too."""
+    script = runpy.run_path(str(ROOT / "qwen_eval.py"))
+    args = script["make_parser"]().parse_args(["--model", "tiny", "--score", "calibrated"])
+    assert script["resolve"](args).score == "pmi"
+    assert "now called pmi" in capfd.readouterr().err
+
+
 def test_generated_answers_are_matched_whole(trained, small, cli, monkeypatch):
     texts = iter(["Rose", "a lenten rose", "mallow\n", "", "tree mallow", "Ball moss."] * 2)
 
@@ -585,6 +599,8 @@ def test_generated_answers_are_matched_whole(trained, small, cli, monkeypatch):
     assert {row["top2"] for row in rows} == {""}
     result = json.loads((folder / "result.json").read_text())
     assert result["test/top1"] == pytest.approx(100 / 6)
+    assert "test/nll" not in result, "free answers have no probabilities"
+    assert not (folder / "reliability.png").exists()
     assert result["test/outside_list"] == pytest.approx(100 / 3)
     assert "test/top5" not in result
 

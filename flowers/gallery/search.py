@@ -32,8 +32,9 @@ class Searcher:
 
     Attributes:
         features: image features (N, D) float32 of length 1.
+        temperature: divides the logits of `ranking`; None where the run has found none on val.
 
-    Raises UserError if the model is damaged.
+    Raises UserError if the model or its calibration.json is damaged.
     """
 
     def __init__(self, flowers: Flowers, folder: Path):
@@ -58,6 +59,10 @@ class Searcher:
             evaluate.warn_of_changed_prompts(str(folder), prompts_file)
         self.head, _ = evaluate.load_head(
             str(folder), self.model, flowers.class_names, templates, evaluate.TEMPLATE, sentences
+        )
+        own_prompts = prompts_file if sentences is not None else None
+        self.temperature = evaluate.own_temperature(
+            folder, flowers.class_names, templates, own_prompts
         )
 
     def is_cut(self, sentence: str) -> bool:
@@ -87,9 +92,11 @@ class Searcher:
         return image_features(self.model, pixels[None], torch.tensor([0]))[0].numpy()
 
     def ranking(self, features: np.ndarray) -> np.ndarray:
-        """Return the probabilities (C,) of the classes for features (D,), at the head's scale."""
+        """Return the probabilities (C,) of the classes for features (D,): calibrated, if the run
+        has a temperature, else at the head's scale.
+        """
         weight, bias = self.head[0].numpy(), self.head[1].numpy()  # (C, D), (C,)
-        logits = weight @ features + bias
+        logits = (weight @ features + bias) / (self.temperature or 1.0)
         exponentials = np.exp(logits - logits.max())  # of at most 0: no overflow
         return exponentials / exponentials.sum()
 

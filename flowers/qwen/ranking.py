@@ -179,7 +179,7 @@ def scores(
 
     sums: (N, C) log-likelihoods. lengths: (C,) in tokens. without_image: (1, C), the
     log-likelihoods after the question alone.
-    `sum`: as they are. `token`: the mean of a token. `calibrated`: less those without the image,
-    which is the pointwise mutual information (Holtzman et al. 2021).
+    `sum`: as they are. `token`: the mean of a token. `pmi`: less those without the image, the
+    pointwise mutual information of name and image (Holtzman et al. 2021).
     """
-    return {"sum": sums, "token": sums / lengths, "calibrated": sums - without_image}
+    return {"sum": sums, "token": sums / lengths, "pmi": sums - without_image}

@@ -59,6 +59,7 @@ EVALUATION_SETTINGS = (
     "prompts",
     "prompts_digest",
     "wise_ft",
+    "calibrated",
 )
 
 
