@@ -116,7 +116,7 @@ def main():
     frozen_seconds = time.perf_counter() - start
     encoders = make_encoders(model, views, texts, text_activations, config)
     data = TrainingData(flowers, train_index, texts, pixels, views, model, config)
-    loss_of = choose_loss(model, processes, config)
+    loss_of = choose_loss(config.loss, model, processes)
 
     # -----------------------------------------------------------------------------
     # optimiser, and what an interrupted run left
@@ -246,10 +246,11 @@ def training_step(
     return loss.item() / scale
 
 
-def choose_loss(model: CLIP, processes: devices.Processes, config: "Config") -> Callable:
-    """The loss of a step: a function of features (b, D) and (p, D) of this process, and its Batch.
+def choose_loss(name: str, model: CLIP, processes: devices.Processes) -> Callable:
+    """The loss of that name, as a function of this process's features and its Batch.
 
-    It returns the loss of the whole batch in each process, as Processes.average_gradients needs.
+    Features are (b, D) of images and (p, D) of texts. The loss is that of the whole batch in each
+    process, as Processes.average_gradients needs it.
     """
 
     def info_nce_of(images: torch.Tensor, texts: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -271,7 +272,7 @@ def choose_loss(model: CLIP, processes: devices.Processes, config: "Config") -> 
         "cross_entropy": cross_entropy_of,
         "sigmoid": sigmoid_of,
     }
-    return functions[config.loss]
+    return functions[name]
 
 
 def gather_pairs(
@@ -445,7 +446,7 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
         args.positives = "pair" if args.captions else "class"
     if args.lr is None:
         args.lr = RANDOM_LR if from_random else strategies.LEARNING_RATES[args.strategy]
-    # Without --learn_temperature it has no effect, but it is recorded.
+    # Where neither temperature nor bias is learned it has no effect, but it is recorded.
     if args.tau_lr is None:
         args.tau_lr = args.lr
     if args.strategy == "linear":

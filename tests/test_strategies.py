@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 
 from flowers import UserError, devices, evaluate, files, frozen, models, strategies, weights
 from flowers.data import open_flowers, select
-from flowers.losses import info_nce
+from flowers.losses import LOSSES, info_nce
 from flowers.pixels import load_pixels
 
 NO_WANDB = ("--wandb", "disabled")
@@ -308,10 +308,21 @@ def test_what_has_no_meaning_ends_with_one_line(tmp_path, train):
 # stopped and resumed
 
 
-@pytest.mark.parametrize("strategy", ["last_blocks", "lora", "prompt", "text"])
-def test_a_stopped_run_resumes_to_the_same_weights(strategy, tmp_path, cli, train, monkeypatch):
+@pytest.mark.parametrize(
+    "strategy, loss",
+    [
+        ("last_blocks", "sigmoid"),
+        ("lora", "info_nce"),
+        ("prompt", "cross_entropy"),
+        ("text", "info_nce"),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_same_weights(
+    strategy, loss, tmp_path, cli, train, monkeypatch
+):
     """Stopped after its first epoch; the views of --augment are those of the whole run too."""
     common = ("--architecture", "tiny", "--epochs", 2, "--augment", "crop", "--views", 2)
+    common += ("--loss", loss)
     assert train("whole", *common, *options_of(strategy))[0] == 0
     save, stopped = files.save_tensors, []
 
@@ -333,6 +344,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(strategy, tmp_path, cli, trai
         whole, resumed = load(tmp_path / "whole" / name), load(tmp_path / "stopped" / name)
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+    bias = "final_logit_bias"
+    assert result(tmp_path / "whole").get(bias) == result(tmp_path / "stopped").get(bias)
+    assert (bias in result(tmp_path / "whole")) == (loss == "sigmoid")
 
 
 def test_resume_refuses_other_starting_weights(tmp_path, cli, train):
@@ -385,8 +399,9 @@ import sys
 import torch
 import torch.distributed as dist
 
+import train
 from flowers import devices, models
-from flowers.losses import info_nce, same_class
+from flowers.losses import LOSSES, same_class
 
 processes = devices.start_processes()
 torch.manual_seed(0)
@@ -394,51 +409,62 @@ model = models.build("tiny")
 images = torch.randn(8, 3, 64, 64)
 labels = torch.tensor([0, 1, 2, 0, 3, 1, 4, 5])
 names = ["rose", "iris", "lotus", "mallow", "globe thistle", "primula"]
-tokens = models.tokenize(names)[labels]
+tokens = models.tokenize(names)
+model.logit_bias = torch.nn.Parameter(torch.tensor(-12.0))
 
 
-def backward(image_features, text_features):
+def backward(name, processes):
+    own = processes.part(images)
+    if name == "cross_entropy":
+        rows, text_of_image = torch.arange(6), labels
+    else:
+        rows, text_of_image = torch.unique(labels[own], return_inverse=True)
+    batch = train.Batch(images[own], rows, text_of_image, same_class(labels))
+    image_features = models.encode_images(model, batch.images)
+    text_features = models.encode_texts(model, tokens[batch.text_rows])
     model.zero_grad()
-    scale = model.logit_scale.exp()
-    loss = info_nce(image_features, text_features, scale, same_class(labels))
+    loss = train.choose_loss(name, model, processes)(image_features, text_features, batch)
     loss.backward()
-    return loss.item()
+    processes.average_gradients([p for p in model.parameters() if p.grad is not None])
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return own.start, loss.item(), gradients
 
 
-# The whole batch in one process.
-image_features = models.encode_images(model, images)
-text_features = models.encode_texts(model, tokens)
-expected_loss = backward(image_features, text_features)
-expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-
-# Half of it in each.
-own = processes.part(images)
-image_features = processes.gather(models.encode_images(model, images[own]))
-text_features = processes.gather(models.encode_texts(model, tokens[own]))
-loss = backward(image_features, text_features)
-processes.average_gradients(list(model.parameters()))
-
-apart = 0.0
-for name, p in model.named_parameters():
-    distance = (p.grad - expected[name]).norm() / expected[name].norm().clamp_min(1e-9)
-    apart = max(apart, distance.item())
 # Into files, because what two processes print may share a line.
 with open(f"{sys.argv[1]}/{processes.rank}", "w") as file:
-    file.write(f"{own.start} {abs(loss - expected_loss)} {apart}")
+    for name in LOSSES:
+        # The whole batch in one process, and half of it in each.
+        alone = devices.Processes(0, 1, processes.device)
+        _, expected_loss, expected = backward(name, alone)
+        start, loss, gradients = backward(name, processes)
+        apart = 0.0
+        for key, gradient in gradients.items():
+            distance = (gradient - expected[key]).norm() / expected[key].norm().clamp_min(1e-9)
+            apart = max(apart, distance.item())
+        print(name, len(gradients), start, abs(loss - expected_loss), apart, file=file)
 dist.destroy_process_group()
 """
 
 
 def test_gathered_gradients_are_those_of_the_whole_batch(tmp_path):
-    """Exact gradients of two gloo processes, each with half of the batch, before any optimiser."""
+    """Exact gradients of two gloo processes, each with half of the batch, before any optimiser.
+
+    Of every loss; with cross_entropy each process has the texts of all classes.
+    """
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS_OF_TWO_PROCESSES)
     done = torchrun(script, tmp_path)
     assert done.returncode == 0, done.stderr[-1500:]
     for rank in (0, 1):
-        start, loss, apart = map(float, (tmp_path / str(rank)).read_text().split())
-        assert start == 4 * rank, "each its own half"
-        assert loss < 1e-5 and apart < 1e-4, (loss, apart)
+        lines = (tmp_path / str(rank)).read_text().splitlines()
+        assert [line.split()[0] for line in lines] == list(LOSSES)
+        n_parameters = len(list(models.build("tiny").parameters()))
+        for line in lines:
+            name, trained, *numbers = line.split()
+            assert int(trained) == n_parameters + (name == "sigmoid")
+            start, loss, apart = map(float, numbers)
+            assert start == 4 * rank, "each its own half"
+            assert loss < 1e-5 and apart < 1e-4, line
 
 
 # -----------------------------------------------------------------------------
