@@ -395,6 +395,7 @@ def test_two_processes_equal_one_with_twice_the_batch(small, tmp_path, cli):
 
 GRADIENTS_OF_TWO_PROCESSES = """
 import sys
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -413,21 +414,38 @@ tokens = models.tokenize(names)
 model.logit_bias = torch.nn.Parameter(torch.tensor(-12.0))
 
 
-def backward(name, processes):
+def make_batch(name, processes):
     own = processes.part(images)
     if name == "cross_entropy":
         rows, text_of_image = torch.arange(6), labels
     else:
         rows, text_of_image = torch.unique(labels[own], return_inverse=True)
-    batch = train.Batch(images[own], rows, text_of_image, same_class(labels))
+    return train.Batch(images[own], rows, text_of_image, same_class(labels))
+
+
+def encode_texts(rows):
+    return models.encode_texts(model, tokens[rows])
+
+
+def backward(name, processes):
+    batch = make_batch(name, processes)
     image_features = models.encode_images(model, batch.images)
-    text_features = models.encode_texts(model, tokens[batch.text_rows])
+    text_features = encode_texts(batch.text_rows)
     model.zero_grad()
     loss = train.choose_loss(name, model, processes)(image_features, text_features, batch)
     loss.backward()
     processes.average_gradients([p for p in model.parameters() if p.grad is not None])
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return own.start, loss.item(), gradients
+    return loss.item(), gradients
+
+
+def fitted_bias(processes):
+    batch = make_batch("sigmoid", processes)
+    config = SimpleNamespace(chunk_size=3)
+    data = SimpleNamespace(config=config, batches=lambda *_: iter([batch]))
+    encoders = (lambda x: models.encode_images(model, x), encode_texts)
+    train.fit_bias(model, encoders, data, 8, processes)
+    return model.logit_bias.item()
 
 
 # Into files, because what two processes print may share a line.
@@ -435,13 +453,15 @@ with open(f"{sys.argv[1]}/{processes.rank}", "w") as file:
     for name in LOSSES:
         # The whole batch in one process, and half of it in each.
         alone = devices.Processes(0, 1, processes.device)
-        _, expected_loss, expected = backward(name, alone)
-        start, loss, gradients = backward(name, processes)
+        expected_loss, expected = backward(name, alone)
+        loss, gradients = backward(name, processes)
         apart = 0.0
         for key, gradient in gradients.items():
             distance = (gradient - expected[key]).norm() / expected[key].norm().clamp_min(1e-9)
             apart = max(apart, distance.item())
+        start = processes.part(images).start
         print(name, len(gradients), start, abs(loss - expected_loss), apart, file=file)
+    print(fitted_bias(alone), fitted_bias(processes), file=file)
 dist.destroy_process_group()
 """
 
@@ -449,14 +469,16 @@ dist.destroy_process_group()
 def test_gathered_gradients_are_those_of_the_whole_batch(tmp_path):
     """Exact gradients of two gloo processes, each with half of the batch, before any optimiser.
 
-    Of every loss; with cross_entropy each process has the texts of all classes.
+    Of every loss; with cross_entropy each process has the texts of all classes. The fitted bias of
+    sigmoid is the same in both.
     """
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS_OF_TWO_PROCESSES)
     done = torchrun(script, tmp_path)
     assert done.returncode == 0, done.stderr[-1500:]
+    biases = []
     for rank in (0, 1):
-        lines = (tmp_path / str(rank)).read_text().splitlines()
+        *lines, last = (tmp_path / str(rank)).read_text().splitlines()
         assert [line.split()[0] for line in lines] == list(LOSSES)
         n_parameters = len(list(models.build("tiny").parameters()))
         for line in lines:
@@ -465,6 +487,10 @@ def test_gathered_gradients_are_those_of_the_whole_batch(tmp_path):
             start, loss, apart = map(float, numbers)
             assert start == 4 * rank, "each its own half"
             assert loss < 1e-5 and apart < 1e-4, line
+        bias_of_one, bias_of_two = map(float, last.split())
+        assert bias_of_two == pytest.approx(bias_of_one, abs=1e-5)
+        biases.append(bias_of_two)
+    assert biases[0] == biases[1] != -12
 
 
 # -----------------------------------------------------------------------------
@@ -584,6 +610,13 @@ def test_kept_activations_follow_weights_and_cut(small, tmp_path, monkeypatch):
     negated = frozen.image_activations(model, flowers, pixels, index)
     assert torch.allclose(negated, -features, atol=1e-6)
     assert len(kept_files()) == 3
+
+    # The bias of the sigmoid loss changes no text.
+    tokens = models.tokenize(["rose", "iris"])
+    frozen.text_activations(model, flowers, tokens)
+    model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+    frozen.text_activations(model, flowers, tokens)
+    assert len(kept_files()) == 4
 
     # Where the room is used up, the oldest go.
     monkeypatch.setattr(frozen, "MAX_CACHE_BYTES", 30_000)
