@@ -13,9 +13,10 @@ evaluated on images that the other was trained on, unless --allow_overlap says s
 """
 
 import argparse
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -38,9 +39,18 @@ from flowers import (
 )
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select
 from flowers.layouts import read_captions
-from flowers.losses import backward_in_chunks, info_nce, same_class
+from flowers.losses import (
+    LOSSES,
+    backward_in_chunks,
+    best_bias,
+    class_cross_entropy,
+    info_nce,
+    same_class,
+    sigmoid_loss,
+)
 from flowers.models import (
     CLIP,
+    LOSS_PARAMETERS,
     RANDOM,
     encode,
     image_features,
@@ -77,8 +87,8 @@ MAX_LOGIT_SCALE = 100.0
 RANDOM_LR = 5e-4
 RANDOM_EPOCHS = 19
 DEFAULT_EPOCHS = 5
-# Trained parameters of the loss, which belong to no layer of a tower.
-LOSS_PARAMETERS = ("logit_scale", "logit_bias")
+# With --shots, as in CoOp and CLIP-LoRA: who has few images to train on has few to choose on.
+MAX_VAL_SHOTS = 4
 
 
 @command
@@ -112,7 +122,11 @@ def main():
         text_activations = compute_text_activations(model, flowers, texts, config)
     frozen_seconds = time.perf_counter() - start
     encoders = make_encoders(model, views, texts, text_activations, config)
-    data = TrainingData(train_index, torch.tensor(flowers.labels), pixels, views, model, config)
+    data = TrainingData(flowers, train_index, texts, pixels, views, model, config)
+    loss_of = choose_loss(config.loss, model, processes)
+    batch_size = config.processes * min(config.batch_size, len(train_index) // config.processes)
+    if config.fits_bias:
+        fit_bias(model, encoders, data, batch_size, processes)
 
     # -----------------------------------------------------------------------------
     # optimiser, and what an interrupted run left
@@ -122,7 +136,6 @@ def main():
     sizes = count_parameters(model, flowers, config)
     optimizer = make_optimizer(model, trained, config)
     scaler = devices.gradient_scaler(processes.device)
-    batch_size = config.processes * min(config.batch_size, len(train_index) // config.processes)
     steps_per_epoch = len(train_index) // batch_size
     total_steps = config.epochs * steps_per_epoch
     # With --pull the start of the trained weights counts, too.
@@ -144,18 +157,13 @@ def main():
     # training loop
     bar = progress_bar(first_epoch * steps_per_epoch, total_steps, processes)
     for epoch in range(first_epoch, config.epochs):
-        generator = devices.generator(config.seed, epoch)
-        order = torch.randperm(len(train_index), generator=generator)
-        text_rows = texts.draw(generator)  # (N,) one text for each image, anew in each epoch
-        epoch_start = time.perf_counter()
-        for i, positions in enumerate(order.split(batch_size)[:steps_per_epoch]):
-            step_start = time.perf_counter()
+        epoch_start = step_start = time.perf_counter()
+        for i, batch in enumerate(data.batches(epoch, batch_size, processes)):
             step = epoch * steps_per_epoch + i
             factor = learning_rate_factor(step, total_steps)
             set_learning_rate(optimizer, factor)
-            batch = data.batch(positions, epoch, text_rows, generator, processes)
             losses = training_step(
-                model, encoders, batch, pulled_to, optimizer, scaler, processes, config
+                model, encoders, loss_of, batch, pulled_to, optimizer, scaler, processes, config
             )
             update_average(average, trained, config.ema, step)
 
@@ -169,9 +177,10 @@ def main():
                 "step": step + 1,
                 **losses,
                 "train/lr": config.lr * factor,
-                "train/tau": math.exp(-model.logit_scale.item()),
+                **scale_and_bias(model),
                 "train/images_per_s": batch_size / (time.perf_counter() - step_start),
             }
+            step_start = time.perf_counter()
             rows.append(row)
             tracker.log_row(row)
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
@@ -210,7 +219,7 @@ def main():
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
-    result |= fitted | final_tau(model, config) | sizes
+    result |= fitted | loss_parameters(model, config) | sizes
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device)
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
@@ -221,6 +230,7 @@ def main():
 def training_step(
     model: CLIP,
     encoders: Sequence[Callable],
+    loss_of: Callable,
     batch: "Batch",
     pulled_to: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
@@ -232,15 +242,12 @@ def training_step(
 
     encoders: batch.images -> features (b, D), and batch.text_rows -> features (p, D).
     pulled_to: the weights to which --pull pulls, by name; empty without it.
+    loss_of: takes both and the batch, and returns the loss of all processes' images: choose_loss.
     scaler: multiplies the loss before the backward pass, with --precision fp16.
     """
 
     def batch_loss(local_images: torch.Tensor, local_texts: torch.Tensor) -> torch.Tensor:
-        # (b, D) and (p, D) of this process become (B, D) of all, each image beside its text.
-        images = processes.gather(local_images)
-        texts = processes.gather(local_texts.index_select(0, batch.text_of_image))
-        loss = info_nce(images, texts, model.logit_scale.exp(), batch.matches)
-        return scaler.scale(loss)
+        return scaler.scale(loss_of(local_images, local_texts, batch))
 
     encode_images, encode_texts = encoders
     if config.chunk_size:
@@ -263,6 +270,52 @@ def training_step(
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
     return losses
+
+
+def choose_loss(name: str, model: CLIP, processes: devices.Processes) -> Callable:
+    """The loss of that name, as a function of this process's features and its Batch.
+
+    Features are (b, D) of images and (p, D) of texts. The loss is that of the whole batch in each
+    process, as Processes.average_gradients needs it.
+    """
+
+    def info_nce_of(images: torch.Tensor, texts: torch.Tensor, batch: Batch) -> torch.Tensor:
+        images, texts = gather_pairs(images, texts, batch, processes)
+        return info_nce(images, texts, model.logit_scale.exp(), batch.matches)
+
+    def sigmoid_of(images: torch.Tensor, texts: torch.Tensor, batch: Batch) -> torch.Tensor:
+        images, texts = gather_pairs(images, texts, batch, processes)
+        scale, bias = model.logit_scale.exp(), model.logit_bias
+        return sigmoid_loss(images, texts, scale, bias, batch.matches)
+
+    def cross_entropy_of(images: torch.Tensor, texts: torch.Tensor, batch: Batch) -> torch.Tensor:
+        # The texts are those of all classes already, in each process.
+        images = processes.gather(images)
+        return class_cross_entropy(images, texts, model.logit_scale.exp(), batch.text_of_image)
+
+    functions = {
+        "info_nce": info_nce_of,
+        "cross_entropy": cross_entropy_of,
+        "sigmoid": sigmoid_of,
+    }
+    return functions[name]
+
+
+def gather_pairs(
+    images: torch.Tensor, texts: torch.Tensor, batch: "Batch", processes: devices.Processes
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(b, D) and (p, D) of this process become (B, D) of all, each image beside its text."""
+    images = processes.gather(images)
+    texts = processes.gather(texts.index_select(0, batch.text_of_image))
+    return images, texts
+
+
+def scale_and_bias(model: CLIP) -> dict[str, float]:
+    """What the loss has learned beside the towers, under its names in metrics.jsonl."""
+    row = {"train/tau": math.exp(-model.logit_scale.item())}
+    if hasattr(model, "logit_bias"):
+        row["train/logit_bias"] = model.logit_bias.item()
+    return row
 
 
 # -----------------------------------------------------------------------------
@@ -295,10 +348,13 @@ class Config:
     context_tokens: int
     classes: str
     shots: int | None  # None: all images
+    val_shots: int | None  # None: all images
     views: int
     no_cache: bool
     # loss
-    positives: str
+    loss: str
+    positives: str | None  # None: cross_entropy, which has none
+    logit_bias: float | None  # None: not sigmoid, or fitted to the first batch
     temperature: float | None  # None: the model's own
     learn_temperature: bool
     tau_lr: float
@@ -335,6 +391,11 @@ class Config:
     def trains(self) -> bool:
         """Whether anything is learned from the training images."""
         return runs.trains(self.epochs, self.strategy)
+
+    @property
+    def fits_bias(self) -> bool:
+        """Whether the bias of the loss is to be fitted to the first batch."""
+        return self.loss == "sigmoid" and self.logit_bias is None
 
     def evaluates_after(self, epoch: int) -> bool:
         """Whether val is evaluated after an epoch (counted from 1)."""
@@ -409,11 +470,12 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
         args.prompt_template = [evaluate.TEMPLATE]
     if args.augment is None:
         args.augment = "crop" if image_cut is None else "none"
-    if args.positives is None:
+    check_loss(args)
+    if args.positives is None and args.loss != "cross_entropy":
         args.positives = "pair" if args.captions else "class"
     if args.lr is None:
         args.lr = RANDOM_LR if from_random else strategies.LEARNING_RATES[args.strategy]
-    # Without --learn_temperature it has no effect, but it is recorded.
+    # Where neither temperature nor bias is learned it has no effect, but it is recorded.
     if args.tau_lr is None:
         args.tau_lr = args.lr
     if args.strategy == "linear":
@@ -424,14 +486,20 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
     if args.eval_every and not args.holdout:
         raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
     check_regularisers(args)
+    if args.val_shots is not None and not args.holdout:
+        raise UserError("--val_shots needs --holdout: test images are evaluated all of them")
+    # A resumed run has its own: those of before --val_shots evaluated all images of val.
+    if args.val_shots is None and args.holdout and args.shots and not args.resume:
+        args.val_shots = min(args.shots, MAX_VAL_SHOTS)
     at_least_zero = [args.epochs, args.lr, args.tau_lr, args.wd, args.chunk_size]
     above_zero = [args.views, args.batch_size - 1]
-    above_zero += [value for value in (args.temperature, args.shots) if value is not None]
+    optional = (args.temperature, args.shots, args.val_shots)
+    above_zero += [value for value in optional if value is not None]
     # Comparisons with NaN are false, so it does not pass either.
     if not (all(v >= 0 for v in at_least_zero) and all(v > 0 for v in above_zero)):
         raise UserError(
             "--epochs, --lr, --tau_lr, --wd and --chunk_size must be at least 0, --batch_size at "
-            "least 2, --views at least 1, --shots and --temperature above 0"
+            "least 2, --views at least 1, --shots, --val_shots and --temperature above 0"
         )
     if args.strategy == "linear" and args.no_cache:
         raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
@@ -442,6 +510,31 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
         prompts_digest=prompts_digest,
         start=None,
     )
+
+
+def check_loss(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that mean nothing with the loss."""
+    if args.strategy == "linear" and args.loss != "info_nce":
+        raise UserError(
+            f"--strategy linear is a logistic regression, with a loss of its own: leave out "
+            f"--loss {args.loss}"
+        )
+    if args.loss == "cross_entropy" and args.captions:
+        raise UserError(
+            "--loss cross_entropy needs a text of every class, and captions are of single images: "
+            "leave out --captions, or take another --loss"
+        )
+    if args.loss == "cross_entropy" and args.positives:
+        raise UserError(
+            "--positives says which texts of a batch match, and --loss cross_entropy compares "
+            "with the texts of all classes: leave out --positives"
+        )
+    if args.logit_bias is None:
+        return
+    if args.loss != "sigmoid":
+        raise UserError("--logit_bias is a part of --loss sigmoid: leave it out, or take that loss")
+    if not math.isfinite(args.logit_bias):
+        raise UserError(f"--logit_bias {args.logit_bias}: it must be a finite number")
 
 
 def check_regularisers(args: argparse.Namespace) -> None:
@@ -489,12 +582,16 @@ def open_data(
 
 
 def prepare_model(model: CLIP, config: Config) -> None:
-    """Freeze what the strategy does not train, and set the temperature."""
+    """Freeze what the strategy does not train, set the temperature, and add the loss's bias."""
     strategies.prepare(model, config.strategy, config.blocks, config.rank, config.context_tokens)
     if config.temperature is not None:
         log_scale = -math.log(config.temperature)  # the model keeps log(1 / tau)
         torch.nn.init.constant_(model.logit_scale, log_scale)
     model.logit_scale.requires_grad_(config.learn_temperature)
+    if config.loss == "sigmoid":
+        # 0 until `fit_bias`, where no start is given.
+        bias = torch.tensor(config.logit_bias or 0.0, device=model.logit_scale.device)
+        model.logit_bias = torch.nn.Parameter(bias)
 
 
 def choose_images(flowers: Flowers, config: Config) -> tuple[torch.Tensor, np.ndarray]:
@@ -517,7 +614,12 @@ def choose_images(flowers: Flowers, config: Config) -> tuple[torch.Tensor, np.nd
             f"{len(train_index)} training images are left by --classes {config.classes}: training "
             "needs two for each process"
         )
+    # Not by --classes: what was learned of one half is measured on both.
     eval_index = flowers.splits[config.eval_split]
+    if config.val_shots:
+        eval_index = select(
+            eval_index, flowers.labels, n_classes, shots=config.val_shots, seed=config.seed
+        )
     if len(eval_index) == 0:
         raise UserError("the splits list no image for val: --holdout has nothing to hold out")
     return torch.from_numpy(train_index), eval_index
@@ -582,10 +684,13 @@ class Texts:
     count: torch.Tensor
     n_cut: int = 0
 
-    def draw(self, generator: torch.Generator) -> torch.Tensor:
-        """A random row for each image, (N,)."""
-        fraction = torch.rand(len(self.first), generator=generator)
-        return self.first + (fraction * self.count).long()
+    def draw(
+        self, generator: torch.Generator, images: torch.Tensor | slice = slice(None)
+    ) -> torch.Tensor:
+        """A random row for each image, (N,), or for those at `images`, (m,)."""
+        first, count = self.first[images], self.count[images]
+        fraction = torch.rand(len(first), generator=generator)
+        return first + (fraction * count).long()
 
 
 def make_texts(
@@ -621,8 +726,10 @@ class Batch:
     """The inputs of a training step: B images of all processes together, b of them in this one.
 
     images: (b, 3, R, R), or their activations behind the frozen part of the image tower.
-    text_rows: (p,) rows of Texts, each once, however many images share the text.
-    text_of_image: (b,) which of text_rows belongs to each image.
+    text_rows: (p,) rows of Texts, each once, however many images share the text; with --loss
+    cross_entropy one of each class that is trained on.
+    text_of_image: (b,) which of text_rows belongs to each image; with cross_entropy to each of all
+    B images.
     matches: (B, B) bool, which images and texts belong together; None if only the pairs do.
     """
 
@@ -637,18 +744,42 @@ class TrainingData:
     """What batches are made of.
 
     index: (n,) the training images among the N of the dataset.
-    labels: (N,) int64. pixels: (N, 3, R, R) uint8.
+    texts: of the N images. pixels: (N, 3, R, R) uint8.
     views: for each augmented view, the activations of the n training images behind the frozen part
     of the image tower, (n, ...); None if they are computed at every step, or no part is frozen.
     model: the images are normalised with its mean and std.
     """
 
+    flowers: Flowers
     index: torch.Tensor
-    labels: torch.Tensor
+    texts: Texts
     pixels: torch.Tensor
     views: list[torch.Tensor] | None
     model: CLIP
     config: Config
+
+    @functools.cached_property
+    def labels(self) -> torch.Tensor:
+        """The class of each image of the dataset, (N,) int64."""
+        return torch.tensor(self.flowers.labels)
+
+    @functools.cached_property
+    def classes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The classes that are trained on, in order, and a training image of each: (C,), (C,)."""
+        classes, positions = np.unique(self.labels[self.index].numpy(), return_index=True)
+        return torch.from_numpy(classes), self.index[torch.from_numpy(positions)]
+
+    def batches(self, epoch: int, batch_size: int, processes: devices.Processes) -> Iterator[Batch]:
+        """The batches of an epoch, whose order and texts depend on the seed and the epoch alone.
+
+        batch_size: images of all processes together. What is left over at the end is left out.
+        """
+        generator = devices.generator(self.config.seed, epoch)
+        order = torch.randperm(len(self.index), generator=generator)
+        text_rows = self.texts.draw(generator)  # (N,) one text for each image, anew in each epoch
+        for positions in order.split(batch_size):
+            if len(positions) == batch_size:
+                yield self.batch(positions, epoch, text_rows, generator, processes)
 
     def batch(
         self,
@@ -660,7 +791,8 @@ class TrainingData:
     ) -> Batch:
         """The batch of the training images at `positions` (B,) of `index`.
 
-        text_rows: (N,) the text of each image in this epoch. generator: for the augmentation.
+        text_rows: (N,) the text of each image in this epoch. generator: for the augmentation, and
+        for the texts of the classes.
         """
         device = processes.device
         index = self.index[positions]  # (B,)
@@ -674,8 +806,14 @@ class TrainingData:
             # The views take turns, one each epoch.
             view = self.views[epoch % len(self.views)]
             images = view[positions[local].to(view.device)].to(device)
-        # Images of one class share their prompt, which is encoded once.
-        rows, text_of_image = torch.unique(text_rows[index[local]], return_inverse=True)
+        if self.config.loss == "cross_entropy":
+            # One text of each class, anew in each step, and where that of each image is.
+            classes, image_of_class = self.classes
+            rows = self.texts.draw(generator, image_of_class)
+            text_of_image = torch.searchsorted(classes, self.labels[index])
+        else:
+            # Images of one class share their prompt, which is encoded once.
+            rows, text_of_image = torch.unique(text_rows[index[local]], return_inverse=True)
         matches = None
         if self.config.positives == "class":
             matches = same_class(self.labels[index].to(device))
@@ -764,14 +902,36 @@ def make_encoders(
 # optimiser, and what an interrupted run left
 
 
+@torch.no_grad()
+def fit_bias(
+    model: CLIP,
+    encoders: Sequence[Callable],
+    data: TrainingData,
+    batch_size: int,
+    processes: devices.Processes,
+) -> None:
+    """Give the sigmoid loss the bias that suits the first batch best, the same in all processes.
+
+    Raises UserError if the batch has none.
+    """
+    batch = next(data.batches(0, batch_size, processes))
+    features = []
+    for encoder, inputs in zip(encoders, (batch.images, batch.text_rows)):
+        chunks = inputs.split(data.config.chunk_size or len(inputs))
+        features.append(torch.cat([encoder(chunk) for chunk in chunks]))
+    images, texts = gather_pairs(*features, batch, processes)  # (B, D) and (B, D)
+    model.logit_bias.fill_(best_bias(images, texts, model.logit_scale.exp(), batch.matches))
+
+
 def make_optimizer(
     model: CLIP, trained: dict[str, torch.nn.Parameter], config: Config
 ) -> torch.optim.AdamW:
     """AdamW with the betas and epsilon of CLIP's vision transformers (Radford et al. 2021)."""
+    of_loss = [p for name, p in model.named_parameters() if name in LOSS_PARAMETERS]
     weights = weights_of_towers(trained)
     groups = layerwise_groups(weights, layers_above(model), config.lr, config.wd, config.lr_decay)
-    # The temperature has a learning rate of its own.
-    groups.append({"params": [model.logit_scale], "weight_decay": 0.0, "peak": config.tau_lr})
+    # The temperature has a learning rate of its own, which is the bias's, too.
+    groups.append({"params": of_loss, "weight_decay": 0.0, "peak": config.tau_lr})
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
@@ -1001,11 +1161,14 @@ def fit_temperature(
     return {"calibration_temperature": temperature, "val/nll_calibrated": nll}
 
 
-def final_tau(model: CLIP, config: Config) -> dict[str, float]:
-    """The temperature tau at the end, which the probabilities have; a linear head has none."""
+def loss_parameters(model: CLIP, config: Config) -> dict[str, float]:
+    """The temperature tau at the end, which the probabilities have, and sigmoid's bias."""
     if config.strategy == "linear":
-        return {}
-    return {"tau": math.exp(-model.logit_scale.item())}
+        return {}  # its head has no temperature
+    result = {"tau": math.exp(-model.logit_scale.item())}
+    if config.loss == "sigmoid":
+        result["final_logit_bias"] = model.logit_bias.item()
+    return result
 
 
 def save_outputs(
@@ -1197,6 +1360,12 @@ def add_strategy_arguments(group) -> None:
         type=int,
         help="train on at most so many images a class, drawn by --seed (default: all)",
     )
+    group.add_argument(
+        "--val_shots",
+        type=int,
+        help="with --holdout: evaluate at most so many val images a class, drawn by --seed "
+        f"(default: as many as --shots, at most {MAX_VAL_SHOTS}; without --shots all)",
+    )
     # Frozen parts, which are computed once.
     group.add_argument(
         "--views",
@@ -1214,10 +1383,22 @@ def add_strategy_arguments(group) -> None:
 
 def add_loss_arguments(group) -> None:
     group.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="info_nce",
+        help="info_nce among the batch, cross_entropy over the texts of all classes that are "
+        "trained on, or SigLIP's sigmoid of each pair (default: %(default)s)",
+    )
+    group.add_argument(
         "--positives",
         choices=["pair", "class"],
         help="what matches in a batch: each image its own text, or every text of its class "
-        "(default: class; with --captions pair)",
+        "(default: class; with --captions pair; cross_entropy has none)",
+    )
+    group.add_argument(
+        "--logit_bias",
+        type=float,
+        help="sigmoid: the learned bias at the start (default: the best for the first batch)",
     )
     # The temperature tau is 1 / exp(logit_scale).
     group.add_argument(
@@ -1226,7 +1407,11 @@ def add_loss_arguments(group) -> None:
         help="tau at the start (default: the model's own, 0.01 for the pretrained ones)",
     )
     add_switch(group, "--learn_temperature", help="train tau too (default: fixed)")
-    group.add_argument("--tau_lr", type=float, help="learning rate of log(1/tau) (default: --lr)")
+    group.add_argument(
+        "--tau_lr",
+        type=float,
+        help="learning rate of log(1/tau), and of sigmoid's bias (default: --lr)",
+    )
 
 
 def add_optimisation_arguments(group) -> None:

@@ -20,6 +20,7 @@ from flowers import UserError, cache, devices, pixels
 from flowers.data import Flowers
 from flowers.models import (
     CLIP,
+    LOSS_PARAMETERS,
     Cut,
     progress_chunks,
     settings_of,
@@ -96,10 +97,10 @@ def text_activations(
     """
     device = model.logit_scale.device
     trunk, _ = split_text_tower(model, blocks)
-    # All parameters outside the image tower, but for the temperature.
+    # All parameters outside the image tower, but for those of the loss.
     tower = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not name.startswith("visual.") and name != "logit_scale":
+        if not name.startswith("visual.") and name not in LOSS_PARAMETERS:
             tower[name] = tensor
     weights = fingerprint(_frozen_weights(tower, blocks))
     settings = settings_of(model)  # activation and heads

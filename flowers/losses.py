@@ -1,9 +1,18 @@
-"""InfoNCE, and its gradient for batches larger than the memory."""
+"""InfoNCE and its alternatives, and their gradients for batches larger than the memory.
+
+info_nce       each image against the texts of the batch, each text against its images
+cross_entropy  each image against the texts of all classes
+sigmoid        each pair of an image and a text by itself
+"""
 
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+
+from flowers import UserError
+
+LOSSES = ("info_nce", "cross_entropy", "sigmoid")
 
 
 def info_nce(
@@ -43,6 +52,90 @@ def info_nce(
     image_loss = F.cross_entropy(logits, image_targets)  # which text for this image?
     text_loss = F.cross_entropy(logits.t(), text_targets)  # which image for this text?
     return (image_loss + text_loss) / 2
+
+
+def class_cross_entropy(
+    image_features: torch.Tensor,
+    class_features: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    targets: torch.Tensor,
+) -> torch.Tensor:
+    """Cross-entropy of N images over the texts of C classes, a scalar.
+
+    With s_ic the cosine of image i and the text of class c, y_i the class of image i, and
+    tau = 1 / logit_scale,
+
+        L = -1/N sum_i log exp(s_iy_i / tau) / sum_c exp(s_ic / tau)
+
+    This is what FLYP (Goyal et al. 2023) sets against the loss of the pretraining: the sum goes
+    over all classes, not over those that the batch happens to hold, and no text looks for its
+    image.
+
+    image_features: (N, D), class_features: (C, D), rows of length 1. targets: (N,) int64, y_i.
+    """
+    logits = logit_scale * image_features @ class_features.t()  # (N, C)
+    return F.cross_entropy(logits, targets)
+
+
+def sigmoid_loss(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float,
+    matches: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """SigLIP's loss of N images and N texts (Zhai et al. 2023), a scalar.
+
+    With s_ij the cosine of image i and text j, z_ij = 1 where they match and -1 elsewhere, tau =
+    1 / logit_scale, and b the bias,
+
+        L = -1/N sum_ij log sigmoid(z_ij (s_ij / tau + b))
+
+    Each pair is a question by itself: is this a text of this image? Most pairs are not, and b is
+    negative to say so.
+
+    image_features, text_features: (N, D), rows of length 1.
+    matches: (N, N) bool, whether image i and text j belong together; by default the diagonal.
+    """
+    logits = logit_scale * image_features @ text_features.t() + logit_bias  # (N, N)
+    if matches is None:
+        matches = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    signs = 2 * matches.float() - 1  # z
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+def best_bias(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    matches: torch.Tensor | None = None,
+) -> float:
+    """The bias at which sigmoid_loss is lowest; the arguments are those of sigmoid_loss.
+
+    The loss is convex in b. Where its derivative is zero, as many matches are expected as there
+    are: with P matches, sum_ij sigmoid(s_ij / tau + b) = P. SigLIP begins with a scale of 10 and a
+    bias of -10. At the scale of a pretrained CLIP, 100, cosines of 0.25 make every pair a match.
+
+    Raises UserError where all pairs match, so that the best bias is infinite.
+    """
+    from scipy.optimize import brentq  # here, as the other losses do without
+    from scipy.special import expit, logit
+
+    # In double precision, on the CPU: the same in all processes.
+    images, texts = image_features.detach().double().cpu(), text_features.detach().double().cpu()
+    logits = (float(logit_scale) * images @ texts.t()).numpy()  # (N, N)
+    n_matches = len(logits) if matches is None else int(matches.sum())
+    share = n_matches / logits.size
+    if share == 1:
+        raise UserError(
+            "the first batch holds one class alone, so the bias of --loss sigmoid has no best "
+            "start: give --logit_bias, or a larger --batch_size"
+        )
+    # Were all logits alike, the best bias would be logit(share) minus that one. So it is between
+    # those of the highest and the lowest; 1 more for rounding.
+    lowest = logit(share) - logits.max() - 1
+    highest = logit(share) - logits.min() + 1
+    return brentq(lambda bias: expit(logits + bias).sum() - n_matches, lowest, highest)
 
 
 def same_class(labels: torch.Tensor) -> torch.Tensor:

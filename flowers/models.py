@@ -103,6 +103,9 @@ SHAPES = {
 }
 RANDOM = ("tiny", "tiny-16", "tiny-rn")  # these start from random weights, all others from OpenAI's
 
+# Of the loss, and of neither tower; a bias only train.py --loss sigmoid has.
+LOSS_PARAMETERS = ("logit_scale", "logit_bias")
+
 CONTEXT_LENGTH = 77  # tokens of a text, with its start and end
 VOCABULARY = 49408
 
@@ -222,10 +225,13 @@ def is_resnet(model: CLIP) -> bool:
 
 
 def towers(model: CLIP) -> dict[str, list[torch.nn.Parameter]]:
-    """The parameters of the `image` tower, the `text` tower, and the logit `scale` of neither."""
+    """The parameters of the `image` tower, the `text` tower, and the logit `scale` of neither.
+
+    With the scale goes the bias of train.py's sigmoid loss, where the model has one.
+    """
     parameters = {"image": [], "text": [], "scale": []}
     for name, parameter in model.named_parameters():
-        if name == "logit_scale":
+        if name in LOSS_PARAMETERS:
             parameters["scale"].append(parameter)
         elif name.startswith("visual."):
             parameters["image"].append(parameter)

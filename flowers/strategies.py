@@ -149,6 +149,8 @@ def export(model: CLIP) -> tuple[dict[str, torch.Tensor], dict | None]:
             # The computed weight becomes the weight.
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     state = state_for_saving(model)
+    # The bias of the sigmoid loss moves no image nearer to another name; clip.load knows none.
+    state.pop("logit_bias", None)
     if "context" not in state:
         return state, None
     return state, {"context": state.pop("context")}

@@ -1,14 +1,30 @@
-"""InfoNCE against its formula and open_clip; GradCache and distinct prompts against plain steps."""
+"""The losses against their formulas and open_clip; what train.py makes of them.
+
+GradCache and distinct prompts against plain steps.
+"""
 
 import math
+from types import SimpleNamespace
 
 import clip
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 
-from flowers import models
-from flowers.losses import backward_in_chunks, info_nce, same_class
+import train
+from flowers import UserError, devices, evaluate, models
+from flowers.data import open_flowers
+from flowers.losses import (
+    LOSSES,
+    backward_in_chunks,
+    best_bias,
+    class_cross_entropy,
+    info_nce,
+    same_class,
+    sigmoid_loss,
+)
+from flowers.pixels import load_pixels
 
 # Twelve images of eight classes.
 LABELS = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, 5, 5, 6, 7])
@@ -67,6 +83,90 @@ def test_with_one_prompt_a_class_both_kinds_of_positives_agree():
     assert torch.allclose(by_pair, by_class, rtol=1e-5)
 
 
+def test_cross_entropy_is_the_formula():
+    image, texts = random_features()
+    classes, targets = texts[:5], torch.tensor([0, 1, 4, 4, 2, 0, 0, 3, 1, 2, 4, 3])
+    scale, total = 20.0, 0.0
+    for i, target in enumerate(targets.tolist()):
+        exponentials = [math.exp(scale * (image[i] @ text).item()) for text in classes]
+        total -= math.log(exponentials[target] / sum(exponentials))
+    loss = class_cross_entropy(image, classes, scale, targets)
+    assert loss.item() == pytest.approx(total / 12, rel=1e-5)
+    theirs = torch.nn.CrossEntropyLoss()(scale * image @ classes.t(), targets)
+    assert torch.equal(loss, theirs)
+
+
+@pytest.mark.parametrize("per_class", [1, 2])
+def test_cross_entropy_is_half_of_info_nce_where_all_classes_are_equally_often_in_the_batch(
+    per_class,
+):
+    """The half in which an image looks for its text, but for the constant log(images a class)."""
+    image, prompts = random_features()
+    targets = torch.arange(12 // per_class).repeat(per_class)
+    classes = prompts[: 12 // per_class]
+    text, matches = classes[targets], same_class(targets)
+    of_texts = F.cross_entropy(20 * text @ image.t(), matches / per_class)
+    half = 2 * info_nce(image, text, 20, matches) - of_texts
+    loss = class_cross_entropy(image, classes, 20, targets)
+    assert (half - loss).item() == pytest.approx(math.log(per_class), abs=1e-5)
+
+    # Where a class is more often in the batch than another, or missing, they differ by more.
+    targets[0] = 1
+    text = classes[targets]
+    of_texts = info_nce(image, text, 20, same_class(targets))
+    other = class_cross_entropy(image, classes, 20, targets)
+    assert abs(of_texts - other).item() > 0.01
+
+
+def test_sigmoid_is_the_formula():
+    image, text = random_features()
+    scale, bias = 10.0, -3.0
+    s = (scale * image @ text.t() + bias).tolist()
+
+    def expected(matches):
+        total = 0.0
+        for i in range(12):
+            for j in range(12):
+                z = 1 if matches[i][j] else -1
+                total -= math.log(1 / (1 + math.exp(-z * s[i][j])))
+        return total / 12
+
+    by_pair = sigmoid_loss(image, text, scale, bias).item()
+    assert by_pair == pytest.approx(expected(torch.eye(12).tolist()), rel=1e-5)
+    by_class = sigmoid_loss(image, text, scale, bias, same_class(LABELS)).item()
+    assert by_class == pytest.approx(expected(same_class(LABELS).tolist()), rel=1e-5)
+    # Not so with InfoNCE: one text is a match and none at once, where only its own pair counts.
+    shared = text[LABELS]
+    by_class = sigmoid_loss(image, shared, scale, bias, same_class(LABELS))
+    assert not torch.allclose(sigmoid_loss(image, shared, scale, bias), by_class)
+
+    from open_clip.loss import SigLipLoss
+
+    theirs = SigLipLoss()(image, text, torch.tensor(scale), torch.tensor(bias))
+    assert theirs.item() == pytest.approx(by_pair, rel=1e-6)
+
+
+@pytest.mark.parametrize("matches", [None, same_class(LABELS)])
+def test_the_best_bias_is_the_lowest_point_of_the_loss(matches):
+    image, text = random_features()
+    best = best_bias(image, text, 100, matches)
+
+    def loss(bias):
+        return sigmoid_loss(image.double(), text.double(), 100, bias, matches).item()
+
+    search = minimize_scalar(loss, bounds=(-100, 100), method="bounded", options={"xatol": 1e-9})
+    assert best == pytest.approx(search.x, abs=1e-4)
+    # SigLIP's own start is for its scale of 10.
+    assert loss(best) < loss(-10.0)
+    with pytest.raises(UserError, match="--logit_bias"):
+        best_bias(image, text, 100, torch.ones(12, 12, dtype=torch.bool))
+
+
+def test_equal_logits_have_the_bias_of_the_share_of_matches():
+    features = torch.ones(4, 1)
+    assert best_bias(features, features, 30) == pytest.approx(math.log(1 / 3) - 30)
+
+
 def plain_step(model, images, tokens, labels):
     """Loss and gradients with a caption of 77 tokens for each image, as CLIP was trained."""
     model.zero_grad()
@@ -116,3 +216,103 @@ def test_distinct_prompts_and_chunks_give_the_plain_gradient(chunk_size):
     for name, gradient in expected.items():
         assert gradients[name].allclose(gradient, atol=1e-5, rtol=1e-3), name
     assert gradients["logit_scale"].abs() > 0
+
+
+# -----------------------------------------------------------------------------
+# the losses in train.py
+
+ONE_PROCESS = devices.Processes(0, 1, torch.device("cpu"))
+TEMPLATES = [evaluate.TEMPLATE, "a photo of a {}.", "{}"]
+
+
+def training_data(small, loss, classes="all", logit_bias=None):
+    """A small model, its encoders and the data of a run, as train.py makes them."""
+    torch.manual_seed(0)
+    model = models.build("tiny")
+    flowers = open_flowers(small)
+    config = SimpleNamespace(
+        loss=loss,
+        positives=None if loss == "cross_entropy" else "class",
+        logit_bias=logit_bias,
+        temperature=0.05,
+        learn_temperature=True,
+        strategy="full",
+        blocks=1,
+        rank=1,
+        context_tokens=4,
+        augment="crop",
+        seed=0,
+        chunk_size=5,
+        compile=False,
+        eval_split="test",
+        classes=classes,
+        shots=None,
+        val_shots=None,
+        processes=1,
+    )
+    train.prepare_model(model, config)
+    index, _ = train.choose_images(flowers, config)
+    texts = train.make_texts(flowers, None, TEMPLATES, None, 77)
+    pixels = load_pixels(flowers, 64)
+    data = train.TrainingData(flowers, index, texts, pixels, None, model, config)
+    return model, train.make_encoders(model, None, texts, None, config), data
+
+
+@pytest.mark.parametrize("classes", ["all", "base"])
+def test_cross_entropy_takes_one_text_of_each_class_that_is_trained_on(classes, small):
+    _, _, data = training_data(small, "cross_entropy", classes=classes)
+    trained_classes = range(3) if classes == "base" else range(6)
+    drawn = set()
+    # The images are those of InfoNCE's batches, in their order.
+    order = torch.randperm(len(data.index), generator=devices.generator(0, 1))
+    for positions, batch in zip(order.split(4), data.batches(1, 4, ONE_PROCESS)):
+        assert [row // len(TEMPLATES) for row in batch.text_rows.tolist()] == [*trained_classes]
+        assert batch.text_of_image.tolist() == data.labels[data.index[positions]].tolist()
+        assert batch.matches is None
+        drawn |= set(batch.text_rows.tolist())
+    assert len(drawn) > len(trained_classes), "anew in each step"
+
+    # A class that is not trained on is no column of the loss.
+    _, _, data = training_data(small, "cross_entropy", classes="new")
+    batch = next(data.batches(0, 4, ONE_PROCESS))
+    assert len(batch.text_rows) == 3
+    assert set(batch.text_of_image.tolist()) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_chunks_give_the_gradient_of_the_whole_batch_for_each_loss(loss, small):
+    model, encoders, data = training_data(small, loss)
+    if loss == "sigmoid":
+        train.fit_bias(model, encoders, data, 12, ONE_PROCESS)
+    loss_of = train.choose_loss(loss, model, ONE_PROCESS)
+    batch = next(data.batches(0, 12, ONE_PROCESS))
+    inputs = [batch.images, batch.text_rows]
+    features = [encode(tensor) for encode, tensor in zip(encoders, inputs)]
+    whole = loss_of(*features, batch)
+    whole.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    model.zero_grad()
+    chunked = backward_in_chunks(encoders, inputs, lambda *f: loss_of(*f, batch), chunk_size=5)
+    assert chunked.item() == pytest.approx(whole.item(), abs=1e-5)
+    for name, p in model.named_parameters():
+        assert p.grad.allclose(expected[name], atol=2e-5, rtol=1e-3), name
+    # At the best bias the loss is flat in it, so its gradient is nothing but rounding.
+    if loss == "sigmoid":
+        assert abs(model.logit_bias.grad) < 1e-4
+    assert model.logit_scale.grad.abs() > 0
+    assert ("logit_bias" in expected) == (loss == "sigmoid")
+
+
+def test_the_bias_starts_where_it_is_told_to(small):
+    model, _, _ = training_data(small, "sigmoid", logit_bias=-20.0)
+    assert model.logit_bias.item() == -20
+    assert model.logit_bias.requires_grad
+
+
+def test_the_bias_learns_at_the_rate_of_the_temperature_without_decay(small):
+    model, _, data = training_data(small, "sigmoid")
+    config = SimpleNamespace(lr=1e-3, wd=0.1, tau_lr=0.5)
+    optimizer = train.make_optimizer(model, dict(model.named_parameters()), config)
+    groups = [g for g in optimizer.param_groups if any(p is model.logit_bias for p in g["params"])]
+    assert [(g["peak"], g["weight_decay"], len(g["params"])) for g in groups] == [(0.5, 0.0, 2)]

@@ -31,7 +31,7 @@ from flowers import (
     weights,
 )
 from flowers.data import open_flowers, select
-from flowers.losses import info_nce
+from flowers.losses import LOSSES, info_nce
 from flowers.pixels import get_batch, load_pixels
 
 NO_WANDB = ("--wandb", "disabled")
@@ -488,11 +488,22 @@ def test_averaged_weights_are_there_only_within_the_block():
 REGULARISERS = {"norm": ("--ema", 0.9, "--pull", 0.1, "--lr_decay", 0.8)}
 
 
-@pytest.mark.parametrize("strategy", ["last_blocks", "lora", "norm", "prompt", "text"])
-def test_a_stopped_run_resumes_to_the_same_weights(strategy, tmp_path, cli, train, monkeypatch):
+@pytest.mark.parametrize(
+    "strategy, loss",
+    [
+        ("last_blocks", "sigmoid"),
+        ("lora", "info_nce"),
+        ("norm", "sigmoid"),
+        ("prompt", "cross_entropy"),
+        ("text", "info_nce"),
+    ],
+)
+def test_a_stopped_run_resumes_to_the_same_weights(
+    strategy, loss, tmp_path, cli, train, monkeypatch
+):
     """Stopped after its first epoch; the views of --augment are those of the whole run too."""
     common = ("--architecture", "tiny-16", "--epochs", 2, "--augment", "crop", "--views", 2)
-    common += REGULARISERS.get(strategy, ())
+    common += ("--loss", loss, *REGULARISERS.get(strategy, ()))
     assert train("whole", *common, *options_of(strategy))[0] == 0
     save, stopped = files.save_tensors, []
 
@@ -517,6 +528,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(strategy, tmp_path, cli, trai
     if strategy in REGULARISERS:
         pulls = losses(tmp_path / "whole", "train/pull")
         assert losses(tmp_path / "stopped", "train/pull") == pulls
+    bias = "final_logit_bias"
+    assert result(tmp_path / "whole").get(bias) == result(tmp_path / "stopped").get(bias)
+    assert (bias in result(tmp_path / "whole")) == (loss == "sigmoid")
 
 
 def test_resume_refuses_other_starting_weights(tmp_path, cli, train):
@@ -570,12 +584,14 @@ def test_two_processes_equal_one_with_twice_the_batch(small, tmp_path, cli):
 
 GRADIENTS_OF_TWO_PROCESSES = """
 import sys
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
+import train
 from flowers import devices, models
-from flowers.losses import info_nce, same_class
+from flowers.losses import LOSSES, same_class
 
 processes = devices.start_processes()
 torch.manual_seed(0)
@@ -583,51 +599,87 @@ model = models.build("tiny")
 images = torch.randn(8, 3, 64, 64)
 labels = torch.tensor([0, 1, 2, 0, 3, 1, 4, 5])
 names = ["rose", "iris", "lotus", "mallow", "globe thistle", "primula"]
-tokens = models.tokenize(names)[labels]
+tokens = models.tokenize(names)
+model.logit_bias = torch.nn.Parameter(torch.tensor(-12.0))
 
 
-def backward(image_features, text_features):
+def make_batch(name, processes):
+    own = processes.part(images)
+    if name == "cross_entropy":
+        rows, text_of_image = torch.arange(6), labels
+    else:
+        rows, text_of_image = torch.unique(labels[own], return_inverse=True)
+    return train.Batch(images[own], rows, text_of_image, same_class(labels))
+
+
+def encode_texts(rows):
+    return models.encode_texts(model, tokens[rows])
+
+
+def backward(name, processes):
+    batch = make_batch(name, processes)
+    image_features = models.encode_images(model, batch.images)
+    text_features = encode_texts(batch.text_rows)
     model.zero_grad()
-    scale = model.logit_scale.exp()
-    loss = info_nce(image_features, text_features, scale, same_class(labels))
+    loss = train.choose_loss(name, model, processes)(image_features, text_features, batch)
     loss.backward()
-    return loss.item()
+    processes.average_gradients([p for p in model.parameters() if p.grad is not None])
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), gradients
 
 
-# The whole batch in one process.
-image_features = models.encode_images(model, images)
-text_features = models.encode_texts(model, tokens)
-expected_loss = backward(image_features, text_features)
-expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+def fitted_bias(processes):
+    batch = make_batch("sigmoid", processes)
+    config = SimpleNamespace(chunk_size=3)
+    data = SimpleNamespace(config=config, batches=lambda *_: iter([batch]))
+    encoders = (lambda x: models.encode_images(model, x), encode_texts)
+    train.fit_bias(model, encoders, data, 8, processes)
+    return model.logit_bias.item()
 
-# Half of it in each.
-own = processes.part(images)
-image_features = processes.gather(models.encode_images(model, images[own]))
-text_features = processes.gather(models.encode_texts(model, tokens[own]))
-loss = backward(image_features, text_features)
-processes.average_gradients(list(model.parameters()))
 
-apart = 0.0
-for name, p in model.named_parameters():
-    distance = (p.grad - expected[name]).norm() / expected[name].norm().clamp_min(1e-9)
-    apart = max(apart, distance.item())
 # Into files, because what two processes print may share a line.
 with open(f"{sys.argv[1]}/{processes.rank}", "w") as file:
-    file.write(f"{own.start} {abs(loss - expected_loss)} {apart}")
+    for name in LOSSES:
+        # The whole batch in one process, and half of it in each.
+        alone = devices.Processes(0, 1, processes.device)
+        expected_loss, expected = backward(name, alone)
+        loss, gradients = backward(name, processes)
+        apart = 0.0
+        for key, gradient in gradients.items():
+            distance = (gradient - expected[key]).norm() / expected[key].norm().clamp_min(1e-9)
+            apart = max(apart, distance.item())
+        start = processes.part(images).start
+        print(name, len(gradients), start, abs(loss - expected_loss), apart, file=file)
+    print(fitted_bias(alone), fitted_bias(processes), file=file)
 dist.destroy_process_group()
 """
 
 
 def test_gathered_gradients_are_those_of_the_whole_batch(tmp_path):
-    """Exact gradients of two gloo processes, each with half of the batch, before any optimiser."""
+    """Exact gradients of two gloo processes, each with half of the batch, before any optimiser.
+
+    Of every loss; with cross_entropy each process has the texts of all classes. The fitted bias of
+    sigmoid is the same in both.
+    """
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS_OF_TWO_PROCESSES)
     done = torchrun(script, tmp_path)
     assert done.returncode == 0, done.stderr[-1500:]
+    biases = []
     for rank in (0, 1):
-        start, loss, apart = map(float, (tmp_path / str(rank)).read_text().split())
-        assert start == 4 * rank, "each its own half"
-        assert loss < 1e-5 and apart < 1e-4, (loss, apart)
+        *lines, last = (tmp_path / str(rank)).read_text().splitlines()
+        assert [line.split()[0] for line in lines] == list(LOSSES)
+        n_parameters = len(list(models.build("tiny").parameters()))
+        for line in lines:
+            name, trained, *numbers = line.split()
+            assert int(trained) == n_parameters + (name == "sigmoid")
+            start, loss, apart = map(float, numbers)
+            assert start == 4 * rank, "each its own half"
+            assert loss < 1e-5 and apart < 1e-4, line
+        bias_of_one, bias_of_two = map(float, last.split())
+        assert bias_of_two == pytest.approx(bias_of_one, abs=1e-5)
+        biases.append(bias_of_two)
+    assert biases[0] == biases[1] != -12
 
 
 # -----------------------------------------------------------------------------
@@ -747,6 +799,13 @@ def test_kept_activations_follow_weights_and_cut(small, tmp_path, monkeypatch):
     negated = frozen.image_activations(model, flowers, pixels, index)
     assert torch.allclose(negated, -features, atol=1e-6)
     assert len(kept_files()) == 3
+
+    # The bias of the sigmoid loss changes no text.
+    tokens = models.tokenize(["rose", "iris"])
+    frozen.text_activations(model, flowers, tokens)
+    model.logit_bias = torch.nn.Parameter(torch.tensor(-10.0))
+    frozen.text_activations(model, flowers, tokens)
+    assert len(kept_files()) == 4
 
     # Where the room is used up, the oldest go.
     monkeypatch.setattr(frozen, "MAX_CACHE_BYTES", 30_000)

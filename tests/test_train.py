@@ -1,11 +1,14 @@
 """train.py end to end: what it leaves behind, that it repeats itself, and what it refuses."""
 
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import clip
 import numpy as np
@@ -14,7 +17,9 @@ import scipy.io
 import torch
 from conftest import ROOT, error_line, write_dataset
 
-from flowers import models
+import train as train_script
+from flowers import devices, models
+from flowers.data import open_flowers
 from flowers.files import read_lines
 from flowers.weights import load_model
 
@@ -189,6 +194,87 @@ def test_options_of_the_loss(small, tmp_path, train):
     assert flipped != plain
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "sigmoid"])
+def test_a_loss_with_kept_parts_is_that_without_them(loss, tmp_path, train):
+    """In chunks and computed anew at each step; what is left behind opens as any other run."""
+    common = ("--loss", loss, "--epochs", 1, "--strategy", "last_blocks", "--blocks", 1)
+    assert train("kept", *common)[0] == 0
+    code, _, err = train("anew", *common, "--no_cache", "--chunk_size", 5)
+    assert code == 0, err
+    kept, anew = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("kept", "anew"))
+    for a, b in zip(kept, anew, strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], abs=2e-4)
+    open_with_the_stock_package(tmp_path / "kept" / "model.pt")
+    result = read(tmp_path / "kept" / "result.json")
+    if loss == "cross_entropy":
+        assert result["positives"] is None
+        return
+    # The bias is learned, from where it suits the first batch.
+    assert result["final_logit_bias"] == kept[-1]["train/logit_bias"]
+    assert kept[0]["train/logit_bias"] != kept[-1]["train/logit_bias"]
+    assert "logit_bias" in torch.load(tmp_path / "kept" / "checkpoint.pt")["model"]
+
+
+def test_few_shots_choose_on_few_images(tmp_path, small, train, cli):
+    """As many val images as --shots, at most four; baseline_eval.py takes all of the split."""
+    code, _, err = train("two", "--epochs", 0, "--holdout", "--shots", 2)
+    assert code == 0, err
+    args, result = (read(tmp_path / "two" / f"{name}.json") for name in ("args", "result"))
+    assert args["val_shots"] == 2
+    assert result["images"] == 12
+    with (tmp_path / "two" / "predictions.csv").open() as file:
+        numbers = [int(row["file"][6:11]) for row in csv.DictReader(file)]
+    labels = open_flowers(small).labels
+    assert np.bincount([labels[number - 1] for number in numbers]).tolist() == [2] * 6
+
+    common = ("--data_root", small, "--runs", tmp_path, *NO_WANDB)
+    evaluation = ("--architecture", tmp_path / "two", "--split", "val", "--name", "e")
+    code, _, err = cli("baseline_eval.py", *common, *evaluation)
+    assert code == 0, err
+    assert read(tmp_path / "e" / "result.json")["images"] == 18
+
+    # A run of before --val_shots goes on as it was begun.
+    for key in ("val_shots", "loss", "logit_bias"):
+        del args[key]
+    (tmp_path / "two" / "args.json").write_text(json.dumps(args))
+    (tmp_path / "two" / "result.json").unlink()
+    assert cli("train.py", "--resume", tmp_path / "two", *NO_WANDB)[0] == 0
+    assert read(tmp_path / "two" / "result.json")["images"] == 18
+
+
+def test_which_val_images_are_drawn(small):
+    flowers = open_flowers(small, holdout=True)
+    common = {"classes": "all", "processes": 1, "eval_split": "val"}
+
+    def choose(shots, val_shots, seed=0):
+        config = SimpleNamespace(shots=shots, val_shots=val_shots, seed=seed, **common)
+        train_index, val_index = train_script.choose_images(flowers, config)
+        return train_index.tolist(), set(val_index.tolist())
+
+    every, three, one, other_seed = (
+        choose(2, None),
+        choose(2, 3),
+        choose(2, 1),
+        choose(2, 1, seed=1),
+    )
+    assert [len(val) for _, val in (every, three, one, other_seed)] == [18, 18, 6, 6]
+    assert one[1] < every[1] == set(flowers.splits["val"])
+    assert one[1] != other_seed[1]
+    assert one[0] == every[0] != other_seed[0], "the training images are drawn as before"
+
+    # By default as many as --shots, at most four.
+    for flags, expected in (((), None), (("--shots", 3), 3), (("--shots", 16), 4)):
+        arguments = ["--holdout", *map(str, flags)]
+        args = train_script.make_parser().parse_args(arguments)
+        alone = devices.Processes(0, 1, torch.device("cpu"))
+        assert train_script.resolve(args, alone).val_shots == expected
+
+    # A class without val images is left out.
+    some = flowers.splits["val"][flowers.labels[flowers.splits["val"]] != 2]
+    flowers = replace(flowers, splits=flowers.splits | {"val": some})
+    assert sorted(flowers.labels[[*choose(2, 1)[1]]]) == [0, 1, 3, 4, 5]
+
+
 def test_mistakes_end_with_one_line(small, tmp_path, cli):
     common = ("--data_root", small, *TINY, "--runs", tmp_path / "runs")
 
@@ -198,6 +284,14 @@ def test_mistakes_end_with_one_line(small, tmp_path, cli):
     assert "--holdout" in error("--eval_every", 1)
     assert "--batch_size" in error("--batch_size", 1)
     assert "--seed -1" in error("--seed", -1)
+    assert "--val_shots needs --holdout" in error("--val_shots", 2)
+    assert "--val_shots" in error("--holdout", "--val_shots", 0)
+    assert "leave out --positives" in error("--loss", "cross_entropy", "--positives", "pair")
+    captions = ("--captions", tmp_path / "any.jsonl")
+    assert "leave out --captions" in error("--loss", "cross_entropy", *captions)
+    assert "--loss sigmoid" in error("--logit_bias", -10)
+    assert "finite" in error("--loss", "sigmoid", "--logit_bias", "nan")
+    assert "leave out --loss" in error("--strategy", "linear", "--loss", "sigmoid")
     assert "--chunk_size" in error("--chunk_size", -5)
     for flag, value in (("--lr", "nan"), ("--wd", -5), ("--tau_lr", -1), ("--temperature", "nan")):
         assert "at least 0" in error(flag, value)
