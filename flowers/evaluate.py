@@ -617,12 +617,18 @@ def prompts_in_words(
     sentences: Prompts | None = None,
 ) -> str:
     """What class names are turned into, for tables: a template or several, a file, or nothing."""
-    _, bias = head
-    if bias.any():
-        return "none (a linear head)"  # a zero-shot head has no bias
+    if _is_learned(head):
+        return "none (a linear head)"
     if sentences is not None:
         return describe_prompts(prompts_file, sentences)
     return templates_in_words(templates)
+
+
+def _is_learned(head: Head) -> bool:
+    """Whether a head is other than a zero-shot one, whose rows have one length, and no bias."""
+    weight, bias = head
+    lengths = weight.double().norm(dim=1)  # (C,), all of them the model's scale
+    return bool(bias.any()) or not torch.allclose(lengths, lengths.mean(), rtol=1e-6, atol=0)
 
 
 def templates_in_words(templates: Sequence[str]) -> str:
