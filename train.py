@@ -182,8 +182,7 @@ def main():
     fitted = {}
     if config.strategy == "linear":
         start = time.perf_counter()
-        head, fitted = fit_head(model, head, flowers, sentences, data, eval_index)
-        classifier = {"weight": head[0], "bias": head[1], "class_names": list(flowers.class_names)}
+        head, classifier, fitted = fit_head(model, head, flowers, sentences, data, eval_index)
         seconds = time.perf_counter() - start
     start = time.perf_counter()
     metrics, probabilities = evaluate_images(model, head, flowers, pixels, eval_index, captions)
@@ -191,8 +190,8 @@ def main():
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
-    result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device) | sizes
-    result |= fitted
+    result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device)
+    result |= sizes | fitted
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
     finish_tracker(tracker, result, protocol, probabilities, flowers, eval_index)
@@ -499,7 +498,7 @@ def check_overlap(
     if not processes.is_main:
         return 0  # the main process evaluates
     overlap = runs.check_overlap(
-        config.architecture, flowers, eval_index, config.eval_split, config.allow_overlap
+        [config.architecture], flowers, eval_index, config.eval_split, config.allow_overlap
     )
     if overlap == "unknown":
         return overlap
@@ -788,7 +787,7 @@ def open_run_folder(
         folder = runs.new_run(config.runs, config.name, config.record(), splits)
     # Before the first step; a resumed run has it already.
     trained_on = image_ids(flowers, train_index.numpy()) if config.trains else []
-    runs.write_trained_on(folder, trained_on, start=config.architecture)
+    runs.write_trained_on(folder, trained_on, config.architecture)
     return folder
 
 
@@ -893,10 +892,10 @@ def fit_head(
     sentences: evaluate.Prompts | None,
     data: TrainingData,
     eval_index: np.ndarray,
-) -> tuple[evaluate.Head, dict]:
-    """The head of `linear`, and how it was fitted, as result.json keeps it. Prints that, too.
+) -> tuple[evaluate.Head, dict, dict]:
+    """The head of `linear`, the content of classifier.pt, and how it was fitted, for result.json.
 
-    With --holdout the penalty (C, or the pull) is chosen on val, unless --pull says it.
+    With --holdout the penalty (C, or the pull) is chosen on val, unless --pull says it. Prints it.
     """
     config = data.config
     features = torch.cat(data.views).cpu()  # (views * n, D)
@@ -927,7 +926,9 @@ def fit_head(
         what, penalty = "logistic regression with C", "fitted_C"
     choice = " (chosen on val)" if chosen_on == "val" else ""
     print(f"{what} = {strength:g}{choice}, {iterations} iterations")
-    return head, {penalty: strength, "chosen_on": chosen_on}
+    weight, bias = head
+    classifier = {"weight": weight, "bias": bias, "class_names": list(flowers.class_names)}
+    return head, classifier, {penalty: strength, "chosen_on": chosen_on}
 
 
 def prompt_features(
