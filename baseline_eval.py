@@ -12,11 +12,15 @@ Between the weights that a run started from and what it became (WiSE-FT):
 
     python baseline_eval.py --architecture runs/NAME --wise_ft 0 --wise_ft 0.5 --wise_ft 1
 
+The mean of the weights of several runs from one start (a soup):
+
+    python baseline_eval.py --soup runs/SEED0 runs/SEED1 runs/SEED2
+
 A run is evaluated with the dataset, splits, class names and prompts that it was trained with,
 unless flags say otherwise. Images that it was trained on are refused.
 
 Prints a table, and leaves runs/NAME/ with predictions.csv, report.csv, result.json, a confusion
-matrix and the mistakes.
+matrix and the mistakes; of a soup also its model.pt.
 """
 
 import argparse
@@ -33,7 +37,7 @@ from flowers.models import CLIP, encode, image_features, text_features
 from flowers.pixels import load_pixels, to_device
 from flowers.study import figures as study_figures
 from flowers.tracking import Tracker, log_mistakes, start_wandb
-from flowers.weights import add_activation_argument, load_model
+from flowers.weights import add_activation_argument, load_model, state_for_saving
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,13 +58,22 @@ def parse_arguments() -> argparse.Namespace:
         help="captions.jsonl[.gz]: also retrieval with one sentence an image",
     )
     # model
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--architecture",
         type=files.user_path,
         default="ViT-B/32",
         help="a name of clip.available_models(), tiny, tiny-16, tiny-rn, the path of a state "
         "dict or run, open_clip:NAME/PRETRAINED, or hf:NAME; docs/models.md lists all "
         "(default: %(default)s)",
+    )
+    which.add_argument(
+        "--soup",
+        type=files.user_path,
+        nargs="+",
+        metavar="RUN",
+        help="evaluate the mean of the weights of two or more runs of train.py from one start, and "
+        "keep it in the run folder, which is a model like that of any run",
     )
     add_activation_argument(parser)
     parser.add_argument(
@@ -98,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     devices.add_device_arguments(parser)
     # run folder
     runs.add_run_arguments(parser, compare=True)
-    return runs.parse_inheriting(parser, "architecture")
+    return runs.parse_inheriting(parser, "architecture", "soup")
 
 
 def evaluate_along(
@@ -140,6 +153,24 @@ def write_curve(
     study_figures.wise_ft({f"{folder.name} ({split})": points}, folder / "wise_ft.png")
 
 
+def open_model(
+    models: list[str], start_of_soup: dict, device: torch.device, activation: str | None
+) -> CLIP:
+    """The model of a name or path, or the mean of several runs that have a common start."""
+    if start_of_soup:
+        return evaluate.load_soup(models, start_of_soup["architecture"], device, activation)
+    [architecture] = models
+    return load_model(architecture, device, activation)
+
+
+def keep_soup(folder: Path, model: CLIP, flowers: Flowers, soup: list[str]) -> None:
+    """Leave what makes the run folder of a soup a model: images, class names, and weights."""
+    # The weights come last: nobody loads them without knowing what they were trained on.
+    runs.write_trained_on(folder, [], *soup)
+    runs.write_class_names(folder, flowers.class_names)
+    files.save_tensors(folder / "model.pt", state_for_saving(model))
+
+
 def with_split(split: str, metrics: dict[str, float]) -> dict[str, float]:
     """Metrics under the names that results have: test/top1, ..."""
     return {f"{split}/{name}": value for name, value in metrics.items()}
@@ -150,10 +181,10 @@ def main():
     args = parse_arguments()
     if args.prompts and args.prompt_template:
         raise UserError("--prompts and --prompt_template: give one of them")
-    if args.calibrated and args.wise_ft:
+    if args.calibrated and (args.wise_ft or args.soup):
         raise UserError(
-            "--calibrated and --wise_ft: the temperature of a run was found for its own weights, "
-            "and not for those between: give one of them"
+            "--calibrated: the temperature of a run was found for its own weights, and not for "
+            "those of --wise_ft or --soup: leave out one of them"
         )
     if not np.isfinite(args.wise_ft).all():
         raise UserError("--wise_ft: ALPHA must be a number, such as 0.5")
@@ -167,6 +198,10 @@ def main():
         Path(run).name: evaluate.recorded_protocol(run, args.split) for run in args.compare
     }
 
+    # The runs of a soup have the start, the data and the prompts of the first.
+    models = args.soup or [args.architecture]
+    start_of_soup = evaluate.check_soup(args.soup) if args.soup else {}
+
     # -----------------------------------------------------------------------------
     # data
     flowers = open_from_flags(vars(args))
@@ -174,7 +209,7 @@ def main():
     index = split_index(flowers, args.split)  # (N,) the images to evaluate
     # Training images are evaluated only where they are asked for by name.
     allowed = args.allow_overlap or args.split == "train"
-    overlap = runs.check_overlap(args.architecture, flowers, index, args.split, allowed)
+    overlap = runs.check_overlap(models, flowers, index, args.split, allowed)
     seen = {"overlap": overlap} if overlap else {}  # for the table
     captions = read_captions(args.captions, flowers.files) if args.captions else None
     temperature = 1.0  # divides the logits
@@ -188,15 +223,15 @@ def main():
 
     # -----------------------------------------------------------------------------
     # model
-    model = load_model(args.architecture, device, args.activation)
+    model = open_model(models, start_of_soup, device, args.activation)
     sentences, prompts_digest = None, None
     if args.prompts:
         sentences = evaluate.read_prompts(args.prompts, flowers.class_names)
         prompts_digest = evaluate.digest_of_prompts(args.prompts)
-        evaluate.warn_of_changed_prompts(args.architecture, args.prompts)
+        evaluate.warn_of_changed_prompts(models[0], args.prompts)
     # A run may have left a head or a learned prompt of its own; the templates tell which.
     head, args.prompt_template = evaluate.load_head(
-        args.architecture,
+        models[0],
         model,
         flowers.class_names,
         args.prompt_template,
@@ -205,7 +240,7 @@ def main():
     )
     # Both ends of the WiSE-FT line. Copied, as interpolate writes over the model's own weights.
     if args.wise_ft:
-        start_state = evaluate.load_starting_weights(args.architecture)
+        start_state = evaluate.load_starting_weights(models[0])
         tuned_state = {name: weight.clone() for name, weight in model.state_dict().items()}
     pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
 
@@ -223,8 +258,11 @@ def main():
     config = {"job": "eval", **vars(args), "prompts_digest": prompts_digest}
     # None if it is off, as in the runs from before there was this flag.
     config |= {"device": str(device), "precision": precision, "calibrated": args.calibrated or None}
+    config |= start_of_soup
     del config["name"], config["compare"]
     folder = runs.new_run(args.runs, args.name, config, flowers.splits)
+    if args.soup:
+        keep_soup(folder, model, flowers, args.soup)
     tracker = start_wandb(args.wandb, folder, config)
 
     # -----------------------------------------------------------------------------

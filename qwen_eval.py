@@ -475,8 +475,8 @@ def check_overlap(
         return None
     allowed = config.allow_overlap or config.split == "train"
     if len(val):
-        runs.check_overlap(config.adapter, flowers, val, "val", config.allow_overlap)
-    return runs.check_overlap(config.adapter, flowers, index, config.split, allowed)
+        runs.check_overlap([config.adapter], flowers, val, "val", config.allow_overlap)
+    return runs.check_overlap([config.adapter], flowers, index, config.split, allowed)
 
 
 def describe_protocol(config: Config, flowers: Flowers, n: int) -> dict:

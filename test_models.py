@@ -291,6 +291,8 @@ def _series_of(row: dict, several_datasets: bool) -> str:
     never_trained = row.get("epochs") == 0 and row.get("strategy") != "linear"
     is_zero_shot = row.get("job") == "eval" or never_trained
     parts = ["zero-shot" if is_zero_shot else row.get("strategy", "full")]
+    if row.get("soup"):
+        parts = ["soup"]
     if row.get("splits", "swapped") != "swapped":
         parts.append(f"{row.get('splits')} split")
     if row.get("shots"):

@@ -209,17 +209,20 @@ def main():
     assign(trained, average)
     state, classifier = strategies.export(model)
     head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template, sentences)
+    fitted = {}
     if config.strategy == "linear":
-        head, classifier, seconds = fit_head(model, head, flowers, data, eval_index)
+        start = time.perf_counter()
+        head, classifier, fitted = fit_head(model, head, flowers, sentences, data, eval_index)
+        seconds = time.perf_counter() - start
     start = time.perf_counter()
     metrics, logits = evaluate_images(model, head, flowers, pixels, eval_index, captions)
     probabilities = logits.softmax(1)  # (m, C), at the model's own temperature
-    fitted = fit_temperature(folder, logits, flowers.labels[eval_index], config)
+    calibrated = fit_temperature(folder, logits, flowers.labels[eval_index], config)
     save_outputs(folder, state, classifier, probabilities, flowers, eval_index, metrics, rows)
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
-    result |= fitted | loss_parameters(model, config) | sizes
+    result |= fitted | calibrated | loss_parameters(model, config) | sizes
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device)
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
@@ -346,6 +349,8 @@ class Config:
     blocks: int
     rank: int
     context_tokens: int
+    start_from: str  # linear: random or zero_shot
+    cross_modal: bool
     classes: str
     shots: int | None  # None: all images
     val_shots: int | None  # None: all images
@@ -365,7 +370,7 @@ class Config:
     lr: float
     lr_decay: float
     wd: float
-    pull: float | None  # None: nothing to pull (linear), or not yet known
+    pull: float | None  # None: not yet known; linear: chosen on val, or a default
     ema: float
     augment: str
     seed: int
@@ -501,8 +506,7 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
             "--epochs, --lr, --tau_lr, --wd and --chunk_size must be at least 0, --batch_size at "
             "least 2, --views at least 1, --shots, --val_shots and --temperature above 0"
         )
-    if args.strategy == "linear" and args.no_cache:
-        raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
+    check_probe(args)
     prompts_digest = evaluate.digest_of_prompts(args.prompts) if args.prompts else None
     return Config(
         **vars(args),
@@ -563,6 +567,23 @@ def check_regularisers(args: argparse.Namespace) -> None:
             "--pull must be at least 0, --lr_decay above 0 and at most 1, --ema at least 0 and "
             "below 1"
         )
+
+
+def check_probe(args: argparse.Namespace) -> None:
+    """Raise UserError for flags of the linear probe that mean nothing together."""
+    is_linear = args.strategy == "linear"
+    is_pulled = args.start_from == "zero_shot"
+    if is_linear and args.no_cache:
+        raise UserError("--no_cache has nothing to show with --strategy linear, which has no steps")
+    if (is_pulled or args.cross_modal) and not is_linear:
+        raise UserError("--start_from zero_shot and --cross_modal need --strategy linear")
+    if is_linear and not is_pulled and args.pull is not None:
+        raise UserError(
+            "--pull has nothing to pull to: with --strategy linear it needs --start_from zero_shot"
+        )
+    # Without a pull there is no optimum where the training images can be told apart.
+    if is_linear and args.pull is not None and not 0 < args.pull < math.inf:
+        raise UserError("--pull must be a number above 0 with --strategy linear")
 
 
 # -----------------------------------------------------------------------------
@@ -653,7 +674,7 @@ def check_overlap(
     if not processes.is_main:
         return 0  # the main process evaluates
     overlap = runs.check_overlap(
-        config.architecture, flowers, eval_index, config.eval_split, config.allow_overlap
+        [config.architecture], flowers, eval_index, config.eval_split, config.allow_overlap
     )
     if overlap == "unknown":
         return overlap
@@ -1007,7 +1028,7 @@ def open_run_folder(
         folder = runs.new_run(config.runs, config.name, config.record(), splits)
     # Before the first step; a resumed run has it already.
     trained_on = image_ids(flowers, train_index.numpy()) if config.trains else []
-    runs.write_trained_on(folder, trained_on, start=config.architecture)
+    runs.write_trained_on(folder, trained_on, config.architecture)
     return folder
 
 
@@ -1111,26 +1132,63 @@ def fit_head(
     model: CLIP,
     zero_shot: evaluate.Head,
     flowers: Flowers,
+    sentences: evaluate.Prompts | None,
     data: TrainingData,
     eval_index: np.ndarray,
-) -> tuple[evaluate.Head, dict, float]:
-    """The head of `linear`, the content of classifier.pt, and the seconds that it took.
+) -> tuple[evaluate.Head, dict, dict]:
+    """The head of `linear`, the content of classifier.pt, and how it was fitted, for result.json.
 
-    With --holdout the penalty C is chosen on val, else it is strategies.DEFAULT_C. Prints it.
+    With --holdout the penalty (C, or the pull) is chosen on val, unless --pull says it. Prints it.
     """
-    start = time.perf_counter()
+    config = data.config
     features = torch.cat(data.views).cpu()  # (views * n, D)
     labels = data.labels[data.index].repeat(len(data.views))
+    sample_weight = None
+    if config.cross_modal:
+        texts, text_labels = prompt_features(model, flowers, sentences, labels, config)
+        sample_weight = strategies.modality_weights(len(features), len(texts))
+        features, labels = torch.cat([features, texts]), torch.cat([labels, text_labels])
     val = None
-    if data.config.holdout:
+    if config.holdout:
         val_index = torch.tensor(eval_index)
         val = image_features(model, data.pixels, val_index), data.labels[val_index]
-    head, c, iterations = strategies.fit_linear(features, labels, zero_shot, val)
-    choice = " (chosen on val)" if val else ""
-    print(f"logistic regression with C = {c:g}{choice}, {iterations} iterations")
+
+    chosen_on = "val" if val else "default"
+    if config.start_from == "zero_shot":
+        if config.pull is not None:
+            chosen_on = "--pull"
+        scale = model.logit_scale.exp().item()
+        head, strength, iterations = strategies.fit_pulled(
+            features, labels, zero_shot, scale, config.pull, val, sample_weight
+        )
+        what, penalty = "classifier pulled to zero-shot with LAMBDA", "fitted_pull"
+    else:
+        head, strength, iterations = strategies.fit_linear(
+            features, labels, zero_shot, val, sample_weight
+        )
+        what, penalty = "logistic regression with C", "fitted_C"
+    choice = " (chosen on val)" if chosen_on == "val" else ""
+    print(f"{what} = {strength:g}{choice}, {iterations} iterations")
     weight, bias = head
     classifier = {"weight": weight, "bias": bias, "class_names": list(flowers.class_names)}
-    return head, classifier, time.perf_counter() - start
+    return head, classifier, {penalty: strength, "chosen_on": chosen_on}
+
+
+def prompt_features(
+    model: CLIP,
+    flowers: Flowers,
+    sentences: evaluate.Prompts | None,
+    labels: torch.Tensor,
+    config: Config,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features (P, D) of all prompts of the classes in `labels`, and their classes (P,)."""
+    prompts = evaluate.class_prompts(
+        flowers.class_names, config.prompt_template, sentences, model.context_length
+    )
+    trained_classes = labels.unique()
+    texts = [text for c in trained_classes for text in prompts[c]]
+    counts = torch.tensor([len(prompts[c]) for c in trained_classes])
+    return text_features(model, texts), trained_classes.repeat_interleave(counts)
 
 
 def fit_temperature(
@@ -1347,6 +1405,18 @@ def add_strategy_arguments(group) -> None:
         default=4,
         help="prompt: learned vectors before the class name (default: %(default)s)",
     )
+    group.add_argument(
+        "--start_from",
+        choices=["random", "zero_shot"],
+        default="random",
+        help="linear: a logistic regression, or a classifier that starts at the text classifier "
+        "and is pulled towards it (default: %(default)s)",
+    )
+    add_switch(
+        group,
+        "--cross_modal",
+        help="linear: the prompts of the trained classes are training samples, too",
+    )
     # Which of the training images.
     group.add_argument(
         "--classes",
@@ -1462,7 +1532,9 @@ def add_optimisation_arguments(group) -> None:
         type=float,
         metavar="LAMBDA",
         help="add LAMBDA times the squared distance of the trained weights from their start to "
-        "the loss (default: 0; for projection 1 / mean number of training images of a class)",
+        "the loss (default: 0; for projection 1 / mean number of training images of a class; for "
+        "linear from zero_shot chosen on val with --holdout, else "
+        f"{strategies.DEFAULT_PULL:g})",
     )
     group.add_argument(
         "--ema",

@@ -1,4 +1,4 @@
-"""Evaluation: prompts, the zero-shot classifier, metrics, tables, and WiSE-FT.
+"""Evaluation: prompts, the zero-shot classifier, metrics, tables, WiSE-FT and soups.
 
 Metrics take tensors and return dicts, in percent. N images, C classes, D dimensions.
 """
@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,12 @@ from sklearn.metrics import (
 )
 from tabulate import tabulate
 
-from flowers import UserError, calibration, devices, figures, frozen, strategies
+from flowers import UserError, calibration, devices, figures, frozen, runs, strategies
 from flowers.data import Flowers, base_classes
 from flowers.files import checked, load_tensors, read_json, write_csv
 from flowers.layouts import correct_name, name_key
-from flowers.models import CLIP, CONTEXT_LENGTH, END, encode, text_features
-from flowers.weights import load_model
+from flowers.models import CLIP, CONTEXT_LENGTH, END, encode, settings_of, text_features
+from flowers.weights import load_model, origin_of
 
 # The default, of this project; CLIP's own is "a photo of a {}, a type of flower."
 TEMPLATE = "an image of the {} flower"
@@ -771,12 +771,18 @@ def prompts_in_words(
     sentences: Prompts | None = None,
 ) -> str:
     """What class names are turned into, for tables: a template or several, a file, or nothing."""
-    _, bias = head
-    if bias.any():
-        return "none (a linear head)"  # a zero-shot head has no bias
+    if _is_learned(head):
+        return "none (a linear head)"
     if sentences is not None:
         return describe_prompts(prompts_file, sentences)
     return templates_in_words(templates)
+
+
+def _is_learned(head: Head) -> bool:
+    """Whether a head is other than a zero-shot one, whose rows have one length, and no bias."""
+    weight, bias = head
+    lengths = weight.double().norm(dim=1)  # (C,), all of them the model's scale
+    return bool(bias.any()) or not torch.allclose(lengths, lengths.mean(), rtol=1e-6, atol=0)
 
 
 def templates_in_words(templates: Sequence[str]) -> str:
@@ -894,33 +900,47 @@ def _with_interval(key: str, metrics: dict[str, float]) -> str:
 
 
 def load_starting_weights(run: str) -> dict[str, torch.Tensor]:
-    """Load the weights that a run of train.py started from.
+    """Load the weights that a run of train.py started from, or the runs of a soup.
 
     run: its folder, or a file in it. Raises UserError if it is no run of train.py, one that left
     the weights as they were, or if its start has changed since.
     """
+    folder, args = _arguments_of_training(run)
+    # As train.py does before it makes the random weights of `tiny`.
+    devices.seed_everything(args["seed"])
+    # Runs of older versions have no `activation`, and no `start`.
+    start = load_model(args["architecture"], activation=args.get("activation")).state_dict()
+    if args.get("start") not in (None, frozen.fingerprint(start).hex()):
+        raise UserError(
+            f"{args['architecture']} has changed since {folder} started from it: its weights are "
+            "others"
+        )
+    return start
+
+
+def _arguments_of_training(run: str) -> tuple[Path, dict]:
+    """The folder and args.json of a run of train.py, or of a soup, that changed the weights.
+
+    Raises UserError if it is none.
+    """
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     try:
         args = checked(read_json(folder / "args.json"))
-        architecture, strategy, seed = args["architecture"], args["strategy"], args["seed"]
-    except (OSError, ValueError, KeyError):
+        # An evaluation has no strategy; that of a soup says where its runs started.
+        needed = {"architecture", "seed", "start" if args.get("soup") else "strategy"}
+        if not needed <= args.keys():
+            raise ValueError
+    except (OSError, ValueError):
         raise UserError(
             f"{run} is no run of train.py, whose args.json says where the weights started"
         ) from None
+    strategy = args.get("strategy")
     if strategy in strategies.KEEPS_WEIGHTS:
         raise UserError(
             f"{folder} was trained with --strategy {strategy}, which leaves the weights as they "
             "were: there is nothing to interpolate"
         )
-    # As train.py does before it makes the random weights of `tiny`.
-    devices.seed_everything(seed)
-    # Runs of older versions have no `activation`, and no `start`.
-    start = load_model(architecture, activation=args.get("activation")).state_dict()
-    if args.get("start") not in (None, frozen.fingerprint(start).hex()):
-        raise UserError(
-            f"{architecture} has changed since {folder} started from it: its weights are others"
-        )
-    return start
+    return folder, args
 
 
 def interpolate(
@@ -930,8 +950,7 @@ def interpolate(
 
     start, tuned: state dicts of the same model. Raises UserError if they are not.
     """
-    shapes = [{name: weight.shape for name, weight in state.items()} for state in (start, tuned)]
-    if shapes[0] != shapes[1]:
+    if _shapes(start) != _shapes(tuned):
         raise UserError(
             "the file of weights that the run started from now holds another model: "
             "--wise_ft needs the one that it was trained from"
@@ -944,3 +963,103 @@ def interpolate(
         else:
             state[name] = weight  # BatchNorm's count of batches
     model.load_state_dict(state)
+
+
+# -----------------------------------------------------------------------------
+# soups
+
+
+def check_soup(soup: Sequence[str]) -> dict:
+    """What the runs of a soup started from: architecture, activation, seed and start of args.json.
+
+    Raises UserError unless they are two or more finished runs of train.py that changed the weights,
+    all from the same start: elsewhere the mean of weights is no model.
+    """
+    if len(soup) < 2:
+        raise UserError("--soup is a mean of runs: it needs at least two")
+    first_folder, first, first_start = _run_of_soup(soup[0])
+    folders = [first_folder]
+    for run in soup[1:]:
+        folder, _, start = _run_of_soup(run)
+        if folder.resolve() in [other.resolve() for other in folders]:
+            raise UserError(f"--soup: {folder} is there twice")
+        if start != first_start:
+            raise UserError(
+                f"--soup: {folder} started from other weights than {first_folder}, and a mean of "
+                "such runs is no model"
+            )
+        folders.append(folder)
+    keys = ("architecture", "activation", "seed")
+    return {key: first.get(key) for key in keys} | {"start": first_start}
+
+
+def _run_of_soup(run: str) -> tuple[Path, dict, str]:
+    """The folder, the arguments, and the fingerprint of the start of a run.
+
+    Raises UserError if it can't be a part of a soup.
+    """
+    folder, args = _arguments_of_training(run)
+    # A folder that is called like a model would be loaded as that.
+    if runs.run_folder(run) is None:
+        raise UserError(f"--soup: {run} is the name of a model: give the path of a run's model.pt")
+    if args.get("soup"):
+        raise UserError(f"--soup: {folder} is a soup already: give the runs that it is made of")
+    if not (folder / "result.json").exists():
+        raise UserError(f"--soup: {folder} is not finished: go on with --resume {folder}")
+    # An older run did not record it.
+    start = args.get("start") or frozen.fingerprint(load_starting_weights(run)).hex()
+    return folder, args, start
+
+
+def load_soup(
+    paths: Sequence[str],
+    architecture: str,
+    device: torch.device | str,
+    activation: str | None = None,
+) -> CLIP:
+    """The model whose weights are the mean of those of the runs (Wortsman et al. 2022, uniform).
+
+    paths: runs that `check_soup` has passed. architecture: what they started from, for the record.
+    Raises UserError if they are not of one kind, or contradict `activation`.
+    """
+    # On the CPU, as not every device has float64.
+    soup = load_model(paths[0], activation=activation)
+
+    def states() -> Iterator[dict[str, torch.Tensor]]:
+        # One at a time, as all together may not fit into the memory.
+        for path in paths:
+            model = load_model(path, activation=activation)
+            if settings_of(model) != settings_of(soup):
+                raise UserError(f"--soup: {path} has other settings than {paths[0]}")
+            yield model.state_dict()
+
+    soup.load_state_dict(mean_weights(states()))
+    soup.origin = f"a soup of {', '.join(paths)} (from {origin_of(architecture)})"
+    return soup.to(device)
+
+
+def mean_weights(states: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean of state dicts of the same model, computed in float64.
+
+    The statistics of BatchNorm are averaged, too; whole numbers (its count of batches) are those of
+    the first. Raises UserError if the shapes differ.
+    """
+    states = iter(states)
+    first = next(states)
+    # clone, as double() returns float64 as it is.
+    total = {name: weight.double().clone() for name, weight in first.items()}
+    n = 1
+    for state in states:
+        if _shapes(state) != _shapes(first):
+            raise UserError("--soup: the runs hold weights of different shapes")
+        for name, weight in state.items():
+            total[name] += weight
+        n += 1
+    mean = {}
+    for name, weight in first.items():
+        mean[name] = (total[name] / n).to(weight) if weight.is_floating_point() else weight
+    return mean
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in state.items()}

@@ -10,6 +10,9 @@ runs/<name>/predictions.csv  file, label, five best names with their probabiliti
 runs/<name>/calibration.json the temperature of least NLL on val, with --holdout
 runs/<name>/report.csv       precision, recall, F1 of each class
 runs/<name>/result.json      all results, flat; the same line is appended to runs/results.jsonl
+
+An evaluation leaves no model, unless it is that of a soup: then it has model.pt, class_names.json
+and trained_on.json, too.
 """
 
 import argparse
@@ -118,6 +121,11 @@ def new_run(
         if config["job"] != "eval":
             advice += f", or go on with --resume {folder}"
         raise UserError(f"{folder} is a run already: {advice}")
+
+    # What a killed evaluation of a soup left would be taken for the model of this one.
+    if (folder / "args.json").exists():
+        for left in ("model.pt", "trained_on.json"):
+            (folder / left).unlink(missing_ok=True)
 
     # The sizes tell later whether the dataset is still the same: see _train_index.
     split_sizes = {split: len(index) for split, index in splits.items()}
@@ -299,9 +307,10 @@ def run_folder(model: str | Path) -> Path | None:
             candidates.append(place.parent)
         for folder in candidates:
             if (folder / "args.json").exists():
-                # The folder of an evaluation has args.json, too, but made no model.
-                job = _read_arguments(folder).get("job")
-                return folder if job in ("train", "qwen_train") else None
+                # The folder of an evaluation has args.json, too, but made a model of a soup only.
+                stored = _read_arguments(folder)
+                made_model = stored.get("job") in ("train", "qwen_train") or stored.get("soup")
+                return folder if made_model else None
     return None
 
 
@@ -330,13 +339,17 @@ def inherited_arguments(model: str | Path) -> dict:
     return arguments
 
 
-def parse_inheriting(parser: argparse.ArgumentParser, model_flag: str) -> argparse.Namespace:
+def parse_inheriting(
+    parser: argparse.ArgumentParser, model_flag: str, soup_flag: str | None = None
+) -> argparse.Namespace:
     """Parse the command line; flags that it leaves out are taken over from the evaluated run.
 
-    model_flag: the flag that names the run. Prints what is taken over.
+    model_flag: the flag that names the run. soup_flag: one that names several in its place, of
+    which the first is taken. Prints what is taken over. Raises UserError if they disagree on it.
     """
     args = parser.parse_args()
-    model = getattr(args, model_flag)
+    soup = (getattr(args, soup_flag) if soup_flag else None) or []
+    model = soup[0] if soup else getattr(args, model_flag)
     inherited = inherited_arguments(model) if model else {}
     # argparse can't say which flags were typed. So it parses once more, into a namespace that holds
     # None for the inherited ones: where there is a value it puts no default, and None is left.
@@ -350,12 +363,26 @@ def parse_inheriting(parser: argparse.ArgumentParser, model_flag: str) -> argpar
     for key, value in inherited.items():
         if key in vars(args) and key not in typed_keys:
             taken[key] = value
+    for other in soup[1:]:
+        _check_agreement(model, other, taken)
     flags = as_flags(taken)
     if not flags:
         return args
     print(f"taken over from {run_folder(model)}: {shlex.join(flags)}")
     # What the file holds is checked as what a user types. Typed flags come last, so they win.
     return parser.parse_args([*flags, *sys.argv[1:]])
+
+
+def _check_agreement(first: str, other: str, taken: dict) -> None:
+    """Raise UserError if a run differs from another one in what an evaluation of both inherits."""
+    inherited = inherited_arguments(other)
+    # Empty where it is no run, which is refused later, with the reason.
+    differing = [key for key in taken if inherited and inherited.get(key) != taken[key]]
+    if differing:
+        raise UserError(
+            f"{first} and {other} were trained with different --{differing[0]}: say with which "
+            "they are to be evaluated"
+        )
 
 
 def command_line(script: str, settings: dict) -> str:
@@ -383,11 +410,11 @@ def trains(epochs: int | None, strategy: str | None) -> bool:
     return epochs != 0 or strategy == "linear"
 
 
-def write_trained_on(folder: Path, ids: Iterable[str], start: str | None = None) -> None:
+def write_trained_on(folder: Path, ids: Iterable[str], *starts: str | Path) -> None:
     """Write trained_on.json, unless it is there: a resumed run keeps its own.
 
     ids: of the images, as `data.image_ids` gives them.
-    start: what the model was before. If that is a run, its images are added.
+    starts: what the model was before, or what it is made of. The images of runs are added.
     """
     path = folder / "trained_on.json"
     if path.exists():
@@ -396,7 +423,7 @@ def write_trained_on(folder: Path, ids: Iterable[str], start: str | None = None)
     record = {}
     # A start whose images can't be known is recorded as such: without it the list would look whole.
     try:
-        images |= (read_trained_on(start) if start else None) or set()
+        images |= read_trained_on(*starts) or set()
     except UnknownImages as error:
         record["unknown"] = str(error)
     # Sorted, so that the digest is that of the set. JSON has no checksum of its own.
@@ -404,13 +431,15 @@ def write_trained_on(folder: Path, ids: Iterable[str], start: str | None = None)
     write_json(path, {"digest": _digest(images), "images": images, **record})
 
 
-def read_trained_on(model: str | Path) -> set[str] | None:
-    """The ids of all images that a model was trained on here; None if no run made it.
+def read_trained_on(*models: str | Path) -> set[str] | None:
+    """The ids of all images that a model, or any of several, was trained on here.
 
-    Runs made before there was a trained_on.json have it derived from their arguments. Raises
-    UnknownImages where that is not possible, or the file is damaged.
+    None if no run made any of them. Runs made before there was a trained_on.json have it derived
+    from their arguments. Raises UnknownImages where that is not possible, or the file is damaged.
     """
-    return _read_trained_on(model, visited=())
+    of_each = [_read_trained_on(model, visited=()) for model in models]
+    known = [images for images in of_each if images is not None]
+    return set().union(*known) if known else None
 
 
 def _read_trained_on(model: str | Path, visited: tuple[Path, ...]) -> set[str] | None:
@@ -482,17 +511,18 @@ def _train_index(stored: dict, flowers: Flowers) -> np.ndarray | None:
 
 
 def check_overlap(
-    model: str | Path, flowers: Flowers, index: np.ndarray, split: str, allow: bool
+    models: Sequence[str | Path], flowers: Flowers, index: np.ndarray, split: str, allow: bool
 ) -> int | str | None:
     """How many of the images at `index` a model was trained on, for the result and the table.
 
+    models: the one that is evaluated, or all that it is the mean of.
     None if no run made the model: nothing is known about its training. "unknown" if a run made it
     whose images can't be known. split: what the images are called. allow: evaluate them anyhow.
     Raises UserError if there are such images, unless they are allowed.
     """
     # When in doubt refuse: an accuracy on training images looks like any other.
     try:
-        trained_on = read_trained_on(model)
+        trained_on = read_trained_on(*models)
     except UnknownImages as error:
         if allow:
             return "unknown"
@@ -500,16 +530,17 @@ def check_overlap(
     if trained_on is None:
         return None
     overlap = count_overlap(trained_on, image_ids(flowers, index))
+    names = " and ".join(map(str, models))
     # Numbers and contents can't be compared.
     by_number = [image.startswith(OXFORD_ID) for image in trained_on]
     if any(has_number != flowers.is_oxford for has_number in by_number):
         note(
             f"Oxford's images are known by number, others by content: if some of {flowers.root} "
-            f"are copies of what {model} was trained on, this is not noticed"
+            f"are copies of what {names} was trained on, this is not noticed"
         )
     if overlap and not allow:
         raise UserError(
-            f"{overlap:,} of the {len(index):,} {split} images were trained on by {model}: choose "
+            f"{overlap:,} of the {len(index):,} {split} images were trained on by {names}: choose "
             "the splits that it was trained with, or --allow_overlap evaluates them all the same"
         )
     return overlap

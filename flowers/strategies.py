@@ -11,7 +11,8 @@ norm         the LayerNorms of both towers (of a ResNet: its BatchNorms too, but
 lora         low-rank updates of q, k, v, out and MLP weights in both towers (of a ResNet's image
              tower: its attention pool)
 prompt       learned context vectors before the class name, everything else frozen
-linear       a logistic regression on frozen image features
+linear       a linear classifier on frozen image features: a logistic regression, or the text
+             classifier and what the images pull it to
 """
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flowers import UserError
+from flowers.files import note
 from flowers.models import (
     CLIP,
     CONTEXT_MARK,
@@ -263,12 +265,20 @@ def attach_context(model: CLIP, context: torch.Tensor) -> None:
 
 
 # -----------------------------------------------------------------------------
-# linear: a logistic regression on frozen features
+# linear: a classifier on frozen features
+
+# Of L-BFGS, each of them a pass over all features.
+MAX_ITERATIONS = 1000
 
 # Values of C in scikit-learn's LogisticRegression (the inverse of the L2 penalty), tried on val.
 INVERSE_REGULARISATION = (0.1, 1.0, 10.0, 100.0, 1000.0)
 # Used without val: the choice on val for the real images (docs/study.md).
 DEFAULT_C = 100.0
+
+# Strengths of the pull towards the text classifier, tried on val, the strongest first.
+PULLS = (10.0, 1.0, 0.1, 0.01, 0.001)
+# Used without val: the middle of these, not tuned.
+DEFAULT_PULL = 0.1
 
 
 def fit_linear(
@@ -276,14 +286,15 @@ def fit_linear(
     labels: torch.Tensor,
     zero_shot: tuple[torch.Tensor, torch.Tensor],
     val: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sample_weight: np.ndarray | None = None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], float, int]:
     """Fit a logistic regression (L-BFGS, L2) to features (N, D) and labels (N,).
 
     zero_shot: weight (C, D) and bias (C,) of the frozen model's head, which stay for classes that
     `labels` lacks.
     val: features and labels on which C is chosen; without them it is DEFAULT_C.
-    Returns the head (weight and bias), the C used, and the iterations of L-BFGS, each of them a
-    pass over all features.
+    sample_weight: (N,), 1 for each by default.
+    Returns the head (weight and bias), the C used, and the iterations of L-BFGS.
     """
     # It takes two seconds to import, which test_models.py does without.
     from sklearn.linear_model import LogisticRegression
@@ -291,8 +302,8 @@ def fit_linear(
     candidates = (DEFAULT_C,) if val is None else INVERSE_REGULARISATION
     best, best_score = None, -1.0
     for c in candidates:
-        regression = LogisticRegression(C=c, max_iter=1000)
-        regression.fit(features.numpy(), labels.numpy())
+        regression = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)
+        regression.fit(features.numpy(), labels.numpy(), sample_weight)
         score = 0.0 if val is None else regression.score(val[0].numpy(), val[1].numpy())
         if score > best_score:  # of equal scores the smallest C wins
             best, best_score = regression, score
@@ -307,3 +318,126 @@ def fit_linear(
     weight[trained_classes] = torch.from_numpy(rows).float()
     bias[trained_classes] = torch.from_numpy(offsets).float()
     return (weight, bias), best.C, int(best.n_iter_[0])
+
+
+def fit_pulled(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    zero_shot: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
+    pull: float | None = None,
+    val: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sample_weight: np.ndarray | None = None,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], float, int]:
+    """Fit a softmax classifier that starts at the text classifier and is pulled towards it.
+
+    It minimises `pulled_loss`: the pull of CLAP (Silva-Rodriguez et al. 2024), with one strength
+    for all classes. features: (N, D) of length 1; labels: (N,).
+
+    zero_shot: weight (C, D), `scale` times the text classifier, and bias (C,), which is zero. The
+    softmax is over the classes of `labels`, as in `fit_linear`; the others stay as they are.
+    pull: its strength. Without one it is chosen on val (features and labels), by the accuracy among
+    the classes of `labels`; without val it is DEFAULT_PULL.
+    sample_weight: (N,), the same for each by default.
+    Returns the head (weight and bias), the pull used, and the iterations of L-BFGS.
+    """
+    weight, bias = (tensor.clone() for tensor in zero_shot)
+    trained_classes, rows = labels.unique(return_inverse=True)  # sorted; (N,) positions in them
+    start = weight[trained_classes].double() / scale  # (trained classes, D)
+    importance = torch.ones(len(labels), dtype=torch.float64)
+    if sample_weight is not None:
+        importance = torch.from_numpy(sample_weight)
+    samples = features.double(), rows, importance / importance.sum()
+
+    candidates = PULLS if val else (DEFAULT_PULL,)
+    if pull is not None:
+        candidates = (pull,)
+    best, best_score = None, -1.0
+    for strength in candidates:
+        classifier, iterations = minimise_pulled(*samples, start, scale, strength)
+        score = 0.0
+        if val:
+            val_features, val_labels = val
+            predicted = (val_features.double() @ classifier.t()).argmax(1)
+            score = (trained_classes[predicted] == val_labels).double().mean().item()
+        if score > best_score:  # of equal scores the strongest pull wins
+            best, best_score = (classifier, strength, iterations), score
+
+    classifier, strength, iterations = best
+    weight[trained_classes] = (scale * classifier).float()
+    return (weight, bias), strength, iterations
+
+
+def pulled_loss(
+    classifier: torch.Tensor,
+    features: torch.Tensor,
+    rows: torch.Tensor,
+    sample_weight: torch.Tensor,
+    start: torch.Tensor,
+    scale: float,
+    pull: float,
+) -> tuple[float, torch.Tensor]:
+    """The weighted mean of the cross-entropy plus pull * |classifier - start|^2, and its gradient.
+
+    classifier, start, and the gradient: (C, D). features: (N, D); their logits are
+    scale * features @ classifier^T. rows: (N,) the class of each. sample_weight: (N,), of sum 1.
+    """
+    logits = scale * features @ classifier.t()  # (N, C)
+    log_probabilities = logits.log_softmax(1)
+    samples = torch.arange(len(rows))
+    cross_entropy = -log_probabilities[samples, rows] @ sample_weight
+    distance = classifier - start
+    loss = cross_entropy + pull * distance.square().sum()
+
+    # Of the cross-entropy with respect to the logits: probabilities minus one-hot labels.
+    residuals = log_probabilities.exp()
+    residuals[samples, rows] -= 1
+    residuals *= sample_weight[:, None]
+    gradient = scale * residuals.t() @ features + 2 * pull * distance
+    return loss.item(), gradient
+
+
+def minimise_pulled(
+    features: torch.Tensor,
+    rows: torch.Tensor,
+    sample_weight: torch.Tensor,
+    start: torch.Tensor,
+    scale: float,
+    pull: float,
+) -> tuple[torch.Tensor, int]:
+    """The classifier (C, D) of least `pulled_loss`, sought from `start` on, and the iterations."""
+    import scipy.optimize  # here, for the reason that scikit-learn is imported late
+
+    def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        classifier = torch.from_numpy(flat).reshape(start.shape)
+        loss, gradient = pulled_loss(classifier, features, rows, sample_weight, start, scale, pull)
+        return loss, gradient.numpy().ravel()
+
+    # The loss is strictly convex: the optimum does not depend on where the search begins.
+    result = scipy.optimize.minimize(
+        loss_and_gradient,
+        start.numpy().ravel(),
+        method="L-BFGS-B",
+        jac=True,
+        options={
+            "maxiter": MAX_ITERATIONS,
+            "maxfun": 2 * MAX_ITERATIONS,
+            "ftol": 1e-12,
+            "gtol": 1e-7,
+        },
+    )
+    if not result.success:
+        note(f"the linear head with a pull of {pull:g} has not converged: {result.message}")
+    return torch.from_numpy(result.x).reshape(start.shape), result.nit
+
+
+def modality_weights(n_images: int, n_texts: int) -> np.ndarray:
+    """The weight of each image, then of each text, in a head that is fitted to both (N,).
+
+    All images weigh as much as all texts, as in the batches of Lin et al. (2023), half of which are
+    texts: else a few prompts would be lost among many images. The sum is that of images alone, so
+    C and the pull mean the same with texts and without.
+    """
+    images = np.full(n_images, 0.5)
+    texts = np.full(n_texts, 0.5 * n_images / n_texts)
+    return np.concatenate([images, texts])

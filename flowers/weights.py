@@ -373,7 +373,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _start_of_run(path: Path) -> str | None:
-    """What a run of train.py started from, if `path` is its model.pt."""
+    """What a run of train.py started from, or the runs of a soup, if `path` is its model.pt."""
     if path.name != "model.pt":
         return None
     try:
@@ -381,9 +381,11 @@ def _start_of_run(path: Path) -> str | None:
     except (OSError, ValueError):
         return None
     architecture = arguments.get("architecture")
-    if arguments.get("job") != "train" or not isinstance(architecture, str):
+    soup = arguments.get("soup")
+    if not isinstance(architecture, str) or not (arguments.get("job") == "train" or soup):
         return None
-    return origin_of(architecture)
+    start = origin_of(architecture)
+    return f"a soup of {len(soup)} runs from {start}" if soup else start
 
 
 def origin_of(architecture: str) -> str:

@@ -310,7 +310,7 @@ def test_older_runs_are_judged_by_their_arguments(official, small, evaluate_run,
     # A run that starts from it does not know either, and keeps that in mind.
     child = tmp_path / "child"
     child.mkdir()
-    runs.write_trained_on(child, ["a"], start=str(run))
+    runs.write_trained_on(child, ["a"], str(run))
     write_json(child / "args.json", {"job": "train"})
     with pytest.raises(runs.UnknownImages, match="can't be known"):
         runs.read_trained_on(child)

@@ -102,8 +102,8 @@ def _evaluation_command(folder: Path, flowers: Flowers) -> str:
     """The command that makes the predictions of a run anew, as a run of another name."""
     flags = {"architecture": str(folder)}  # it takes over splits, names and prompts
     stored = run_arguments(folder)
-    if stored.get("job") == "eval":
-        # An evaluation has no model of its own: it is repeated.
+    if stored.get("job") == "eval" and not stored.get("soup"):
+        # An evaluation has no model of its own, but for that of a soup: it is repeated.
         repeated = ("architecture", "splits_path", "splits", "holdout", "class_names", "split")
         flags |= {key: stored.get(key) for key in (*repeated, "prompt_template")}
     flags |= {"data_root": str(flowers.root), "runs": str(folder.parent)}
