@@ -36,6 +36,7 @@ from flowers import (
     strategies,
 )
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select
+from flowers.duplicates import write_duplicates
 from flowers.layouts import read_captions
 from flowers.losses import backward_in_chunks, info_nce, same_class
 from flowers.models import (
@@ -189,6 +190,7 @@ def main():
     result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device) | sizes
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
+    write_duplicates(folder, pixels, eval_index, flowers.file_names)
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
     finish_tracker(tracker, result, protocol, probabilities, flowers, eval_index)
     print_results(folder, metrics, result, protocol, config)
