@@ -1,7 +1,7 @@
 """The statistics of the study: arrays in, numbers out.
 
-Intervals over seeds, paired tests between models, the overlap of lists of classes, and two answers
-to "what is a difference owed to?": a division of the variance and a division of the gain.
+Intervals over images and seeds, paired tests between models, the overlap of lists of classes, and
+two answers to "what is a difference owed to?": a division of the variance and one of the gain.
 """
 
 import functools
@@ -298,6 +298,7 @@ def decompose(
     reference: Sequence[int],
     rounds: int = 1000,
     seed: int = 0,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, dict[str, Interval]]:
     """Divide variance and gain among the factors of a grid, with 95% bootstrap intervals.
 
@@ -309,6 +310,8 @@ def decompose(
             factor 1 is the untrained model, the same in all its cells.
         reference: see `gains`.
         rounds: how many times to draw; with 0 the ends of the intervals are nan.
+        clusters: (images,) int from 0. Images of one cluster, near-duplicates, are drawn together
+            and lie in the same half.
 
     Returns:
         `variance`: shares of the variance of accuracy between the trained cells, see
@@ -318,9 +321,13 @@ def decompose(
     rng = np.random.default_rng(seed)
     *levels, seeds, images = correct.shape
     percent = 100 * correct.reshape(-1, images).astype(float)  # (cells * seeds, images)
+    if clusters is None:
+        clusters = np.arange(images)
+    n_clusters = clusters.max() + 1
     # A random half, the same in all rounds.
-    first_half = np.zeros(images, bool)
-    first_half[rng.permutation(images)[: images // 2]] = True
+    in_first = np.zeros(n_clusters, bool)
+    in_first[rng.permutation(n_clusters)[: n_clusters // 2]] = True
+    first_half = in_first[clusters]  # (images,)
 
     def estimate(weights: np.ndarray, seed_index: np.ndarray) -> Division:
         """All divisions, with images (images,) weighted and seeds (levels ..., seeds) chosen."""
@@ -337,16 +344,16 @@ def decompose(
     estimates = estimate(np.ones(images), each_seed)
     resampled = []
     for _ in range(rounds):
-        weights = _draw_images(first_half, rng)
+        weights = _draw_clusters(in_first, rng)[clusters]
         seed_index = rng.integers(seeds, size=(*levels, seeds))
         resampled.append(estimate(weights, seed_index))
     return _with_intervals(estimates, resampled)
 
 
-def _draw_images(first_half: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """How often each image is drawn (images,), with replacement, as many as each half has."""
-    weights = np.zeros(len(first_half))
-    for half in (first_half, ~first_half):
+def _draw_clusters(in_first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How often each cluster is drawn (K,), with replacement, as many as each half has."""
+    weights = np.zeros(len(in_first))
+    for half in (in_first, ~in_first):
         size = half.sum()
         weights[half] = rng.multinomial(size, np.full(size, 1 / size))
     return weights
