@@ -32,6 +32,7 @@ import torch
 
 from flowers import UserError, add_switch, command, devices, evaluate, figures, files, runs
 from flowers.data import Flowers, add_data_arguments, open_from_flags, split_index
+from flowers.duplicates import write_duplicates
 from flowers.layouts import read_captions
 from flowers.models import CLIP, encode, image_features, text_features
 from flowers.pixels import load_pixels, to_device
@@ -280,6 +281,7 @@ def main():
     )
     seconds = time.perf_counter() - start
     evaluate.save_outputs(folder, probabilities, flowers, index, metrics)
+    write_duplicates(folder, pixels, index, flowers.file_names)
 
     # -----------------------------------------------------------------------------
     # WiSE-FT

@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 
 from flowers import UserError, command
-from flowers.evaluate import templates_in_words, wilson
+from flowers.evaluate import templates_in_words
 from flowers.files import atomic, read_lines, user_path, write_csv
 from flowers.models import SHAPES, build, count_flops
 from flowers.strategies import KEEPS_WEIGHTS
@@ -35,6 +35,7 @@ from flowers.study.comparable import (
     Grid,
     Group,
     Run,
+    answers,
     best_by_strategy,
     factorial,
     grouped,
@@ -65,8 +66,7 @@ RESULT_COLUMNS = (
     "lr",
     "seeds",
     "top-1",
-    "seeds 95%",
-    "images 95%",
+    "95%",
     "top-5",
     "per class",
     "trained",
@@ -390,7 +390,8 @@ def answer(
     # Level 0 of strategy and architecture; the learning rates are sorted.
     names = ["strategy", "architecture", "learning rate"]
     reference = [0, 0, grid.rates // 2]
-    shares = statistics.decompose(correct, names, reference, rounds)
+    clusters = any_run(grid).clusters
+    shares = statistics.decompose(correct, names, reference, rounds, clusters=clusters)
 
     figure = figures.answer(shares["variance"], shares["share"], output / "answer.png")
     return paragraphs(
@@ -543,8 +544,8 @@ def results(runs: Sequence[Run], output: Path, name: str) -> str:
             p_values[pair.a] = pair.holm
     rows = [result_row(group, p_values.get(i)) for i, group in enumerate(groups)]
     caption = (
-        "Top-1, top-5 and mean of the classes in percent; 95% intervals over seeds (Student) and "
-        "over images (Wilson); parameters trained, seconds of training, peak memory; p: exact "
+        "Top-1, top-5 and mean of the classes in percent; 95% over images and seeds, of one seed "
+        "over images alone; parameters trained, seconds of training, peak memory; p: exact "
         f"McNemar against {label(groups[top][0])}, lowest seed, Holm's correction "
         f"(pairs: {len(pairs)})"
     )
@@ -565,25 +566,34 @@ def results(runs: Sequence[Run], output: Path, name: str) -> str:
 
 
 def compare_pairs(groups: list[Group]) -> pd.DataFrame:
-    """Test each model against each other on the same images, by the run of its lowest seed.
+    """Compare each model with each other on the same images.
 
-    Columns: a, b (positions in groups), seed (of a), only_a and only_b (images that one model
-    alone has right), p (McNemar's exact test), holm (corrected for the number of pairs).
+    Columns: a, b (positions in groups); difference, low, high (a less b in points, over all seeds
+    and images, with its 95% interval). Of the runs of the lowest seeds: seed (of a), only_a and
+    only_b (images that one alone has right), p (McNemar's exact test), holm (corrected for the
+    number of pairs).
     """
+    correct = [answers(group) for group in groups]
     rows = []
     for a, b in itertools.combinations(range(len(groups)), 2):
         # One run each: McNemar's test takes pairs of answers to the same image.
         first, second = groups[a][0], groups[b][0]
         test = statistics.mcnemar(first.correct, second.correct)
-        rows.append((a, b, first.seed, *test))
-    pairs = pd.DataFrame(rows, columns=["a", "b", "seed", "only_a", "only_b", "p"])
+        difference = statistics.difference_interval(correct[a], correct[b], first.clusters)
+        rows.append((a, b, *difference, first.seed, *test))
+    columns = ["a", "b", "difference", "low", "high", "seed", "only_a", "only_b", "p"]
+    pairs = pd.DataFrame(rows, columns=columns)
     return pairs.assign(holm=statistics.holm(pairs["p"]))
 
 
 def write_pairs(path: Path, pairs: pd.DataFrame, labels: Sequence[str]) -> None:
     rows = []
     for pair in pairs.itertuples():
-        row = {"a": labels[pair.a], "b": labels[pair.b], "seed": pair.seed}
+        row = {"a": labels[pair.a], "b": labels[pair.b]}
+        row["a - b"] = f"{pair.difference:.2f}"
+        row["95% low"] = f"{pair.low:.2f}"
+        row["95% high"] = f"{pair.high:.2f}"
+        row["seed"] = pair.seed
         row["only a right"] = pair.only_a
         row["only b right"] = pair.only_b
         row["p"] = f"{pair.p:.4g}"
@@ -608,14 +618,8 @@ def result_row(group: Group, p_value: float | None) -> dict[str, str]:
 
     # accuracy
     row["top-1"] = f"{mean(group):.2f}"
-    if len(group) > 1:
-        _, low, high = interval(group)
-        row["seeds 95%"] = f"[{low:.1f}, {high:.1f}]"
-    images = len(first.labels)
-    # With several seeds, the interval around their mean number of right images. Not of all their
-    # images together: the seeds see the same ones, so they are not independent trials.
-    low, high = wilson(round(mean(group) * images / 100), images)
-    row["images 95%"] = f"[{low:.1f}, {high:.1f}]"
+    _, low, high = interval(group)
+    row["95%"] = f"[{low:.1f}, {high:.1f}]"
     for column, metric in (("top-5", "top5"), ("per class", "mean_per_class")):
         if not math.isnan(mean(group, metric)):
             row[column] = f"{mean(group, metric):.2f}"
@@ -646,7 +650,7 @@ def accuracies_figure(groups: list[Group], path: Path) -> str:
     heading = f"{first.split}, {len(first.labels):,} images"
     figure = figures.accuracies(pd.DataFrame(rows), path, heading)
     return picture(
-        figure, "Top-1 with 95% intervals, over seeds where there are several, else over images"
+        figure, "Top-1 with 95% intervals over images and, where there are several, seeds"
     )
 
 
@@ -674,7 +678,7 @@ def factors(protocols: list[list[Run]], output: Path, missing: list[Missing]) ->
         if curves:
             figure = figures.factor_curves(pd.concat(curves), output / f"{name}.png")
             parts.append(picture(figure, "Top-1 by setting, all else equal; bands: all seeds"))
-        caption = "Top-1 in percent with 95% intervals, over seeds or, with one seed, over images"
+        caption = "Top-1 in percent; 95% over images and seeds, with one seed over images alone"
         parts.append(table(output, name, rows, caption))
 
     # Missing only if no protocol varies it.

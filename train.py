@@ -38,6 +38,7 @@ from flowers import (
     strategies,
 )
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select
+from flowers.duplicates import write_duplicates
 from flowers.layouts import read_captions
 from flowers.losses import (
     LOSSES,
@@ -225,6 +226,7 @@ def main():
     result |= fitted | calibrated | loss_parameters(model, config) | sizes
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device)
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
+    write_duplicates(folder, pixels, eval_index, flowers.file_names)
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
     finish_tracker(tracker, result, protocol, probabilities, flowers, eval_index)
     print_results(folder, metrics, result, protocol, config)

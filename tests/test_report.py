@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 from conftest import ROOT, error_line
 
-from flowers.study import comparable
+from flowers.study import comparable, statistics
 
 NAMES = [f"kind {c:02d}" for c in range(12)]
 CONFIG = {
@@ -224,16 +224,13 @@ def test_the_final_table(study, text):
     strategies = ("none", *STRATEGIES)
     assert set(models) == {(a, s) for a in ("tiny", "tiny-rn") for s in strategies}
 
-    accuracy = [100 * correct_of(study / f"final-tiny-full-{seed}").mean() for seed in SEEDS]
-    mean = np.mean(accuracy)
-    half_width = 12.706 * np.std(accuracy, ddof=1) / math.sqrt(2)  # t(0.975, 1 degree of freedom)
-    low = max(0, mean - half_width)
-    high = min(100, mean + half_width)
+    correct = np.array([correct_of(study / f"final-tiny-full-{seed}") for seed in SEEDS])
+    mean, low, high = statistics.mean_interval(correct)
     row = models["tiny", "full"]
-    assert row["top-1"] == f"{mean:.2f}"
+    assert row["top-1"] == f"{mean:.2f}" == f"{100 * correct.mean():.2f}"
     assert row["seeds"] == "2"
     assert row["trained"] == "1,500"
-    assert row["seeds 95%"] == f"[{low:.1f}, {high:.1f}]"
+    assert row["95%"] == f"[{low:.1f}, {high:.1f}]"
 
 
 def test_a_table_has_one_protocol(text):
@@ -270,6 +267,15 @@ def test_the_tests_of_pairs(study, report):
     assert (int(pair["only a right"]), int(pair["only b right"])) == (only_a, only_b)
     tail = scipy.stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)
     assert float(pair["p"]) == pytest.approx(min(1, 2 * tail), rel=1e-3)
+
+    # Over both seeds, beside the test of one.
+    ends = [
+        np.array([correct_of(study / f"final-{name}-full-{seed}") for seed in SEEDS])
+        for name in ("tiny", "tiny-rn")
+    ]
+    expected = statistics.difference_interval(*ends)
+    found = [float(pair[key]) for key in ("a - b", "95% low", "95% high")]
+    assert found == pytest.approx(expected, abs=0.006)
 
 
 def test_what_a_report_links_to_is_there(report, text):
@@ -376,6 +382,30 @@ def test_only_the_same_images_and_training_classes_are_compared(tmp_path):
     assert same == {"a", "f"}
     assert len(set(protocol_of.values())) == 6
     assert not starts
+
+
+def test_near_duplicates_are_one_draw(tmp_path):
+    """Every image twice, with the same answers: the interval of the images once."""
+    write_run(tmp_path, "a", 0.6, n=120)
+    table = (tmp_path / "a" / "predictions.csv").read_text()
+    head, *rows = table.splitlines()
+    once = comparable.interval(compared_runs(tmp_path))
+    copies = [row.replace("val_", "copy_") for row in rows]
+    (tmp_path / "a" / "predictions.csv").write_text("\n".join([head, *rows, *copies]) + "\n")
+    twice = comparable.interval(compared_runs(tmp_path))
+    assert twice[2] - twice[1] < 0.8 * (once[2] - once[1])
+
+    names = [row.split(",")[0] for row in rows]
+    groups = [[name, name.replace("val_", "copy_")] for name in names]
+    duplicates = tmp_path / "a" / "duplicates.json"
+    duplicates.write_text(json.dumps({"groups": groups}))
+    assert comparable.interval(compared_runs(tmp_path)) == pytest.approx(once)
+
+    duplicates.write_text(json.dumps({"groups": [5]}))
+    assert comparable.load(tmp_path) == (
+        [],
+        ["a can't be read: ValueError duplicates.json is damaged"],
+    )
 
 
 def test_a_seed_counts_once_and_an_evaluation_bears_its_run_s_name(tmp_path):

@@ -1,10 +1,12 @@
 """Each statistic against a published worked example or an independent computation."""
 
+import importlib.util
 import itertools
 import math
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from flowers.evaluate import wilson
 from flowers.study import statistics
@@ -36,16 +38,77 @@ def sum_of_squares(values):
 # intervals and tests
 
 
-def test_t_interval_of_a_textbook_sample():
-    """Student's sleep data, differences of the ten patients: R's t.test gives 1.58 [0.70, 2.46]."""
-    differences = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
-    expected = (1.58, 0.7001142, 2.4598858)
-    assert statistics.t_interval(differences) == pytest.approx(expected, abs=1e-6)
+def test_the_interval_of_one_seed_is_wilson_s():
+    for right, n in ((81, 263), (0, 20), (20, 20), (1, 29)):
+        correct = np.arange(n)[None] < right
+        expected = (100 * right / n, *wilson(right, n))
+        assert statistics.mean_interval(correct) == pytest.approx(expected)
 
-    mean, low, high = statistics.t_interval([3.0])
-    assert mean == 3
-    assert math.isnan(low)
-    assert math.isnan(high)
+
+def test_variances_are_those_of_an_analysis_of_variance():
+    """Mean squares of the table seeds x images, by summing over its cells."""
+    rng = np.random.default_rng(0)
+    correct = rng.random((3, 40)) < rng.random(40)
+    n, images = correct.shape
+    of_seed, of_image, mean = correct.mean(1), correct.mean(0), correct.mean()
+    residual = sum(
+        (correct[s, i] - of_seed[s] - of_image[i] + mean) ** 2
+        for s in range(n)
+        for i in range(images)
+    ) / (n - 1)
+    seeds = sum((of_seed - mean) ** 2) / (n - 1)
+    of_images, of_seeds = statistics._variances(correct, np.arange(images))
+    assert of_images == pytest.approx(sum((of_image - mean) ** 2) / images**2)
+    assert of_seeds == pytest.approx(max(0, seeds - residual / images**2 / 2) / n)
+
+
+def test_seeds_that_agree_have_the_interval_of_their_images():
+    """Two seeds of 12.1% had Student's interval [12.1, 12.1]."""
+    correct = np.tile(np.arange(240) < 29, (2, 1))
+    assert statistics.mean_interval(correct) == pytest.approx((29 / 2.4, *wilson(29, 240)))
+
+
+def test_intervals_do_not_depend_on_the_order_and_a_cluster_is_one_draw():
+    rng = np.random.default_rng(0)
+    correct = rng.random((3, 300)) < rng.random(300)
+    once = statistics.mean_interval(correct)
+    twice = np.repeat(correct, 2, axis=1)
+    clusters = np.repeat(np.arange(300), 2)
+    order = rng.permutation(600)
+    assert statistics.mean_interval(twice[:, order], clusters[order]) == pytest.approx(once)
+
+    a, b = correct, rng.random((2, 300)) < 0.5
+    difference, low, high = statistics.difference_interval(a, b)
+    assert difference == pytest.approx(100 * (a.mean() - b.mean()))
+    assert statistics.difference_interval(b, a) == pytest.approx((-difference, -high, -low))
+
+
+def test_equal_models_do_not_differ_and_have_an_interval():
+    correct = np.tile(np.arange(200) < 150, (2, 1))
+    difference, low, high = statistics.difference_interval(correct, correct)
+    assert difference == 0
+    assert -2 < low < -0.5
+    assert 0.5 < high < 2
+    right = np.ones((2, 200), bool)
+    assert statistics.difference_interval(right, ~right)[::2] == (100.0, 100.0)
+
+
+def test_95_percent_of_the_intervals_hold_the_truth():
+    """Three seeds that differ by two points; the naive bootstrap holds it nine times in ten."""
+    coverage = load_coverage()
+    setting = coverage.Setting(0.6, 3, 2000, 0.02, 0.8)
+    study, student, naive, *_ = coverage.coverage(setting, 400, 0)
+    assert 0.925 <= study <= 0.985  # three standard errors of 400 repetitions around 95.5%
+    assert naive < 0.9
+    assert student > 0.85
+
+
+def load_coverage():
+    """benchmarks/coverage.py as a module: the folder is no package."""
+    spec = importlib.util.spec_from_file_location("coverage_of", ROOT / "benchmarks/coverage.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_wilson_of_newcombe_1998():
@@ -202,6 +265,25 @@ def test_decompose_recovers_what_was_put_in():
         assert sum(value for value, _, _ in result[division].values()) == pytest.approx(1)
 
     assert statistics.decompose(correct, FACTORS, [0, 0, 0], rounds=200) == result
+
+
+def test_decompose_keeps_clusters_together():
+    """With every image twice, half as much is known as there seems to be."""
+    rng = np.random.default_rng(1)
+    accuracy = np.array([0.3, 0.6])[:, None, None, None, None]
+    once = rng.random((2, 2, 2, 2, 400)) < accuracy
+    twice = np.repeat(once, 2, axis=-1)
+    width = {}
+    for name, correct, clusters in (
+        ("once", once, None),
+        ("blind", twice, None),
+        ("clustered", twice, np.repeat(np.arange(400), 2)),
+    ):
+        result = statistics.decompose(correct, FACTORS, [0, 0, 0], 300, clusters=clusters)
+        _, low, high = result["gain"]["strategy"]
+        width[name] = high - low
+    assert width["clustered"] == pytest.approx(width["once"], rel=1e-6)
+    assert width["blind"] < 0.85 * width["once"]
 
 
 def test_decompose_without_any_difference_has_no_share():

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from flowers.evaluate import wilson
 from flowers.files import checked, read_json
 from flowers.models import SHAPES
 from flowers.runs import read_predictions
@@ -79,6 +78,7 @@ class Run:
     labels: np.ndarray  # (N,) true class names
     predicted: np.ndarray  # (N,) predicted class names
     images: str  # digest of the file names and labels
+    clusters: np.ndarray  # (N,) int from 0: near-duplicates share one
     # The rest is filled in by `resolve`.
     architecture: str = ""  # that of the first run in the chain of starts
     strategy: str = ""  # "none" if the model was not trained
@@ -164,6 +164,7 @@ def _load_run(folder: Path) -> Run | None:
     if abs(accuracy - result[f"{split}/top1"]) > 0.01:
         raise ValueError("predictions.csv and result.json disagree")
     digest = hashlib.sha256(json.dumps([files, labels]).encode()).hexdigest()
+    clusters = _clusters(folder, files)
     return Run(
         name=folder.name,
         folder=folder,
@@ -173,7 +174,26 @@ def _load_run(folder: Path) -> Run | None:
         labels=np.array(labels),
         predicted=predicted,
         images=digest[:12],
+        clusters=clusters,
     )
+
+
+def _clusters(folder: Path, files: Sequence[str]) -> np.ndarray:
+    """The cluster of each of a run's files, (N,) int from 0: near-duplicates share one.
+
+    Older runs have not looked for near-duplicates: each image is a cluster of its own. Raises
+    ValueError if duplicates.json is damaged.
+    """
+    path = folder / "duplicates.json"
+    if not path.exists():
+        return np.arange(len(files))
+    first_of = {}  # file -> the first file of its group
+    try:
+        for group in read_json(path)["groups"]:
+            first_of.update(dict.fromkeys(group, group[0]))
+    except (KeyError, TypeError, IndexError):
+        raise ValueError("duplicates.json is damaged") from None
+    return np.unique([first_of.get(file, file) for file in files], return_inverse=True)[1]
 
 
 # -----------------------------------------------------------------------------
@@ -327,17 +347,17 @@ def mean(group: Group, key: str = "top1") -> float:
     return float(np.mean(values))
 
 
+def answers(group: Group) -> np.ndarray:
+    """Whether each run of a group is right about each image, (seeds, images) bool."""
+    return np.array([run.correct for run in group])
+
+
 def interval(group: Group) -> statistics.Interval:
     """Return the mean top-1 of a group in percent with its 95% interval, within 0 and 100.
 
-    Student's t over seeds; with one seed, Wilson's interval over images.
+    Over images, near-duplicates counted as one, and over seeds where there are several.
     """
-    first = group[0]
-    if len(group) == 1:
-        low, high = wilson(int(first.correct.sum()), len(first.correct))
-        return first.top1, low, high
-    middle, low, high = statistics.t_interval([run.top1 for run in group])
-    return middle, max(low, 0.0), min(high, 100.0)
+    return statistics.mean_interval(answers(group), group[0].clusters)
 
 
 def best_by_strategy(runs: Sequence[Run]) -> list[Group]:

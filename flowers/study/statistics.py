@@ -1,7 +1,7 @@
 """The statistics of the study: arrays in, numbers out.
 
-Intervals over seeds, paired tests between models, the overlap of lists of classes, and two answers
-to "what is a difference owed to?": a division of the variance and a division of the gain.
+Intervals over images and seeds, paired tests between models, the overlap of lists of classes, and
+two answers to "what is a difference owed to?": a division of the variance and one of the gain.
 """
 
 import functools
@@ -16,21 +16,117 @@ from statsmodels.stats import contingency_tables, multitest
 Interval = tuple[float, float, float]  # estimate, lower end, upper end
 Division = dict[str, dict[str, float]]  # variance, gain or share -> factor -> value
 
+Z = float(stats.norm.ppf(0.975))
+# Standard deviation of the accuracy over seeds, as a fraction: see `_squared_half_width`.
+MOST_SEED_SPREAD = 0.03
+
 
 # -----------------------------------------------------------------------------
 # intervals and tests
 
 
-def t_interval(values: Sequence[float]) -> Interval:
-    """Return the mean of independent runs and its 95% interval (Student 1908).
+def mean_interval(correct: np.ndarray, clusters: np.ndarray | None = None) -> Interval:
+    """Return the accuracy over seeds and images with its 95% interval, in percent.
 
-    mean +- t(0.975, n - 1) * s / sqrt(n). With one value the ends of the interval are nan.
+    What the interval is about is the mean over all seeds and all images that might have been
+    drawn. The half-width is that of two independent sources: its square is (1.96 s_images)^2 +
+    (t s_seeds)^2, with Student's t of n - 1 degrees of freedom for the n seeds (the squares of
+    half-widths add up, as in Zou and Donner 2008; the variances are those of a crossed design, see
+    `_variances`). The ends are Wilson's (1927), of as many images as would give that half-width;
+    so they stay within 0 and 100, and with one seed and no near-duplicates they are Wilson's.
+
+    With one seed the interval is over images alone and says nothing about other seeds.
+    benchmarks/coverage.py measures how often it holds the truth.
+
+    Args:
+        correct: (seeds, images) bool, whether each run is right about each image.
+        clusters: (images,) int from 0; images of one cluster are near-duplicates, drawn together.
     """
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half_width = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return mean, float(mean - half_width), float(mean + half_width)
+    n_images = correct.shape[1]
+    if clusters is None:
+        clusters = np.arange(n_images)
+    mean = float(correct.mean())
+    squared = _squared_half_width(*_variances(correct, clusters), len(correct))
+
+    spread = mean * (1 - mean)
+    if spread == 0:  # all right or all wrong: as many trials as there are clusters
+        ratio = Z**2 / len(np.unique(clusters))
+    else:
+        ratio = squared / spread  # Wilson's z^2 / n
+    centre = (mean + ratio / 2) / (1 + ratio)
+    half_width = math.sqrt(ratio * spread + ratio**2 / 4) / (1 + ratio)
+    # Rounding must not leave 100 of 100 images outside.
+    low = min(centre - half_width, mean)
+    high = max(centre + half_width, mean)
+    return 100 * mean, 100 * max(low, 0.0), 100 * min(high, 1.0)
+
+
+def difference_interval(
+    a: np.ndarray, b: np.ndarray, clusters: np.ndarray | None = None
+) -> Interval:
+    """Return by how much a is more accurate than b, with its 95% interval, in points.
+
+    As `mean_interval`, with the images paired: what varies over them is the difference. Seeds are
+    independent draws, also where both lists have the same numbers: a seed gives another model with
+    every other setting. Half an image that a alone has right, and half a one that b alone has, are
+    added to the variance (Agresti and Min 2005): two models that agree everywhere have an interval.
+
+    Args:
+        a, b: (seeds of a, images) and (seeds of b, images) bool, of the same images.
+        clusters: see `mean_interval`.
+    """
+    n_images = a.shape[1]
+    if clusters is None:
+        clusters = np.arange(n_images)
+    difference = a.mean(axis=0) - b.mean(axis=0)  # (images,)
+    of_images, _ = _variances(difference[None], clusters)
+    squared = Z**2 * (of_images + 1 / n_images**2)
+    for correct in (a, b):
+        _, of_seeds = _variances(correct, clusters)
+        squared += _squared_half_width(0.0, of_seeds, len(correct))
+    estimate = float(difference.mean())
+    low = max(estimate - math.sqrt(squared), -1.0)
+    high = min(estimate + math.sqrt(squared), 1.0)
+    return 100 * estimate, 100 * low, 100 * high
+
+
+def _variances(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """Divide the variance of the mean of values (seeds, images) between images and seeds.
+
+    A crossed design: each seed sees the same images. The part of the images is the sum of squares
+    of what each cluster adds to the mean. The seeds' means vary for two reasons: one seed is better
+    than another everywhere, or on these images by chance. The part of the seeds is the variance of
+    their mean less half of what chance alone would give: all of it would be unbiased, but with two
+    or three seeds the intervals would then be too short (benchmarks/coverage.py).
+
+    Returns:
+        The two parts, in the unit of values squared. With one seed its own part is 0.
+    """
+    n_seeds, n_images = values.shape
+    deviations = values - values.mean(axis=1, keepdims=True)
+    # What each cluster adds to the mean of each seed, (seeds, clusters).
+    added = np.array([np.bincount(clusters, row) for row in deviations]) / n_images
+    mean_added = added.mean(axis=0)  # (clusters,)
+    of_images = float((mean_added**2).sum())
+    if n_seeds == 1:
+        return of_images, 0.0
+    between_seeds = values.mean(axis=1).var(ddof=1)
+    by_chance = ((added - mean_added) ** 2).sum() / (n_seeds - 1)
+    return of_images, max(float(between_seeds - by_chance / 2), 0.0) / n_seeds
+
+
+def _squared_half_width(of_images: float, of_seeds: float, n_seeds: int) -> float:
+    """The square of the half-width of the 95% interval of a mean with these two variances."""
+    if n_seeds == 1:
+        return Z**2 * of_images
+    t = stats.t.ppf(0.975, n_seeds - 1)
+    from_seeds = t**2 * of_seeds
+    # Two seeds alone can't bound their spread (t = 12.7): while they differ by no more than
+    # MOST_SEED_SPREAD, the spread of all seeds is taken to be no more than that either.
+    most = MOST_SEED_SPREAD**2 / n_seeds
+    if of_seeds <= most:
+        from_seeds = min(from_seeds, Z**2 * most)
+    return Z**2 * of_images + from_seeds
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
@@ -202,6 +298,7 @@ def decompose(
     reference: Sequence[int],
     rounds: int = 1000,
     seed: int = 0,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, dict[str, Interval]]:
     """Divide variance and gain among the factors of a grid, with 95% bootstrap intervals.
 
@@ -213,6 +310,8 @@ def decompose(
             factor 1 is the untrained model, the same in all its cells.
         reference: see `gains`.
         rounds: how many times to draw; with 0 the ends of the intervals are nan.
+        clusters: (images,) int from 0. Images of one cluster, near-duplicates, are drawn together
+            and lie in the same half.
 
     Returns:
         `variance`: shares of the variance of accuracy between the trained cells, see
@@ -222,9 +321,13 @@ def decompose(
     rng = np.random.default_rng(seed)
     *levels, seeds, images = correct.shape
     percent = 100 * correct.reshape(-1, images).astype(float)  # (cells * seeds, images)
+    if clusters is None:
+        clusters = np.arange(images)
+    n_clusters = clusters.max() + 1
     # A random half, the same in all rounds.
-    first_half = np.zeros(images, bool)
-    first_half[rng.permutation(images)[: images // 2]] = True
+    in_first = np.zeros(n_clusters, bool)
+    in_first[rng.permutation(n_clusters)[: n_clusters // 2]] = True
+    first_half = in_first[clusters]  # (images,)
 
     def estimate(weights: np.ndarray, seed_index: np.ndarray) -> Division:
         """All divisions, with images (images,) weighted and seeds (levels ..., seeds) chosen."""
@@ -241,16 +344,16 @@ def decompose(
     estimates = estimate(np.ones(images), each_seed)
     resampled = []
     for _ in range(rounds):
-        weights = _draw_images(first_half, rng)
+        weights = _draw_clusters(in_first, rng)[clusters]
         seed_index = rng.integers(seeds, size=(*levels, seeds))
         resampled.append(estimate(weights, seed_index))
     return _with_intervals(estimates, resampled)
 
 
-def _draw_images(first_half: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """How often each image is drawn (images,), with replacement, as many as each half has."""
-    weights = np.zeros(len(first_half))
-    for half in (first_half, ~first_half):
+def _draw_clusters(in_first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """How often each cluster is drawn (K,), with replacement, as many as each half has."""
+    weights = np.zeros(len(in_first))
+    for half in (in_first, ~in_first):
         size = half.sum()
         weights[half] = rng.multinomial(size, np.full(size, 1 / size))
     return weights
