@@ -363,6 +363,12 @@ def table(output: Path, name: str, rows: list[dict], caption: str) -> str:
     return f"{caption} (`{name}.tex`):\n\n{markdown}"
 
 
+def without_empty(rows: list[dict]) -> list[dict]:
+    """Leave out the columns that are empty in all rows."""
+    known = [key for key in rows[0] if any(row[key] != "" for row in rows)]
+    return [{key: row[key] for key in known} for row in rows]
+
+
 def escape_cell(cell: str) -> str:
     """Escape what would start an HTML tag or a new cell of a Markdown table."""
     cell = re.sub(r"<(?=[a-zA-Z/!])", "&lt;", cell)
@@ -697,9 +703,10 @@ def gain_of(before: Run, group: Group) -> statistics.Interval:
 
 
 def loss_of(run: Run) -> str:
-    """The loss that a run was trained with. A linear head has none of these."""
+    """The loss that a run was trained with."""
+    # A linear head is fitted to features by a loss of its own.
     if run.strategy.removesuffix(SOUP) == "linear":
-        return "-"
+        return "logistic regression"
     # Older runs knew only one.
     return run.settings.get("loss") or "info_nce"
 
@@ -712,7 +719,7 @@ def gains(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> s
         if frame.empty:
             continue
         name = numbered(f"gains-{runs[0].split}", i)
-        rows = [gain_row(row) for row in frame.itertuples()]
+        rows = without_empty([gain_row(row) for row in frame.itertuples()])
         caption = (
             "Top-1 in percent without and with fine-tuning, and the gain in points with its 95% "
             "interval, over seeds or, with one seed, over images; the best settings of each row"
@@ -980,7 +987,9 @@ def forgotten(
         return ""
     frame = pd.concat(tables, ignore_index=True)
     figure = figures.forgetting(frame, output / "forgetting.png")
-    rows = [forgetting_row(row) for row in frame.itertuples()]
+    # The ends of the line are models of their own, with rows of their own.
+    is_end = (frame["weights"] == "between") & frame["alpha"].isin([0, 1])
+    rows = [forgetting_row(row) for row in frame[~is_end].itertuples()]
     caption = (
         "Top-1 in percent on flowers and elsewhere, and what was lost elsewhere in points, before "
         "less after; means over seeds; 95% intervals over seeds or, with one seed, over images; "
@@ -1136,7 +1145,7 @@ def probabilities(protocols: list[list[Run]], output: Path, missing: list[Missin
             "over images; the lowest seed of the best settings; calibrated: with the temperature T "
             "that is best on val"
         )
-        rows = [probability_row(group) for group in groups]
+        rows = without_empty([probability_row(group) for group in groups])
         parts.append(table(output, "probabilities", rows, caption))
     else:
         what = "whether the probabilities are right: no run has recorded its NLL and ECE"

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from flowers.figures import PALETTE, plt, save
 
@@ -172,7 +172,7 @@ def gains(table: pd.DataFrame, path: Path) -> Path:
             # Losses of one strategy share the height of its line.
             shift = 0.6 * ((index + 0.5) / len(losses) - 0.5)
             y = strategies.index(row.strategy) + shift
-            _point_with_interval(axis, row.gain, y, _colour(row.strategy), index, x=row)
+            _gain_point(axis, row, row.gain, y, index, along="x")
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set(title=model, xlabel="gain (points), 95% interval")
         axis.set(yticks=range(len(strategies)), yticklabels=strategies)
@@ -198,12 +198,14 @@ def trained_parameters(table: pd.DataFrame, path: Path) -> Path:
     axis = axes[0, 0]
     for row in table.itertuples():
         index = architectures.index(row.architecture)
-        _point_with_interval(axis, row.parameters, row.gain, _colour(row.strategy), index, y=row)
+        _gain_point(axis, row, row.parameters, row.gain, index, along="y")
     axis.axhline(0, color="black", linewidth=0.6)
-    axis.set(xscale="log", xlabel="trained parameters", ylabel="gain (points), 95% interval")
+    axis.set(xlabel="trained parameters", ylabel="gain (points), 95% interval")
+    _log_where_wide(axis, table["parameters"])
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
     axis.grid(linewidth=0.3)
-    axis.margins(x=0.1)
-    _legend(figure, table["strategy"].unique(), architectures, lines=False)
+    strategies = table["strategy"].unique()
+    _legend(figure, strategies, architectures, lines=False, in_a_row=4)
     return save(figure, path, pdf=True)
 
 
@@ -221,22 +223,25 @@ def forgetting(table: pd.DataFrame, path: Path) -> Path:
     (points), each also with _low and _high, nan where not known.
     """
     strategies = [name for name in table["strategy"].unique() if name != "none"]
-    figure, axes = _panels(table["panel"].nunique(), 0.6)
+    keys = [Line2D([], [], color=_colour(name), label=name) for name in strategies]
+    black = {"color": "black", "linestyle": ""}
+    keys += [
+        Line2D([], [], marker="D", label="untrained", linestyle="", color=_colour("none")),
+        Line2D([], [], marker="o", label="fine-tuned", **black),
+        Line2D([], [], marker=".", label="WiSE-FT", color="black"),
+        Line2D([], [], marker="*", markersize=7, label="soup of the seeds", **black),
+    ]
+    panels = table["panel"].nunique()
+    in_a_row = 3 if panels == 1 else 7
+    legend_height = 0.15 * -(-len(keys) // in_a_row)
+    figure, axes = _panels(panels, 0.3 + legend_height)
     for axis, (name, panel) in zip(axes, table.groupby("panel", sort=False)):
         for strategy, rows in panel.groupby("strategy", sort=False):
             _draw_forgetting(axis, rows, _colour(strategy))
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set(title=name, xlabel="lost elsewhere (points)", ylabel="top-1 on flowers (%)")
         axis.grid(linewidth=0.3)
-    keys = [Line2D([], [], color=_colour(name), label=name) for name in strategies]
-    black = {"color": "black", "linestyle": ""}
-    keys += [
-        Line2D([], [], marker="D", label="untrained", linestyle="", color=_colour("none")),
-        Line2D([], [], marker="o", label="fine-tuned", **black),
-        Line2D([], [], marker=".", label="between (WiSE-FT)", color="black"),
-        Line2D([], [], marker="*", markersize=7, label="mean of the seeds (soup)", **black),
-    ]
-    figure.legend(handles=keys, loc="outside lower center", ncols=4 if len(axes) == 1 else 7)
+    figure.legend(handles=keys, loc="outside lower center", ncols=in_a_row)
     return save(figure, path, pdf=True)
 
 
@@ -274,15 +279,20 @@ def reliability(panels: dict[str, dict[str, pd.DataFrame]], path: Path) -> Path:
         panels: architecture -> strategy -> bins by rising probability; columns: probability and
             accuracy, the means of a bin in percent.
     """
-    strategies = dict.fromkeys(name for lines in panels.values() for name in lines)
-    figure, axes = _panels(len(panels), 0.5, sharex=True, sharey=True)
-    for axis, (architecture, lines) in zip(axes, panels.items()):
+    # "none", the untrained model, is a line of all panels, and the first key.
+    names = {name for lines in panels.values() for name in lines}
+    strategies = sorted(names, key=lambda name: (name != "none", name))
+    # A panel is a square.
+    width = COLUMN if len(panels) == 1 else 2.3 * len(panels)
+    options = {"columns": len(panels), "sharex": True, "sharey": True}
+    figure, axes = _figure(width, 0.4 + (2.6 if len(panels) == 1 else 2.2), **options)
+    for axis, (architecture, lines) in zip(axes[0], panels.items()):
         axis.plot([0, 100], [0, 100], color="black", linewidth=0.6, linestyle=":")
         for strategy, bins in lines.items():
             axis.plot("probability", "accuracy", data=bins, marker=".", color=_colour(strategy))
         axis.set(title=architecture, xlabel="probability (%)", ylabel="accuracy (%)")
         axis.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
-    _legend(figure, list(strategies), [], lines=True)
+    _legend(figure, strategies, [], lines=True, in_a_row=4 if len(panels) == 1 else 8)
     return save(figure, path, pdf=True)
 
 
@@ -582,26 +592,31 @@ def _lengths(middle: float, low: float, high: float) -> list[list[float]]:
     return [[np.nan_to_num(max(middle - low, 0))], [np.nan_to_num(max(high - middle, 0))]]
 
 
-def _point_with_interval(axis, x: float, y: float, fill: str, index: int, **interval) -> None:
-    """A point with an error bar along one axis; its marker is that of `index`.
+def _gain_point(axis, row, x: float, y: float, index: int, along: str) -> None:
+    """The gain of a model as a point, with its interval along x or y; index: of its marker.
 
-    interval: x or y -> a row with gain, low and high.
+    row: strategy, gain, low and high.
     """
-    ((direction, row),) = interval.items()
-    lengths = {f"{direction}err": _lengths(row.gain, row.low, row.high)}
-    axis.errorbar(
-        x, y, **lengths, marker=_marker(index), color=fill, elinewidth=0.8, capsize=1.5, alpha=0.9
-    )
+    lengths = {f"{along}err": _lengths(row.gain, row.low, row.high)}
+    style = {"marker": _marker(index), "color": _colour(row.strategy)}
+    axis.errorbar(x, y, **lengths, **style, elinewidth=0.8, capsize=1.5, alpha=0.9)
 
 
 def _dash(index: int) -> str:
     return DASHES[index % len(DASHES)]
 
 
-def _legend(figure, strategies: Sequence[str], architectures: Sequence[str], lines: bool) -> None:
+def _legend(
+    figure,
+    strategies: Sequence[str],
+    architectures: Sequence[str],
+    lines: bool,
+    in_a_row: int = 8,
+) -> None:
     """One legend below all panels: a strategy is a colour, an architecture a marker.
 
-    With `lines` a strategy's key is a line and an architecture has a line style, too.
+    With `lines` a strategy's key is a line and an architecture has a line style, too. A column's
+    width takes four keys in a row, a page's eight.
     """
     strategy_style = {"linestyle": "-"} if lines else {"linestyle": "", "marker": "o"}
     handles = []
@@ -612,8 +627,8 @@ def _legend(figure, strategies: Sequence[str], architectures: Sequence[str], lin
         handle = Line2D([], [], color="black", label=architecture, marker=_marker(index))
         handle.set_linestyle(_dash(index) if lines else "")
         handles.append(handle)
-    # At most eight in a row, and rows of equal length.
-    rows = -(-len(handles) // 8)
+    # Rows of equal length.
+    rows = -(-len(handles) // in_a_row)
     figure.legend(
         handles=handles,
         loc="outside lower center",
