@@ -279,7 +279,7 @@ def test_the_final_table(study, text):
 
 
 def test_a_table_has_one_protocol(text):
-    results = text[text.index("## Results") : text.index("## One factor")]
+    results = text[text.index("## Results") : text.index("## What fine-tuning")]
     assert results.count("\n### ") == 3
     # The stand-ins are in no table.
     assert "start-tiny" not in text[: text.index("## Runs that others")]
@@ -323,7 +323,7 @@ def test_losses_are_compared_and_one_seed_has_an_interval_over_images(tmp_path, 
     assert set(rows) == {"info_nce", "sigmoid"}
     change = correct_of(runs / "sigmoid").astype(float) - correct_of(runs / "before")
     result = scipy.stats.ttest_1samp(100 * change, 0).confidence_interval()
-    expected = f"{100 * change.mean():+.1f} [{result.low:+.1f}, {result.high:+.1f}]"
+    expected = f"{(100 * change).mean():+.1f} [{result.low:+.1f}, {result.high:+.1f}]"
     assert rows["sigmoid"]["gain"] == expected
 
 
