@@ -722,7 +722,7 @@ def gains(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> s
         rows = without_empty([gain_row(row) for row in frame.itertuples()])
         caption = (
             "Top-1 in percent without and with fine-tuning, and the gain in points with its 95% "
-            "interval, over seeds or, with one seed, over images; the best settings of each row"
+            "interval; the best settings of each row"
         )
         parts.append(f"### {title(runs[0])}")
         if len(frame) > 1:
@@ -992,7 +992,7 @@ def forgotten(
     rows = [forgetting_row(row) for row in frame[~is_end].itertuples()]
     caption = (
         "Top-1 in percent on flowers and elsewhere, and what was lost elsewhere in points, before "
-        "less after; means over seeds; 95% intervals over seeds or, with one seed, over images; "
+        "less after, with its 95% interval; means over seeds; "
         "the learning rate of each strategy that is best on flowers"
     )
     return paragraphs(
@@ -1069,7 +1069,7 @@ def model_point(before: Run, group: Group, at_home: Group) -> dict:
     else:
         # A loss is a gain with the other sign, so its ends change places.
         middle, low, high = gain_of(before, group)
-        loss = (-middle, -high, -low)
+        loss = (0 - middle, 0 - high, 0 - low)  # 0 - 0 is 0, and not -0
     strategy = first.strategy.removesuffix(SOUP)
     weights = "soup" if first.settings.get("soup") else "fine-tuned"
     return {
@@ -1136,16 +1136,18 @@ def probabilities(protocols: list[list[Run]], output: Path, missing: list[Missin
     # The main protocol, if it has been measured there.
     shown = next((runs for runs in measured if runs), [])
     if shown:
-        groups = best_by_strategy(shown)
+        groups = best_by_strategy([run for run in shown if not is_calibrated(run)])
         parts.append(f"### {title(shown[0])}")
         parts.append(reliability_figure(groups, output / "reliability.png"))
         caption = (
             "Negative log-likelihood in nats, Brier score (0 to 2) and expected calibration error "
             f"in percent ({BINS} bins of as many images), each with its 95% bootstrap interval "
-            "over images; the lowest seed of the best settings; calibrated: with the temperature T "
-            "that is best on val"
+            "over images; the lowest seed of the best settings; calibrated: after division of the "
+            "logits by the temperature T, which is best on val"
         )
-        rows = without_empty([probability_row(group) for group in groups])
+        # An evaluation with --calibrated is a row of its own below that of its model.
+        calibrated = best_by_strategy([run for run in shown if is_calibrated(run)])
+        rows = without_empty([probability_row(group) for group in [*groups, *calibrated]])
         parts.append(table(output, "probabilities", rows, caption))
     else:
         what = "whether the probabilities are right: no run has recorded its NLL and ECE"
@@ -1159,15 +1161,21 @@ def probabilities(protocols: list[list[Run]], output: Path, missing: list[Missin
 def probability_row(group: Group) -> dict:
     """Return the cells of the lowest seed of a group; what it has not recorded stays empty."""
     run = group[0]
-    row = {"architecture": run.architecture, "strategy": run.strategy}
+    calibrated = " calibrated" if is_calibrated(run) else ""
+    row = {"architecture": run.architecture, "strategy": run.strategy + calibrated}
     row["top-1"] = f"{run.top1:.2f}"
     for column, key, digits in (("NLL", "nll", 3), ("Brier", "brier", 3), ("ECE", "ece", 1)):
         row[column] = with_interval(run, key, digits)
     temperature = run.result.get("calibration_temperature")
     row["T"] = "" if temperature is None else f"{temperature:.2f}"
+    # Of a run itself, whose other numbers are those before calibration.
     row["NLL calibrated"] = with_interval(run, "nll_calibrated", 3)
-    row["ECE calibrated"] = with_interval(run, "ece_calibrated", 1)
     return row
+
+
+def is_calibrated(run: Run) -> bool:
+    """Whether the probabilities of an evaluation are those after calibration."""
+    return bool(run.result.get("calibrated"))
 
 
 def with_interval(run: Run, key: str, digits: int) -> str:

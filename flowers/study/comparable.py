@@ -306,12 +306,9 @@ def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
         return name, f"{method} ({run.settings.get('protocol')})"
 
     strategy = trained.settings.get("strategy") or "full"
-    soup = run.settings.get("soup")
-    if soup:
-        # Without the runs that it is the mean of, nothing says what they were.
-        if trained is run:
-            architecture, strategy = str(soup[0]), "unknown"
-        strategy += SOUP
+    if run.settings.get("soup"):
+        # Without the runs that it is the mean of, nothing says how they were trained.
+        strategy = ("unknown" if trained is run else strategy) + SOUP
     elif trained.settings.get("job") == "eval" and path.name == "model.pt":
         strategy = "unknown"  # it evaluates a run that is not here
     elif not trained.settings.get("epochs") and strategy != "linear":
