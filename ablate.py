@@ -6,12 +6,15 @@ resumed, and failed ones are recorded while the others go on.
     python ablate.py learning_rate --strategy lora --seeds 0 --epochs 3  # --epochs is train.py's
     python ablate.py temperature --sweep       # write a W&B sweep file, for many machines
     python ablate.py study --runs runs/study   # factorial, then one factor at a time, then final
+    python ablate.py forgetting --others data/birds data/cars  # what fine-tuning costs elsewhere
 
 All choices are made on val: the grids run with --holdout. `final` (and the end of `study`) takes
 the best settings of each strategy and architecture, trains on all training images, and evaluates
-on test once. The one-factor grids of `study` use the first architecture and strategy. An
-architecture with random weights (tiny, tiny-16, tiny-rn) is first trained on the base classes, as a
-stand-in for pretraining. python report.py --runs RUNS makes the report.
+on test once. The one-factor grids of `study` use the first architecture and strategy. `forgetting`
+fine-tunes each strategy, and evaluates start, end, the weights between and the mean of the seeds on
+val and on the test images of other datasets. An architecture with random weights (tiny, tiny-16,
+tiny-rn) is first trained on the base classes, as a stand-in for pretraining. python report.py
+--runs RUNS makes the report.
 """
 
 import argparse
@@ -34,8 +37,9 @@ from pathlib import Path
 from typing import IO
 
 from flowers import UserError, command, evaluate, files, runs
+from flowers.data import CONVENTIONS, open_flowers
 from flowers.models import RANDOM, SHAPES
-from flowers.strategies import LEARNING_RATES, STRATEGIES
+from flowers.strategies import KEEPS_WEIGHTS, LEARNING_RATES, STRATEGIES
 
 # -----------------------------------------------------------------------------
 # the grids
@@ -47,6 +51,7 @@ TUNED = tuple(strategy for strategy in STRATEGIES if strategy != "linear")
 PROJECT = evaluate.TEMPLATE
 OPENAI = "a photo of a {}, a type of flower."
 NAME_ALONE = "{}"
+OTHER_TEMPLATE = "a photo of a {}"  # of datasets that are not flowers
 ALL_TEMPLATES = [PROJECT, OPENAI, NAME_ALONE]
 
 # A grid is a list of blocks, and a block is a product of axes. The value of an axis is
@@ -80,11 +85,19 @@ GRIDS = {
     "base_to_new": [{"strategy": STRATEGIES, "classes": "base"}],
     "shots": [{"shots": (1, 2, 4, 8, 16)}],
     "factorial": [UNTRAINED, LINEAR, CROSSED],
+    # a linear head knows the classes that it was fitted to, and no others
+    "forgetting": [{"strategy": TUNED}],
 }
 # These choose their settings from the results of `factorial`.
 CHOOSING = ("final", "study")
 # What the study runs after the factorial, with everything else at the best settings.
 ONE_FACTOR = ("temperature", "batch_size", "positives", "prompt", "augment", "shots", "base_to_new")
+
+# Where `forgetting` evaluates between the start (0) and the fine-tuned weights (1).
+ALPHAS = (0, 0.25, 0.5, 0.75, 1)
+# Flags for train.py that an evaluation takes over, where it has them too.
+PROMPT_FLAGS = ("prompt_template", "prompts")
+MODEL_FLAGS = ("activation", "device", "precision")
 
 # Random weights need larger steps than pretrained ones: 1e-5 becomes 5e-4.
 RANDOM_LR_FACTOR = 50
@@ -96,11 +109,21 @@ RESERVED = ("--lr", "--seed", "--name", "--holdout", "--resume", "--tau_lr")
 
 @dataclass(frozen=True)
 class Point:
-    """One run of train.py."""
+    """One run of train.py, or one evaluation."""
 
     name: str
-    settings: dict
-    arguments: tuple[str, ...]  # of train.py, without --runs and --name
+    settings: dict  # of training; empty for an evaluation
+    arguments: tuple[str, ...]  # of the script, without --runs and --name
+    script: str = "train.py"  # or baseline_eval.py
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another dataset, on which models are evaluated that were fine-tuned on flowers."""
+
+    name: str  # of its folder
+    flags: tuple[str, ...]  # of baseline_eval.py: which images
+    template: str  # of its prompts
 
 
 @dataclass(frozen=True)
@@ -111,6 +134,7 @@ class Common:
     data_flags: tuple[str, ...]  # which images
     train_flags: tuple[str, ...]  # for train.py, but not for the stand-in for pretraining
     start_epochs: int  # of the stand-in for pretraining
+    others: tuple[Other, ...] = ()  # of `forgetting`
 
 
 @command
@@ -155,6 +179,25 @@ def main():
     group.add_argument("--splits_base", help="as in train.py")
     group.add_argument("--splits", help="as in train.py")
     group.add_argument("--class_names", help="as in train.py")
+    # Other datasets
+    group = parser.add_argument_group("forgetting")
+    group.add_argument(
+        "--others",
+        type=files.user_path,
+        nargs="+",
+        metavar="DIR",
+        help="other datasets, in any layout of --data_root, such as class folders",
+    )
+    group.add_argument(
+        "--other_template",
+        default=OTHER_TEMPLATE,
+        help="prompt of their classes (default: '%(default)s')",
+    )
+    group.add_argument(
+        "--other_splits",
+        choices=CONVENTIONS,
+        help="how they are split, as --splits in train.py (default: as their folders say)",
+    )
     # Running
     group = parser.add_argument_group("running")
     group.add_argument(
@@ -184,8 +227,15 @@ def main():
     # -----------------------------------------------------------------------------
     # settings
     check_train_flags(train_flags)
-    common = Common(Path(args.runs), data_flags(args), tuple(train_flags), args.start_epochs)
     levels = chosen_levels(args)
+    check_forgetting(args)
+    common = Common(
+        Path(args.runs),
+        data_flags(args),
+        tuple(train_flags),
+        args.start_epochs,
+        tuple(open_other(path, args) for path in args.others or []),
+    )
     slots = make_slots(args.jobs, args.gpus)
     if args.sweep:
         print(write_sweep(args.grid, common, levels, sys.argv[1:]))
@@ -201,7 +251,7 @@ def main():
         if args.dry_run:
             print(f"# {grid}: {len(points)} points")
             for point in points:
-                print(shlex.join(["python", "train.py", *train_arguments(point, common.runs)]))
+                print(shlex.join(["python", point.script, *all_arguments(point, common.runs)]))
         else:
             environment = {"WANDB_RUN_GROUP": grid, "TQDM_MININTERVAL": "10"}
             outcomes += run(points, common.runs, slots, environment, args.wandb)
@@ -235,6 +285,40 @@ def check_train_flags(train_flags: Sequence[str]) -> None:
             f"{wrong[0]}: ablate.py sets the learning rate (--times), seeds (--seeds), "
             "names and --holdout itself"
         )
+
+
+def check_forgetting(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that `forgetting` lacks, or that have no meaning without it."""
+    if args.grid != "forgetting":
+        if args.others or args.other_splits or args.other_template != OTHER_TEMPLATE:
+            raise UserError("--others and its template and splits are of the grid forgetting")
+        return
+    if not args.others:
+        raise UserError("forgetting: give --others DIR, a dataset that is not trained on")
+    if "{}" not in args.other_template:
+        raise UserError(
+            f"--other_template {args.other_template!r} has no {{}} where the class name goes"
+        )
+    if "linear" in (args.strategy or ()):
+        raise UserError(
+            "forgetting --strategy linear: its head has no classes but the flowers', and its "
+            "weights are those of the start; leave it out"
+        )
+
+
+def open_other(path: str, args: argparse.Namespace) -> Other:
+    """Open another dataset, so that a mistake is found before hours of training.
+
+    Raises UserError if it can't be opened, or has no test images.
+    """
+    try:
+        dataset = open_flowers(path, splits=args.other_splits)
+    except UserError as error:
+        raise UserError(f"--others {path}: {error} (--splits is --other_splits here)") from None
+    # A run hands its own splits and names down to its evaluations: each is said, so none is.
+    flags = ["--data_root", path, "--splits_path", "", "--splits", dataset.convention]
+    flags += ["--class_names", "oxford", "--split", "test"]
+    return Other(Path(path).resolve().name, tuple(flags), args.other_template)
 
 
 def data_flags(args: argparse.Namespace) -> tuple[str, ...]:
@@ -283,8 +367,11 @@ def phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[
         yield from study_phases(grid, common, levels)
         return
     rows = settings_of(grid, levels)
+    points = [make_point(grid, row, common) for row in rows]
     yield "start", stand_ins(rows, common)
-    yield grid, [make_point(grid, row, common) for row in rows]
+    yield grid, points
+    if grid == "forgetting":
+        yield "evaluation", forgetting_evaluations(points, common)
 
 
 def study_phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[Point]]]:
@@ -335,6 +422,73 @@ def final_points(
             if setting["strategy"] != "linear" or seed == seeds[0]:
                 final.append(setting | {"seed": seed})
     return [make_point("final", row, common, holdout=False) for row in final]
+
+
+def forgetting_evaluations(points: Sequence[Point], common: Common) -> list[Point]:
+    """The evaluations of `forgetting`, on val and on each other dataset.
+
+    Of each start, of each fine-tuned run with the weights between, and of the mean of the weights
+    of all seeds of a setting.
+    """
+    evaluations = []
+    for architecture in dict.fromkeys(point.settings["architecture"] for point in points):
+        start = ["--architecture", starting_weights("forgetting", architecture, common)]
+        name = f"forgetting-{short_name(architecture)}-untrained"
+        evaluations += evaluate_everywhere(name, start, common)
+    seeds_of = defaultdict(list)  # setting -> the run folders of its seeds
+    for point in points:
+        run_folder = str(common.runs / point.name)
+        model = ["--architecture", run_folder]
+        # There is no way from the start to where weights have not moved.
+        if point.settings["strategy"] in KEEPS_WEIGHTS:
+            evaluations += evaluate_everywhere(point.name, model, common, keeps_prompt=True)
+            continue
+        between = [word for alpha in ALPHAS for word in ("--wise_ft", str(alpha))]
+        evaluations += evaluate_everywhere(point.name, [*model, *between], common)
+        setting = tuple(point.settings[axis] for axis in ("architecture", "strategy", "times"))
+        seeds_of[setting].append(run_folder)
+    for (architecture, strategy, _), run_folders in seeds_of.items():
+        if len(run_folders) > 1:
+            name = f"forgetting-{short_name(architecture)}-{strategy}-soup"
+            evaluations += evaluate_everywhere(name, ["--soup", *run_folders], common)
+    return evaluations
+
+
+def evaluate_everywhere(
+    name: str, model: list[str], common: Common, keeps_prompt: bool = False
+) -> list[Point]:
+    """The evaluations of a model on val of the flowers and on the test images of the others.
+
+    model: the flags that say which. keeps_prompt: it learned a prompt, which no template replaces.
+    """
+    given = evaluation_flags(common.train_flags)
+    options = [word for key in MODEL_FLAGS for word in given[key]]
+    prompts = [word for key in PROMPT_FLAGS for word in given[key]]
+    home = [*common.data_flags, "--split", "val", "--holdout"]
+    if not keeps_prompt:
+        home += prompts
+    points = [make_evaluation(f"{name}-on-val", [*model, *home, *options], common)]
+    for other in common.others:
+        flags = [*model, *other.flags, *options]
+        if not keeps_prompt:
+            flags += ["--prompt_template", other.template]
+        points.append(make_evaluation(f"{name}-on-{other.name}", flags, common))
+    return points
+
+
+def evaluation_flags(train_flags: Sequence[str]) -> dict[str, list[str]]:
+    """The words of those flags for train.py that baseline_eval.py has, too, by flag."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for key in (*PROMPT_FLAGS, *MODEL_FLAGS):
+        parser.add_argument(f"--{key}", action="append", default=[])
+    given, _ = parser.parse_known_args(train_flags)
+    return {key: to_flags(key, values) for key, values in vars(given).items()}
+
+
+def make_evaluation(name: str, flags: list[str], common: Common) -> Point:
+    """The point of an evaluation; its name ends in a digest of its flags."""
+    name = f"{name}-{flags_digest(flags, common)}".replace("/", "-").replace("_", "")
+    return Point(name, {}, tuple(flags), "baseline_eval.py")
 
 
 def settings_of(grid: str, levels: dict[str, tuple]) -> list[dict]:
@@ -396,20 +550,24 @@ def make_point(grid: str, settings: dict, common: Common, holdout: bool = True) 
             flags += to_flags(key, value)
     flags += to_flags("lr", lr)
 
-    # Runs that were moved to another folder keep their names.
-    text = json.dumps(flags).replace(str(common.runs), "")
-    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
-
-    architecture = settings["architecture"]
-    if architecture not in SHAPES:
-        architecture = Path(architecture).name  # a checkpoint: the last part of its path
-    words = [grid, architecture, settings["strategy"], f"lr{lr}"]
+    words = [grid, short_name(settings["architecture"]), settings["strategy"], f"lr{lr}"]
     for key, value in settings.items():
         if key not in NOT_IN_NAME:
             words.append(key if value is True else f"{key}{value}")
-    words += [f"s{settings['seed']}", digest]
+    words += [f"s{settings['seed']}", flags_digest(flags, common)]
     name = "-".join(words).replace("/", "-").replace("_", "")
     return Point(name, settings, tuple(flags))
+
+
+def flags_digest(flags: Sequence[str], common: Common) -> str:
+    # Runs that were moved to another folder keep their names.
+    text = json.dumps(flags).replace(str(common.runs), "")
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def short_name(architecture: str) -> str:
+    """An architecture in the name of a point; of a checkpoint the last part of its path."""
+    return architecture if architecture in SHAPES else Path(architecture).name
 
 
 def learning_rate(settings: dict) -> str:
@@ -437,8 +595,8 @@ def to_flags(key: str, value) -> list[str]:
     return flags
 
 
-def train_arguments(point: Point, folder: Path) -> list[str]:
-    """All arguments of train.py for a point."""
+def all_arguments(point: Point, folder: Path) -> list[str]:
+    """All arguments of a point's script."""
     return [*point.arguments, "--runs", str(folder), "--name", point.name]
 
 
@@ -569,11 +727,12 @@ def launch(
             # it may have been killed between result.json and its line in results.jsonl
             runs.register(run_folder)
             return "finished"
-        if (run_folder / "args.json").exists():
+        # An evaluation keeps nothing on the way: it begins anew.
+        if point.script == "train.py" and (run_folder / "args.json").exists():
             arguments = ["--resume", str(run_folder)]
         else:
-            arguments = train_arguments(point, folder)
-        script = Path(__file__).resolve().parent / "train.py"
+            arguments = all_arguments(point, folder)
+        script = Path(__file__).resolve().parent / point.script
         process = subprocess.Popen(
             [sys.executable, str(script), *arguments, "--wandb", wandb],
             stdin=subprocess.DEVNULL,

@@ -29,14 +29,17 @@ from flowers import UserError, command
 from flowers.evaluate import templates_in_words
 from flowers.files import atomic, read_lines, user_path, write_csv
 from flowers.models import SHAPES, build, count_flops
+from flowers.runs import read_predictions
 from flowers.strategies import KEEPS_WEIGHTS
 from flowers.study import figures, statistics
 from flowers.study.comparable import (
+    SOUP,
     Grid,
     Group,
     Run,
     answers,
     best_by_strategy,
+    elsewhere,
     factorial,
     grouped,
     interval,
@@ -78,16 +81,23 @@ RESULT_COLUMNS = (
 FILE_STEMS = (
     "answer",
     "results",
+    "gains",
     "factors",
     "base-to-new",
     "cost",
+    "trained",
     "learning",
     "classes",
     "worst",
     "confusions",
     "wise-ft",
+    "forgetting",
+    "probabilities",
+    "reliability",
+    "temperatures",
 )
 RUNS_FOLDER = '"$RUNS"'  # stands for it in commands, as a shell takes it
+BINS = 15  # of the reliability figure; each has as many images, as in the ECE of evaluation
 MOST_MODELS = 14  # of the overlap of worst classes: more do not fit on a page
 
 
@@ -134,9 +144,13 @@ def main():
 
     loaded, notes = load_all([Path(folder) for folder in args.runs])
     resolved, starts = resolve(loaded)
+    # What a model knows of other datasets is a question of its own.
+    names_elsewhere = elsewhere(loaded)
+    others = [run for run in resolved if run.name in names_elsewhere]
+    at_home = [run for run in resolved if run.name not in names_elsewhere]
     # An evaluation between two sets of weights is a curve, not a model of its own.
-    curves = [run for run in resolved if run.settings.get("wise_ft")]
-    runs = [run for run in resolved if not run.settings.get("wise_ft")]
+    curves = [run for run in at_home if run.settings.get("wise_ft")]
+    runs = [run for run in at_home if not run.settings.get("wise_ft")]
     if not runs:
         raise UserError(
             f"no finished run in {', '.join(args.runs)}: "
@@ -161,9 +175,12 @@ def main():
     for i, members in enumerate(protocols):
         sections.append(results(members, output, numbered(f"results-{members[0].split}", i)))
     sections += [
+        gains(protocols, output, missing),
         factors(protocols, output, missing),
         base_to_new(protocols, output, missing),
         wise_ft(curves, runs, output, missing),
+        forgotten(others, curves, runs, output, missing),
+        probabilities(protocols, output, missing),
         closer_look(protocols[0], output, missing),
         stand_ins(starts),
     ]
@@ -344,6 +361,12 @@ def table(output: Path, name: str, rows: list[dict], caption: str) -> str:
         colalign=["right" if right else "left" for right in numeric],
     )
     return f"{caption} (`{name}.tex`):\n\n{markdown}"
+
+
+def without_empty(rows: list[dict]) -> list[dict]:
+    """Leave out the columns that are empty in all rows."""
+    known = [key for key in rows[0] if any(row[key] != "" for row in rows)]
+    return [{key: row[key] for key in known} for row in rows]
 
 
 def escape_cell(cell: str) -> str:
@@ -625,10 +648,9 @@ def result_row(group: Group, p_value: float | None) -> dict[str, str]:
             row[column] = f"{mean(group, metric):.2f}"
 
     # cost
-    # trainable_image, trainable_text, ...: the parts of the model are counted apart.
-    counts = [count for key, count in result.items() if key.startswith("trainable_")]
-    if counts:
-        row["trained"] = f"{sum(counts) if trained else 0:,}"
+    parameters = trained_parameters(first)
+    if parameters is not None:
+        row["trained"] = f"{parameters if trained else 0:,}"
     seconds = [run.result["train_seconds"] for run in group if "train_seconds" in run.result]
     if trained and seconds:
         row["s"] = f"{np.mean(seconds):.0f}"
@@ -652,6 +674,109 @@ def accuracies_figure(groups: list[Group], path: Path) -> str:
     return picture(
         figure, "Top-1 with 95% intervals over images and, where there are several, seeds"
     )
+
+
+# -----------------------------------------------------------------------------
+# the gain over the untrained model
+
+Start = tuple[str, str, str]  # architecture, pretraining, digest of the evaluated images
+
+
+def start_of(run: Run) -> Start:
+    return run.architecture, run.pretraining, run.images
+
+
+def untrained_by_start(runs: Sequence[Run]) -> dict[Start, Run]:
+    """Return the untrained models; the first by name where there are several."""
+    untrained: dict[Start, Run] = {}
+    for run in sorted(runs, key=lambda run: run.name):
+        if run.strategy == "none":
+            untrained.setdefault(start_of(run), run)
+    return untrained
+
+
+def gain_of(before: Run, group: Group) -> statistics.Interval:
+    """Return what a group gained over an untrained model, in points, with its 95% interval.
+
+    Student's t: over seeds; with one seed, over the images, each paired with itself.
+    """
+    if len(group) > 1:
+        return statistics.t_interval([run.top1 - before.top1 for run in group])
+    change = group[0].correct.astype(int) - before.correct  # (N,) of -1, 0 and 1
+    return statistics.t_interval(100 * change)
+
+
+def loss_of(run: Run) -> str:
+    """The loss that a run was trained with."""
+    # A linear head is fitted to features by a loss of its own.
+    if run.strategy.removesuffix(SOUP) == "linear":
+        return "logistic regression"
+    # Older runs knew only one.
+    return run.settings.get("loss") or "info_nce"
+
+
+def gains(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> str:
+    """Return the gain by architecture, pretraining, strategy and loss, for each protocol."""
+    parts = []
+    for i, runs in enumerate(protocols):
+        frame = gain_table(runs)
+        if frame.empty:
+            continue
+        name = numbered(f"gains-{runs[0].split}", i)
+        rows = without_empty([gain_row(row) for row in frame.itertuples()])
+        caption = (
+            "Top-1 in percent without and with fine-tuning, and the gain in points with its 95% "
+            "interval; the best settings of each row"
+        )
+        parts.append(f"### {title(runs[0])}")
+        if len(frame) > 1:
+            figure = figures.gains(frame, output / f"{name}.png")
+            parts.append(picture(figure, "Gain over the untrained model, by strategy and loss"))
+        parts.append(table(output, name, rows, caption))
+    if not parts:
+        what = "the gain of fine-tuning: no untrained model beside a trained one on the same images"
+        missing.append(Missing(what, ablate_command("factorial", protocols[0])))
+        return ""
+    return paragraphs(["## What fine-tuning gains", *parts])
+
+
+def gain_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return a row for each start, strategy and loss, as `figures.gains` needs it."""
+    untrained = untrained_by_start(runs)
+    best: dict[tuple, Group] = {}
+    for group in grouped(runs):
+        first = group[0]
+        if first.strategy == "none" or start_of(first) not in untrained:
+            continue
+        key = *start_of(first), first.strategy, loss_of(first)
+        if key not in best or mean(group) > mean(best[key]):
+            best[key] = group
+    rows = []
+    for key in sorted(best):
+        group = best[key]
+        first = group[0]
+        before = untrained[start_of(first)]
+        middle, low, high = gain_of(before, group)
+        row = {"architecture": first.architecture, "pretraining": first.pretraining}
+        row["model"] = f"{first.architecture} {first.pretraining}".strip()
+        row |= {"strategy": first.strategy, "loss": loss_of(first), "seeds": len(group)}
+        row |= {"before": before.top1, "after": mean(group)}
+        rows.append(row | {"gain": middle, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def gain_row(row) -> dict:
+    """Return the cells of a row of `gain_table`."""
+    return {
+        "architecture": row.architecture,
+        "pretraining": row.pretraining,
+        "strategy": row.strategy,
+        "loss": row.loss,
+        "seeds": row.seeds,
+        "untrained": f"{row.before:.2f}",
+        "fine-tuned": f"{row.after:.2f}",
+        "gain": points((row.gain, row.low, row.high)),
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -812,14 +937,9 @@ def wise_ft(
     """Return the accuracy between the start and the fine-tuned weights, a panel for each run."""
     panels = {}
     for run in curves:
-        prefix = f"{run.split}/"
-        # metrics.jsonl has other rows, too: those of the curve have all of these keys.
-        needed = ("alpha", f"{prefix}top1", f"{prefix}top1_low", f"{prefix}top1_high")
-        rows = []
-        for row in read_lines(run.folder / "metrics.jsonl", *needed):
-            rows.append({key.removeprefix(prefix): value for key, value in row.items()})
+        rows = curve_rows(run)
         if rows:
-            panels[f"{label(run)} ({run.split})"] = sorted(rows, key=lambda row: row["alpha"])
+            panels[f"{label(run)} ({run.split})"] = rows
     if not panels:
         what = "WiSE-FT: no evaluation between start and fine-tuned weights"
         missing.append(Missing(what, wise_ft_command(runs)))
@@ -827,6 +947,352 @@ def wise_ft(
     figure = figures.wise_ft(panels, output / "wise-ft.png")
     heading = "## Between the start and the fine-tuned weights"
     return paragraphs([heading, picture(figure, "WiSE-FT; band: 95% over images")])
+
+
+def curve_rows(run: Run) -> list[dict]:
+    """Return the metrics of a curve of WiSE-FT at each alpha, by rising alpha."""
+    prefix = f"{run.split}/"
+    # metrics.jsonl has other rows, too: those of the curve have all of these keys.
+    needed = ("alpha", f"{prefix}top1", f"{prefix}top1_low", f"{prefix}top1_high")
+    rows = []
+    for row in read_lines(run.folder / "metrics.jsonl", *needed):
+        rows.append({key.removeprefix(prefix): value for key, value in row.items()})
+    return sorted(rows, key=lambda row: row["alpha"])
+
+
+# -----------------------------------------------------------------------------
+# what was forgotten
+
+
+def forgotten(
+    others: Sequence[Run],
+    curves: Sequence[Run],
+    runs: Sequence[Run],
+    output: Path,
+    missing: list[Missing],
+) -> str:
+    """Return accuracy on flowers against accuracy lost on other datasets.
+
+    Args:
+        others: evaluations on other datasets.
+        curves, runs: those on flowers, of WiSE-FT and of models.
+    """
+    datasets: dict[tuple, list[Run]] = {}
+    for run in others:
+        datasets.setdefault((str(run.result.get("dataset")), run.split, run.images), []).append(run)
+    tables = []
+    for key in sorted(datasets):
+        members = datasets[key]
+        tables += forgetting_tables(key[0], members, curves, runs)
+    if not tables:
+        what = "what was forgotten: no model evaluated on another dataset before and after"
+        command = ablate_command("forgetting", by_protocol(runs)[0])
+        missing.append(Missing(what, f"{command} --others DIR"))
+        return ""
+    frame = pd.concat(tables, ignore_index=True)
+    figure = figures.forgetting(frame, output / "forgetting.png")
+    # The ends of the line are models of their own, with rows of their own.
+    is_end = (frame["weights"] == "between") & frame["alpha"].isin([0, 1])
+    rows = [forgetting_row(row) for row in frame[~is_end].itertuples()]
+    caption = (
+        "Top-1 in percent on flowers and elsewhere, and what was lost elsewhere in points, before "
+        "less after, with its 95% interval; means over seeds; "
+        "the learning rate of each strategy that is best on flowers"
+    )
+    return paragraphs(
+        [
+            "## What was forgotten",
+            "The models were fine-tuned on flowers alone. Elsewhere they are asked by prompts, as "
+            "before.",
+            picture(figure, "Accuracy on flowers against accuracy lost elsewhere"),
+            table(output, "forgetting", rows, caption),
+        ]
+    )
+
+
+def forgetting_tables(
+    dataset: str, others: Sequence[Run], curves: Sequence[Run], runs: Sequence[Run]
+) -> list[pd.DataFrame]:
+    """Return a table of one other dataset for each start, as `figures.forgetting` needs it."""
+    untrained = {(run.architecture, run.pretraining): run for run in others if is_untrained(run)}
+    tuned = best_elsewhere([run for run in others if not is_untrained(run)], runs)
+    tables = []
+    for start, before in sorted(untrained.items()):
+        rows = []
+        for strategy in sorted(tuned.get(start, {})):
+            group, at_home = tuned[start][strategy]
+            rows.append(model_point(before, group, at_home))
+            rows += points_between(before, group, curves)
+        if not rows:
+            continue
+        home = untrained_by_start(runs).get(start_of(at_home[0]))
+        if home is not None:
+            rows.insert(0, model_point(before, [before], [home]))
+        panel = f"{before.architecture} {before.pretraining}".strip() + f", {dataset}"
+        frame = pd.DataFrame(rows)
+        tables.append(frame.assign(panel=panel, architecture=before.architecture, dataset=dataset))
+    return tables
+
+
+def is_untrained(run: Run) -> bool:
+    return run.strategy == "none"
+
+
+def best_elsewhere(
+    others: Sequence[Run], runs: Sequence[Run]
+) -> dict[tuple[str, str], dict[str, tuple[Group, Group]]]:
+    """Return start -> strategy -> the runs of the best setting elsewhere, and on flowers.
+
+    The best is the one of highest mean top-1 on flowers: other datasets choose nothing.
+    """
+    best: dict[tuple[str, str], dict[str, tuple[Group, Group]]] = {}
+    by_name = {run.name: run for run in runs}
+    soups = {json.dumps(run.settings["soup"]): run for run in runs if run.settings.get("soup")}
+    for group in grouped(others):
+        first = group[0]
+        if first.settings.get("soup"):
+            at_home = [soups.get(json.dumps(run.settings["soup"])) for run in group]
+        else:
+            at_home = [by_name.get(run.evaluated) for run in group]
+        # Without its accuracy on flowers, nothing is known to weigh the loss against.
+        if None in at_home or len({run.images for run in at_home}) > 1:
+            continue
+        of_start = best.setdefault((first.architecture, first.pretraining), {})
+        known = of_start.get(first.strategy)
+        if known is None or mean(at_home) > mean(known[1]):
+            of_start[first.strategy] = group, at_home
+    return best
+
+
+def model_point(before: Run, group: Group, at_home: Group) -> dict:
+    """Return the row of a model: its accuracy on flowers, elsewhere, and what it lost there."""
+    first = group[0]
+    top1, top1_low, top1_high = interval(at_home)
+    if first is before:
+        loss = (0.0, math.nan, math.nan)
+    else:
+        # A loss is a gain with the other sign, so its ends change places.
+        middle, low, high = gain_of(before, group)
+        loss = (0 - middle, 0 - high, 0 - low)  # 0 - 0 is 0, and not -0
+    strategy = first.strategy.removesuffix(SOUP)
+    weights = "soup" if first.settings.get("soup") else "fine-tuned"
+    return {
+        "strategy": strategy,
+        "weights": "untrained" if first is before else weights,
+        "alpha": math.nan,
+        "seeds": len(first.settings.get("soup") or group),
+        **{"top1": top1, "top1_low": top1_low, "top1_high": top1_high},
+        "elsewhere": mean(group),
+        **dict(zip(("lost", "lost_low", "lost_high"), loss)),
+    }
+
+
+def points_between(before: Run, group: Group, curves: Sequence[Run]) -> list[dict]:
+    """Return the rows between the start and the fine-tuned weights, means over seeds."""
+    curve_of = {run.evaluated: run for run in curves}
+    rows = []
+    for run in group:
+        if not run.settings.get("wise_ft") or run.evaluated not in curve_of:
+            continue
+        on_flowers = {row["alpha"]: row["top1"] for row in curve_rows(curve_of[run.evaluated])}
+        for row in curve_rows(run):
+            if row["alpha"] in on_flowers:
+                top1 = on_flowers[row["alpha"]]
+                rows.append({"alpha": row["alpha"], "top1": top1, "elsewhere": row["top1"]})
+    if not rows:
+        return []
+    # A seed that lacks an alpha would bend the line.
+    by_alpha = pd.DataFrame(rows).groupby("alpha")
+    means = by_alpha.mean()[by_alpha.size() == len(group)].reset_index()
+    means = means.assign(lost=before.top1 - means["elsewhere"], seeds=len(group))
+    return means.assign(strategy=group[0].strategy, weights="between").to_dict("records")
+
+
+def forgetting_row(row) -> dict:
+    """Return the cells of a row of `forgetting_tables`."""
+    weights = f"alpha {row.alpha:g}" if row.weights == "between" else row.weights
+    lost = f"{row.lost:+.1f}"
+    if not math.isnan(row.lost_low):
+        lost = points((row.lost, row.lost_low, row.lost_high))
+    return {
+        "dataset": row.dataset,
+        "architecture": row.architecture,
+        "strategy": row.strategy,
+        "weights": weights,
+        "seeds": row.seeds,
+        "flowers": f"{row.top1:.2f}",
+        "elsewhere": f"{row.elsewhere:.2f}",
+        "lost": lost,
+    }
+
+
+# -----------------------------------------------------------------------------
+# probabilities
+
+
+def probabilities(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> str:
+    """Return how far the probabilities can be believed, and what the temperature does to them."""
+    parts = []
+    # Older runs have not recorded it.
+    measured = []
+    for runs in protocols:
+        measured.append([run for run in runs if f"{run.split}/nll" in run.result])
+    # The main protocol, if it has been measured there.
+    shown = next((runs for runs in measured if runs), [])
+    if shown:
+        groups = best_by_strategy([run for run in shown if not is_calibrated(run)])
+        parts.append(f"### {title(shown[0])}")
+        parts.append(reliability_figure(groups, output / "reliability.png"))
+        caption = (
+            "Negative log-likelihood in nats, Brier score (0 to 2) and expected calibration error "
+            f"in percent ({BINS} bins of as many images), each with its 95% bootstrap interval "
+            "over images; the lowest seed of the best settings; calibrated: after division of the "
+            "logits by the temperature T, which is best on val"
+        )
+        # An evaluation with --calibrated is a row of its own below that of its model.
+        calibrated = best_by_strategy([run for run in shown if is_calibrated(run)])
+        rows = without_empty([probability_row(group) for group in [*groups, *calibrated]])
+        parts.append(table(output, "probabilities", rows, caption))
+    else:
+        what = "whether the probabilities are right: no run has recorded its NLL and ECE"
+        missing.append(Missing(what, ablate_command("strategy", protocols[0])))
+    parts.append(temperature_section(measured, protocols, output, missing))
+    if not any(parts):
+        return ""
+    return paragraphs(["## Are the probabilities right?", *parts])
+
+
+def probability_row(group: Group) -> dict:
+    """Return the cells of the lowest seed of a group; what it has not recorded stays empty."""
+    run = group[0]
+    calibrated = " calibrated" if is_calibrated(run) else ""
+    row = {"architecture": run.architecture, "strategy": run.strategy + calibrated}
+    row["top-1"] = f"{run.top1:.2f}"
+    for column, key, digits in (("NLL", "nll", 3), ("Brier", "brier", 3), ("ECE", "ece", 1)):
+        row[column] = with_interval(run, key, digits)
+    temperature = run.result.get("calibration_temperature")
+    row["T"] = "" if temperature is None else f"{temperature:.2f}"
+    # Of a run itself, whose other numbers are those before calibration.
+    row["NLL calibrated"] = with_interval(run, "nll_calibrated", 3)
+    return row
+
+
+def is_calibrated(run: Run) -> bool:
+    """Whether the probabilities of an evaluation are those after calibration."""
+    return bool(run.result.get("calibrated"))
+
+
+def with_interval(run: Run, key: str, digits: int) -> str:
+    """A metric of a run with its interval, as far as result.json has them."""
+    values = [run.result.get(f"{run.split}/{key}{end}") for end in ("", "_low", "_high")]
+    if values[0] is None:
+        return ""
+    middle, *ends = (None if value is None else f"{value:.{digits}f}" for value in values)
+    return middle if None in ends else f"{middle} [{', '.join(ends)}]"
+
+
+def reliability_figure(groups: list[Group], path: Path) -> str:
+    """Return the untrained model and the three best strategies of up to three architectures."""
+    panels: dict[str, dict[str, pd.DataFrame]] = {}
+    for group in sorted(groups, key=mean, reverse=True):
+        first = group[0]
+        bins = reliability_bins(first)
+        if bins is None:
+            continue
+        lines = panels.setdefault(first.architecture, {})
+        # The best come first; the untrained model is always one of them.
+        if first.strategy == "none" or len(lines.keys() - {"none"}) < 3:
+            lines[first.strategy] = bins
+    if not panels:
+        return ""
+    best = dict(list(panels.items())[:3])
+    figure = figures.reliability(best, path)
+    caption = (
+        f"Accuracy by probability of the best class, {BINS} bins of as many images; on the dotted "
+        "line a probability is what it says, below it the model is too sure"
+    )
+    return picture(figure, caption)
+
+
+def reliability_bins(run: Run) -> pd.DataFrame | None:
+    """Return the bins of a run, as `figures.reliability` needs them; None without scores."""
+    predictions = read_predictions(run.folder)
+    if "score1" not in predictions:
+        return None
+    scores = pd.to_numeric(predictions["score1"], errors="coerce").to_numpy()  # (N,)
+    if np.isnan(scores).any():
+        return None
+    right = (predictions["label"] == predictions["top1"]).to_numpy()
+    order = np.argsort(scores, kind="stable")
+    rows = []
+    for members in np.array_split(order, min(BINS, len(order))):
+        probability = 100 * scores[members].mean()
+        rows.append({"probability": probability, "accuracy": 100 * right[members].mean()})
+    return pd.DataFrame(rows)
+
+
+def temperature_section(
+    measured: list[list[Run]],
+    protocols: list[list[Run]],
+    output: Path,
+    missing: list[Missing],
+) -> str:
+    """Return NLL, ECE and top-1 by the temperature of the loss, all else equal.
+
+    Of the first protocol that varies it. measured: the runs of each protocol with NLL and ECE.
+    """
+    for runs in measured:
+        found = sweeps(runs, "temperature")
+        if not found:
+            continue
+        table_rows = []
+        curve_rows = []
+        for i, sweep in enumerate(found):
+            for members in sweep:
+                table_rows.append(temperature_row(members))
+                curve_rows += [temperature_point(run, i) for run in members]
+        figure = figures.temperatures(pd.DataFrame(curve_rows), output / "temperatures.png")
+        caption = "What the temperature of the loss does to the probabilities; means over seeds"
+        return paragraphs(
+            [
+                f"### The temperature of the loss: {title(runs[0])}",
+                picture(figure, "NLL, ECE and top-1 by temperature; bands: all seeds"),
+                table(output, "temperatures", table_rows, caption),
+            ]
+        )
+    what = "what the temperature of the loss does to the probabilities: no runs that differ in it"
+    missing.append(Missing(what, ablate_command("temperature", protocols[0])))
+    return ""
+
+
+def temperature_row(members: Group) -> dict:
+    """Return the cells of one temperature."""
+    first = members[0]
+    note = sweep_note(first)
+    temperature = f"{first.settings['temperature']:g}"
+    return {
+        "architecture": first.architecture,
+        "strategy": first.strategy,
+        "temperature": f"{temperature} ({note})" if note else temperature,
+        "seeds": len(members),
+        "NLL": f"{mean(members, 'nll'):.3f}",
+        "ECE": f"{mean(members, 'ece'):.1f}",
+        "top-1": f"{mean(members):.2f}",
+    }
+
+
+def temperature_point(run: Run, group: int) -> dict:
+    """Return the row of a run, as `figures.temperatures` needs it."""
+    return {
+        "group": group,
+        "architecture": run.architecture,
+        "strategy": run.strategy,
+        "learned": bool(sweep_note(run)),
+        "temperature": float(run.settings["temperature"]),
+        "top1": run.top1,
+        "nll": run.result[f"{run.split}/nll"],
+        "ece": run.result.get(f"{run.split}/ece", math.nan),
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -843,6 +1309,7 @@ def closer_look(runs: Sequence[Run], output: Path, missing: list[Missing]) -> st
     parts = [f"## A closer look: {title(runs[0])}"]
     if len(groups) > 1:
         parts.append(cost_figure(groups, output / "cost.png"))
+        parts.append(trained_figure(groups, output / "trained.png"))
     parts.append(learning_figure(groups, output / "learning.png", missing))
     parts.append(classes_figure(groups, best, accuracy, names, output / "classes.png", missing))
     if len(groups) > 1:
@@ -882,6 +1349,33 @@ def cost_figure(groups: list[Group], path: Path) -> str:
     return picture(
         figure, "Accuracy against parameters, operations of the image tower, and training time"
     )
+
+
+def trained_figure(groups: list[Group], path: Path) -> str:
+    """Return the gain over the untrained model by the number of trained parameters."""
+    untrained = untrained_by_start([run for group in groups for run in group])
+    rows = []
+    for group in groups:
+        first = group[0]
+        before = untrained.get(start_of(first))
+        parameters = trained_parameters(first)
+        # An untrained model has none, and a log axis has no 0.
+        if before is None or first.strategy == "none" or not parameters:
+            continue
+        middle, low, high = gain_of(before, group)
+        row = {"architecture": first.architecture, "strategy": first.strategy}
+        rows.append(row | {"parameters": parameters, "gain": middle, "low": low, "high": high})
+    if not rows:
+        return ""
+    figure = figures.trained_parameters(pd.DataFrame(rows), path)
+    return picture(figure, "Gain over the untrained model against the parameters that were trained")
+
+
+def trained_parameters(run: Run) -> int | None:
+    """The number of parameters that a run trained; None if it has not recorded it."""
+    # trainable_image, trainable_text, ...: the parts of the model are counted apart.
+    counts = [count for key, count in run.result.items() if key.startswith("trainable_")]
+    return sum(counts) if counts else None
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 that train.py takes.
 """
 
+import itertools
 import json
 import shlex
 import signal
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, error_line
@@ -22,9 +25,9 @@ COMMON = ("--wandb", "disabled", "--start_epochs", 1, "--seeds", 0)
 PATIENCE_S = 600  # a machine that is busy with other work needs minutes
 
 
-def commands(out):
-    """The arguments of each train.py that a dry run prints."""
-    lines = [line for line in out.splitlines() if line.startswith("python train.py")]
+def commands(out, script="train.py"):
+    """The arguments of each call of a script that a dry run prints."""
+    lines = [line for line in out.splitlines() if line.startswith(f"python {script}")]
     return [shlex.split(line)[2:] for line in lines]
 
 
@@ -100,6 +103,90 @@ def test_every_command_is_one_that_train_takes(cli, tmp_path):
         points = commands(out)
         for arguments in points[::6] + points[-1:]:
             assert "no dataset at" in error_line(cli("train.py", *arguments)), arguments
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    """Another dataset, in class folders: three kinds of noise."""
+    root = tmp_path_factory.mktemp("others") / "birds"
+    rng = np.random.default_rng(0)
+    for part, kind in itertools.product(("train", "test"), ("crow", "robin", "wren")):
+        folder = root / part / kind
+        folder.mkdir(parents=True)
+        for i in range(4):
+            image = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / f"{i}.png"), image)
+    return root
+
+
+def test_forgetting_evaluates_every_model_on_flowers_and_elsewhere(small, birds, cli, tmp_path):
+    flags = (
+        *("forgetting", "--architecture", "tiny", "--strategy", "full", "prompt", "--seeds", 0, 1),
+        *("--data_root", small, "--others", birds, "--runs", tmp_path, "--dry_run"),
+        *("--prompt_template", "a {}", "--epochs", 1, "--device", "cpu"),
+    )
+    code, out, err = cli("ablate.py", *flags)
+    assert code == 0, err
+    assert len(commands(out)) == 1 + 4  # the stand-in, and two strategies with two seeds
+    evaluations = commands(out, "baseline_eval.py")
+    at_home = [c for c in evaluations if values(c, "--split") == ["val"]]
+    elsewhere = [c for c in evaluations if values(c, "--split") == ["test"]]
+    # the start, four runs, and the mean of the two whose weights have moved
+    assert len(at_home) == len(elsewhere) == 1 + 4 + 1
+    assert len(set(names(out) + [values(c, "--name")[0] for c in evaluations])) == 5 + 12
+    for command in at_home:
+        assert values(command, "--data_root") == [str(small)]
+        assert "--holdout" in command
+    for command in elsewhere:
+        assert values(command, "--data_root") == [str(birds)]
+        assert values(command, "--splits") == ["folder"]
+    assert all(values(c, "--device") == ["cpu"] for c in evaluations)
+    assert not any("--epochs" in c for c in evaluations)
+
+    # A learned prompt is what was trained: no template replaces it.
+    for command in evaluations:
+        is_prompt = "-prompt-" in values(command, "--name")[0]
+        template = "a {}" if command in at_home else "a photo of a {}"
+        assert values(command, "--prompt_template") == ([] if is_prompt else [template])
+        is_full = "-full-lr" in values(command, "--name")[0]
+        assert len(values(command, "--wise_ft")) == (5 if is_full else 0)
+    soups = [command for command in evaluations if "--soup" in command]
+    for command in soups:
+        members = command[command.index("--soup") + 1 :][:2]
+        assert all("-full-" in Path(member).name for member in members)
+    assert len(soups) == 2
+
+
+def test_forgetting_asks_for_other_datasets_at_the_door(small, birds, cli, tmp_path):
+    def error(*flags):
+        flags = (*flags, "--data_root", small, "--runs", tmp_path, "--dry_run")
+        return error_line(cli("ablate.py", *flags))
+
+    assert "--others DIR" in error("forgetting")
+    assert "of the grid forgetting" in error("shots", "--others", birds)
+    assert "no dataset at" in error("forgetting", "--others", tmp_path / "none")
+    assert "--other_splits" in error("forgetting", "--others", birds / "test")
+    template = ("--other_template", "a bird")
+    assert "has no {}" in error("forgetting", "--others", birds, *template)
+    assert "linear" in error("forgetting", "--others", birds, "--strategy", "linear")
+
+
+def test_an_interrupted_evaluation_begins_anew(small, birds, model, cli, tmp_path):
+    flags = (
+        *("forgetting", "--architecture", model, "--strategy", "text", "--data_root", small),
+        *("--others", birds, "--runs", tmp_path, *COMMON),
+    )
+    _, out, _ = cli("ablate.py", *flags, "--dry_run")
+    evaluations = [values(c, "--name")[0] for c in commands(out, "baseline_eval.py")]
+    (name,) = [name for name in evaluations if "-untrained-on-birds-" in name]
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "args.json").write_text('{"job": "eval"}')
+    code, out, err = cli("ablate.py", *flags, "--only", name)
+    assert code == 0, err
+    assert "1 points finished, 0 failed" in out
+    result = json.loads((tmp_path / name / "result.json").read_text())
+    assert result["dataset"] == "birds"
+    assert result["test/n"] == 12
 
 
 @pytest.fixture(scope="module")

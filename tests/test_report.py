@@ -5,11 +5,13 @@ import csv
 import json
 import math
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 from conftest import ROOT, error_line
@@ -17,6 +19,7 @@ from conftest import ROOT, error_line
 from flowers.study import comparable, statistics
 
 NAMES = [f"kind {c:02d}" for c in range(12)]
+BIRDS = [f"bird {c:02d}" for c in range(6)]  # of another dataset
 CONFIG = {
     "job": "train",
     "data_root": "x",
@@ -66,9 +69,11 @@ def write_run(runs, name, accuracy, split="val", n=240, names=NAMES, first=0, **
     predicted = np.where(right, label, wrong_label)
     with (folder / "predictions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["file", "label", "top1"])
+        writer.writerow(["file", "label", "top1", "score1"])
         for i in range(n):
-            writer.writerow([f"{split}_{i + first:05d}.jpg", names[label[i]], names[predicted[i]]])
+            score = 0.2 + 0.8 * rng.random() * accuracy
+            row = [f"{split}_{i + first:05d}.jpg", names[label[i]], names[predicted[i]]]
+            writer.writerow([*row, f"{score:.6f}"])
 
     top1 = 100 * right.mean()
     metrics = {
@@ -79,6 +84,11 @@ def write_run(runs, name, accuracy, split="val", n=240, names=NAMES, first=0, **
         "base_top1": top1,
         "new_top1": top1 / 2,
         "harmonic_mean": top1 / 1.5,
+        "nll": 3 - top1 / 40,
+        "nll_low": 2.8 - top1 / 40,
+        "nll_high": 3.2 - top1 / 40,
+        "brier": 1 - top1 / 110,
+        "ece": 20 - top1 / 6,
     }
     result = {
         "name": name,
@@ -141,7 +151,39 @@ def write_study(runs, **options):
             write_run(runs, f"tau-{tau}-{seed}", accuracy, temperature=tau, seed=seed, **from_start)
     for strategy in ("full", "text"):
         write_run(runs, f"base-{strategy}", 0.5, classes="base", strategy=strategy, **from_start)
+    write_forgetting(runs, **options)
     return runs
+
+
+def write_forgetting(runs, **options):
+    """Write evaluations of two strategies on another dataset, before and after, and between."""
+    evaluation = options | {"job": "eval", "strategy": None, "epochs": None}
+    birds = {"n": 90, "names": BIRDS, "data_root": "birds", "dataset": "birds"}
+    start = {"architecture": "x/start-tiny"}
+    write_run(runs, "birds-untrained", 0.8, "test", **evaluation | start | birds)
+    alphas = [1, 0.5, 0]  # in any order
+    for strategy, lost in {"full": 0.4, "text": 0.1}.items():
+        names = [f"factorial-tiny-{strategy}-0.005-{seed}" for seed in SEEDS]
+        for name in names:
+            model = {"architecture": f"x/{name}", "wise_ft": alphas}
+            write_run(runs, f"birds-{name}", 0.8 - lost, "test", **evaluation | model | birds)
+            write_curve(runs / f"birds-{name}", "test", [80 - 100 * lost * a for a in alphas])
+            # The same predictions as those of the run itself.
+            write_run(runs, f"val-{name}", 0.3, "val", **evaluation | model)
+            write_curve(runs / f"val-{name}", "val", [30 + 40 * a for a in alphas])
+        soup = {"architecture": "ViT-B/32", "soup": [f"x/{name}" for name in names]}
+        write_run(runs, f"birds-soup-{strategy}", 0.75, "test", **evaluation | soup | birds)
+        write_run(runs, f"val-soup-{strategy}", 0.75, "val", **evaluation | soup)
+
+
+def write_curve(folder, split, top1):
+    """Write the curve of an evaluation whose alphas are 1, 0.5 and 0."""
+    rows = []
+    for alpha, value in zip((1, 0.5, 0), top1):
+        metrics = {"top1": value, "top1_low": value - 5, "top1_high": value + 5}
+        rows.append({"alpha": alpha} | {f"{split}/{key}": v for key, v in metrics.items()})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +276,7 @@ def test_the_final_table(study, text):
 
 
 def test_a_table_has_one_protocol(text):
-    results = text[text.index("## Results") : text.index("## One factor")]
+    results = text[text.index("## Results") : text.index("## What fine-tuning")]
     assert results.count("\n### ") == 3
     # The stand-ins are in no table.
     assert "start-tiny" not in text[: text.index("## Runs that others")]
@@ -251,6 +293,111 @@ def test_factors_and_new_classes(text):
     missing = text[text.index("## What is missing") :]
     for section in ("batch size", "training images a class", "augmentation"):
         assert f"the effect of the {section}" in missing
+
+
+def test_gains_are_over_the_untrained_model_of_the_same_start(study, text):
+    table = rows_of(text[text.index("## What fine-tuning gains") :], "### test")
+    rows = {(row["architecture"], row["strategy"]): row for row in table}
+    assert set(rows) == {(a, s) for a in ("tiny", "tiny-rn") for s in STRATEGIES}
+    row = rows["tiny-rn", "text"]
+    before = 100 * correct_of(study / "untrained-tiny-rn-test").mean()
+    after = [100 * correct_of(study / f"final-tiny-rn-text-{seed}").mean() for seed in SEEDS]
+    assert row["untrained"] == f"{before:.2f}"
+    assert row["fine-tuned"] == f"{np.mean(after):.2f}"
+    assert row["gain"].startswith(f"{np.mean(after) - before:+.1f} [")
+    assert row["loss"] == "info_nce"  # older runs knew no other
+
+
+def test_losses_are_compared_and_one_seed_has_an_interval_over_images(tmp_path, cli):
+    runs = tmp_path / "runs"
+    write_run(runs, "before", 0.3, epochs=0)
+    for loss in ("info_nce", "sigmoid"):
+        write_run(runs, loss, 0.6, loss=loss)
+    code, _, err = cli("report.py", "--runs", runs, "--output", tmp_path / "report")
+    assert code == 0, err
+    text = (tmp_path / "report" / "report.md").read_text()
+    rows = {row["loss"]: row for row in rows_of(text[text.index("## What fine-") :], "### val")}
+    assert set(rows) == {"info_nce", "sigmoid"}
+    change = correct_of(runs / "sigmoid").astype(float) - correct_of(runs / "before")
+    result = scipy.stats.ttest_1samp(100 * change, 0).confidence_interval()
+    gain, low, high = map(float, re.findall(r"[-+][\d.]+", rows["sigmoid"]["gain"]))
+    assert gain == pytest.approx(100 * change.mean(), abs=0.06)
+    # The images are paired. An interval that is not would be wider by more than a point.
+    assert (low, high) == pytest.approx((result.low, result.high), abs=0.5)
+
+
+def test_what_was_forgotten(study, text):
+    """Accuracy on flowers and elsewhere, computed again from the predictions."""
+    rows = {
+        (row["strategy"], row["weights"]): row for row in rows_of(text, "## What was forgotten")
+    }
+    assert set(rows) == {("none", "untrained")} | {
+        (strategy, weights)
+        for strategy in ("full", "text")
+        for weights in ("fine-tuned", "alpha 0.5", "soup")
+    }
+
+    def accuracy(*names):
+        return np.mean([100 * correct_of(study / name).mean() for name in names])
+
+    trained = [f"factorial-tiny-full-0.005-{seed}" for seed in SEEDS]
+    row = rows["full", "fine-tuned"]
+    elsewhere = accuracy(*[f"birds-{name}" for name in trained])
+    assert row["flowers"] == f"{accuracy(*trained):.2f}"
+    assert row["elsewhere"] == f"{elsewhere:.2f}"
+    lost = accuracy("birds-untrained") - elsewhere
+    assert row["lost"].startswith(f"{lost:+.1f} [")
+    assert lost > 20
+    # metrics.jsonl: 30 + 40 / 2 on flowers, 80 - 100 * 0.4 / 2 elsewhere
+    between = rows["full", "alpha 0.5"]
+    assert (between["flowers"], between["elsewhere"]) == ("50.00", "60.00")
+    assert rows["text", "soup"]["elsewhere"] == f"{accuracy('birds-soup-text'):.2f}"
+    assert rows["text", "soup"]["flowers"] == f"{accuracy('val-soup-text'):.2f}"
+
+    # No other section compares birds with flowers.
+    assert "birds" not in text[: text.index("## What was forgotten")]
+    assert "birds" not in text[text.index("## Are the probabilities") :]
+
+
+def test_probabilities(study, text):
+    section = text[text.index("## Are the probabilities") :]
+    rows = {(row["architecture"], row["strategy"]): row for row in rows_of(section, "### test")}
+    result = json.loads((study / "final-tiny-full-0" / "result.json").read_text())
+    nll = result["test/nll"]
+    expected = f"{nll:.3f} [{nll - 0.2:.3f}, {nll + 0.2:.3f}]"
+    assert rows["tiny", "full"]["NLL"] == expected
+    assert rows["tiny", "full"]["ECE"] == f"{result['test/ece']:.1f}"
+    assert "T" not in rows["tiny", "full"]  # no run was calibrated
+    levels = rows_of(section, "### The temperature of the loss")
+    assert [row["temperature"] for row in levels] == ["0.003", "0.03", "0.3"]
+
+
+def test_temperature_after_training(tmp_path, cli):
+    """What a run has found on val stands beside its own numbers."""
+    runs = tmp_path / "runs"
+    write_run(runs, "trained", 0.6)
+    path = runs / "trained" / "result.json"
+    result = json.loads(path.read_text())
+    calibration = {"calibration_temperature": 1.372, "val/nll_calibrated": 0.9876}
+    path.write_text(json.dumps(result | calibration))
+    code, _, err = cli("report.py", "--runs", runs, "--output", tmp_path / "report")
+    assert code == 0, err
+    text = (tmp_path / "report" / "report.md").read_text()
+    (row,) = rows_of(text[text.index("## Are the prob") :], "### val")
+    assert (row["T"], row["NLL calibrated"]) == ("1.37", "0.988")
+
+
+def test_reliability_bins_hold_equal_numbers_of_images(study):
+    """Against pandas' quantile bins, for the images of one run."""
+    reliability_bins = runpy.run_path(str(ROOT / "report.py"))["reliability_bins"]
+    (run,) = [run for run in compared_runs(study) if run.name == "final-tiny-full-0"]
+    bins = reliability_bins(run)
+    frame = pd.read_csv(run.folder / "predictions.csv")
+    frame["right"] = 100.0 * (frame["label"] == frame["top1"])
+    expected = frame.groupby(pd.qcut(frame["score1"], 15), observed=True)
+    assert (expected.size() == 16).all()
+    np.testing.assert_allclose(bins["accuracy"], expected["right"].mean())
+    np.testing.assert_allclose(bins["probability"], 100 * expected["score1"].mean())
 
 
 def test_the_tests_of_pairs(study, report):
@@ -323,6 +470,10 @@ def test_any_subset_works_and_what_is_missing_is_said(study, tmp_path, cli):
     (runs / "failed.jsonl").write_text(
         '{"name": "two", "error": "error: no memory"}\n{"name": "one", "error": "later mended"}\n'
     )
+    # It is an old one, that has not recorded how good its probabilities are.
+    result = json.loads((runs / "one" / "result.json").read_text())
+    old = {k: v for k, v in result.items() if not re.search("/(nll|brier|ece)", k)}
+    (runs / "one" / "result.json").write_text(json.dumps(old))
     (runs / "three").mkdir()
     (runs / "three" / "result.json").write_text("{")
     assert cli("report.py", "--runs", runs, "--output", output)[0] == 0
@@ -334,6 +485,10 @@ def test_any_subset_works_and_what_is_missing_is_said(study, tmp_path, cli):
     assert "later mended" not in missing
     assert "the change of each class" in missing
     assert "no untrained model" in missing
+    assert "whether the probabilities are right" in missing
+    assert re.search(
+        r"what was forgotten: .* \(`python ablate.py forgetting .*--others DIR`\)", missing
+    )
     assert rows_of(text, "### test")[0]["strategy"] == "full"
 
     # With an untrained model and its start, the classes can be compared.
@@ -366,6 +521,21 @@ def test_many_models_that_tie_at_the_top(tmp_path, cli):
 
 # -----------------------------------------------------------------------------
 # which runs are compared
+
+
+def test_a_dataset_that_was_not_trained_on_is_elsewhere(tmp_path):
+    evaluation = {"job": "eval", "split": "test"}
+    write_run(tmp_path, "trained", 0.5, dataset="flowers")
+    # The same images in another place, others under the same name, and another dataset.
+    write_run(tmp_path, "moved", 0.5, data_root="y", dataset="flowers", **evaluation)
+    half = {"names": NAMES[:6], "data_root": "z"}
+    write_run(tmp_path, "half", 0.5, dataset="flowers", **half, **evaluation)
+    birds = {"names": BIRDS, "data_root": "birds"}
+    write_run(tmp_path, "birds", 0.5, dataset="birds", **birds, **evaluation)
+    loaded, _ = comparable.load(tmp_path)
+    assert comparable.elsewhere(loaded) == {"half", "birds"}
+    # Without training, nothing says which dataset is the main one.
+    assert comparable.elsewhere([run for run in loaded if run.name != "trained"]) == set()
 
 
 def test_only_the_same_images_and_training_classes_are_compared(tmp_path):

@@ -48,6 +48,8 @@ NOT_SETTINGS = {
 GRID_SETTINGS = {"lr", "tau_lr", "architecture", "strategy", "augment", "prompt_template"}
 STRATEGY_DEFAULTS = ("augment", "prompt_template")
 
+SOUP = " soup"  # behind the strategy of runs of which a model is the mean
+
 # Settings of an evaluation that replace those of the run that it evaluates.
 EVALUATION_SETTINGS = (
     "job",
@@ -59,6 +61,7 @@ EVALUATION_SETTINGS = (
     "prompts_digest",
     "wise_ft",
     "calibrated",
+    "soup",
 )
 
 
@@ -83,6 +86,8 @@ class Run:
     architecture: str = ""  # that of the first run in the chain of starts
     strategy: str = ""  # "none" if the model was not trained
     trained_on: str = "all"  # the classes that were trained on: all, base or new
+    pretraining: str = ""  # what the weights were trained on before, where that is known
+    evaluated: str = ""  # of an evaluation: the name of the trained run
 
     @property
     def seed(self) -> int:
@@ -232,7 +237,7 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
             settings = dict(trained.settings)  # the seed among them
             for key in EVALUATION_SETTINGS:
                 settings[key] = run.settings.get(key)
-            run = replace(run, settings=settings)
+            run = replace(run, settings=settings, evaluated=parent.name)
         architecture, strategy = _describe(run, trained, origin)
         trained_on = trained.settings.get("classes") or "all"
         run = replace(
@@ -249,12 +254,39 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
 
 def _parent(run: Run, by_name: dict[str, Run]) -> Run | None:
-    """The run whose model this one started from or evaluates, if it is among those loaded."""
-    path = Path(str(run.settings.get("architecture")))  # runs/NAME or runs/NAME/model.pt
+    """The run whose model this one started from or evaluates, if it is among those loaded.
+
+    A soup is the mean of several: the first stands for all.
+    """
+    soup = run.settings.get("soup")
+    path = Path(str(soup[0] if soup else run.settings.get("architecture")))
+    # runs/NAME or runs/NAME/model.pt
     name = path.parent.name if path.name == "model.pt" else path.name
     if name in SHAPES or name == run.name:
         return None
     return by_name.get(name)
+
+
+def elsewhere(runs: Sequence[Run]) -> set[str]:
+    """Return the names of the evaluations on a dataset that no run was trained on.
+
+    runs: as `load` returns them. A dataset is told by its folder, or by its name and classes where
+    the folder has another place. Without a trained run, no dataset is another one.
+    """
+    trained = [run for run in runs if run.settings.get("job") == "train"]
+    roots = {run.settings.get("data_root") for run in trained}
+    datasets = {_dataset(run) for run in trained}
+    names = set()
+    for run in runs:
+        is_known = run.settings.get("data_root") in roots or _dataset(run) in datasets
+        if trained and run.settings.get("job") == "eval" and not is_known:
+            names.add(run.name)
+    return names
+
+
+def _dataset(run: Run) -> tuple:
+    # The classes, too: copies of some of Oxford's folders bear its name.
+    return run.result.get("dataset"), frozenset(run.labels.tolist())
 
 
 def _origin(run: Run, by_name: dict[str, Run]) -> Run:
@@ -271,7 +303,7 @@ def _origin(run: Run, by_name: dict[str, Run]) -> Run:
 
 def _repeats(evaluation: Run, trained: Run) -> bool:
     """Whether an evaluation does again what the run it evaluates did at its end."""
-    if evaluation.settings.get("wise_ft"):
+    if evaluation.settings.get("wise_ft") or evaluation.settings.get("soup"):
         return False
     for key in ("prompt_template", "prompts_digest"):
         if evaluation.settings.get(key) != trained.settings.get(key):
@@ -295,7 +327,10 @@ def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
         return name, f"{method} ({run.settings.get('protocol')})"
 
     strategy = trained.settings.get("strategy") or "full"
-    if trained.settings.get("job") == "eval" and path.name == "model.pt":
+    if run.settings.get("soup"):
+        # Without the runs that it is the mean of, nothing says how they were trained.
+        strategy = ("unknown" if trained is run else strategy) + SOUP
+    elif trained.settings.get("job") == "eval" and path.name == "model.pt":
         strategy = "unknown"  # it evaluates a run that is not here
     elif not trained.settings.get("epochs") and strategy != "linear":
         strategy = "none"

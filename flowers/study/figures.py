@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from flowers.figures import PALETTE, plt, save
 
@@ -28,6 +28,9 @@ STRATEGY_COLOURS = {
     "prompt": PALETTE[4],
     "image": PALETTE[5],
     "linear": PALETTE[7],
+    # Two of Tol's muted colours, as the palette has no more.
+    "norm": "#882255",
+    "projection": "#999933",
 }
 OTHER_COLOUR = "#8c510a"  # brown: strategies of Qwen-VL, or from elsewhere
 # Of the architectures, by their order in a figure. All markers are filled: seaborn mixes no kinds.
@@ -142,6 +145,192 @@ def cost(table: pd.DataFrame, path: Path) -> Path:
         _log_where_wide(axis, known[column])
         axis.grid(linewidth=0.3)
     _legend(figure, strategies, architectures, lines=False)
+    return save(figure, path, pdf=True)
+
+
+def gains(table: pd.DataFrame, path: Path) -> Path:
+    """Draw the gain over the untrained model with its interval, a panel for each model.
+
+    Columns: model (title of the panel), strategy, loss, gain, low, high, in points; a row for each
+    trained model. A loss is a marker; those of one strategy stand below each other.
+    """
+    losses = list(table["loss"].unique())
+    strategies = list(table["strategy"].unique())
+    models = table["model"].nunique()
+    columns = min(3, models)
+    rows = -(-models // columns)  # rounded up
+    height = 0.6 + rows * (0.45 + 0.17 * len(strategies))
+    figure, axes = _figure(
+        PAGE if columns > 1 else COLUMN, height, rows, columns, sharex=True, sharey=True
+    )
+    for axis in axes.flat[models:]:
+        axis.set_axis_off()
+    for axis, (model, panel) in zip(axes.flat, table.groupby("model", sort=False)):
+        # A row at a time, as errorbar takes one colour for all of its points.
+        for row in panel.itertuples():
+            index = losses.index(row.loss)
+            # Losses of one strategy share the height of its line.
+            shift = 0.6 * ((index + 0.5) / len(losses) - 0.5)
+            y = strategies.index(row.strategy) + shift
+            _gain_point(axis, row, row.gain, y, index, along="x")
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set(title=model, xlabel="gain (points), 95% interval")
+        axis.set(yticks=range(len(strategies)), yticklabels=strategies)
+        axis.set_ylim(len(strategies) - 0.5, -0.5)  # the first row on top
+        axis.grid(axis="x", linewidth=0.3)
+    if len(losses) > 1:
+        handles = []
+        for index, loss in enumerate(losses):
+            marker = {"marker": _marker(index), "linestyle": ""}
+            handles.append(Line2D([], [], color="black", label=loss, **marker))
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(losses))
+    return save(figure, path, pdf=True)
+
+
+def trained_parameters(table: pd.DataFrame, path: Path) -> Path:
+    """Draw the gain over the untrained model against the number of trained parameters.
+
+    Columns: architecture, strategy, parameters (more than 0), gain, low, high (points); a row for
+    each model.
+    """
+    architectures = list(table["architecture"].unique())
+    figure, axes = _figure(COLUMN, 2.9)
+    axis = axes[0, 0]
+    for row in table.itertuples():
+        index = architectures.index(row.architecture)
+        _gain_point(axis, row, row.parameters, row.gain, index, along="y")
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set(xlabel="trained parameters", ylabel="gain (points), 95% interval")
+    _log_where_wide(axis, table["parameters"])
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
+    axis.grid(linewidth=0.3)
+    strategies = table["strategy"].unique()
+    _legend(figure, strategies, architectures, lines=False, in_a_row=4)
+    return save(figure, path, pdf=True)
+
+
+# -----------------------------------------------------------------------------
+# what was forgotten
+
+
+def forgetting(table: pd.DataFrame, path: Path) -> Path:
+    """Draw accuracy on flowers against accuracy lost elsewhere, a panel for each model.
+
+    The best place is the upper left: more is known of flowers, and nothing was lost.
+
+    Columns: panel (its title), strategy, weights (untrained, fine-tuned, soup or between), alpha
+    (the share of the fine-tuned weights; nan for a soup), top1 on flowers and lost elsewhere
+    (points), each also with _low and _high, nan where not known.
+    """
+    strategies = [name for name in table["strategy"].unique() if name != "none"]
+    keys = [Line2D([], [], color=_colour(name), label=name) for name in strategies]
+    black = {"color": "black", "linestyle": ""}
+    keys += [
+        Line2D([], [], marker="D", label="untrained", linestyle="", color=_colour("none")),
+        Line2D([], [], marker="o", label="fine-tuned", **black),
+        Line2D([], [], marker=".", label="WiSE-FT", color="black"),
+        Line2D([], [], marker="*", markersize=7, label="soup of the seeds", **black),
+    ]
+    panels = table["panel"].nunique()
+    in_a_row = 3 if panels == 1 else 7
+    legend_height = 0.15 * -(-len(keys) // in_a_row)
+    figure, axes = _panels(panels, 0.3 + legend_height)
+    for axis, (name, panel) in zip(axes, table.groupby("panel", sort=False)):
+        for strategy, rows in panel.groupby("strategy", sort=False):
+            _draw_forgetting(axis, rows, _colour(strategy))
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set(title=name, xlabel="lost elsewhere (points)", ylabel="top-1 on flowers (%)")
+        axis.grid(linewidth=0.3)
+    figure.legend(handles=keys, loc="outside lower center", ncols=in_a_row)
+    return save(figure, path, pdf=True)
+
+
+def _draw_forgetting(axis, rows: pd.DataFrame, fill: str) -> None:
+    """The points of one strategy: the line between start and end, and what stands on it."""
+    line = rows[rows["weights"] == "between"].sort_values("alpha")
+    axis.plot(line["lost"], line["top1"], marker=".", color=fill, alpha=0.8, zorder=1)
+    marks = {"untrained": ("D", 4), "fine-tuned": ("o", 4), "soup": ("*", 8)}
+    for row in rows.itertuples():
+        if row.weights == "between":
+            continue
+        marker, size = marks[row.weights]
+        axis.errorbar(
+            row.lost,
+            row.top1,
+            xerr=_lengths(row.lost, row.lost_low, row.lost_high),
+            yerr=_lengths(row.top1, row.top1_low, row.top1_high),
+            marker=marker,
+            markersize=size,
+            color=fill,
+            elinewidth=0.5,
+            markeredgecolor="white",  # tells points apart that overlap
+            markeredgewidth=0.4,
+        )
+
+
+# -----------------------------------------------------------------------------
+# probabilities
+
+
+def reliability(panels: dict[str, dict[str, pd.DataFrame]], path: Path) -> Path:
+    """Draw accuracy against the probability of the best class, a panel for each architecture.
+
+    Args:
+        panels: architecture -> strategy -> bins by rising probability; columns: probability and
+            accuracy, the means of a bin in percent.
+    """
+    # "none", the untrained model, is a line of all panels, and the first key.
+    names = {name for lines in panels.values() for name in lines}
+    strategies = sorted(names, key=lambda name: (name != "none", name))
+    # A panel is a square.
+    width = COLUMN if len(panels) == 1 else 2.3 * len(panels)
+    options = {"columns": len(panels), "sharex": True, "sharey": True}
+    figure, axes = _figure(width, 0.4 + (2.6 if len(panels) == 1 else 2.2), **options)
+    for axis, (architecture, lines) in zip(axes[0], panels.items()):
+        axis.plot([0, 100], [0, 100], color="black", linewidth=0.6, linestyle=":")
+        for strategy, bins in lines.items():
+            axis.plot("probability", "accuracy", data=bins, marker=".", color=_colour(strategy))
+        axis.set(title=architecture, xlabel="probability (%)", ylabel="accuracy (%)")
+        axis.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
+    _legend(figure, strategies, [], lines=True, in_a_row=4 if len(panels) == 1 else 8)
+    return save(figure, path, pdf=True)
+
+
+def temperatures(table: pd.DataFrame, path: Path) -> Path:
+    """Draw top-1, NLL and ECE over the temperature of the loss; band: all seeds.
+
+    Columns: group (runs of one line), architecture, strategy, learned (bool), temperature, top1,
+    nll, ece; a row for each run.
+    """
+    panels = {"nll": "NLL (nats)", "ece": "ECE (%)", "top1": "top-1 accuracy (%)"}
+    architectures = list(table["architecture"].unique())
+    strategies = table["strategy"].unique()
+    figure, axes = _figure(PAGE, 2.3, columns=3)
+    for axis, (column, label) in zip(axes[0], panels.items()):
+        # Drawn one by one: two lines may have the same architecture and strategy.
+        for _, line in table.groupby("group", sort=False):
+            first = line.iloc[0]
+            fill = _colour(first["strategy"])
+            index = architectures.index(first["architecture"])
+            sns.lineplot(
+                data=line,
+                x="temperature",
+                y=column,
+                errorbar=ALL_SEEDS,
+                err_kws={"alpha": 0.15, "linewidth": 0},
+                color=fill,
+                linestyle=_dash(index),
+                marker=_marker(index),
+                # Hollow markers where the temperature is only where training starts.
+                markerfacecolor="white" if first["learned"] else fill,
+                markeredgecolor=fill,
+                markeredgewidth=1,
+                ax=axis,
+            )
+        axis.set(xlabel="temperature of the loss", ylabel=label)
+        _log_where_wide(axis, table["temperature"])
+        axis.grid(linewidth=0.3)
+    _legend(figure, strategies, architectures, lines=True)
     return save(figure, path, pdf=True)
 
 
@@ -386,7 +575,8 @@ def _panels(count: int, margin: float, **options):
 
 
 def _colour(strategy: str) -> str:
-    return STRATEGY_COLOURS.get(strategy, OTHER_COLOUR)
+    # The mean of several runs has the colour of their strategy: see comparable.SOUP.
+    return STRATEGY_COLOURS.get(strategy.removesuffix(" soup"), OTHER_COLOUR)
 
 
 def _palette(strategies: Iterable[str]) -> dict[str, str]:
@@ -397,14 +587,36 @@ def _marker(index: int) -> str:
     return MARKERS[index % len(MARKERS)]
 
 
+def _lengths(middle: float, low: float, high: float) -> list[list[float]]:
+    """The lengths of an error bar: none where an end is not known, and none below 0."""
+    return [[np.nan_to_num(max(middle - low, 0))], [np.nan_to_num(max(high - middle, 0))]]
+
+
+def _gain_point(axis, row, x: float, y: float, index: int, along: str) -> None:
+    """The gain of a model as a point, with its interval along x or y; index: of its marker.
+
+    row: strategy, gain, low and high.
+    """
+    lengths = {f"{along}err": _lengths(row.gain, row.low, row.high)}
+    style = {"marker": _marker(index), "color": _colour(row.strategy)}
+    axis.errorbar(x, y, **lengths, **style, elinewidth=0.8, capsize=1.5, alpha=0.9)
+
+
 def _dash(index: int) -> str:
     return DASHES[index % len(DASHES)]
 
 
-def _legend(figure, strategies: Sequence[str], architectures: Sequence[str], lines: bool) -> None:
+def _legend(
+    figure,
+    strategies: Sequence[str],
+    architectures: Sequence[str],
+    lines: bool,
+    in_a_row: int = 8,
+) -> None:
     """One legend below all panels: a strategy is a colour, an architecture a marker.
 
-    With `lines` a strategy's key is a line and an architecture has a line style, too.
+    With `lines` a strategy's key is a line and an architecture has a line style, too. A column's
+    width takes four keys in a row, a page's eight.
     """
     strategy_style = {"linestyle": "-"} if lines else {"linestyle": "", "marker": "o"}
     handles = []
@@ -415,8 +627,8 @@ def _legend(figure, strategies: Sequence[str], architectures: Sequence[str], lin
         handle = Line2D([], [], color="black", label=architecture, marker=_marker(index))
         handle.set_linestyle(_dash(index) if lines else "")
         handles.append(handle)
-    # At most eight in a row, and rows of equal length.
-    rows = -(-len(handles) // 8)
+    # Rows of equal length.
+    rows = -(-len(handles) // in_a_row)
     figure.legend(
         handles=handles,
         loc="outside lower center",
