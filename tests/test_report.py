@@ -433,7 +433,7 @@ def test_incomplete_grids_lose_the_level_that_lacks_cells(study, tmp_path):
     assert grid.rates == 3
     assert grid.seeds == [0, 1]
     assert grid.dropped == []
-    names = [by_seed[1].name for by_seed in grid.runs["text", "tiny-rn"]]
+    names = [by_seed[1].name for by_seed in grid.runs["text", "tiny-rn", "prompts"]]
     assert names == [f"factorial-tiny-rn-text-{lr}-1" for lr in RATES]
 
     shutil.rmtree(runs / "factorial-tiny-text-0.001-0")
