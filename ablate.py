@@ -107,6 +107,9 @@ ZERO_SHOT = {"strategy": "linear", "times": 1.0, "start_from": "zero_shot"}
 CROSS_MODAL = ZERO_SHOT | {"cross_modal": True}
 # So many training images a class, and as many for validation, but at most 4, as CoOp has it.
 FEW_SHOTS = [{"shots": shots, "val_shots": min(shots, 4)} for shots in (1, 2, 4, 8, 16)]
+# With few shots train.py draws as few images of val, others for each seed. All of them can be
+# compared between levels and seeds.
+ALL_IMAGES = 10_000
 FEW_SHOT_STRATEGIES = [
     {"strategy": TUNED},
     {"strategy": "linear", "times": 1.0},
@@ -130,7 +133,7 @@ GRIDS = {
     "prompt": [{"prompt_template": ([PROJECT], [OPENAI], [NAME_ALONE], ALL_TEMPLATES)}],
     "augment": [{"augment": ("none", "flip", "crop")}],
     "base_to_new": [{"strategy": STRATEGIES, "classes": "base"}],
-    "shots": [{"shots": (1, 2, 4, 8, 16)}],
+    "shots": [{"shots": (1, 2, 4, 8, 16), "val_shots": ALL_IMAGES}],
     "few_shot": [row | shots for row in FEW_SHOT_STRATEGIES for shots in FEW_SHOTS],
     "factorial": [UNTRAINED, LINEAR, CROSSED],
 }
@@ -152,7 +155,7 @@ ONE_FACTOR = (
 # Random weights need larger steps than pretrained ones: 1e-5 becomes 5e-4.
 RANDOM_LR_FACTOR = 50
 # These would make a name too long; the digest at its end tells them apart.
-NOT_IN_NAME = (*DEFAULT_AXES, "lr", "prompt_template", "chunk_size", "captions")
+NOT_IN_NAME = (*DEFAULT_AXES, "lr", "val_shots", "prompt_template", "chunk_size", "captions")
 # ablate.py sets these flags of train.py itself.
 RESERVED = ("--seed", "--name", "--holdout", "--resume", "--tau_lr")
 

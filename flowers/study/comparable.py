@@ -49,6 +49,7 @@ NOT_SETTINGS = {
 # None, which stands for the same.
 OLDER_DEFAULTS = {
     "loss": "info_nce",
+    "positives": "class",  # cross_entropy has none: the texts are those of all classes
     "lr_decay": 1.0,
     "ema": 0.0,
     "pull": 0.0,
@@ -62,6 +63,8 @@ OLDER_DEFAULTS = {
 GRID_SETTINGS = {"lr", "tau_lr", "architecture", "strategy", "augment", "prompt_template"}
 STRATEGY_DEFAULTS = ("augment", "prompt_template")
 
+SOUP = " soup"  # behind the strategy of runs of which a model is the mean
+
 # Settings of an evaluation that replace those of the run that it evaluates.
 EVALUATION_SETTINGS = (
     "job",
@@ -72,6 +75,7 @@ EVALUATION_SETTINGS = (
     "prompts",
     "prompts_digest",
     "wise_ft",
+    "soup",
     "calibrated",
 )
 
@@ -221,8 +225,8 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
     An evaluation takes the settings of the run that it evaluates. If it repeats that run's own
     evaluation, on the same images with the same prompt, it is dropped, unless it holds a curve of
-    WiSE-FT or is calibrated. A soup, the mean of several runs' weights, is a model of their
-    architecture and classes, with `soup` for its strategy.
+    WiSE-FT, is calibrated, or is of a soup. A soup, the mean of the weights of several runs, has
+    their architecture and classes, and their strategy with `SOUP` behind it.
 
     Returns:
         The runs to compare, and apart from them the runs that others started from.
@@ -231,8 +235,7 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     start_names = set()
     for run in runs:
         parent = _parent(run, by_name)
-        trained = run.settings.get("job") == "train" or run.settings.get("soup")
-        if trained and parent is not None:
+        if run.settings.get("job") == "train" and parent is not None:
             start_names.add(parent.name)
 
     resolved = []
@@ -287,9 +290,10 @@ def _with_model_names(runs: Sequence[Run]) -> list[Run]:
 def _parent(run: Run, by_name: dict[str, Run]) -> Run | None:
     """The run whose model this one started from or evaluates, if it is among those loaded.
 
-    Of a soup it is the one that all of its runs started from.
+    A soup is the mean of several runs: the first stands for all.
     """
-    name = _run_name(run.settings.get("architecture"))
+    soup = run.settings.get("soup")
+    name = _run_name(soup[0] if soup else run.settings.get("architecture"))
     if name in SHAPES or name == run.name:
         return None
     return by_name.get(name)
@@ -316,7 +320,7 @@ def _origin(run: Run, by_name: dict[str, Run]) -> Run:
 def _repeats(evaluation: Run, trained: Run) -> bool:
     """Whether an evaluation does again what the run it evaluates did at its end."""
     # A calibrated evaluation has the same accuracy, but other probabilities.
-    if evaluation.settings.get("wise_ft") or evaluation.settings.get("calibrated"):
+    if any(evaluation.settings.get(key) for key in ("wise_ft", "soup", "calibrated")):
         return False
     for key in ("prompt_template", "prompts_digest"):
         if evaluation.settings.get(key) != trained.settings.get(key):
@@ -341,7 +345,8 @@ def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
 
     strategy = trained.settings.get("strategy") or "full"
     if run.settings.get("soup"):
-        strategy = "soup"
+        # Without the runs that it is the mean of, nothing says how they were trained.
+        strategy = ("unknown" if trained is run else strategy) + SOUP
     elif trained.settings.get("job") == "eval" and path.name == "model.pt":
         strategy = "unknown"  # it evaluates a run that is not here
     elif not trained.settings.get("epochs") and strategy != "linear":
@@ -413,9 +418,6 @@ def grouped(runs: Sequence[Run], without: str = "") -> list[Group]:
         # Where only lr differs, tau_lr follows it.
         if not run.settings.get("learn_temperature") or without == "lr":
             ignored.add("tau_lr")
-        # Where only the loss differs, the bias of the sigmoid loss follows it.
-        if without == "loss":
-            ignored.add("logit_bias")
         group = groups.setdefault(_configuration(run, ignored), {})
         member = json.dumps([run.settings.get(without), run.seed])
         group.setdefault(member, run)
