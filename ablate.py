@@ -4,16 +4,17 @@ resumed, and failed ones are recorded while the others go on.
     python ablate.py temperature               # ViT-B/32, 5 fixed and 2 learned values, 3 seeds
     python ablate.py factorial --architecture ViT-B/32 RN50 --gpus 0 1 2 3
     python ablate.py learning_rate --strategy lora --seeds 0 --epochs 3  # --epochs is train.py's
+    python ablate.py pretraining --architecture ViT-B/16  # OpenAI's weights, LAION-2B's, DFN's, ...
     python ablate.py temperature --sweep       # write a W&B sweep file, for many machines
     python ablate.py study --runs runs/study   # factorial, then one factor at a time, then final
     python ablate.py forgetting --others data/birds data/cars  # what fine-tuning costs elsewhere
 
 All choices are made on val: the grids run with --holdout. `final` (and the end of `study`) takes
-the best settings of each strategy and architecture, trains on all training images, and evaluates
-on test once. The one-factor grids of `study` use the first architecture and strategy. `forgetting`
-fine-tunes each strategy, and evaluates start, end, the weights between and the mean of the seeds on
-val and on the test images of other datasets. An architecture with random weights (tiny, tiny-16,
-tiny-rn) is first trained on the base classes, as a stand-in for pretraining. python report.py
+the best settings of each strategy, architecture and pretraining, trains on all training images, and
+evaluates on test once. The one-factor grids of `study` use the first architecture and strategy.
+`forgetting` fine-tunes each strategy, and evaluates start, end, the weights between and the mean of
+the seeds on val and on the test images of other datasets. An architecture with random weights (such
+as tiny) is first trained on the base classes, as a stand-in for pretraining. python report.py
 --runs RUNS makes the report.
 """
 
@@ -54,25 +55,79 @@ NAME_ALONE = "{}"
 OTHER_TEMPLATE = "a photo of a {}"  # of datasets that are not flowers
 ALL_TEMPLATES = [PROJECT, OPENAI, NAME_ALONE]
 
+# What CLIP's architectures were trained on, and train.py's --architecture for those weights. All
+# nine are OpenAI's; these have others, by open_clip's names.
+OTHER_WEIGHTS = {
+    "ViT-B/32": {
+        "laion2b": "open_clip:ViT-B-32/laion2b_s34b_b79k",
+        "datacomp": "open_clip:ViT-B-32/datacomp_xl_s13b_b90k",
+        "metaclip": "open_clip:ViT-B-32-quickgelu/metaclip_fullcc",
+    },
+    "ViT-B/16": {
+        "laion2b": "open_clip:ViT-B-16/laion2b_s34b_b88k",
+        "datacomp": "open_clip:ViT-B-16/datacomp_xl_s13b_b90k",
+        "dfn": "open_clip:ViT-B-16-quickgelu/dfn2b",
+        "metaclip": "open_clip:ViT-B-16-quickgelu/metaclip_fullcc",
+    },
+    "ViT-L/14": {
+        "laion2b": "open_clip:ViT-L-14/laion2b_s32b_b82k",
+        "datacomp": "open_clip:ViT-L-14/datacomp_xl_s13b_b90k",
+        "dfn": "open_clip:ViT-L-14-quickgelu/dfn2b",
+        "metaclip": "open_clip:ViT-L-14-quickgelu/metaclip_fullcc",
+    },
+}
+# The stand-ins for pretraining are trained with prompts, or with captions of the same images.
+STAND_INS = ("prompts", "captions")
+PRETRAININGS = ("openai", "laion2b", "datacomp", "dfn", "metaclip", *STAND_INS)
+# The one pretraining of weights that are given by a path, or by another library's name.
+AS_GIVEN = "as given"
+# The levels where it is not varied, one for each kind of architecture, and where it is crossed with
+# all else: two, as every level doubles the cost.
+USUAL = ("openai", "prompts", AS_GIVEN)
+TWO = ("openai", "laion2b", *STAND_INS, AS_GIVEN)
+
 # A grid is a list of blocks, and a block is a product of axes. The value of an axis is
-#   a tuple: its levels, which --architecture, --strategy, --times and --seeds may replace;
+#   a tuple: its levels, which the flag of that name (of `seed`, --seeds) may replace;
 #   a list: one level, a flag given several times;
 #   anything else: one fixed level, which no flag replaces.
-# `times` is the learning rate as a multiple of the strategy's default.
+# `times` is the learning rate as a multiple of the strategy's default, `lr` the rate itself.
+# `pretraining` decides which weights --architecture names; see shared_pretrainings.
 DEFAULT_AXES = {
     "seed": (0, 1, 2),
     "architecture": ("ViT-B/32",),
+    "pretraining": USUAL,
     "strategy": ("full",),
     "times": (1.0,),
 }
 # A linear probe gives the same result with every seed, so one is enough.
-UNTRAINED = {"architecture": PRETRAINED, "strategy": "full", "times": 1.0, "epochs": 0, "seed": 0}
-LINEAR = {"architecture": PRETRAINED, "strategy": "linear", "times": 1.0, "seed": 0}
-CROSSED = {"architecture": PRETRAINED, "strategy": TUNED, "times": (0.2, 1.0, 5.0)}
+MODELS = {"architecture": PRETRAINED, "pretraining": TWO}
+UNTRAINED = MODELS | {"strategy": "full", "times": 1.0, "epochs": 0, "seed": 0}
+LINEAR = MODELS | {"strategy": "linear", "times": 1.0, "seed": 0}
+CROSSED = MODELS | {"strategy": TUNED, "times": (0.2, 1.0, 5.0)}
+# Every strategy gets the same rates. Whether rates are shared or relative to a strategy's default
+# can turn round which strategy is best (arXiv 2604.16410).
+SHARED = MODELS | {"strategy": TUNED, "times": 1.0, "lr": (1e-5, 1e-4, 1e-3)}
+# The probe that starts from the text features, and the one that also trains on them.
+ZERO_SHOT = {"strategy": "linear", "times": 1.0, "start_from": "zero_shot"}
+CROSS_MODAL = ZERO_SHOT | {"cross_modal": True}
+# So many training images a class, and as many for validation, but at most 4, as CoOp has it.
+FEW_SHOTS = [{"shots": shots, "val_shots": min(shots, 4)} for shots in (1, 2, 4, 8, 16)]
+# With few shots train.py draws as few images of val, others for each seed. All of them can be
+# compared between levels and seeds.
+ALL_IMAGES = 10_000
+FEW_SHOT_STRATEGIES = [
+    {"strategy": TUNED},
+    {"strategy": "linear", "times": 1.0},
+    ZERO_SHOT,
+    CROSS_MODAL,
+]
 GRIDS = {
     "architecture": [{"architecture": PRETRAINED}],
-    "strategy": [{"strategy": STRATEGIES}],
+    "pretraining": [{"pretraining": (*PRETRAININGS, AS_GIVEN)}],
+    "strategy": [{"strategy": STRATEGIES}, ZERO_SHOT | {"seed": 0}, CROSS_MODAL | {"seed": 0}],
     "learning_rate": [{"times": (0.1, 0.3, 1.0, 3.0, 10.0)}],
+    "shared_rate": [UNTRAINED, SHARED],
+    "loss": [{"loss": ("info_nce", "cross_entropy", "sigmoid")}],
     "temperature": [
         {"temperature": (0.003, 0.01, 0.03, 0.1, 0.3)},
         {"temperature": (0.01, 0.07), "learn_temperature": True},
@@ -83,15 +138,26 @@ GRIDS = {
     "prompt": [{"prompt_template": ([PROJECT], [OPENAI], [NAME_ALONE], ALL_TEMPLATES)}],
     "augment": [{"augment": ("none", "flip", "crop")}],
     "base_to_new": [{"strategy": STRATEGIES, "classes": "base"}],
-    "shots": [{"shots": (1, 2, 4, 8, 16)}],
+    "shots": [{"shots": (1, 2, 4, 8, 16), "val_shots": ALL_IMAGES}],
+    "few_shot": [row | shots for row in FEW_SHOT_STRATEGIES for shots in FEW_SHOTS],
     "factorial": [UNTRAINED, LINEAR, CROSSED],
     # a linear head knows the classes that it was fitted to, and no others
     "forgetting": [{"strategy": TUNED}],
 }
 # These choose their settings from the results of `factorial`.
 CHOOSING = ("final", "study")
+CHOSEN_AXES = ("architecture", "pretraining", "strategy", "times")  # the last one is chosen
 # What the study runs after the factorial, with everything else at the best settings.
-ONE_FACTOR = ("temperature", "batch_size", "positives", "prompt", "augment", "shots", "base_to_new")
+ONE_FACTOR = (
+    "temperature",
+    "batch_size",
+    "loss",
+    "positives",
+    "prompt",
+    "augment",
+    "shots",
+    "base_to_new",
+)
 
 # Where `forgetting` evaluates between the start (0) and the fine-tuned weights (1).
 ALPHAS = (0, 0.25, 0.5, 0.75, 1)
@@ -102,9 +168,9 @@ MODEL_FLAGS = ("activation", "device", "precision")
 # Random weights need larger steps than pretrained ones: 1e-5 becomes 5e-4.
 RANDOM_LR_FACTOR = 50
 # These would make a name too long; the digest at its end tells them apart.
-NOT_IN_NAME = (*DEFAULT_AXES, "prompt_template", "chunk_size")
+NOT_IN_NAME = (*DEFAULT_AXES, "lr", "val_shots", "prompt_template", "chunk_size", "captions")
 # ablate.py sets these flags of train.py itself.
-RESERVED = ("--lr", "--seed", "--name", "--holdout", "--resume", "--tau_lr")
+RESERVED = ("--seed", "--name", "--holdout", "--resume", "--tau_lr")
 
 
 @dataclass(frozen=True)
@@ -134,6 +200,7 @@ class Common:
     data_flags: tuple[str, ...]  # which images
     train_flags: tuple[str, ...]  # for train.py, but not for the stand-in for pretraining
     start_epochs: int  # of the stand-in for pretraining
+    start_captions: str | None  # of its images; None: it is trained with prompts only
     others: tuple[Other, ...] = ()  # of `forgetting`
 
 
@@ -146,32 +213,7 @@ def main():
     )
     # Axes
     parser.add_argument("grid", choices=[*GRIDS, *CHOOSING])
-    parser.add_argument(
-        "--architecture",
-        type=files.user_path,
-        nargs="+",
-        help="levels of this axis (default: the grid's own, else ViT-B/32)",
-    )
-    parser.add_argument(
-        "--strategy",
-        nargs="+",
-        choices=STRATEGIES,
-        help="levels of this axis (default: the grid's own, else full)",
-    )
-    parser.add_argument(
-        "--times",
-        nargs="+",
-        type=float,
-        help="learning rates, in multiples of the strategy's own (default: the grid's, else 1)",
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument(
-        "--start_epochs",
-        type=int,
-        default=19,
-        help="epochs of the stand-in for pretraining of tiny, tiny-16 and tiny-rn "
-        "(default: %(default)s)",
-    )
+    add_axis_arguments(parser)
     # Data
     group = parser.add_argument_group("data")
     group.add_argument("--data_root", type=files.user_path, help="as in train.py")
@@ -185,6 +227,7 @@ def main():
         "--others",
         type=files.user_path,
         nargs="+",
+        default=[],
         metavar="DIR",
         help="other datasets, in any layout of --data_root, such as class folders",
     )
@@ -227,15 +270,33 @@ def main():
     # -----------------------------------------------------------------------------
     # settings
     check_train_flags(train_flags)
-    levels = chosen_levels(args)
-    check_forgetting(args)
+    check_forgetting(args.grid, args.others, args.other_splits, args.other_template, args.strategy)
+    data = {
+        "data_root": args.data_root,
+        "splits_path": args.splits_path,
+        "splits_base": args.splits_base,
+        "splits": args.splits,
+        "class_names": args.class_names,
+    }
+    others = [open_other(path, args.other_splits, args.other_template) for path in args.others]
     common = Common(
         Path(args.runs),
-        data_flags(args),
+        data_flags(data),
         tuple(train_flags),
         args.start_epochs,
-        tuple(open_other(path, args) for path in args.others or []),
+        args.start_captions,
+        tuple(others),
     )
+    axes = {
+        "architecture": args.architecture,
+        "pretraining": args.pretraining,
+        "strategy": args.strategy,
+        "times": args.times,
+        "lr": args.lr,
+        "seed": args.seeds,
+    }
+    levels = {axis: tuple(values) for axis, values in axes.items() if values}
+    check_levels(args.grid, levels, common)
     slots = make_slots(args.jobs, args.gpus)
     if args.sweep:
         print(write_sweep(args.grid, common, levels, sys.argv[1:]))
@@ -275,6 +336,55 @@ def main():
 # from flags to settings
 
 
+def add_axis_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the levels of the axes, and what the stand-in for pretraining is trained with."""
+    parser.add_argument(
+        "--architecture",
+        type=files.user_path,
+        nargs="+",
+        help="levels of this axis (default: the grid's own, else ViT-B/32)",
+    )
+    parser.add_argument(
+        "--pretraining",
+        nargs="+",
+        choices=PRETRAININGS,
+        help="levels of this axis: what the weights were trained on; prompts and captions for "
+        "random ones (default: openai or prompts; in factorial and shared_rate two, in pretraining "
+        "all, as far as all architectures have them)",
+    )
+    parser.add_argument(
+        "--strategy",
+        nargs="+",
+        choices=STRATEGIES,
+        help="levels of this axis (default: the grid's own, else full)",
+    )
+    parser.add_argument(
+        "--times",
+        nargs="+",
+        type=float,
+        help="learning rates, in multiples of the strategy's own (default: the grid's, else 1)",
+    )
+    parser.add_argument(
+        "--lr",
+        nargs="+",
+        type=float,
+        help="learning rates of shared_rate, the same for all strategies and architectures",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument(
+        "--start_epochs",
+        type=int,
+        default=19,
+        help="epochs of the stand-in for pretraining of random weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--start_captions",
+        type=files.user_path,
+        metavar="FILE",
+        help="human captions for a second stand-in, --captions of train.py (default: none)",
+    )
+
+
 def check_train_flags(train_flags: Sequence[str]) -> None:
     """Raise UserError for a flag that ablate.py sets itself, or a word that is no flag."""
     wrong = [flag for flag in train_flags if flag.split("=")[0] in RESERVED]
@@ -287,59 +397,71 @@ def check_train_flags(train_flags: Sequence[str]) -> None:
         )
 
 
-def check_forgetting(args: argparse.Namespace) -> None:
+def check_forgetting(
+    grid: str,
+    others: Sequence[str],
+    other_splits: str | None,
+    other_template: str,
+    strategies: Sequence[str] | None,
+) -> None:
     """Raise UserError for flags that `forgetting` lacks, or that have no meaning without it."""
-    if args.grid != "forgetting":
-        if args.others or args.other_splits or args.other_template != OTHER_TEMPLATE:
+    if grid != "forgetting":
+        if others or other_splits or other_template != OTHER_TEMPLATE:
             raise UserError("--others and its template and splits are of the grid forgetting")
         return
-    if not args.others:
+    if not others:
         raise UserError("forgetting: give --others DIR, a dataset that is not trained on")
-    if "{}" not in args.other_template:
+    if "{}" not in other_template:
         raise UserError(
-            f"--other_template {args.other_template!r} has no {{}} where the class name goes"
+            f"--other_template {other_template!r} has no {{}} where the class name goes"
         )
-    if "linear" in (args.strategy or ()):
+    if "linear" in (strategies or ()):
         raise UserError(
             "forgetting --strategy linear: its head has no classes but the flowers', and its "
             "weights are those of the start; leave it out"
         )
 
 
-def open_other(path: str, args: argparse.Namespace) -> Other:
+def open_other(path: str, splits: str | None, template: str) -> Other:
     """Open another dataset, so that a mistake is found before hours of training.
 
     Raises UserError if it can't be opened, or has no test images.
     """
     try:
-        dataset = open_flowers(path, splits=args.other_splits)
+        dataset = open_flowers(path, splits=splits)
     except UserError as error:
         raise UserError(f"--others {path}: {error} (--splits is --other_splits here)") from None
     # A run hands its own splits and names down to its evaluations: each is said, so none is.
     flags = ["--data_root", path, "--splits_path", "", "--splits", dataset.convention]
     flags += ["--class_names", "oxford", "--split", "test"]
-    return Other(Path(path).resolve().name, tuple(flags), args.other_template)
+    return Other(Path(path).resolve().name, tuple(flags), template)
 
 
-def data_flags(args: argparse.Namespace) -> tuple[str, ...]:
+def check_levels(grid: str, levels: dict[str, tuple], common: Common) -> None:
+    """Raise UserError for levels that the grid does not have; note which weights there are not."""
+    if "lr" in levels and grid != "shared_rate":
+        raise UserError(
+            f"--lr has the rates of shared_rate: {grid} takes multiples of each strategy's own "
+            "rate, --times"
+        )
+    if "times" in levels and grid == "shared_rate":
+        raise UserError("shared_rate takes the rates themselves: give --lr instead of --times")
+    if "captions" in levels.get("pretraining", ()) and not common.start_captions:
+        raise UserError("--pretraining captions needs --start_captions FILE")
+    first_grid = "factorial" if grid in CHOOSING else grid
+    for line in left_out(first_grid, levels, common):
+        files.note(line)
+    if not settings_of(first_grid, levels, common):
+        raise UserError("--pretraining: there are no such weights of any --architecture")
+
+
+def data_flags(data: dict[str, str | None]) -> tuple[str, ...]:
     """The flags of train.py that say which images to use; those not given are left out."""
     flags = []
-    for key in ("data_root", "splits_path", "splits_base", "splits", "class_names"):
-        value = getattr(args, key)
+    for key, value in data.items():
         if value:
             flags += [f"--{key}", value]
     return tuple(flags)
-
-
-def chosen_levels(args: argparse.Namespace) -> dict[str, tuple]:
-    """The levels that the command line gives for some axes, in place of the grid's own."""
-    axes = {
-        "architecture": args.architecture,
-        "strategy": args.strategy,
-        "times": args.times,
-        "seed": args.seeds,
-    }
-    return {axis: tuple(levels) for axis, levels in axes.items() if levels}
 
 
 def make_slots(jobs: int | None, gpus: Sequence[str] | None) -> list[dict[str, str]]:
@@ -366,7 +488,7 @@ def phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[
     if grid in CHOOSING:
         yield from study_phases(grid, common, levels)
         return
-    rows = settings_of(grid, levels)
+    rows = settings_of(grid, levels, common)
     points = [make_point(grid, row, common) for row in rows]
     yield "start", stand_ins(rows, common)
     yield grid, points
@@ -376,7 +498,7 @@ def phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[
 
 def study_phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[Point]]]:
     """Yield the parts of `study`, or of `final`, which needs a factorial that has been run."""
-    rows = settings_of("factorial", levels)
+    rows = settings_of("factorial", levels, common)
     factorial = [make_point("factorial", row, common) for row in rows]
     yield "start", stand_ins(rows, common)
     if grid == "study":
@@ -392,27 +514,28 @@ def study_phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str,
 
 
 def one_factor_phases(
-    best: dict[tuple[str, str], dict], common: Common, levels: dict
+    best: dict[tuple[str, str, str], dict], common: Common, levels: dict
 ) -> Iterator[tuple[str, list[Point]]]:
     """Yield the one-factor grids, run at the best settings of the first architecture.
 
     base_to_new compares all strategies that learn by gradient, the other grids use the first.
     """
-    first = next(iter(best))[0]
-    trained = [s for architecture, s in best if architecture == first and s != "linear"]
+    first = next(iter(best))[:2]  # architecture and pretraining
+    trained = []
+    for key, setting in best.items():
+        if key[:2] == first and setting["strategy"] != "linear":
+            trained.append(setting)
     for grid in ONE_FACTOR:
-        strategies = trained if grid == "base_to_new" else trained[:1]
         points = []
-        for strategy in strategies:
-            setting = best[first, strategy]
+        for setting in trained if grid == "base_to_new" else trained[:1]:
             fixed = {axis: (value,) for axis, value in setting.items()}
-            rows = settings_of(grid, levels | fixed)
+            rows = settings_of(grid, levels | fixed, common)
             points += [make_point(grid, row, common) for row in rows]
         yield grid, points
 
 
 def final_points(
-    rows: list[dict], best: dict[tuple[str, str], dict], common: Common, seeds: Sequence[int]
+    rows: list[dict], best: dict[tuple[str, str, str], dict], common: Common, seeds: Sequence[int]
 ) -> list[Point]:
     """The untrained models, and the best settings with every seed, on all training images."""
     final = [row for row in rows if row.get("epochs") == 0]
@@ -431,10 +554,14 @@ def forgetting_evaluations(points: Sequence[Point], common: Common) -> list[Poin
     of all seeds of a setting.
     """
     evaluations = []
-    for architecture in dict.fromkeys(point.settings["architecture"] for point in points):
-        start = ["--architecture", starting_weights("forgetting", architecture, common)]
-        name = f"forgetting-{short_name(architecture)}-untrained"
-        evaluations += evaluate_everywhere(name, start, common)
+    starts = {}  # (architecture, pretraining) -> the settings of a point that starts there
+    for point in points:
+        start = point.settings["architecture"], point.settings["pretraining"]
+        starts.setdefault(start, point.settings)
+    for settings in starts.values():
+        model = ["--architecture", starting_weights("forgetting", settings, common)]
+        name = "-".join(["forgetting", *model_words(settings), "untrained"])
+        evaluations += evaluate_everywhere(name, model, common)
     seeds_of = defaultdict(list)  # setting -> the run folders of its seeds
     for point in points:
         run_folder = str(common.runs / point.name)
@@ -445,11 +572,12 @@ def forgetting_evaluations(points: Sequence[Point], common: Common) -> list[Poin
             continue
         between = [word for alpha in ALPHAS for word in ("--wise_ft", str(alpha))]
         evaluations += evaluate_everywhere(point.name, [*model, *between], common)
-        setting = tuple(point.settings[axis] for axis in ("architecture", "strategy", "times"))
-        seeds_of[setting].append(run_folder)
-    for (architecture, strategy, _), run_folders in seeds_of.items():
+        setting = {key: value for key, value in point.settings.items() if key != "seed"}
+        seeds_of[tuple(setting.items())].append(run_folder)
+    for setting, run_folders in seeds_of.items():
         if len(run_folders) > 1:
-            name = f"forgetting-{short_name(architecture)}-{strategy}-soup"
+            words = [*model_words(dict(setting)), dict(setting)["strategy"]]
+            name = "-".join(["forgetting", *words, "soup"])
             evaluations += evaluate_everywhere(name, ["--soup", *run_folders], common)
     return evaluations
 
@@ -491,43 +619,111 @@ def make_evaluation(name: str, flags: list[str], common: Common) -> Point:
     return Point(name, {}, tuple(flags), "baseline_eval.py")
 
 
-def settings_of(grid: str, levels: dict[str, tuple]) -> list[dict]:
+def settings_of(grid: str, levels: dict[str, tuple], common: Common) -> list[dict]:
     """The settings of each point of a grid, `levels` in place of the grid's own.
 
-    The seed varies slowest, so that the table of the first seed is complete first.
+    The seed varies slowest, so that the table of the first seed is complete first. A point whose
+    architecture has no weights of its pretraining is left out.
     """
     rows = []
     for block in GRIDS[grid]:
-        axes = {}
-        for axis, value in (DEFAULT_AXES | block).items():
-            if not isinstance(value, tuple):
-                axes[axis] = (value,)
-            else:
-                axes[axis] = levels.get(axis, value)
+        axes = axes_of(block, levels)
+        if "pretraining" not in levels:
+            wanted, architectures = axes["pretraining"], axes["architecture"]
+            axes["pretraining"] = shared_pretrainings(wanted, architectures, common)
         for values in itertools.product(*axes.values()):
-            rows.append(dict(zip(axes, values)))
+            row = dict(zip(axes, values))
+            if row["pretraining"] in weights_of(row["architecture"], common):
+                rows.append(row)
     return rows
 
 
+def axes_of(block: dict, levels: dict[str, tuple]) -> dict[str, tuple]:
+    """The levels of each axis of a block, `levels` in place of its own where they are a tuple."""
+    axes = {}
+    for axis, value in (DEFAULT_AXES | block).items():
+        if not isinstance(value, tuple):
+            axes[axis] = (value,)
+        else:
+            axes[axis] = levels.get(axis, value)
+    return axes
+
+
+# -----------------------------------------------------------------------------
+# pretraining
+
+
+def weights_of(architecture: str, common: Common) -> dict[str, str]:
+    """The weights that there are of an architecture: pretraining -> --architecture of train.py."""
+    if architecture in RANDOM:
+        names = STAND_INS if common.start_captions else STAND_INS[:1]
+        return dict.fromkeys(names, architecture)
+    if architecture not in SHAPES:
+        return {AS_GIVEN: architecture}
+    return {"openai": architecture} | OTHER_WEIGHTS.get(architecture, {})
+
+
+def shared_pretrainings(
+    wanted: Sequence[str], architectures: Sequence[str], common: Common
+) -> tuple[str, ...]:
+    """Those of the pretrainings that all architectures of a kind have, so that they can be crossed.
+
+    The kinds are OpenAI's architectures, stand-ins, and weights as given: none has a level of
+    another one.
+    """
+    kinds = defaultdict(list)
+    for architecture in architectures:
+        available = weights_of(architecture, common)
+        kinds[next(iter(available))].append(available)
+    shared = []
+    for pretraining in wanted:
+        if any(all(pretraining in peer for peer in peers) for peers in kinds.values()):
+            shared.append(pretraining)
+    return tuple(shared)
+
+
+def left_out(grid: str, levels: dict[str, tuple], common: Common) -> Iterator[str]:
+    """Say which weights were asked for and do not exist, or exist but not of all architectures."""
+    axes = [axes_of(block, levels) for block in GRIDS[grid]]
+    architectures = dict.fromkeys(itertools.chain(*(block["architecture"] for block in axes)))
+    weights = {name: weights_of(name, common) for name in architectures}
+    if "pretraining" in levels:
+        for name, available in weights.items():
+            lacking = [level for level in levels["pretraining"] if level not in available]
+            if lacking:
+                only = f"it has {', '.join(available)}"
+                yield f"there are no weights of {name} from {', '.join(lacking)}: {only}"
+        return
+    wanted = dict.fromkeys(itertools.chain(*(block["pretraining"] for block in axes)))
+    shared = shared_pretrainings(wanted, weights, common)
+    for pretraining in wanted:
+        exists = any(pretraining in available for available in weights.values())
+        if exists and pretraining not in shared:
+            yield f"not all architectures have weights from {pretraining}, so it is left out"
+
+
 def stand_ins(rows: list[dict], common: Common) -> list[Point]:
-    """The stand-ins for pretraining that the rows start from, one a random architecture."""
-    architectures = dict.fromkeys(row["architecture"] for row in rows)
-    return [stand_in(name, common) for name in architectures if name in RANDOM]
+    """The stand-ins for pretraining that the rows start from: of each random architecture."""
+    starts = dict.fromkeys((row["architecture"], row["pretraining"]) for row in rows)
+    return [stand_in(*start, common) for start in starts if start[0] in RANDOM]
 
 
-def stand_in(architecture: str, common: Common) -> Point:
+def stand_in(architecture: str, pretraining: str, common: Common) -> Point:
     """A stand-in for pretraining: full training of random weights on the base classes.
 
     The images of val and test are left out.
     """
     settings = {
         "architecture": architecture,
+        "pretraining": pretraining,
         "strategy": "full",
         "times": 1.0,
         "classes": "base",
         "epochs": common.start_epochs,
         "seed": 0,
     }
+    if pretraining == "captions":
+        settings["captions"] = common.start_captions
     return make_point("start", settings, common)
 
 
@@ -545,12 +741,12 @@ def make_point(grid: str, settings: dict, common: Common, holdout: bool = True) 
         flags.append("--holdout")
     for key, value in settings.items():
         if key == "architecture":
-            flags += to_flags(key, starting_weights(grid, value, common))
-        elif key != "times":
+            flags += to_flags(key, starting_weights(grid, settings, common))
+        elif key not in ("pretraining", "times", "lr"):
             flags += to_flags(key, value)
     flags += to_flags("lr", lr)
 
-    words = [grid, short_name(settings["architecture"]), settings["strategy"], f"lr{lr}"]
+    words = [grid, *model_words(settings), settings["strategy"], f"lr{lr}"]
     for key, value in settings.items():
         if key not in NOT_IN_NAME:
             words.append(key if value is True else f"{key}{value}")
@@ -565,24 +761,37 @@ def flags_digest(flags: Sequence[str], common: Common) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
-def short_name(architecture: str) -> str:
-    """An architecture in the name of a point; of a checkpoint the last part of its path."""
-    return architecture if architecture in SHAPES else Path(architecture).name
+def model_words(settings: dict) -> list[str]:
+    """Architecture and pretraining in the name of a point."""
+    architecture = settings["architecture"]
+    if architecture not in SHAPES:
+        architecture = Path(architecture).name  # a checkpoint: the last part of its path
+    if settings["pretraining"] in USUAL:
+        return [architecture]
+    return [architecture, settings["pretraining"]]
 
 
 def learning_rate(settings: dict) -> str:
     """The learning rate of a point, as train.py's --lr."""
+    if "lr" in settings:  # the same for all strategies and architectures
+        return f"{settings['lr']:.3g}"
     lr = LEARNING_RATES[settings["strategy"]] * settings["times"]
     if settings["architecture"] in RANDOM:
         lr *= RANDOM_LR_FACTOR
     return f"{lr:.3g}"
 
 
-def starting_weights(grid: str, architecture: str, common: Common) -> str:
-    """What --architecture of train.py becomes: a random one is replaced by its stand-in's run."""
-    if grid == "start" or architecture not in RANDOM:
+def starting_weights(grid: str, settings: dict, common: Common) -> str:
+    """What --architecture of train.py becomes.
+
+    Of a random one it is the run of its stand-in, of others the weights of their pretraining.
+    """
+    architecture, pretraining = settings["architecture"], settings["pretraining"]
+    if grid == "start":
         return architecture
-    return str(common.runs / stand_in(architecture, common).name)
+    if architecture in RANDOM:
+        return str(common.runs / stand_in(architecture, pretraining, common).name)
+    return weights_of(architecture, common)[pretraining]
 
 
 def to_flags(key: str, value) -> list[str]:
@@ -600,17 +809,18 @@ def all_arguments(point: Point, folder: Path) -> list[str]:
     return [*point.arguments, "--runs", str(folder), "--name", point.name]
 
 
-def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str], dict]:
-    """The best settings of each (architecture, strategy): the highest mean val/top1 over seeds.
+def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str, str], dict]:
+    """The best settings of each (architecture, pretraining, strategy).
 
-    A setting that lacks a seed is not chosen. Test results are never looked at.
+    The best have the highest mean val/top1 over seeds. A setting that lacks a seed is not chosen.
+    Test results are never looked at.
     """
     val_top1_of = defaultdict(list)
     for point in points:
         # The untrained model is there to compare with: there is nothing to choose.
         if point.settings.get("epochs") == 0:
             continue
-        setting = tuple(point.settings[axis] for axis in ("architecture", "strategy", "times"))
+        setting = tuple(point.settings[axis] for axis in CHOSEN_AXES)
         run_folder = folder / point.name
         # A seed that has not finished counts as nan, so its setting is never chosen.
         finished = (run_folder / "result.json").exists()
@@ -619,12 +829,13 @@ def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str], dict]
 
     best = {}
     best_mean = {}
-    for (architecture, strategy, times), values in val_top1_of.items():
-        pair = architecture, strategy
+    for setting, values in val_top1_of.items():
+        *model, _ = setting  # all but the multiple of the learning rate
+        key = tuple(model)
         mean = sum(values) / len(values)
-        if mean > best_mean.get(pair, -1):  # false for nan
-            best_mean[pair] = mean
-            best[pair] = {"architecture": architecture, "strategy": strategy, "times": times}
+        if mean > best_mean.get(key, -1):  # false for nan
+            best_mean[key] = mean
+            best[key] = dict(zip(CHOSEN_AXES, setting))
     return best
 
 
@@ -771,7 +982,8 @@ def write_sweep(grid: str, common: Common, levels: dict, arguments: list[str]) -
             f"{grid} chooses its settings from results: sweep factorial, "
             f"then run ablate.py {grid} where the runs are"
         )
-    names = [make_point(grid, row, common).name for row in settings_of(grid, levels)]
+    rows = settings_of(grid, levels, common)
+    names = [make_point(grid, row, common).name for row in rows]
     repeated = [argument for argument in arguments if argument != "--sweep"]
     sweep = {
         "name": grid,

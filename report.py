@@ -18,6 +18,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ FACTORS = {
     "positives": "positives",
     "prompt_template": "prompt",
     "augment": "augmentation",
+    "loss": "loss",
 }
 # Those that can be drawn as a curve; the others have a table only.
 NUMERIC_FACTORS = ("lr", "temperature", "batch_size", "shots")
@@ -96,6 +98,8 @@ FILE_STEMS = (
     "reliability",
     "temperatures",
 )
+# Those of --pretraining of ablate.py that need no file; a stand-in is trained with prompts anyway.
+PRETRAININGS = ("openai", "laion2b", "datacomp", "dfn", "metaclip")
 RUNS_FOLDER = '"$RUNS"'  # stands for it in commands, as a shell takes it
 BINS = 15  # of the reliability figure; each has as many images, as in the ECE of evaluation
 MOST_MODELS = 14  # of the overlap of worst classes: more do not fit on a page
@@ -271,8 +275,8 @@ def numbered(stem: str, index: int) -> str:
 
 
 def label(run: Run) -> str:
-    strategy = "untrained" if run.strategy == "none" else run.strategy
-    return f"{run.architecture} {strategy}"
+    strategy = "untrained" if run.strategy == "none" else run.method
+    return f"{run.model} {strategy}"
 
 
 def title(run: Run) -> str:
@@ -296,7 +300,7 @@ def protocol_note(runs: Sequence[Run]) -> str:
         templates = run.settings.get("prompt_template") or []
         words = run.result.get("prompts") or templates_in_words(templates) or "not recorded"
         prompts[words] = True
-    weights = dict.fromkeys(run.architecture for run in runs)
+    weights = dict.fromkeys(run.model for run in runs)
     note = f"Prompts: {escape_markdown('; '.join(sorted(prompts)))}. "
     note += f"Weights at the start: {escape_markdown(', '.join(sorted(weights)))}."
     overlaps = [f"{run.name} {run.overlap}" for run in runs if run.overlap]
@@ -321,6 +325,11 @@ def ablate_command(grid: str, runs: Sequence[Run]) -> str:
         architectures = []
     if architectures:
         words += ["--architecture", *architectures]
+    # ablate.py begins with OpenAI's weights, or with a stand-in that is trained with prompts.
+    available = {run.pretraining for run in runs if run.architecture in architectures}
+    known = [pretraining for pretraining in PRETRAININGS if pretraining in available]
+    if known not in ([], ["openai"]):
+        words += ["--pretraining", *known]
     # The new runs must have the protocol of these, or they could not be compared.
     for key in ("data_root", "splits_path", "splits", "class_names"):
         if first.settings.get(key):
@@ -391,78 +400,106 @@ def picture(path: Path, caption: str) -> str:
 def answer(
     runs: Sequence[Run], starts: Sequence[Run], output: Path, rounds: int, missing: list[Missing]
 ) -> str:
-    """Answer the question of the study from a strategy x architecture x learning rate grid."""
-    heading = "## Is it the fine-tuning, the architecture, or the hyperparameters?"
+    """Answer the question of the study from a complete grid of all of its factors."""
     # Only a complete grid divides without a model of what the missing cells would have been.
     grid = factorial(runs)
-    untrained = untrained_models(runs, grid) if grid else {}
-    if grid is None or not set(grid.architectures) <= set(untrained):
+    division = divide(runs, grid, rounds) if grid else None
+    if division is None:
         needs = (
             "the answer to the question: it needs at least two strategies, two architectures and "
             "two learning rates, and the untrained models on the same images"
         )
         missing.append(Missing(needs, ablate_command("factorial", by_protocol(runs)[0])))
-        return heading + "\n\nNot answered: see what is missing."
+        return f"{question()}\n\nNot answered: see what is missing."
 
-    # The reference is the smallest model, untrained, at the middle learning rate.
-    def size(architecture: str) -> tuple:
-        return untrained[architecture].result.get("parameters", 0), architecture
-
-    architectures = sorted(grid.architectures, key=size)
-    correct = correct_answers(grid, untrained, architectures)
-    # Level 0 of strategy and architecture; the learning rates are sorted.
-    names = ["strategy", "architecture", "learning rate"]
-    reference = [0, 0, grid.rates // 2]
-    clusters = any_run(grid).clusters
-    shares = statistics.decompose(correct, names, reference, rounds, clusters=clusters)
-
+    shares = division.shares
     figure = figures.answer(shares["variance"], shares["share"], output / "answer.png")
     return paragraphs(
         [
-            heading,
-            answer_sentence(shares, architectures[0]),
-            answer_caveat(starts, architectures),
+            question(division),
+            answer_sentence(division),
+            answer_caveat(starts, division.grid),
             picture(figure, "What the differences are owed to"),
-            answer_table(shares, names, output),
-            answer_method(grid, architectures, rounds),
+            answer_table(division, output),
+            answer_method(division, rounds),
+            shared_rate(runs, division, output, rounds),
         ]
     )
 
 
-def untrained_models(runs: Sequence[Run], grid: Grid) -> dict[str, Run]:
-    """Return the untrained model of each architecture that has the protocol of the grid."""
+def question(division: "Division | None" = None) -> str:
+    """The heading of the answer: what it was divided among, or would have been."""
+    pretraining = "the pretraining, " if division and "pretraining" in division.factors else ""
+    return f"## Is it the fine-tuning, the architecture, {pretraining}or the hyperparameters?"
+
+
+class Division(NamedTuple):
+    """A grid, and what its differences are owed to."""
+
+    grid: Grid  # its architectures in the order of their size
+    factors: list[str]  # those with more than one level
+    shares: dict[str, dict[str, statistics.Interval]]  # see statistics.decompose
+
+
+def divide(runs: Sequence[Run], grid: Grid, rounds: int) -> Division | None:
+    """Divide variance and gain among the factors of a grid.
+
+    The reference is the smallest model, untrained, of the first pretraining, at the middle rate.
+    Returns None if the untrained model of an architecture and pretraining is not among the runs.
+    """
+    untrained = untrained_models(runs, grid)
+    if len(untrained) < len(grid.architectures) * len(grid.pretrainings):
+        return None
+
+    def size(architecture: str) -> tuple:
+        model = untrained[architecture, grid.pretrainings[0]]
+        return model.result.get("parameters", 0), architecture
+
+    grid = replace(grid, architectures=sorted(grid.architectures, key=size))
+    correct = correct_answers(grid, untrained)
+    factors = ["strategy", "architecture", "pretraining", "learning rate"]
+    reference = [0, 0, 0, grid.rates // 2]
+    if len(grid.pretrainings) == 1:
+        # A factor of one level has no share of anything.
+        correct = correct.squeeze(axis=2)
+        del factors[2], reference[2]
+    clusters = grid.any_run().clusters
+    shares = statistics.decompose(correct, factors, reference, rounds, clusters=clusters)
+    return Division(grid, factors, shares)
+
+
+def untrained_models(runs: Sequence[Run], grid: Grid) -> dict[tuple[str, str], Run]:
+    """Return the untrained model of each architecture and pretraining of a grid."""
     # On other images or names it would be no baseline for the grid.
-    protocol = any_run(grid).protocol
-    untrained = {}
+    protocol = grid.any_run().protocol
+    models = {}
     for run in runs:
         if run.strategy == "none" and run.protocol == protocol:
-            untrained[run.architecture] = run
+            models[run.model] = run
+    untrained = {}
+    for architecture, pretraining in itertools.product(grid.architectures, grid.pretrainings):
+        model = grid.any_run(architecture, pretraining).model
+        if model in models:
+            untrained[architecture, pretraining] = models[model]
     return untrained
 
 
-def any_run(grid: Grid) -> Run:
-    # All runs of a grid share their protocol, so any one speaks for it.
-    first_cell = next(iter(grid.runs.values()))
-    return first_cell[0][grid.seeds[0]]
-
-
-def correct_answers(
-    grid: Grid, untrained: dict[str, Run], architectures: Sequence[str]
-) -> np.ndarray:
-    """Return (1 + strategies, architectures, learning rates, seeds, images) bool.
+def correct_answers(grid: Grid, untrained: dict[tuple[str, str], Run]) -> np.ndarray:
+    """Return (1 + strategies, architectures, pretrainings, learning rates, seeds, images) bool.
 
     Level 0 of the strategies is the untrained model, which has no rates and no seeds: it is
     repeated over both.
     """
-    # (1, architectures, rates, seeds, images)
-    levels = [[[[untrained[a].correct] * len(grid.seeds)] * grid.rates for a in architectures]]
-    for strategy in grid.strategies:
-        level = []  # (architectures, rates, seeds, images)
-        for architecture in architectures:
-            cell = grid.runs[strategy, architecture]
-            level.append([[by_seed[s].correct for s in grid.seeds] for by_seed in cell])
-        levels.append(level)
-    return np.array(levels)
+    images = len(grid.any_run().labels)
+    shape = len(grid.architectures), len(grid.pretrainings), grid.rates, len(grid.seeds), images
+    correct = np.empty((1 + len(grid.strategies), *shape), bool)
+    for a, architecture in enumerate(grid.architectures):
+        for p, pretraining in enumerate(grid.pretrainings):
+            correct[0, a, p] = untrained[architecture, pretraining].correct  # (images,)
+            for s, strategy in enumerate(grid.strategies, 1):
+                cell = grid.cell(strategy, architecture, pretraining)
+                correct[s, a, p] = [[run.correct for run in seeds] for seeds in cell]
+    return correct
 
 
 def percent(interval: statistics.Interval) -> str:
@@ -478,46 +515,55 @@ def points(interval: statistics.Interval) -> str:
     return f"{estimate:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def answer_sentence(shares: dict, smallest: str) -> str:
-    gain = shares["gain"]
-    share = {factor: percent(value) for factor, value in shares["share"].items()}
+def answer_sentence(division: Division) -> str:
+    gain = division.shares["gain"]
+    share = {factor: percent(value) for factor, value in division.shares["share"].items()}
+    pretraining = ""
+    if "pretraining" in division.factors:
+        pretraining = f", {share['pretraining']} to the pretraining"
+    smallest = smallest_model(division.grid)
     return (
         f"**Of the {points(gain['total'])} points that the best of the grid gains over the "
         f"untrained {smallest}, {share['strategy']} are owed to fine-tuning and its strategy, "
-        f"{share['architecture']} to the architecture and {share['learning rate']} to the "
-        f"hyperparameters (here the learning rate); {gain['interaction'][0]:+.1f} points come only "
-        "when two or more are changed together.**"
+        f"{share['architecture']} to the architecture{pretraining} and {share['learning rate']} to "
+        f"the hyperparameters (here the learning rate); {gain['interaction'][0]:+.1f} points come "
+        "only when two or more are changed together.**"
     )
 
 
-def answer_caveat(starts: Sequence[Run], architectures: Sequence[str]) -> str:
+def smallest_model(grid: Grid) -> str:
+    """The model that the gain is counted from, in words."""
+    return grid.any_run(grid.architectures[0], grid.pretrainings[0]).model
+
+
+def answer_caveat(starts: Sequence[Run], grid: Grid) -> str:
     """Return what stands in for pretrained models, or "" if nothing does."""
     # The reader must not take small models trained here for the published ones.
     pretraining = []
     for run in starts:
-        if run.architecture in architectures:
+        if run.architecture in grid.architectures:
             epochs = run.settings.get("epochs")
             classes = run.settings.get("classes") or "all"
-            pretraining.append(f"{run.architecture}: {epochs} epochs on the {classes} classes")
+            pretraining.append(f"{run.model}: {epochs} epochs on the {classes} classes")
     if not pretraining:
         return ""
     return (
-        f"{' and '.join(architectures)} stand in for CLIP's nine architectures, and training from "
-        f"random weights ({'; '.join(pretraining)}) for CLIP's pretraining: the sentence is about "
-        "these small models on these images, and says nothing about CLIP."
+        f"{' and '.join(grid.architectures)} stand in for CLIP's nine architectures, and training "
+        f"from random weights ({'; '.join(pretraining)}) for CLIP's pretraining: the sentence is "
+        "about these small models on these images, and says nothing about CLIP."
     )
 
 
-def answer_table(shares: dict, names: Sequence[str], output: Path) -> str:
-    variance = shares["variance"]
-    gain = shares["gain"]
+def answer_table(division: Division, output: Path) -> str:
+    variance = division.shares["variance"]
+    gain = division.shares["gain"]
     rows = []
-    for name in names:
+    for name in division.factors:
         rows.append(
             {
                 "factor": name,
                 "variance": percent(variance[name]),
-                "gain": percent(shares["share"][name]),
+                "gain": percent(division.shares["share"][name]),
                 "alone (points)": points(gain[f"alone {name}"]),
             }
         )
@@ -530,21 +576,70 @@ def answer_table(shares: dict, names: Sequence[str], output: Path) -> str:
     return table(output, "answer", [*rows, together, seeds], caption)
 
 
-def answer_method(grid: Grid, architectures: Sequence[str], rounds: int) -> str:
+def answer_method(division: Division, rounds: int) -> str:
+    grid = division.grid
+    varied = f"{len(grid.architectures)} architectures"
+    not_varied = f" The pretraining was not varied: {grid.pretrainings[0]}."
+    if len(grid.pretrainings) > 1:
+        varied += f", {len(grid.pretrainings)} pretrainings ({', '.join(grid.pretrainings)})"
+        not_varied = ""
+    elif not grid.pretrainings[0]:
+        not_varied = " Each architecture has weights of its own: its share is that of both."
     dropped = ""
     if grid.dropped:
         dropped = f" Left out, for want of cells: {', '.join(grid.dropped)}."
+    number = {3: "three", 4: "four"}[len(division.factors)]
     return (
-        f"Measured on {title(any_run(grid))}: {len(grid.strategies)} strategies "
-        f"({', '.join(grid.strategies)}), {len(architectures)} architectures, {grid.rates} "
-        f"learning rates for each, seeds {', '.join(map(str, grid.seeds))}. Gain: what is free is "
-        "chosen on one half of the images and measured on the other, both ways; what is not free "
-        f"stays untrained, {architectures[0]} (fewest parameters), and at the middle learning "
-        "rate; Shapley's division averages over the orders in which the three are freed. Alone: "
-        "freed while the others stay; its interaction row is what the total has beyond their sum. "
-        "Variance: sums of squares of the balanced design over the trained models, a learning "
-        "rate's level being its rank within its strategy. Brackets: 95% bootstrap intervals over "
-        f"images and seeds ({rounds} rounds).{dropped}"
+        f"Measured on {title(grid.any_run())}: {len(grid.strategies)} strategies "
+        f"({', '.join(grid.strategies)}), {varied}, {grid.rates} learning rates for each, seeds "
+        f"{', '.join(map(str, grid.seeds))}.{not_varied} Gain: what is free is chosen on one half "
+        "of the images and measured on the other, both ways; what is not free stays untrained, "
+        f"{smallest_model(grid)} (fewest parameters), and at the middle learning rate; Shapley's "
+        f"division averages over the orders in which the {number} are freed. Alone: freed while "
+        "the others stay; its interaction row is what the total has beyond their sum. Variance: "
+        "sums of squares of the balanced design over the trained models, a learning rate's level "
+        "being its rank within its strategy. Brackets: 95% bootstrap intervals over images and "
+        f"seeds ({rounds} rounds).{dropped}"
+    )
+
+
+def shared_rate(runs: Sequence[Run], relative: Division, output: Path, rounds: int) -> str:
+    """Compare the answer with that of the grid of shared learning rates; "" if there is none."""
+    grid = factorial(runs, shared_rate=True)
+    shared = divide(runs, grid, rounds) if grid else None
+    if shared is None:
+        return ""
+    rows = []
+    for factor in dict.fromkeys([*relative.factors, *shared.factors, "interaction", "seeds"]):
+        row = {"factor": factor}
+        for kind in ("variance", "share"):
+            for rates, division in (("multiples", relative), ("shared", shared)):
+                known = division.shares[kind].get(factor)
+                column = f"{'gain' if kind == 'share' else kind}, {rates}"
+                row[column] = percent(known) if known else ""
+        rows.append(row)
+    text = (
+        "Every strategy may get the same learning rates, or multiples of its own, and the choice "
+        "can turn a comparison of strategies round (arXiv 2604.16410). Both were run. "
+        f"Multiples: {in_one_line(relative)}. Shared rates: {in_one_line(shared)}."
+    )
+    caption = "Shares of the variance and of the gain by how the learning rates were chosen"
+    return paragraphs([text, table(output, "answer-rates", rows, caption)])
+
+
+def in_one_line(division: Division) -> str:
+    """The gain of a grid, the strategy of its best cell, and what the grid is of."""
+    grid = division.grid
+    best_strategy, best = "", -1.0
+    for key, by_rate in grid.runs.items():
+        for by_seed in by_rate:
+            top1 = mean([by_seed[seed] for seed in grid.seeds])
+            if top1 > best:
+                best_strategy, best = key[0], top1
+    models = len(grid.architectures) * len(grid.pretrainings)
+    return (
+        f"{points(division.shares['gain']['total'])} points gained, the best strategy is "
+        f"{best_strategy} ({best:.1f}%), of {', '.join(grid.strategies)} on {models} models"
     )
 
 
@@ -633,8 +728,8 @@ def result_row(group: Group, p_value: float | None) -> dict[str, str]:
     row = dict.fromkeys(RESULT_COLUMNS, "")
 
     # what was trained
-    row["architecture"] = first.architecture
-    row["strategy"] = first.strategy
+    row["architecture"] = first.model
+    row["strategy"] = first.method
     if trained and result.get("lr"):
         row["lr"] = f"{result['lr']:g}"
     row["seeds"] = str(len(group))
@@ -859,8 +954,8 @@ def sweep_rows(sweep: list[Group], factor: str) -> list[dict]:
         rows.append(
             {
                 "factor": f"{FACTORS[factor]} ({note})" if note else FACTORS[factor],
-                "architecture": first.architecture,
-                "strategy": first.strategy,
+                "architecture": first.model,
+                "strategy": first.method,
                 "level": f"{level:g}" if factor in NUMERIC_FACTORS else level,
                 "seeds": len(members),
                 "top-1": f"{mean(members):.2f}",
@@ -875,8 +970,8 @@ def sweep_curve(sweep: list[Group], factor: str, group: int) -> pd.DataFrame:
     rows = []
     for run in itertools.chain(*sweep):
         row = {"factor": FACTORS[factor], "group": group, "note": sweep_note(run)}
-        row["architecture"] = run.architecture
-        row["strategy"] = run.strategy
+        row["architecture"] = run.model
+        row["strategy"] = run.method
         row["level"] = float(run.settings[factor])
         row["top1"] = run.top1
         rows.append(row)
@@ -897,7 +992,7 @@ def base_to_new(protocols: list[list[Run]], output: Path, missing: list[Missing]
             # Trained on all classes, none of them is new.
             if first.trained_on != "base" or math.isnan(mean(group, "new_top1")):
                 continue
-            row = {"architecture": first.architecture, "strategy": first.strategy}
+            row = {"architecture": first.model, "strategy": first.method}
             row["seeds"] = len(group)
             row["base"] = f"{mean(group, 'base_top1'):.2f}"
             row["new"] = f"{mean(group, 'new_top1'):.2f}"
@@ -1337,8 +1432,8 @@ def cost_figure(groups: list[Group], path: Path) -> str:
         seconds = [run.result.get("train_seconds", 0) for run in group]
         rows.append(
             {
-                "architecture": first.architecture,
-                "strategy": first.strategy,
+                "architecture": first.model,
+                "strategy": first.method,
                 "top1": mean(group),
                 "parameters": first.result.get("parameters", 0) / 1e6,
                 "gflops": gflops(first.architecture) if first.architecture in SHAPES else 0,
@@ -1421,7 +1516,7 @@ def learning_curve(run: Run, losses: np.ndarray) -> pd.DataFrame:
     shown = np.linspace(0, len(epochs) - 1, min(len(epochs), 200)).round().astype(int)
     curve = pd.DataFrame(np.transpose(smooth)[shown], index=pd.Index(epochs[shown], name="epoch"))
     curve = curve.melt(var_name="seed", value_name="loss", ignore_index=False).reset_index()
-    return curve.assign(architecture=run.architecture, strategy=run.strategy)
+    return curve.assign(architecture=run.model, strategy=run.method)
 
 
 def classes_figure(
@@ -1434,10 +1529,10 @@ def classes_figure(
 ) -> str:
     """Return the change of each class from the untrained model to the best trained one."""
     best_run = groups[best][0]
-    # The untrained model of the same architecture, so that training is all that differs.
+    # The same model untrained, so that training is all that differs.
     for i, group in enumerate(groups):
         first = group[0]
-        if first.strategy == "none" and first.architecture == best_run.architecture and i != best:
+        if first.strategy == "none" and first.model == best_run.model and i != best:
             before, after = label(first), label(best_run)
             change = pd.DataFrame({"name": names, "before": accuracy[i], "after": accuracy[best]})
             figure = figures.classes(change, (before, after), path)
@@ -1504,15 +1599,15 @@ def shared_worst(worst: list[list[str]], classes: int) -> tuple[np.ndarray, np.n
 
 
 def models_to_compare(groups: list[Group], best: int) -> list[int]:
-    """Return the untrained and the best trained model of each architecture, the best first."""
+    """Return each model untrained and at its best strategy, the best of all first."""
     chosen: dict[str, int] = {}
     # The best of all comes last, so that it is chosen where others are as good.
     for i in sorted(range(len(groups)), key=lambda i: (i == best, mean(groups[i]))):
         if groups[i][0].strategy != "none":
-            chosen[groups[i][0].architecture] = i
+            chosen[groups[i][0].model] = i
     models = []
     for i, group in enumerate(groups):
-        if group[0].strategy == "none" or chosen[group[0].architecture] == i:
+        if group[0].strategy == "none" or chosen[group[0].model] == i:
             models.append(i)
     models.sort(key=lambda i: i != best)  # stable: the others keep their order
     return models[:30]
@@ -1550,9 +1645,7 @@ def stand_ins(starts: Sequence[Run]) -> str:
         epochs = run.settings.get("epochs")
         classes = run.settings.get("classes") or "all"
         training = f"{epochs} epochs on {classes} classes"
-        lines.append(
-            f"- {run.name}: {run.architecture}, {training}; {run.split} top-1 {run.top1:.2f}%"
-        )
+        lines.append(f"- {run.name}: {run.model}, {training}; {run.split} top-1 {run.top1:.2f}%")
     if not lines:
         return ""
     return "\n".join(["## Runs that others started from\n", *lines])

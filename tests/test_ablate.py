@@ -4,6 +4,7 @@ that train.py takes.
 
 import itertools
 import json
+import runpy
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from conftest import ROOT, error_line
 
 from flowers.files import read_lines
 from flowers.models import build
+from flowers.study import comparable
 
 QUICK = ("--batch_size", 12, "--epochs", 1)
 COMMON = ("--wandb", "disabled", "--start_epochs", 1, "--seeds", 0)
@@ -83,19 +85,116 @@ def test_the_grids_are_what_they_say(cli, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_pretraining_decides_which_weights_are_named(cli, tmp_path):
+    def dry(*arguments):
+        code, out, err = cli("ablate.py", *arguments, "--dry_run", "--runs", tmp_path, "--seeds", 0)
+        assert code == 0, err
+        assert "--pretraining" not in out  # train.py does not know it
+        return commands(out), err
+
+    # one architecture with all weights that it has
+    points, err = dry("pretraining", "--architecture", "ViT-B/16")
+    weights = [values(c, "--architecture")[0] for c in points]
+    assert weights[0] == "ViT-B/16"
+    families = ["laion2b_", "datacomp_", "dfn2b", "metaclip_"]
+    assert [tag.split("/")[1][: len(f)] for tag, f in zip(weights[1:], families)] == families
+    assert not err
+
+    # balanced: what all have; two at most in the factorial
+    points, err = dry("pretraining", "--architecture", "ViT-B/32", "ViT-B/16", "tiny")
+    weights = [values(c, "--architecture")[0] for c in points[1:]]
+    assert len(weights) == 4 + 4 + 1
+    assert err.count("left out") == 1 and "dfn" in err
+    models = ("--architecture", "ViT-B/32", "ViT-B/16")
+    points, _ = dry("factorial", *models, "--strategy", "text")
+    weights = {values(c, "--architecture")[0] for c in points}
+    assert len(weights) == 4
+    assert len(points) == 4 * (1 + 1 + 3)  # untrained, linear, and three rates
+    points, _ = dry("factorial", "--architecture", "RN50", "ViT-B/16", "--strategy", "text")
+    assert {values(c, "--architecture")[0] for c in points} == {"RN50", "ViT-B/16"}
+
+    # a level for another grid; what does not exist is said
+    points, err = dry("augment", *models, "--pretraining", "dfn")
+    assert {values(c, "--architecture")[0] for c in points} == {
+        "open_clip:ViT-B-16-quickgelu/dfn2b"
+    }
+    assert "no weights of ViT-B/32 from dfn" in err
+    nothing = ("ablate.py", "augment", "--pretraining", "dfn")
+    assert "no such weights" in error_line(cli(*nothing))
+
+
+def test_stand_ins_are_trained_with_prompts_or_captions(cli, tmp_path):
+    grid = ("factorial", "--architecture", "tiny", "tiny-rn", "--strategy", "text")
+    flags = ("--dry_run", "--runs", tmp_path, "--seeds", 0)
+    _, out, _ = cli("ablate.py", *grid, *flags)
+    plain = names(out)
+    _, out, _ = cli("ablate.py", *grid, *flags, "--start_captions", "captions.jsonl.gz")
+    points = commands(out)
+    starts = [c for c in points if values(c, "--name")[0].startswith("start-")]
+    assert [values(c, "--captions") for c in starts] == [[], ["captions.jsonl.gz"]] * 2
+    assert not any("--captions" in c for c in points if c not in starts)
+    # the others start from one of the four, and those of before have the names of before
+    assert set(plain) < set(names(out))
+    assert len(points) == 2 * len(plain)
+    start_names = {values(c, "--name")[0] for c in starts}
+    rest = [c for c in points if c not in starts]
+    assert {Path(values(c, "--architecture")[0]).name for c in rest} == start_names
+    missing = ("ablate.py", *grid, "--pretraining", "captions")
+    assert "--start_captions" in error_line(cli(*missing))
+
+
+def test_weights_by_name_are_open_clip_s(cli):
+    """Every tag is one of the package; the report finds architecture and pretraining again."""
+    script = runpy.run_path(str(ROOT / "ablate.py"))
+    for architecture, weights in script["OTHER_WEIGHTS"].items():
+        for pretraining, name in weights.items():
+            assert comparable.split_architecture(name) == (architecture, pretraining)
+    pretrained = pytest.importorskip("open_clip.pretrained")
+    for weights in script["OTHER_WEIGHTS"].values():
+        for name in weights.values():
+            model, tag = name.removeprefix("open_clip:").split("/")
+            config = pretrained.get_pretrained_cfg(model, tag)
+            assert config, name
+            assert bool(config.get("quick_gelu")) == model.endswith("-quickgelu"), name
+
+
+def test_few_shots_and_shared_rates(cli, tmp_path):
+    flags = ("--dry_run", "--runs", tmp_path, "--seeds", 0, "--strategy", "full", "lora")
+    _, out, _ = cli("ablate.py", "few_shot", *flags, "--splits_path", "coop.json")
+    points = commands(out)
+    pairs = {(values(c, "--shots")[0], values(c, "--val_shots")[0]) for c in points}
+    assert pairs == {("1", "1"), ("2", "2"), ("4", "4"), ("8", "4"), ("16", "4")}
+    assert len(points) == 5 * (2 + 3)  # the strategies, and three linear probes
+    assert sum("--cross_modal" in c for c in points) == 5
+    assert sum(values(c, "--start_from") == ["zero_shot"] for c in points) == 10
+    assert all(values(c, "--splits_path") == ["coop.json"] for c in points)
+
+    rates = ("--lr", 1e-4, 1e-2)
+    _, out, _ = cli("ablate.py", "shared_rate", *flags, *rates, "--architecture", "RN50", "tiny")
+    points = [c for c in commands(out) if values(c, "--name")[0].startswith("sharedrate-")]
+    trained = [c for c in points if "--epochs" not in c]
+    tried = {(values(c, "--strategy")[0], values(c, "--lr")[0]) for c in trained}
+    assert tried == {(s, lr) for s in ("full", "lora") for lr in ("0.0001", "0.01")}
+    assert len(trained) == 2 * 4
+    assert "--lr" in error_line(cli("ablate.py", "shared_rate", "--times", 2))
+
+
 def test_every_command_is_one_that_train_takes(cli, tmp_path):
     """train.py parses the flags of some points of each grid, and then finds no such data."""
     nowhere = tmp_path / "none"
     for grid in (
         "strategy",
         "learning_rate",
+        "shared_rate",
         "temperature",
         "batch_size",
+        "loss",
         "positives",
         "prompt",
         "augment",
         "base_to_new",
         "shots",
+        "few_shot",
         "factorial",
     ):
         flags = ("--dry_run", "--runs", tmp_path, "--seeds", 0, "--data_root", nowhere)
@@ -310,6 +409,7 @@ def test_the_study_chooses_on_val_and_touches_test_at_the_end(small, cli, tmp_pa
         "# factorial: 4 points",
         "# temperature: 7 points",
         "# batch_size: 4 points",
+        "# loss: 3 points",
         "# positives: 2 points",
         "# prompt: 4 points",
         "# augment: 3 points",

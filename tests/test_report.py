@@ -633,7 +633,7 @@ def test_incomplete_grids_lose_the_level_that_lacks_cells(study, tmp_path):
     assert grid.rates == 3
     assert grid.seeds == [0, 1]
     assert grid.dropped == []
-    names = [by_seed[1].name for by_seed in grid.runs["text", "tiny-rn"]]
+    names = [by_seed[1].name for by_seed in grid.runs["text", "tiny-rn", "prompts"]]
     assert names == [f"factorial-tiny-rn-text-{lr}-1" for lr in RATES]
 
     shutil.rmtree(runs / "factorial-tiny-text-0.001-0")
@@ -645,3 +645,206 @@ def test_incomplete_grids_lose_the_level_that_lacks_cells(study, tmp_path):
     for path in runs.glob("factorial-tiny-rn-*"):
         shutil.rmtree(path)
     assert comparable.factorial(compared_runs(runs)) is None
+
+
+# -----------------------------------------------------------------------------
+# pretraining
+
+
+def write_exact_run(runs, name, percent, **settings):
+    """Write a run that names so many percent of 200 images rightly: always the first ones."""
+    n = 200
+    write_run(runs, name, 0.5, n=n, **settings)
+    label = np.arange(n) % len(NAMES)
+    right = np.arange(n) < n * percent / 100
+    predicted = np.where(right, label, (label + 1) % len(NAMES))
+    with (runs / name / "predictions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "label", "top1"])
+        for i in range(n):
+            writer.writerow([f"{i:03d}.jpg", NAMES[label[i]], NAMES[predicted[i]]])
+    result = json.loads((runs / name / "result.json").read_text())
+    (runs / name / "result.json").write_text(json.dumps(result | {"val/top1": percent}))
+
+
+def write_four_factors(runs, grid, gain_of):
+    """Write a factorial of two levels each, whose effects add up.
+
+    From 20%: 10 points by tiny-rn, 20 by captions, `gain_of` each strategy, and for those that are
+    trained 4 by the lower learning rate.
+    """
+    for architecture, by_architecture in (("tiny", 0), ("tiny-rn", 10)):
+        for pretraining, by_pretraining in (("prompts", 0), ("captions", 20)):
+            start = f"start-{architecture}-{pretraining}"
+            captions = "c.jsonl" if pretraining == "captions" else None
+            model = {"architecture": architecture, "captions": captions, "classes": "base"}
+            if not (runs / start).exists():
+                write_run(runs, start, 0.3, **model)
+            percent = 20 + by_architecture + by_pretraining
+            common = {"architecture": f"runs/{start}"}
+            name = f"{grid}-{architecture}-{pretraining}"
+            write_exact_run(runs, f"{name}-untrained", percent, epochs=0, **common)
+            for strategy, by_strategy in gain_of.items():
+                for lr, by_rate in ((1e-4, 4), (1e-3, 0)):
+                    trained = common | {"strategy": strategy, "lr": lr}
+                    total = percent + by_strategy + by_rate
+                    write_exact_run(runs, f"{name}-{strategy}-{lr}", total, **trained)
+
+
+def test_four_factors_whose_shares_are_known(tmp_path):
+    """Of 64 points 10 are the architecture's and 20 the pretraining's. Training gives 30; the 4 of
+    the learning rate need both it and training, so each has half of them.
+    """
+    runs = tmp_path / "runs"
+    write_four_factors(runs, "factorial", {"full": 30, "text": 10})
+    write_four_factors(runs, "sharedrate", {"full": 10, "text": 16})
+    compared, starts = comparable.resolve(comparable.load(runs)[0])
+    grid = comparable.factorial(compared)
+    assert grid.pretrainings == ["prompts", "captions"]
+    assert len(grid.runs) == 8
+    names = {run.name for key in grid.runs for seeds in grid.cell(*key) for run in seeds}
+    assert len(names) == 16 and all(name.startswith("factorial-") for name in names)
+
+    report = runpy.run_path(str(ROOT / "report.py"))
+    division = report["divide"](compared, grid, 0)
+    share = {name: value for name, (value, _, _) in division.shares["share"].items()}
+    points = {"strategy": 32, "architecture": 10, "pretraining": 20, "learning rate": 2}
+    assert share == pytest.approx({name: value / 64 for name, value in points.items()})
+    # half the difference of two levels, squared
+    squares = {"strategy": 10, "architecture": 5, "pretraining": 10, "learning rate": 2}
+    squares = {name: value**2 for name, value in squares.items()} | {"interaction": 0, "seeds": 0}
+    variance = {name: value for name, (value, _, _) in division.shares["variance"].items()}
+    expected = {name: value / 229 for name, value in squares.items()}
+    assert variance == pytest.approx(expected, abs=1e-9)
+
+    text = report["answer"](compared, starts, tmp_path, 20, [])
+    assert text.startswith("## Is it the fine-tuning, the architecture, the pretraining, or")
+    sentence = re.search(r"Of the \+64.0 .* untrained tiny \(prompts\), (.*)", text)[1]
+    assert re.findall(r"(\d+)% ", sentence) == ["50", "16", "31", "3"]
+    assert "2 pretrainings (prompts, captions)" in text
+    assert [row["factor"] for row in rows_of("\n" + text, "## Is it")][:4] == list(points)
+    # The grid of shared rates: of 50 points 18 by training.
+    assert "Multiples: +64.0" in text and "Shared rates: +50.0" in text
+    assert "the best strategy is text (70.0%)" in text
+    rates = rows_of(text[text.index("Multiples:") :].replace("Multiples", "\nM", 1), "M")
+    assert rates[0]["gain, shared"].startswith("36%")
+
+
+def test_one_pretraining_is_no_factor(study, tmp_path):
+    compared = compared_runs(study)
+    grid = comparable.factorial(compared)
+    assert grid.pretrainings == ["prompts"]
+    division = runpy.run_path(str(ROOT / "report.py"))["divide"](compared, grid, 0)
+    assert division.factors == ["strategy", "architecture", "learning rate"]
+
+    # Each architecture with a pretraining of its own is one level, too.
+    for strategy in ("full", "text"):
+        for lr in (1e-5, 1e-4):
+            for name in ("ViT-B/32", "open_clip:ViT-B-16/laion2b_s34b_b88k"):
+                run = f"{name.replace('/', '-')}-{strategy}-{lr}"
+                write_run(tmp_path, run, 0.5, architecture=name, strategy=strategy, lr=lr)
+    grid = comparable.factorial(compared_runs(tmp_path))
+    assert grid.architectures == ["ViT-B/16", "ViT-B/32"]
+    assert grid.pretrainings == [""]
+    assert grid.any_run("ViT-B/16").pretraining == "laion2b"
+
+
+def test_pretraining_is_read_from_the_first_run_of_a_chain(tmp_path):
+    write_run(tmp_path, "a", 0.5, architecture="open_clip:ViT-B-32-quickgelu/metaclip_fullcc")
+    write_run(tmp_path, "b", 0.5, architecture="runs/a", lr=1e-4)
+    write_run(tmp_path, "c", 0.5, architecture="ViT-B/32")
+    write_run(tmp_path, "d", 0.5, architecture="hf:openai/clip-vit-base-patch32")
+    write_run(tmp_path, "e", 0.5, architecture="open_clip:RN50/weights.pt")
+    write_run(tmp_path, "f", 0.5, architecture="open_clip:ViT-H-14/laion2b_s32b_b79k")
+    write_run(tmp_path, "g", 0.5)
+    runs, starts = comparable.resolve(comparable.load(tmp_path)[0])
+    found = {run.name: (run.architecture, run.pretraining) for run in [*runs, *starts]}
+    assert found == {
+        "a": ("ViT-B/32", "metaclip"),
+        "b": ("ViT-B/32", "metaclip"),
+        "c": ("ViT-B/32", "openai"),
+        "d": ("hf:openai/clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+        "e": ("open_clip:RN50/weights.pt", ""),
+        "f": ("open_clip:ViT-H-14", "laion2b"),
+        "g": ("tiny", "random"),
+    }
+    groups = comparable.best_by_strategy(runs)
+    models = [group[0].model for group in groups]
+    assert "ViT-B/32 (openai)" in models and "ViT-B/32 (metaclip)" in models
+    assert "tiny" in models
+
+
+# -----------------------------------------------------------------------------
+# settings that older runs lack, calibration, soups
+
+
+def test_older_runs_have_today_s_defaults(tmp_path):
+    today = {"loss": "info_nce", "lr_decay": 1.0, "ema": 0.0, "pull": None, "logit_bias": None}
+    today |= {"start_from": "random", "cross_modal": False, "val_shots": None}
+    write_run(tmp_path, "old", 0.5)
+    write_run(tmp_path, "new", 0.5, seed=1, **today)
+    write_run(tmp_path, "few", 0.5, seed=2, **today | {"val_shots": 4})
+    # not the same
+    other = {
+        "lr_decay": 0.7,
+        "ema": 0.99,
+        "pull": 0.1,
+        "loss": "sigmoid",
+        "start_from": "zero_shot",
+    }
+    for key, value in other.items():
+        write_run(tmp_path, key, 0.5, seed=3, **today | {key: value})
+    runs = compared_runs(tmp_path)
+    groups = [{run.name for run in group} for group in comparable.grouped(runs)]
+    assert {"old", "new", "few"} in groups
+    assert sorted(map(len, groups)) == [1, 1, 1, 1, 1, 3]
+
+    # The loss can be compared: cross_entropy has no positives.
+    write_run(tmp_path, "ce", 0.5, seed=4, **today | {"loss": "cross_entropy", "positives": None})
+    groups = comparable.grouped(compared_runs(tmp_path), without="loss")
+    names = [{run.name for run in group} for group in groups]
+    assert {"old", "new", "few", "loss", "ce"} in names
+
+
+def test_probes_are_told_apart(tmp_path):
+    probe = {"strategy": "linear", "epochs": 0}
+    write_run(tmp_path, "plain", 0.5, **probe)
+    write_run(tmp_path, "pulled", 0.6, start_from="zero_shot", **probe)
+    write_run(tmp_path, "both", 0.7, start_from="zero_shot", cross_modal=True, **probe)
+    groups = comparable.best_by_strategy(compared_runs(tmp_path))
+    methods = [group[0].method for group in groups]
+    assert methods == ["linear", "linear (zero_shot)", "linear (zero_shot, cross_modal)"]
+    assert {group[0].strategy for group in groups} == {"linear"}
+
+
+def test_a_calibrated_evaluation_is_not_averaged_with_the_plain_one(tmp_path):
+    evaluation = {"job": "eval", "strategy": None, "epochs": None}
+    for seed, accuracy in ((0, 0.3), (1, 0.6)):
+        write_run(tmp_path, f"trained-{seed}", 0.5, seed=seed)
+        model = {"architecture": f"runs/trained-{seed}"} | evaluation
+        write_run(tmp_path, f"plain-{seed}", accuracy, "test", **model)
+        if seed == 1:
+            write_run(tmp_path, "calibrated", accuracy, "test", calibrated=True, **model)
+            write_run(tmp_path, "on-val", 0.5, calibrated=True, **model)
+    runs = compared_runs(tmp_path)
+    assert "on-val" in {run.name for run in runs}  # other probabilities than the run's own
+    of_test = [run for run in runs if run.split == "test"]
+    groups = [[run.name for run in group] for group in comparable.grouped(of_test)]
+    assert sorted(groups) == [["calibrated"], ["plain-0", "plain-1"]]
+    (best,) = comparable.best_by_strategy(of_test)
+    assert [run.name for run in best] == ["plain-0", "plain-1"]
+
+
+def test_a_soup_is_no_seed_of_its_runs(tmp_path):
+    start = {"architecture": "ViT-B/32"}
+    for seed in SEEDS:
+        write_run(tmp_path, f"base-{seed}", 0.5, seed=seed, classes="base", **start)
+    soup = {"job": "eval", "strategy": None, "epochs": None, "classes": None} | start
+    write_run(tmp_path, "soup", 0.6, soup=["runs/base-0", "runs/base-1/model.pt"], **soup)
+    write_run(tmp_path, "other", 0.6, soup=["runs/gone-0", "runs/gone-1"], **soup)
+    runs = {run.name: run for run in compared_runs(tmp_path)}
+    found = {name: (run.model, run.strategy, run.trained_on) for name, run in runs.items()}
+    assert found["soup"] == ("ViT-B/32", "full soup", "base")
+    assert found["other"][:2] == ("ViT-B/32", "unknown soup")
+    assert found["base-0"] == ("ViT-B/32", "full", "base")
+    assert [len(group) for group in comparable.grouped(list(runs.values()))].count(2) == 1

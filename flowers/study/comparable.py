@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from flowers.files import checked, read_json
-from flowers.models import SHAPES
+from flowers.models import RANDOM, SHAPES
 from flowers.runs import read_predictions
 from flowers.study import statistics
 
@@ -41,6 +41,20 @@ NOT_SETTINGS = {
     "split",
     "allow_overlap",
     "start",  # random weights differ with the seed
+    "val_shots",  # which images are evaluated, and the protocol says that
+}
+
+# Settings that older runs lack, and what they did instead. Where a setting is not used its value is
+# None, which stands for the same.
+OLDER_DEFAULTS = {
+    "loss": "info_nce",
+    "positives": "class",  # cross_entropy has none: the texts are those of all classes
+    "lr_decay": 1.0,
+    "ema": 0.0,
+    "pull": 0.0,
+    "start_from": "random",
+    "cross_modal": False,
+    "calibrated": False,
 }
 
 # Settings that may differ between the cells of a factorial grid. The last two have a default that
@@ -60,9 +74,17 @@ EVALUATION_SETTINGS = (
     "prompts",
     "prompts_digest",
     "wise_ft",
-    "calibrated",
     "soup",
+    "calibrated",
 )
+
+# What CLIP's weights were trained on, by the beginning of open_clip's tags.
+FAMILIES = ("laion2b", "laion400m", "datacomp", "commonpool", "dfn", "metaclip")
+# open_clip's names of OpenAI's shapes.
+OPEN_CLIP_NAMES = {name.replace("/", "-"): name for name in SHAPES if name not in RANDOM}
+OPEN_CLIP_NAMES["ViT-L-14-336"] = OPEN_CLIP_NAMES.pop("ViT-L-14@336px")
+# The pretrainings that a name needs no word for: OpenAI's, a stand-in's, and none at all.
+PLAIN = ("", "openai", "prompts", "random")
 
 
 # -----------------------------------------------------------------------------
@@ -84,14 +106,25 @@ class Run:
     clusters: np.ndarray  # (N,) int from 0: near-duplicates share one
     # The rest is filled in by `resolve`.
     architecture: str = ""  # that of the first run in the chain of starts
+    pretraining: str = ""  # what that one's weights were trained on; "" if it is not known
+    model: str = ""  # the architecture, with the pretraining where it needs a word
     strategy: str = ""  # "none" if the model was not trained
     trained_on: str = "all"  # the classes that were trained on: all, base or new
-    pretraining: str = ""  # what the weights were trained on before, where that is known
     evaluated: str = ""  # of an evaluation: the name of the trained run
 
     @property
     def seed(self) -> int:
         return self.settings.get("seed") or 0
+
+    @property
+    def method(self) -> str:
+        """The strategy, and of a linear probe what it starts from and is trained on."""
+        variant = []
+        if self.settings.get("start_from") not in (None, OLDER_DEFAULTS["start_from"]):
+            variant.append(self.settings["start_from"])
+        if self.settings.get("cross_modal"):
+            variant.append("cross_modal")
+        return f"{self.strategy} ({', '.join(variant)})" if variant else self.strategy
 
     @property
     def correct(self) -> np.ndarray:
@@ -152,6 +185,9 @@ def _load_run(folder: Path) -> Run | None:
     # Before there was --precision, it was the device's.
     on_cpu = str(settings.get("device")).startswith("cpu")
     settings.setdefault("precision", "fp32" if on_cpu else "bf16")
+    for key, default in OLDER_DEFAULTS.items():
+        if settings.get(key) is None:
+            settings[key] = default
     if settings.get("batch_size") and settings.get("processes"):
         # Four processes with 16 images each train as one with 64.
         settings["batch_size"] *= settings["processes"]
@@ -206,11 +242,12 @@ def _clusters(folder: Path, files: Sequence[str]) -> np.ndarray:
 
 
 def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Fill in architecture, strategy and trained_on, through the run that each starts from.
+    """Fill in what a run's model is and how it was trained, through the run that it starts from.
 
     An evaluation takes the settings of the run that it evaluates. If it repeats that run's own
     evaluation, on the same images with the same prompt, it is dropped, unless it holds a curve of
-    WiSE-FT.
+    WiSE-FT, is calibrated, or is of a soup. A soup, the mean of the weights of several runs, has
+    their architecture and classes, and their strategy with `SOUP` behind it.
 
     Returns:
         The runs to compare, and apart from them the runs that others started from.
@@ -222,10 +259,8 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         if run.settings.get("job") == "train" and parent is not None:
             start_names.add(parent.name)
 
-    compared = []
-    starts = []
+    resolved = []
     for run in runs:
-        origin = _origin(run, by_name)
         trained = run
         parent = _parent(run, by_name)
         evaluates = run.settings.get("job") == "eval" and parent is not None
@@ -238,33 +273,57 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
             for key in EVALUATION_SETTINGS:
                 settings[key] = run.settings.get(key)
             run = replace(run, settings=settings, evaluated=parent.name)
+        origin = _origin(run, by_name)
         architecture, strategy = _describe(run, trained, origin)
-        trained_on = trained.settings.get("classes") or "all"
+        trained_on = _trained_on(run, trained, by_name)
         run = replace(
             run,
             architecture=architecture,
+            pretraining=_pretraining(origin, origin.name in start_names),
             strategy=strategy,
             trained_on="all" if strategy == "none" else trained_on,
         )
-        if run.name in start_names:
-            starts.append(run)
-        else:
-            compared.append(run)
+        resolved.append(run)
+    resolved = _with_model_names(resolved)
+    compared = [run for run in resolved if run.name not in start_names]
+    starts = [run for run in resolved if run.name in start_names]
     return compared, starts
+
+
+def _with_model_names(runs: Sequence[Run]) -> list[Run]:
+    """Name the model of each run: its architecture, and the pretraining where that is not plain.
+
+    Where an architecture comes with several pretrainings, all of them are named.
+    """
+    pretrainings = defaultdict(set)
+    for run in runs:
+        pretrainings[run.architecture].add(run.pretraining)
+    named = []
+    for run in runs:
+        plain = run.pretraining in PLAIN and len(pretrainings[run.architecture]) == 1
+        if plain or not run.pretraining:
+            named.append(replace(run, model=run.architecture))
+        else:
+            named.append(replace(run, model=f"{run.architecture} ({run.pretraining})"))
+    return named
 
 
 def _parent(run: Run, by_name: dict[str, Run]) -> Run | None:
     """The run whose model this one started from or evaluates, if it is among those loaded.
 
-    A soup is the mean of several: the first stands for all.
+    A soup is the mean of several runs: the first stands for all.
     """
     soup = run.settings.get("soup")
-    path = Path(str(soup[0] if soup else run.settings.get("architecture")))
-    # runs/NAME or runs/NAME/model.pt
-    name = path.parent.name if path.name == "model.pt" else path.name
+    name = _run_name(soup[0] if soup else run.settings.get("architecture"))
     if name in SHAPES or name == run.name:
         return None
     return by_name.get(name)
+
+
+def _run_name(path: str | None) -> str:
+    """The name of the run at runs/NAME or runs/NAME/model.pt."""
+    path = Path(str(path))
+    return path.parent.name if path.name == "model.pt" else path.name
 
 
 def elsewhere(runs: Sequence[Run]) -> set[str]:
@@ -303,7 +362,8 @@ def _origin(run: Run, by_name: dict[str, Run]) -> Run:
 
 def _repeats(evaluation: Run, trained: Run) -> bool:
     """Whether an evaluation does again what the run it evaluates did at its end."""
-    if evaluation.settings.get("wise_ft") or evaluation.settings.get("soup"):
+    # A calibrated evaluation has the same accuracy, but other probabilities.
+    if any(evaluation.settings.get(key) for key in ("wise_ft", "soup", "calibrated")):
         return False
     for key in ("prompt_template", "prompts_digest"):
         if evaluation.settings.get(key) != trained.settings.get(key):
@@ -334,10 +394,52 @@ def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
         strategy = "unknown"  # it evaluates a run that is not here
     elif not trained.settings.get("epochs") and strategy != "linear":
         strategy = "none"
+    architecture, _ = split_architecture(architecture)
     is_name = architecture in SHAPES or architecture.startswith(("open_clip:", "hf:"))
     if not is_name:
         architecture = Path(architecture.removesuffix("/model.pt").removesuffix(".pt")).name
     return architecture, strategy
+
+
+def _trained_on(run: Run, trained: Run, by_name: dict[str, Run]) -> str:
+    """The classes that a model was trained on: all, base or new; of a soup those of its runs."""
+    members = [by_name.get(_run_name(path)) for path in run.settings.get("soup") or []]
+    members = [member for member in members if member is not None] or [trained]
+    classes = {member.settings.get("classes") or "all" for member in members}
+    return " and ".join(sorted(classes))
+
+
+def split_architecture(name: str) -> tuple[str, str]:
+    """Architecture and pretraining of a value of --architecture that is a name.
+
+    open_clip's models have OpenAI's names where they have their shapes, so that one architecture
+    has one name: open_clip:ViT-B-32/laion2b_s34b_b79k is ViT-B/32 and laion2b. Of paths the
+    pretraining is not known, and is "".
+    """
+    if name in SHAPES and name not in RANDOM:
+        return name, "openai"
+    if name.startswith("hf:"):
+        return name, name.removeprefix("hf:")
+    model, slash, tag = name.removeprefix("open_clip:").partition("/")
+    is_file = "/" in tag or Path(tag).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    is_name = model.startswith(("ViT-", "RN")) and slash and not is_file
+    if not name.startswith("open_clip:") or not is_name:
+        return name, ""
+    model = model.removesuffix("-quickgelu")
+    family = next((family for family in FAMILIES if tag.startswith(family)), tag)
+    return OPEN_CLIP_NAMES.get(model, f"open_clip:{model}"), family
+
+
+def _pretraining(origin: Run, is_start: bool) -> str:
+    """What the weights were trained on with which a chain of runs begins."""
+    architecture = str(origin.settings.get("architecture"))
+    if origin.settings.get("job") == "qwen_eval":
+        return ""
+    if architecture not in RANDOM:
+        return split_architecture(architecture)[1]
+    if not is_start:
+        return "random"
+    return "captions" if origin.settings.get("captions") else "prompts"
 
 
 # -----------------------------------------------------------------------------
@@ -353,8 +455,7 @@ def grouped(runs: Sequence[Run], without: str = "") -> list[Group]:
     counts.
     """
     groups: dict[str, dict[str, Run]] = {}
-    ordered = sorted(runs, key=lambda run: (run.architecture, run.strategy, run.seed, run.name))
-    for run in ordered:
+    for run in sorted(runs, key=lambda run: (run.model, run.method, run.seed, run.name)):
         ignored = NOT_SETTINGS | {without}
         # The learning rate of the temperature has no effect where the temperature is fixed.
         # Where only lr differs, tau_lr follows it.
@@ -396,19 +497,24 @@ def interval(group: Group) -> statistics.Interval:
 
 
 def best_by_strategy(runs: Sequence[Run]) -> list[Group]:
-    """Return the group of highest mean top-1 for each architecture and strategy.
+    """Return the group of highest mean top-1 for each model and method.
 
-    Sorted by both, the untrained model of each architecture first.
+    Sorted by both, the untrained model of each architecture first. A calibrated evaluation counts
+    only where there is no other: it has the same top-1.
     """
     best: dict[tuple[str, str], Group] = {}
+    best_rank: dict[tuple[str, str], tuple[bool, float]] = {}
     for group in grouped(runs):
-        key = group[0].architecture, group[0].strategy
-        if key not in best or mean(group) > mean(best[key]):
+        first = group[0]
+        key = first.model, first.method
+        rank = not first.settings.get("calibrated"), mean(group)
+        if key not in best or rank > best_rank[key]:
             best[key] = group
+            best_rank[key] = rank
 
     def order(group: Group) -> tuple:
         first = group[0]
-        return first.architecture, first.strategy != "none", first.strategy
+        return first.model, first.strategy != "none", first.method
 
     return sorted(best.values(), key=order)
 
@@ -416,39 +522,66 @@ def best_by_strategy(runs: Sequence[Run]) -> list[Group]:
 # -----------------------------------------------------------------------------
 # the factorial grid
 
-# (strategy, architecture) -> learning rate -> seed -> run
-Cells = dict[tuple[str, str], dict[float, dict[int, Run]]]
+# (strategy, architecture, pretraining) -> learning rate -> seed -> run
+Cells = dict[tuple[str, str, str], dict[float, dict[int, Run]]]
+PRETRAINING = 2  # its place in the key of a cell
+
+# The grids of ablate.py that are divided, as the names of their points begin. The rates of the
+# first are multiples of each strategy's default, those of the second are the same for all.
+FACTORIAL = "factorial"
+SHARED_RATE = "sharedrate"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A complete grid of strategies, architectures, learning rates and seeds.
+    """A complete grid of strategies, architectures, pretrainings, learning rates and seeds.
 
-    Strategies have learning rates of their own, so a rate's level is its rank within the cell.
+    A rate's level is its rank within the cell, as strategies may have rates of their own. Where no
+    two architectures share a pretraining, each with its own, that is one level, "".
     """
 
     strategies: list[str]
     architectures: list[str]
+    pretrainings: list[str]
     seeds: list[int]
-    runs: dict[tuple[str, str], list[dict[int, Run]]]  # by rising learning rate, then by seed
-    dropped: list[str]  # strategies and architectures left out, as they lack runs
+    # of each cell: by rising learning rate, then by seed
+    runs: dict[tuple[str, str, str], list[dict[int, Run]]]
+    dropped: list[str]  # levels left out, as they lack runs
 
     @property
     def rates(self) -> int:
         """The number of learning rates in each cell."""
         return len(next(iter(self.runs.values())))
 
+    def cell(self, strategy: str, architecture: str, pretraining: str) -> list[list[Run]]:
+        """The runs of a cell: (learning rates, seeds)."""
+        by_rate = self.runs[strategy, architecture, pretraining]
+        return [[by_seed[seed] for seed in self.seeds] for by_seed in by_rate]
 
-def factorial(runs: Sequence[Run]) -> Grid | None:
-    """Return the largest complete strategy x architecture x learning rate grid, or None.
+    def any_run(self, architecture: str = "", pretraining: str = "") -> Run:
+        """A run of the grid, of this architecture and pretraining if they are given."""
+        architecture = architecture or self.architectures[0]
+        pretraining = pretraining or self.pretrainings[0]
+        return self.cell(self.strategies[0], architecture, pretraining)[0][0]
+
+
+def factorial(runs: Sequence[Run], shared_rate: bool = False) -> Grid | None:
+    """Return the largest complete grid of strategies x architectures x pretrainings x rates.
 
     Its runs share all other settings. Augmentation and prompt may differ between strategies, as
     their defaults do, but not within one: there the most frequent ones count.
+
+    shared_rate: the grid in which all strategies have the same learning rates. It and the other one
+        never share a run.
+
+    Returns None if there is none.
     """
     candidates: dict[str, list[Run]] = {}
     for run in runs:
         # A linear head has no learning rate: it is fitted by another optimiser.
         if run.strategy in ("none", "linear") or not run.settings.get("lr"):
+            continue
+        if run.name.startswith(f"{SHARED_RATE}-") != shared_rate:
             continue
         key = _configuration(run, NOT_SETTINGS | GRID_SETTINGS)
         candidates.setdefault(key, []).append(run)
@@ -456,11 +589,14 @@ def factorial(runs: Sequence[Run]) -> Grid | None:
     largest = None
     largest_size = 0
     for members in candidates.values():
-        grid = _complete(_cells(members))
-        size = len(grid.runs) * grid.rates * len(grid.seeds) if grid else 0
-        if size > largest_size:
-            largest = grid
-            largest_size = size
+        # Rates of other grids would make the rest incomplete, so its own points are tried alone.
+        own = [run for run in members if run.name.startswith(f"{FACTORIAL}-")]
+        for part in (members, own):
+            grid = _complete(_cells(part))
+            size = len(grid.runs) * grid.rates * len(grid.seeds) if grid else 0
+            if size > largest_size:
+                largest = grid
+                largest_size = size
     return largest
 
 
@@ -471,15 +607,21 @@ def _strategy_defaults(run: Run) -> str:
 def _cells(runs: Sequence[Run]) -> Cells:
     """Sort runs into cells, leaving out those with unusual settings for their strategy."""
     counts: dict[str, Counter] = {}
+    pretrainings = defaultdict(set)
     for run in runs:
         counts.setdefault(run.strategy, Counter())[_strategy_defaults(run)] += 1
+        pretrainings[run.architecture].add(run.pretraining)
     usual = {strategy: counter.most_common(1)[0][0] for strategy, counter in counts.items()}
+    # Each architecture with one pretraining of its own: nothing can be said of the two apart.
+    single = all(len(levels) == 1 for levels in pretrainings.values())
+    one_level = single and len(set().union(*pretrainings.values())) > 1
 
     cells: Cells = {}
     for run in runs:
         if _strategy_defaults(run) != usual[run.strategy]:
             continue
-        cell = cells.setdefault((run.strategy, run.architecture), {})
+        pretraining = "" if one_level else run.pretraining
+        cell = cells.setdefault((run.strategy, run.architecture, pretraining), {})
         by_seed = cell.setdefault(run.settings["lr"], {})
         by_seed.setdefault(run.seed, run)
     return cells
@@ -488,7 +630,8 @@ def _cells(runs: Sequence[Run]) -> Cells:
 def _complete(cells: Cells) -> Grid | None:
     """Drop what is incomplete until every cell has the same number of learning rates and seeds.
 
-    Returns None if fewer than two strategies, architectures or learning rates remain.
+    Returns None if fewer than two strategies, architectures or learning rates remain. One
+    pretraining is enough.
     """
     # A learning rate counts if it was run with all seeds of the fullest one.
     seeds: set[int] = set()
@@ -501,25 +644,31 @@ def _complete(cells: Cells) -> Grid | None:
         full_cells[key] = full_rates
 
     rates = max((len(by_rate) for by_rate in full_cells.values()), default=0)
-    strategies = sorted({strategy for strategy, _ in full_cells})
-    architectures = sorted({architecture for _, architecture in full_cells})
-    dropped = _drop_incomplete(full_cells, rates, (strategies, architectures))
-    if min(len(strategies), len(architectures), rates) < 2:
+    strategies = sorted({strategy for strategy, _, _ in full_cells})
+    architectures = sorted({architecture for _, architecture, _ in full_cells})
+    pretrainings = sorted({pretraining for _, _, pretraining in full_cells}, key=_plain_first)
+    levels = strategies, architectures, pretrainings
+    dropped = _drop_incomplete(full_cells, rates, levels)
+    if min(len(strategies), len(architectures), rates) < 2 or not pretrainings:
         return None
     complete = {}
-    for strategy in strategies:
-        for architecture in architectures:
-            by_rate = full_cells[strategy, architecture]
-            complete[strategy, architecture] = [by_rate[lr] for lr in sorted(by_rate)]
-    return Grid(strategies, architectures, sorted(seeds), complete, dropped)
+    for key in itertools.product(*levels):
+        by_rate = full_cells[key]
+        complete[key] = [by_rate[lr] for lr in sorted(by_rate)]
+    return Grid(strategies, architectures, pretrainings, sorted(seeds), complete, dropped)
 
 
-def _drop_incomplete(cells: Cells, rates: int, levels: tuple[list[str], list[str]]) -> list[str]:
-    """Remove strategies or architectures until every cell has `rates` learning rates.
+def _plain_first(pretraining: str) -> tuple[bool, str]:
+    """Order of pretrainings: the one that others are compared with is the plain one."""
+    return pretraining not in PLAIN, pretraining
 
-    The one with the largest share of incomplete cells goes first; of equals, an architecture, and
-    of those the last by name. Removes them from `levels`, (strategies, architectures), and returns
-    what was removed.
+
+def _drop_incomplete(cells: Cells, rates: int, levels: tuple[list[str], ...]) -> list[str]:
+    """Remove levels until every cell has `rates` learning rates.
+
+    The one with the largest share of incomplete cells goes first; of equals, a pretraining, then an
+    architecture, and of those the last by name. Removes them from `levels`, (strategies,
+    architectures, pretrainings), and returns what was removed.
     """
     dropped = []
     while True:
@@ -530,10 +679,13 @@ def _drop_incomplete(cells: Cells, rates: int, levels: tuple[list[str], list[str
         if not incomplete:
             return dropped
         shares = []
-        for axis in (0, 1):
-            for level in levels[axis]:
+        for axis, axis_levels in enumerate(levels):
+            if axis == PRETRAINING and len(axis_levels) == 1:
+                continue  # without it nothing would be left
+            for level in axis_levels:
                 lacking = sum(key[axis] == level for key in incomplete)
-                shares.append((lacking / len(levels[1 - axis]), axis, level))
+                # in units of one over the number of all cells
+                shares.append((lacking * len(axis_levels), axis, level))
         _, axis, level = max(shares)
         levels[axis].remove(level)
         dropped.append(level)
