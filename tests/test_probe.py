@@ -106,6 +106,10 @@ def test_the_pull_is_the_best_on_val(samples, zero_shot):
     strongest = max(pull for pull, score in scores.items() if score == best)
     fit = strategies.fit_pulled(features[few], labels[few], zero_shot, SCALE, val=val)
     assert fit[1] == strongest
+    # Where all are alike, as on a class without training images, the strongest wins.
+    hopeless = features[:3], torch.full((3,), 2)
+    fit = strategies.fit_pulled(features[few], labels[few], zero_shot, SCALE, val=hopeless)
+    assert fit[1] == max(strategies.PULLS)
     # What is said beforehand is not chosen, and without val there is a default.
     said = strategies.fit_pulled(features[few], labels[few], zero_shot, SCALE, 3.0, val)
     assert said[1] == 3.0

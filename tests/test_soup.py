@@ -107,7 +107,7 @@ def test_a_soup_is_the_mean_and_a_model_of_its_own(folder, small, evaluation, tm
         assert torch.allclose(mean[name], (a[name] + b[name]) / 2, atol=1e-7), name
     stock, _ = clip.load(str(soup / "model.pt"), device="cpu")
     # It computes in half precision.
-    assert torch.allclose(stock.visual.conv1.weight, mean["visual.conv1.weight"], rtol=1e-3)
+    assert torch.allclose(stock.visual.conv1.weight, mean["visual.conv1.weight"], atol=1e-4)
 
     settings = read_json(soup / "args.json")
     assert settings["job"] == "eval"
