@@ -3,10 +3,14 @@
 Building them, tokens, features, and the two towers cut in two where training starts.
 """
 
+import contextlib
+import functools
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -35,21 +39,54 @@ def _how_to_mend_clip(error: Exception) -> str:
     return "pip install -r requirements.txt"
 
 
-try:
-    with warnings.catch_warnings():
-        # clip imports pkg_resources, which warns of its age.
-        warnings.simplefilter("ignore")
-        import clip
-        from clip.model import (
-            CLIP,
-            ModifiedResNet,
-            QuickGELU,
-            ResidualAttentionBlock,
-            VisionTransformer,
-        )
-# Another package may be written for another Python.
-except (ImportError, SyntaxError, AttributeError) as error:
-    stop(f"OpenAI's CLIP can't be imported ({reason(error)}): {_how_to_mend_clip(error)}")
+def _clip_run_late() -> ModuleType:
+    """The package `clip`, whose own code runs when something of it is first asked for.
+
+    That imports torchvision for transforms, which takes as long as torch; the modules `model` and
+    `simple_tokenizer` do not. They are those of any other `import clip` in the same process.
+    """
+    spec = importlib.util.find_spec("clip")
+    if spec is None or "clip" in sys.modules:
+        return importlib.import_module("clip")
+    package = importlib.util.module_from_spec(spec)
+
+    def run(name: str):
+        # Python and other libraries ask any module for these.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        del package.__getattr__
+        with _clip_import():
+            spec.loader.exec_module(package)
+        return getattr(package, name)
+
+    package.__getattr__ = run
+    sys.modules["clip"] = package
+    return package
+
+
+@contextlib.contextmanager
+def _clip_import() -> Iterator[None]:
+    """Around an import of `clip`: one that fails ends with a line that mends it."""
+    try:
+        with warnings.catch_warnings():
+            # clip imports pkg_resources, which warns of its age.
+            warnings.simplefilter("ignore")
+            yield
+    # Another package may be written for another Python.
+    except (ImportError, SyntaxError, AttributeError) as error:
+        stop(f"OpenAI's CLIP can't be imported ({reason(error)}): {_how_to_mend_clip(error)}")
+
+
+with _clip_import():
+    clip = _clip_run_late()
+    from clip.model import (
+        CLIP,
+        ModifiedResNet,
+        QuickGELU,
+        ResidualAttentionBlock,
+        VisionTransformer,
+    )
+    from clip.simple_tokenizer import SimpleTokenizer
 
 # -----------------------------------------------------------------------------
 # architectures
@@ -100,7 +137,8 @@ SHAPES = {
     "tiny": Shape(128, 64, 4, 128, 8, 128, 2, 2),
     "tiny-rn": Shape(128, 64, (1, 1, 1, 1), 16, None, 128, 2, 2),
 }
-RANDOM = ("tiny", "tiny-rn")  # these start from random weights, all others from OpenAI's
+RANDOM = ("tiny", "tiny-rn")  # these start from random weights
+PRETRAINED = tuple(name for name in SHAPES if name not in RANDOM)  # and these from OpenAI's
 
 CONTEXT_LENGTH = 77  # tokens of a text, with its start and end
 VOCABULARY = 49408
@@ -276,9 +314,14 @@ def encode(text: str) -> list[int]:
         # The marks are taken out before the text is tokenized: they are no words.
         n_marks = text.count(CONTEXT_MARK)
         text = text.replace(CONTEXT_MARK, "")
-    # The package's own instance: another one would be read again from its file.
-    words = clip.clip._tokenizer.encode(text)
+    words = _tokenizer().encode(text)
     return [START, *[PLACEHOLDER] * n_marks, *words, END]
+
+
+@functools.cache
+def _tokenizer() -> SimpleTokenizer:
+    """The one tokenizer, which is read from its file when it is first needed."""
+    return SimpleTokenizer()
 
 
 def stack(sequences: Sequence[list[int]], context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
