@@ -15,15 +15,19 @@ for pretraining. python report.py --runs RUNS makes the report.
 """
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,6 +40,8 @@ from typing import IO
 from flowers import UserError, command, evaluate, files, runs
 from flowers.models import RANDOM, SHAPES
 from flowers.strategies import LEARNING_RATES, STRATEGIES
+
+Process = subprocess.Popen | multiprocessing.process.BaseProcess
 
 # -----------------------------------------------------------------------------
 # the grids
@@ -90,6 +96,23 @@ ONE_FACTOR = ("temperature", "batch_size", "positives", "prompt", "augment", "sh
 RANDOM_LR_FACTOR = 50
 # These would make a name too long; the digest at its end tells them apart.
 NOT_IN_NAME = (*DEFAULT_AXES, "prompt_template", "chunk_size")
+# Linux forks the processes of the points from one that has imported what train.py does. Other
+# systems' libraries do not stand that, so they start a Python for each point.
+FORKS = sys.platform == "linux"
+IMPORTED = (
+    "__main__",
+    "flowers.evaluate",
+    "flowers.frozen",
+    "flowers.losses",
+    "flowers.tracking",
+    "flowers.training",
+    # what those import when they need it
+    "seaborn",
+    "sklearn.linear_model",
+    "torch._dynamo",
+)
+TRAIN = Path(__file__).resolve().parent / "train.py"
+
 # ablate.py sets these flags of train.py itself.
 RESERVED = ("--lr", "--seed", "--name", "--holdout", "--resume", "--tau_lr")
 
@@ -498,12 +521,12 @@ def run(
             time.sleep(0.1)
 
             # A process that has ended frees its slot.
-            ended = [slot for slot, started in running.items() if started[1].poll() is not None]
-            for slot in ended:
-                point, process, log = running.pop(slot)
+            codes = {slot: exit_code(process) for slot, (_, process, _) in running.items()}
+            for slot in [slot for slot, code in codes.items() if code is not None]:
+                point, _, log = running.pop(slot)
                 log.close()  # and with it the lock
                 # None if the point finished
-                error = failure(folder / point.name, process.returncode)
+                error = failure(folder / point.name, codes[slot])
                 outcomes.append(error is None)
                 progress = f"{point.name} ({len(outcomes)} of {len(points)})"
                 if error is None:
@@ -511,7 +534,7 @@ def run(
                     continue
                 row = {
                     "name": point.name,
-                    "code": process.returncode,
+                    "code": codes[slot],
                     "error": error,
                     "arguments": point.arguments,
                 }
@@ -531,7 +554,7 @@ def interrupt(*_) -> None:
 
 def start_next(
     queue: deque, outcomes: list[bool], folder: Path, environment: dict, wandb: str
-) -> tuple[Point, subprocess.Popen, IO] | None:
+) -> tuple[Point, Process, IO] | None:
     """Start the first point of the queue that needs a process; None if none does.
 
     Returns the point, its process, and its log, whose lock ends when it is closed. Finished points
@@ -549,13 +572,11 @@ def start_next(
     return None
 
 
-def launch(
-    point: Point, folder: Path, environment: dict, wandb: str
-) -> tuple[subprocess.Popen, IO] | str:
+def launch(point: Point, folder: Path, environment: dict, wandb: str) -> tuple[Process, IO] | str:
     """Start or resume a point and return its process and log, 'finished', or 'held'.
 
     A point is held while a process of this or of another ablate.py works on it. The lock is on the
-    log: train.py inherits the open file, and with it the lock, and so holds it until its own end,
+    log: train.py is given the open file, and with it the lock, and so holds it until its own end,
     even if the ablate.py that started it is killed. (On Windows the lock is ablate.py's alone.)
     """
     run_folder = folder / point.name
@@ -572,16 +593,71 @@ def launch(
             arguments = ["--resume", str(run_folder)]
         else:
             arguments = train_arguments(point, folder)
-        script = Path(__file__).resolve().parent / "train.py"
-        process = subprocess.Popen(
-            [sys.executable, str(script), *arguments, "--wandb", wandb],
+        process = start_process([*arguments, "--wandb", wandb], log, environment)
+        stack.pop_all()  # the log stays open
+        return process, log
+
+
+def start_process(arguments: Sequence[str], log: IO, environment: dict[str, str]) -> Process:
+    """Start train.py, with its output in the log and nothing to read."""
+    if not FORKS:
+        return subprocess.Popen(
+            [sys.executable, str(TRAIN), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
         )
-        stack.pop_all()  # the log stays open
-        return process, log
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        # The process is given this very file, so that it holds the lock as well.
+        socket.send_fds(ours, [b"log"], [log.fileno()])
+        words = (str(TRAIN), *arguments)
+        process = context.Process(target=train, args=(words, theirs, environment, os.getcwd()))
+        process.start()
+    return process
+
+
+def train(
+    words: Sequence[str], sender: socket.socket, environment: dict[str, str], folder: str
+) -> None:
+    """Run train.py in this process, which was forked, as if it had been started: words are argv.
+
+    sender: sends the log, an open file. folder: the working directory.
+    """
+    _, (log,), _, _ = socket.recv_fds(sender, len(b"log"), 1)
+    sys.stdout.flush()
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    limit_threads(environment.get("OMP_NUM_THREADS", ""))
+    sys.argv = list(words)
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process would end without them, and W&B counts on them
+
+
+def limit_threads(threads: str) -> None:
+    """What OMP_NUM_THREADS says, for libraries that have been imported before it was set."""
+    import torch  # here, as this process alone computes
+    from threadpoolctl import threadpool_limits
+
+    if threads.isdecimal():
+        torch.set_num_threads(int(threads))
+        threadpool_limits(int(threads))
+
+
+def exit_code(process: Process) -> int | None:
+    """The exit code of a process, negative after a signal; None while it runs."""
+    if isinstance(process, subprocess.Popen):
+        return process.poll()
+    return process.exitcode
 
 
 def failure(run_folder: Path, code: int) -> str | None:
