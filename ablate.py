@@ -37,20 +37,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from flowers import UserError, command, evaluate, files, runs
-from flowers.models import RANDOM, SHAPES
-from flowers.strategies import LEARNING_RATES, STRATEGIES
+from flowers import UserError, command, files, runs
+from flowers.choices import LEARNING_RATES, PRETRAINED, RANDOM, SHAPES, STRATEGIES, TEMPLATE
 
 Process = subprocess.Popen | multiprocessing.process.BaseProcess
 
 # -----------------------------------------------------------------------------
 # the grids
 
-PRETRAINED = tuple(name for name in SHAPES if name not in RANDOM)  # OpenAI's nine
 # logistic regression ("linear") has no learning rate to cross
 TUNED = tuple(strategy for strategy in STRATEGIES if strategy != "linear")
 
-PROJECT = evaluate.TEMPLATE
+PROJECT = TEMPLATE
 OPENAI = "a photo of a {}, a type of flower."
 NAME_ALONE = "{}"
 ALL_TEMPLATES = [PROJECT, OPENAI, NAME_ALONE]

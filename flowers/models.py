@@ -20,6 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flowers import UserError, reason, stop
+from flowers.choices import PRETRAINED as PRETRAINED  # it needs no torch
+from flowers.choices import RANDOM as RANDOM
+from flowers.choices import SHAPES, Shape
 from flowers.devices import autocast
 from flowers.pixels import CLIP_MEAN, CLIP_STD, get_batch
 
@@ -92,23 +95,6 @@ with _clip_import():
 # architectures
 
 
-class Shape(NamedTuple):
-    """What decides the architecture of a CLIP."""
-
-    embedding: int  # D, the length of a feature
-    resolution: int  # side of an image, in pixels
-    image_layers: int | tuple[int, int, int, int]  # of a ResNet: bottlenecks of each stage
-    image_width: int
-    patch: int | None  # side of a ViT's patch, in pixels; a ResNet has none
-    text_width: int
-    text_heads: int
-    text_layers: int
-    # Width of the MLPs within the blocks, of a ViT and of the text tower. None: four times the
-    # width of the tower, as in all of OpenAI's.
-    image_hidden: int | None = None
-    text_hidden: int | None = None
-
-
 class Settings(NamedTuple):
     """What a CLIP computes with, and what neither its weights nor their shapes say."""
 
@@ -121,24 +107,6 @@ class Settings(NamedTuple):
 
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": torch.nn.GELU}
 OPENAI = Settings("quickgelu", 64, 64, CLIP_MEAN, CLIP_STD)  # of all of OpenAI's weights
-
-
-# The first nine are the shapes of OpenAI's released weights.
-SHAPES = {
-    "RN50": Shape(1024, 224, (3, 4, 6, 3), 64, None, 512, 8, 12),
-    "RN101": Shape(512, 224, (3, 4, 23, 3), 64, None, 512, 8, 12),
-    "RN50x4": Shape(640, 288, (4, 6, 10, 6), 80, None, 640, 10, 12),
-    "RN50x16": Shape(768, 384, (6, 8, 18, 8), 96, None, 768, 12, 12),
-    "RN50x64": Shape(1024, 448, (3, 15, 36, 10), 128, None, 1024, 16, 12),
-    "ViT-B/32": Shape(512, 224, 12, 768, 32, 512, 8, 12),
-    "ViT-B/16": Shape(512, 224, 12, 768, 16, 512, 8, 12),
-    "ViT-L/14": Shape(768, 224, 24, 1024, 14, 768, 12, 12),
-    "ViT-L/14@336px": Shape(768, 336, 24, 1024, 14, 768, 12, 12),
-    "tiny": Shape(128, 64, 4, 128, 8, 128, 2, 2),
-    "tiny-rn": Shape(128, 64, (1, 1, 1, 1), 16, None, 128, 2, 2),
-}
-RANDOM = ("tiny", "tiny-rn")  # these start from random weights
-PRETRAINED = tuple(name for name in SHAPES if name not in RANDOM)  # and these from OpenAI's
 
 CONTEXT_LENGTH = 77  # tokens of a text, with its start and end
 VOCABULARY = 49408

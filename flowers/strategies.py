@@ -16,6 +16,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flowers import UserError
+from flowers.choices import KEEPS_WEIGHTS as KEEPS_WEIGHTS  # it needs no torch
+from flowers.choices import LEARNING_RATES as LEARNING_RATES
+from flowers.choices import STRATEGIES as STRATEGIES
 from flowers.models import (
     CLIP,
     CONTEXT_MARK,
@@ -26,23 +29,6 @@ from flowers.models import (
     towers,
 )
 from flowers.weights import state_for_saving
-
-STRATEGIES = ("full", "image", "text", "last_blocks", "linear", "lora", "prompt")
-
-# These learn something beside the model, and leave its weights as they were.
-KEEPS_WEIGHTS = ("linear", "prompt")
-
-# Peak learning rates for pretrained models: common values of the literature, for prompt that of
-# CoOp (Zhou et al. 2022). They were not tuned here.
-LEARNING_RATES = {
-    "full": 1e-5,
-    "image": 1e-5,
-    "text": 1e-5,
-    "last_blocks": 3e-5,
-    "lora": 2e-4,
-    "prompt": 2e-3,
-    "linear": 0.0,
-}
 
 
 def prepare(

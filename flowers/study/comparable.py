@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flowers.evaluate import wilson
+from flowers.choices import SHAPES
 from flowers.files import checked, read_json
-from flowers.models import SHAPES
+from flowers.intervals import wilson
 from flowers.runs import read_predictions
 from flowers.study import statistics
 
