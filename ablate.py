@@ -19,15 +19,19 @@ as tiny) is first trained on the base classes, as a stand-in for pretraining. py
 """
 
 import argparse
+import atexit
 import contextlib
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,19 +41,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from flowers import UserError, command, evaluate, files, runs
+from flowers import UserError, command, files, runs
+from flowers.choices import (
+    KEEPS_WEIGHTS,
+    LEARNING_RATES,
+    PRETRAINED,
+    RANDOM,
+    SHAPES,
+    STRATEGIES,
+    TEMPLATE,
+)
 from flowers.data import CONVENTIONS, open_flowers
-from flowers.models import RANDOM, SHAPES
-from flowers.strategies import KEEPS_WEIGHTS, LEARNING_RATES, STRATEGIES
+
+Process = subprocess.Popen | multiprocessing.process.BaseProcess
 
 # -----------------------------------------------------------------------------
 # the grids
 
-PRETRAINED = tuple(name for name in SHAPES if name not in RANDOM)  # OpenAI's nine
 # logistic regression ("linear") has no learning rate to cross
 TUNED = tuple(strategy for strategy in STRATEGIES if strategy != "linear")
 
-PROJECT = evaluate.TEMPLATE
+PROJECT = TEMPLATE
 OPENAI = "a photo of a {}, a type of flower."
 NAME_ALONE = "{}"
 OTHER_TEMPLATE = "a photo of a {}"  # of datasets that are not flowers
@@ -169,6 +181,23 @@ MODEL_FLAGS = ("activation", "device", "precision")
 RANDOM_LR_FACTOR = 50
 # These would make a name too long; the digest at its end tells them apart.
 NOT_IN_NAME = (*DEFAULT_AXES, "lr", "val_shots", "prompt_template", "chunk_size", "captions")
+# Linux forks the processes of the points from one that has imported what train.py does. Other
+# systems' libraries do not stand that, so they start a Python for each point.
+FORKS = sys.platform == "linux"
+IMPORTED = (
+    "__main__",
+    "flowers.evaluate",
+    "flowers.frozen",
+    "flowers.losses",
+    "flowers.tracking",
+    "flowers.training",
+    # what those import when they need it
+    "seaborn",
+    "sklearn.linear_model",
+    "torch._dynamo",
+)
+HERE = Path(__file__).resolve().parent
+
 # ablate.py sets these flags of train.py itself.
 RESERVED = ("--seed", "--name", "--holdout", "--resume", "--tau_lr")
 
@@ -868,12 +897,12 @@ def run(
             time.sleep(0.1)
 
             # A process that has ended frees its slot.
-            ended = [slot for slot, started in running.items() if started[1].poll() is not None]
-            for slot in ended:
-                point, process, log = running.pop(slot)
+            codes = {slot: exit_code(process) for slot, (_, process, _) in running.items()}
+            for slot in [slot for slot, code in codes.items() if code is not None]:
+                point, _, log = running.pop(slot)
                 log.close()  # and with it the lock
                 # None if the point finished
-                error = failure(folder / point.name, process.returncode)
+                error = failure(folder / point.name, codes[slot])
                 outcomes.append(error is None)
                 progress = f"{point.name} ({len(outcomes)} of {len(points)})"
                 if error is None:
@@ -881,7 +910,7 @@ def run(
                     continue
                 row = {
                     "name": point.name,
-                    "code": process.returncode,
+                    "code": codes[slot],
                     "error": error,
                     "arguments": point.arguments,
                 }
@@ -901,7 +930,7 @@ def interrupt(*_) -> None:
 
 def start_next(
     queue: deque, outcomes: list[bool], folder: Path, environment: dict, wandb: str
-) -> tuple[Point, subprocess.Popen, IO] | None:
+) -> tuple[Point, Process, IO] | None:
     """Start the first point of the queue that needs a process; None if none does.
 
     Returns the point, its process, and its log, whose lock ends when it is closed. Finished points
@@ -919,13 +948,11 @@ def start_next(
     return None
 
 
-def launch(
-    point: Point, folder: Path, environment: dict, wandb: str
-) -> tuple[subprocess.Popen, IO] | str:
+def launch(point: Point, folder: Path, environment: dict, wandb: str) -> tuple[Process, IO] | str:
     """Start or resume a point and return its process and log, 'finished', or 'held'.
 
     A point is held while a process of this or of another ablate.py works on it. The lock is on the
-    log: train.py inherits the open file, and with it the lock, and so holds it until its own end,
+    log: train.py is given the open file, and with it the lock, and so holds it until its own end,
     even if the ablate.py that started it is killed. (On Windows the lock is ablate.py's alone.)
     """
     run_folder = folder / point.name
@@ -943,16 +970,72 @@ def launch(
             arguments = ["--resume", str(run_folder)]
         else:
             arguments = all_arguments(point, folder)
-        script = Path(__file__).resolve().parent / point.script
-        process = subprocess.Popen(
-            [sys.executable, str(script), *arguments, "--wandb", wandb],
+        words = [str(HERE / point.script), *arguments, "--wandb", wandb]
+        process = start_process(words, log, environment)
+        stack.pop_all()  # the log stays open
+        return process, log
+
+
+def start_process(words: Sequence[str], log: IO, environment: dict[str, str]) -> Process:
+    """Start a script, with its output in the log and nothing to read; words are its argv."""
+    if not FORKS:
+        return subprocess.Popen(
+            [sys.executable, *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
         )
-        stack.pop_all()  # the log stays open
-        return process, log
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        # The process is given this very file, so that it holds the lock as well.
+        socket.send_fds(ours, [b"log"], [log.fileno()])
+        arguments = (tuple(words), theirs, environment, os.getcwd())
+        process = context.Process(target=run_script, args=arguments)
+        process.start()
+    return process
+
+
+def run_script(
+    words: Sequence[str], sender: socket.socket, environment: dict[str, str], folder: str
+) -> None:
+    """Run a script in this process, which was forked, as if it had been started: words are argv.
+
+    sender: sends the log, an open file. folder: the working directory.
+    """
+    _, (log,), _, _ = socket.recv_fds(sender, len(b"log"), 1)
+    sys.stdout.flush()
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    limit_threads(environment.get("OMP_NUM_THREADS", ""))
+    sys.argv = list(words)
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process would end without them, and W&B counts on them
+
+
+def limit_threads(threads: str) -> None:
+    """What OMP_NUM_THREADS says, for libraries that have been imported before it was set."""
+    import torch  # here, as this process alone computes
+    from threadpoolctl import threadpool_limits
+
+    if threads.isdecimal():
+        torch.set_num_threads(int(threads))
+        threadpool_limits(int(threads))
+
+
+def exit_code(process: Process) -> int | None:
+    """The exit code of a process, negative after a signal; None while it runs."""
+    if isinstance(process, subprocess.Popen):
+        return process.poll()
+    return process.exitcode
 
 
 def failure(run_folder: Path, code: int) -> str | None:

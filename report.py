@@ -24,14 +24,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
 from flowers import UserError, command
-from flowers.evaluate import templates_in_words
+from flowers.choices import KEEPS_WEIGHTS, SHAPES, templates_in_words
 from flowers.files import atomic, read_lines, user_path, write_csv
-from flowers.models import SHAPES, build, count_flops
 from flowers.runs import read_predictions
-from flowers.strategies import KEEPS_WEIGHTS
 from flowers.study import figures, statistics
 from flowers.study.comparable import (
     SOUP,
@@ -1476,6 +1473,10 @@ def trained_parameters(run: Run) -> int | None:
 @functools.cache
 def gflops(architecture: str) -> float:
     """Return the operations of the image tower for one image, in 10^9."""
+    import torch  # here, as nothing else of a report needs it
+
+    from flowers.models import build, count_flops
+
     # On the meta device a tensor has a shape and no numbers: nothing is computed.
     with torch.device("meta"):
         model = build(architecture)

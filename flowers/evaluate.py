@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
 from sklearn.metrics import (
     label_ranking_average_precision_score,
     precision_recall_fscore_support,
@@ -23,14 +22,14 @@ from sklearn.metrics import (
 from tabulate import tabulate
 
 from flowers import UserError, calibration, devices, figures, frozen, runs, strategies
+from flowers.choices import TEMPLATE as TEMPLATE  # it needs no torch
+from flowers.choices import templates_in_words
 from flowers.data import Flowers, base_classes
 from flowers.files import checked, load_tensors, read_json, write_csv
+from flowers.intervals import wilson
 from flowers.layouts import correct_name, name_key
 from flowers.models import CLIP, CONTEXT_LENGTH, END, encode, settings_of, text_features
 from flowers.weights import load_model, origin_of
-
-# The default, of this project; CLIP's own is "a photo of a {}, a type of flower."
-TEMPLATE = "an image of the {} flower"
 
 # A head turns image features into logits: its weight (C, D) and bias (C,).
 Head = tuple[torch.Tensor, torch.Tensor]
@@ -575,14 +574,6 @@ def base_to_new(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     return metrics
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-    """The 95% interval, in percent, of a proportion of n independent trials (Wilson 1927)."""
-    # scipy's, not statsmodels' proportion_confint: the ends of 0 and n correct are exactly 0 and
-    # 100, where statsmodels gives 99.99999999999999 for 1020 of 1020, less than the accuracy.
-    interval = binomtest(correct, n).proportion_ci(method="wilson")
-    return 100 * interval.low, 100 * interval.high
-
-
 def recall_at(
     scores: torch.Tensor, relevant: torch.Tensor, ks: Sequence[int] = (1, 3, 5, 10)
 ) -> dict[str, float]:
@@ -783,13 +774,6 @@ def _is_learned(head: Head) -> bool:
     weight, bias = head
     lengths = weight.double().norm(dim=1)  # (C,), all of them the model's scale
     return bool(bias.any()) or not torch.allclose(lengths, lengths.mean(), rtol=1e-6, atol=0)
-
-
-def templates_in_words(templates: Sequence[str]) -> str:
-    """Templates in quotes; of more than two, the first, and how many more there are."""
-    if len(templates) > 2:
-        return f"'{templates[0]}' and {len(templates) - 1} more"
-    return " and ".join(f"'{template}'" for template in templates)
 
 
 def protocol(

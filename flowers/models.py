@@ -3,10 +3,14 @@
 Building them, tokens, features, and the two towers cut in two where training starts.
 """
 
+import contextlib
+import functools
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,6 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flowers import UserError, reason, stop
+from flowers.choices import PRETRAINED as PRETRAINED  # it needs no torch
+from flowers.choices import RANDOM as RANDOM
+from flowers.choices import SHAPES, Shape
 from flowers.devices import autocast
 from flowers.pixels import CLIP_MEAN, CLIP_STD, get_batch
 
@@ -35,41 +42,57 @@ def _how_to_mend_clip(error: Exception) -> str:
     return "pip install -r requirements.txt"
 
 
-try:
-    with warnings.catch_warnings():
-        # clip imports pkg_resources, which warns of its age.
-        warnings.simplefilter("ignore")
-        import clip
-        from clip.model import (
-            CLIP,
-            ModifiedResNet,
-            QuickGELU,
-            ResidualAttentionBlock,
-            VisionTransformer,
-        )
-# Another package may be written for another Python.
-except (ImportError, SyntaxError, AttributeError) as error:
-    stop(f"OpenAI's CLIP can't be imported ({reason(error)}): {_how_to_mend_clip(error)}")
+def _clip_run_late() -> ModuleType:
+    """The package `clip`, whose own code runs when something of it is first asked for.
+
+    That imports torchvision for transforms, which takes as long as torch; the modules `model` and
+    `simple_tokenizer` do not. They are those of any other `import clip` in the same process.
+    """
+    spec = importlib.util.find_spec("clip")
+    if spec is None or "clip" in sys.modules:
+        return importlib.import_module("clip")
+    package = importlib.util.module_from_spec(spec)
+
+    def run(name: str):
+        # Python and other libraries ask any module for these.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        del package.__getattr__
+        with _clip_import():
+            spec.loader.exec_module(package)
+        return getattr(package, name)
+
+    package.__getattr__ = run
+    sys.modules["clip"] = package
+    return package
+
+
+@contextlib.contextmanager
+def _clip_import() -> Iterator[None]:
+    """Around an import of `clip`: one that fails ends with a line that mends it."""
+    try:
+        with warnings.catch_warnings():
+            # clip imports pkg_resources, which warns of its age.
+            warnings.simplefilter("ignore")
+            yield
+    # Another package may be written for another Python.
+    except (ImportError, SyntaxError, AttributeError) as error:
+        stop(f"OpenAI's CLIP can't be imported ({reason(error)}): {_how_to_mend_clip(error)}")
+
+
+with _clip_import():
+    clip = _clip_run_late()
+    from clip.model import (
+        CLIP,
+        ModifiedResNet,
+        QuickGELU,
+        ResidualAttentionBlock,
+        VisionTransformer,
+    )
+    from clip.simple_tokenizer import SimpleTokenizer
 
 # -----------------------------------------------------------------------------
 # architectures
-
-
-class Shape(NamedTuple):
-    """What decides the architecture of a CLIP."""
-
-    embedding: int  # D, the length of a feature
-    resolution: int  # side of an image, in pixels
-    image_layers: int | tuple[int, int, int, int]  # of a ResNet: bottlenecks of each stage
-    image_width: int
-    patch: int | None  # side of a ViT's patch, in pixels; a ResNet has none
-    text_width: int
-    text_heads: int
-    text_layers: int
-    # Width of the MLPs within the blocks, of a ViT and of the text tower. None: four times the
-    # width of the tower, as in all of OpenAI's.
-    image_hidden: int | None = None
-    text_hidden: int | None = None
 
 
 class Settings(NamedTuple):
@@ -85,23 +108,6 @@ class Settings(NamedTuple):
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": torch.nn.GELU}
 OPENAI = Settings("quickgelu", 64, 64, CLIP_MEAN, CLIP_STD)  # of all of OpenAI's weights
 
-
-# The first nine are the shapes of OpenAI's released weights.
-SHAPES = {
-    "RN50": Shape(1024, 224, (3, 4, 6, 3), 64, None, 512, 8, 12),
-    "RN101": Shape(512, 224, (3, 4, 23, 3), 64, None, 512, 8, 12),
-    "RN50x4": Shape(640, 288, (4, 6, 10, 6), 80, None, 640, 10, 12),
-    "RN50x16": Shape(768, 384, (6, 8, 18, 8), 96, None, 768, 12, 12),
-    "RN50x64": Shape(1024, 448, (3, 15, 36, 10), 128, None, 1024, 16, 12),
-    "ViT-B/32": Shape(512, 224, 12, 768, 32, 512, 8, 12),
-    "ViT-B/16": Shape(512, 224, 12, 768, 16, 512, 8, 12),
-    "ViT-L/14": Shape(768, 224, 24, 1024, 14, 768, 12, 12),
-    "ViT-L/14@336px": Shape(768, 336, 24, 1024, 14, 768, 12, 12),
-    "tiny": Shape(128, 64, 4, 128, 8, 128, 2, 2),
-    "tiny-16": Shape(128, 64, 4, 128, 16, 128, 2, 2),
-    "tiny-rn": Shape(128, 64, (1, 1, 1, 1), 16, None, 128, 2, 2),
-}
-RANDOM = ("tiny", "tiny-16", "tiny-rn")  # these start from random weights, all others from OpenAI's
 
 # Of the loss, and of neither tower; a bias only train.py --loss sigmoid has.
 LOSS_PARAMETERS = ("logit_scale", "logit_bias")
@@ -327,9 +333,14 @@ def encode(text: str) -> list[int]:
         # The marks are taken out before the text is tokenized: they are no words.
         n_marks = text.count(CONTEXT_MARK)
         text = text.replace(CONTEXT_MARK, "")
-    # The package's own instance: another one would be read again from its file.
-    words = clip.clip._tokenizer.encode(text)
+    words = _tokenizer().encode(text)
     return [START, *[PLACEHOLDER] * n_marks, *words, END]
+
+
+@functools.cache
+def _tokenizer() -> SimpleTokenizer:
+    """The one tokenizer, which is read from its file when it is first needed."""
+    return SimpleTokenizer()
 
 
 def stack(sequences: Sequence[list[int]], context_length: int = CONTEXT_LENGTH) -> torch.Tensor:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from flowers import cache, images
 from flowers.data import Flowers
@@ -54,18 +53,8 @@ def key(flowers: Flowers, resolution: int) -> bytes:
 
 
 def read_jpeg(file: Path) -> torch.Tensor:
-    """One JPEG, PNG or WebP as (3, H, W) uint8.
-
-    Raises UserError naming the file if it can't be decoded or is too large. JPEG has no checksum:
-    damage within the compressed data shows only where it breaks the code.
-    """
-    try:
-        data = images.read_checked(file)
-        if not images.is_jpeg(data):
-            return torch.from_numpy(images.decode_rgb(data)).movedim(-1, 0)
-        return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except Exception as error:  # a dozen kinds at damaged files
-        raise images.undecodable(file, error) from None
+    """One JPEG, PNG or WebP as (3, H, W) uint8. Raises as images.read_rgb does."""
+    return torch.from_numpy(images.read_rgb(file)).movedim(-1, 0)
 
 
 def read_square(file: Path, resolution: int) -> torch.Tensor:

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowers import UserError, reason
+from flowers.choices import SHAPES
 from flowers.data import OXFORD_ID, Flowers, image_ids, open_from_flags, select, subset
 from flowers.files import append_line, checked, note, read_json, read_lines, user_path, write_json
 from flowers.layouts import correct_name
@@ -293,8 +294,6 @@ def run_folder(model: str | Path) -> Path | None:
 
     model: a run folder, a file in it or its adapter/, or a model's name.
     """
-    from flowers.models import SHAPES  # here, as it imports torch
-
     # Names come first, as in weights.load_model: a folder may be called like a model.
     if str(model) in SHAPES:
         return None

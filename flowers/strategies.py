@@ -21,6 +21,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flowers import UserError
+from flowers.choices import KEEPS_WEIGHTS as KEEPS_WEIGHTS  # it needs no torch
+from flowers.choices import LEARNING_RATES as LEARNING_RATES
+from flowers.choices import STRATEGIES as STRATEGIES
 from flowers.files import note
 from flowers.models import (
     CLIP,
@@ -37,41 +40,11 @@ from flowers.models import (
 )
 from flowers.weights import state_for_saving
 
-STRATEGIES = (
-    "full",
-    "image",
-    "text",
-    "last_blocks",
-    "projection",
-    "norm",
-    "linear",
-    "lora",
-    "prompt",
-)
-
-# These learn something beside the model, and leave its weights as they were.
-KEEPS_WEIGHTS = ("linear", "prompt")
-
 # These add what they train to weights that stay: there is no start to which --pull could pull.
 ADDS_WEIGHTS = ("lora", "prompt")
 
 # These train one layer alone, which has none above it to be slower than.
 ONE_LAYER = ("projection", "linear", "prompt")
-
-# Peak learning rates for pretrained models: common values of the literature, for prompt that of
-# CoOp (Zhou et al. 2022), for projection that of ProLIP (Fahes et al. 2024), for norm that of Tent
-# (Wang et al. 2021), which trains the scales and shifts of norms too. They were not tuned here.
-LEARNING_RATES = {
-    "full": 1e-5,
-    "image": 1e-5,
-    "text": 1e-5,
-    "last_blocks": 3e-5,
-    "projection": 1e-5,
-    "norm": 1e-3,
-    "lora": 2e-4,
-    "prompt": 2e-3,
-    "linear": 0.0,
-}
 
 
 def prepare(

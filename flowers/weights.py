@@ -28,6 +28,7 @@ from flowers.models import (
     CLIP,
     CONTEXT_LENGTH,
     OPENAI,
+    PRETRAINED,
     RANDOM,
     VOCABULARY,
     Settings,
@@ -85,7 +86,7 @@ def load_model(
     # Names come first: a file that is called like a model is not asked about.
     if architecture in RANDOM:
         model = build(architecture, activation or OPENAI.activation)
-    elif architecture in clip.available_models():
+    elif architecture in PRETRAINED:
         model = _download(architecture)
     elif architecture.startswith(OPEN_CLIP):
         model = _load_open_clip(architecture.removeprefix(OPEN_CLIP), activation)
@@ -117,7 +118,7 @@ def _load_path(architecture: str, activation: str | None) -> CLIP:
             "Face's a config.json, and one of open_clip's an open_clip_config.json"
         )
     if not path.exists():
-        known = ", ".join([*RANDOM, *clip.available_models()])
+        known = ", ".join([*RANDOM, *PRETRAINED])
         raise UserError(
             f"no model {architecture}: give a path, open_clip:NAME/PRETRAINED, hf:NAME, "
             f"or one of {known}"
@@ -392,7 +393,7 @@ def origin_of(architecture: str) -> str:
     """What the weights of an architecture are, in words for tables."""
     if architecture in RANDOM:
         return f"random ({architecture})"
-    if architecture in clip.available_models():
+    if architecture in PRETRAINED:
         return f"OpenAI {architecture}"
     if architecture.startswith(OPEN_CLIP):
         return f"open_clip {architecture.removeprefix(OPEN_CLIP)}"

@@ -171,7 +171,7 @@ def test_masks_keep_the_flower():
 def test_colours_are_kept(small):
     flowers = open_flowers(small)
     rows = load_colours(flowers, "centre")
-    # torchvision's decoder gives the same pixels as Pillow's
+    # training sees the same pixels as exploration
     rgb = read_jpeg(flowers.files[7]).permute(1, 2, 0).numpy()
     assert np.array_equal(rows[7], colour.measure(rgb, "centre"))
 

@@ -12,7 +12,7 @@ SAMPLE = "flowers.sample"  # stands on the ground: it draws pictures and knows n
 WINGS = ("flowers.study", "flowers.qwen", "flowers.gallery")
 SCRIPT_FOLDERS = (".", "data_Exploration", "benchmarks")
 
-# What exploration and the page's first view must not wait for.
+# What exploration, the report, a grid and the page's first view must not wait for.
 SLOW = {"torch", "torchvision", "clip"}
 QUICK = (
     "flowers.data",
@@ -22,9 +22,14 @@ QUICK = (
     "flowers.files",
     "flowers.figures",
     "flowers.sample",
+    "flowers.choices",
+    "flowers.runs",
     "web",
+    "ablate",
+    "report",
     "data_Exploration.dataset_Description",
     "data_Exploration.class_distribution",
+    "data_Exploration.isomap",
 )
 
 

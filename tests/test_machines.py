@@ -679,8 +679,6 @@ TRAIN = ("train.py", "--data_root", "sample", "--architecture", "tiny")
         ({"clip": ANOTHER_CLIP}, TRAIN, ("pip uninstall -y clip", "clip-anytorch", "site/clip.py")),
         ({"clip": OLD_CLIP}, TRAIN, ("pip uninstall -y clip",)),
         ({"clip__tool": ANOTHER_CLIP}, TRAIN, ("pip uninstall -y clip",)),
-        ({"pkg_resources": NO_PKG_RESOURCES}, TRAIN, ("pip install 'setuptools>=77.0.3,<81'",)),
-        ({"pkg_resources": ""}, TRAIN, ("pip install 'setuptools>=77.0.3,<81'",)),
         ({"cv2": NO_LIBGL}, TRAIN, ("libGL", "pip install opencv-python-headless")),
         (
             {"cv2": NO_LIBGL},
@@ -694,8 +692,8 @@ TRAIN = ("train.py", "--data_root", "sample", "--architecture", "tiny")
         ),
     ],
     ids=[
-        *("another clip", "clip of Python 2", "a folder clip", "no pkg_resources"),
-        *("emptied pkg_resources", "no libGL", "no libGL to explore", "transformers 4"),
+        *("another clip", "clip of Python 2", "a folder clip", "no libGL", "no libGL to explore"),
+        "transformers 4",
     ],
 )
 def test_a_wrong_installation_ends_with_the_command_that_mends_it(
@@ -705,3 +703,12 @@ def test_a_wrong_installation_ends_with_the_command_that_mends_it(
     done = child(ROOT / command[0], *command[1:], PYTHONPATH=path)
     line = ends_with_one_line(done)
     assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("content", [NO_PKG_RESOURCES, ""], ids=["none", "an emptied one"])
+def test_what_needs_openai_s_weights_needs_pkg_resources(small, tmp_path, content):
+    """The package clip imports it when it loads one of its own models, and not before."""
+    path = installation(tmp_path, pkg_resources=content)
+    arguments = ("--data_root", small, "--architecture", "ViT-B/32", "--runs", tmp_path)
+    done = child(ROOT / "baseline_eval.py", *arguments, "--wandb", "disabled", PYTHONPATH=path)
+    assert "pip install 'setuptools>=77.0.3,<81'" in ends_with_one_line(done)

@@ -3,6 +3,7 @@
 It is reused, rebuilt when it must be, and never in the way of a read-only folder.
 """
 
+import io
 import os
 import shutil
 import warnings
@@ -13,7 +14,7 @@ import torch
 from conftest import error_line
 from PIL import Image
 
-from flowers import devices, models
+from flowers import UserError, devices, images, models
 from flowers.data import open_flowers
 from flowers.pixels import get_batch, load_pixels, read_square
 
@@ -30,6 +31,51 @@ def copy(small, tmp_path):
 
 def read_all(flowers, resolution):
     return torch.stack([read_square(file, resolution) for file in flowers.files])
+
+
+# -----------------------------------------------------------------------------
+# the decoder
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # orientation: a quarter turn
+KINDS = {
+    "RGB": ("RGB", {}),
+    "all colours kept": ("RGB", {"subsampling": 0}),
+    "progressive": ("RGB", {"progressive": True}),
+    "restarts": ("RGB", {"restart_marker_rows": 1}),
+    "turned": ("RGB", {"exif": TURNED}),
+    "grey": ("L", {}),
+    "progressive grey": ("L", {"progressive": True}),
+    "CMYK": ("CMYK", {}),
+}
+
+
+def jpeg_of(mode, options):
+    """A JPEG of smooth colours, and Pillow's pixels of it."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    noise.resize((131, 97), Image.BICUBIC).convert(mode).save(out, "JPEG", **options)
+    return out.getvalue(), np.array(Image.open(out).convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_jpeg_has_pillow_s_pixels(kind, tmp_path):
+    data, expected = jpeg_of(*KINDS[kind])
+    file = tmp_path / "a.jpg"
+    file.write_bytes(data)
+    assert np.array_equal(images.read_rgb(file), expected)
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xc1", b"\xff\xd8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_marker_within_the_compressed_data_is_not_read_as_grey(kind, marker, tmp_path):
+    data, _ = jpeg_of(*KINDS[kind])
+    middle = (data.rfind(images.SCAN_MARKER) + len(data)) // 2
+    file = tmp_path / "a.jpg"
+    file.write_bytes(data[:middle] + marker + data[middle + 2 :])
+    with pytest.raises(UserError, match="a.jpg can't be decoded"):
+        images.read_rgb(file)
 
 
 # -----------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flowers.choices import RANDOM, SHAPES
 from flowers.files import checked, read_json
-from flowers.models import RANDOM, SHAPES
 from flowers.runs import read_predictions
 from flowers.study import statistics
 

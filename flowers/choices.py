@@ -1,0 +1,92 @@
+"""What the flags of the scripts offer: architectures, strategies, and the prompt if none is given.
+
+Without torch, so that --help and a mistake in a flag are answered at once.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# -----------------------------------------------------------------------------
+# architectures
+
+
+class Shape(NamedTuple):
+    """What decides the architecture of a CLIP."""
+
+    embedding: int  # D, the length of a feature
+    resolution: int  # side of an image, in pixels
+    image_layers: int | tuple[int, int, int, int]  # of a ResNet: bottlenecks of each stage
+    image_width: int
+    patch: int | None  # side of a ViT's patch, in pixels; a ResNet has none
+    text_width: int
+    text_heads: int
+    text_layers: int
+    # Width of the MLPs within the blocks, of a ViT and of the text tower. None: four times the
+    # width of the tower, as in all of OpenAI's.
+    image_hidden: int | None = None
+    text_hidden: int | None = None
+
+
+# The first nine are the shapes of OpenAI's released weights.
+SHAPES = {
+    "RN50": Shape(1024, 224, (3, 4, 6, 3), 64, None, 512, 8, 12),
+    "RN101": Shape(512, 224, (3, 4, 23, 3), 64, None, 512, 8, 12),
+    "RN50x4": Shape(640, 288, (4, 6, 10, 6), 80, None, 640, 10, 12),
+    "RN50x16": Shape(768, 384, (6, 8, 18, 8), 96, None, 768, 12, 12),
+    "RN50x64": Shape(1024, 448, (3, 15, 36, 10), 128, None, 1024, 16, 12),
+    "ViT-B/32": Shape(512, 224, 12, 768, 32, 512, 8, 12),
+    "ViT-B/16": Shape(512, 224, 12, 768, 16, 512, 8, 12),
+    "ViT-L/14": Shape(768, 224, 24, 1024, 14, 768, 12, 12),
+    "ViT-L/14@336px": Shape(768, 336, 24, 1024, 14, 768, 12, 12),
+    "tiny": Shape(128, 64, 4, 128, 8, 128, 2, 2),
+    "tiny-16": Shape(128, 64, 4, 128, 16, 128, 2, 2),
+    "tiny-rn": Shape(128, 64, (1, 1, 1, 1), 16, None, 128, 2, 2),
+}
+RANDOM = ("tiny", "tiny-16", "tiny-rn")  # these start from random weights
+PRETRAINED = tuple(name for name in SHAPES if name not in RANDOM)  # and these from OpenAI's
+
+# -----------------------------------------------------------------------------
+# strategies
+
+STRATEGIES = (
+    "full",
+    "image",
+    "text",
+    "last_blocks",
+    "projection",
+    "norm",
+    "linear",
+    "lora",
+    "prompt",
+)
+
+# These learn something beside the model, and leave its weights as they were.
+KEEPS_WEIGHTS = ("linear", "prompt")
+
+# Peak learning rates for pretrained models: common values of the literature, for prompt that of
+# CoOp (Zhou et al. 2022), for projection that of ProLIP (Fahes et al. 2024), for norm that of Tent
+# (Wang et al. 2021), which trains the scales and shifts of norms too. They were not tuned here.
+LEARNING_RATES = {
+    "full": 1e-5,
+    "image": 1e-5,
+    "text": 1e-5,
+    "last_blocks": 3e-5,
+    "projection": 1e-5,
+    "norm": 1e-3,
+    "lora": 2e-4,
+    "prompt": 2e-3,
+    "linear": 0.0,
+}
+
+# -----------------------------------------------------------------------------
+# prompts
+
+# The default, of this project; CLIP's own is "a photo of a {}, a type of flower."
+TEMPLATE = "an image of the {} flower"
+
+
+def templates_in_words(templates: Sequence[str]) -> str:
+    """Templates in quotes; of more than two, the first, and how many more there are."""
+    if len(templates) > 2:
+        return f"'{templates[0]}' and {len(templates) - 1} more"
+    return " and ".join(f"'{template}'" for template in templates)
