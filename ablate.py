@@ -250,26 +250,7 @@ def main():
     group.add_argument("--splits_base", help="as in train.py")
     group.add_argument("--splits", help="as in train.py")
     group.add_argument("--class_names", help="as in train.py")
-    # Other datasets
-    group = parser.add_argument_group("forgetting")
-    group.add_argument(
-        "--others",
-        type=files.user_path,
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="other datasets, in any layout of --data_root, such as class folders",
-    )
-    group.add_argument(
-        "--other_template",
-        default=OTHER_TEMPLATE,
-        help="prompt of their classes (default: '%(default)s')",
-    )
-    group.add_argument(
-        "--other_splits",
-        choices=CONVENTIONS,
-        help="how they are split, as --splits in train.py (default: as their folders say)",
-    )
+    add_forgetting_arguments(parser)
     # Running
     group = parser.add_argument_group("running")
     group.add_argument(
@@ -424,6 +405,29 @@ def check_train_flags(train_flags: Sequence[str]) -> None:
             f"{wrong[0]}: ablate.py sets the learning rate (--times), seeds (--seeds), "
             "names and --holdout itself"
         )
+
+
+def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which other datasets `forgetting` evaluates on, and how."""
+    group = parser.add_argument_group("forgetting")
+    group.add_argument(
+        "--others",
+        type=files.user_path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="other datasets, in any layout of --data_root, such as class folders",
+    )
+    group.add_argument(
+        "--other_template",
+        default=OTHER_TEMPLATE,
+        help="prompt of their classes (default: '%(default)s')",
+    )
+    group.add_argument(
+        "--other_splits",
+        choices=CONVENTIONS,
+        help="how they are split, as --splits in train.py (default: as their folders say)",
+    )
 
 
 def check_forgetting(

@@ -771,11 +771,11 @@ def accuracies_figure(groups: list[Group], path: Path) -> str:
 # -----------------------------------------------------------------------------
 # the gain over the untrained model
 
-Start = tuple[str, str, str]  # architecture, pretraining, digest of the evaluated images
+Start = tuple[str, str]  # model (architecture and pretraining), digest of the evaluated images
 
 
 def start_of(run: Run) -> Start:
-    return run.architecture, run.pretraining, run.images
+    return run.model, run.images
 
 
 def untrained_by_start(runs: Sequence[Run]) -> dict[Start, Run]:
@@ -788,14 +788,8 @@ def untrained_by_start(runs: Sequence[Run]) -> dict[Start, Run]:
 
 
 def gain_of(before: Run, group: Group) -> statistics.Interval:
-    """Return what a group gained over an untrained model, in points, with its 95% interval.
-
-    Student's t: over seeds; with one seed, over the images, each paired with itself.
-    """
-    if len(group) > 1:
-        return statistics.t_interval([run.top1 - before.top1 for run in group])
-    change = group[0].correct.astype(int) - before.correct  # (N,) of -1, 0 and 1
-    return statistics.t_interval(100 * change)
+    """Return what a group gained over an untrained model, in points, with its 95% interval."""
+    return statistics.difference_interval(answers(group), answers([before]), before.clusters)
 
 
 def loss_of(run: Run) -> str:
@@ -840,7 +834,7 @@ def gain_table(runs: Sequence[Run]) -> pd.DataFrame:
         first = group[0]
         if first.strategy == "none" or start_of(first) not in untrained:
             continue
-        key = *start_of(first), first.strategy, loss_of(first)
+        key = *start_of(first), first.method, loss_of(first)
         if key not in best or mean(group) > mean(best[key]):
             best[key] = group
     rows = []
@@ -850,8 +844,8 @@ def gain_table(runs: Sequence[Run]) -> pd.DataFrame:
         before = untrained[start_of(first)]
         middle, low, high = gain_of(before, group)
         row = {"architecture": first.architecture, "pretraining": first.pretraining}
-        row["model"] = f"{first.architecture} {first.pretraining}".strip()
-        row |= {"strategy": first.strategy, "loss": loss_of(first), "seeds": len(group)}
+        row["model"] = first.model
+        row |= {"strategy": first.method, "loss": loss_of(first), "seeds": len(group)}
         row |= {"before": before.top1, "after": mean(group)}
         rows.append(row | {"gain": middle, "low": low, "high": high})
     return pd.DataFrame(rows)
