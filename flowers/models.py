@@ -298,10 +298,10 @@ def layers_above(model: CLIP) -> dict[str, int]:
     before a ViT's blocks belongs to its stem. Parameters of neither tower have none above them.
     """
     if is_resnet(model):
-        image_top = [model.visual.attnpool]
+        image_top = list(model.visual.attnpool.parameters())
     else:
-        image_top = [model.visual.ln_post, model.visual.proj]
-    text_top = [model.ln_final, model.text_projection]
+        image_top = [*model.visual.ln_post.parameters(), model.visual.proj]
+    text_top = [*model.ln_final.parameters(), model.text_projection]
     above = dict.fromkeys(model.parameters(), 0)
     parts = [
         ("image", image_blocks(model), image_top),
@@ -313,9 +313,7 @@ def layers_above(model: CLIP) -> dict[str, int]:
         above |= dict.fromkeys(towers(model)[tower], n + 1)
         for i, block in enumerate(blocks):
             above |= dict.fromkeys(block.parameters(), n - i)
-        for part in top:
-            is_matrix = isinstance(part, torch.nn.Parameter)
-            above |= dict.fromkeys([part] if is_matrix else part.parameters(), 0)
+        above |= dict.fromkeys(top, 0)
     return {name: above[parameter] for name, parameter in model.named_parameters()}
 
 
@@ -420,8 +418,7 @@ def progress_chunks(items: torch.Tensor, title: str, size: int = 256) -> Iterato
 # towers cut in two: a frozen trunk, which can be computed once, and the rest, which is trained
 
 
-# Where the image tower can be cut, beside before its last 1, 2, ... blocks: just before the
-# projection.
+# A place where the image tower can be cut, beside a number of blocks: just before the projection.
 PROJECTION = "projection"
 Cut = int | Literal["projection"] | None
 
@@ -490,9 +487,8 @@ def _split_resnet_at_projection(
     bottlenecks_of, _ = _split_resnet(visual, bottlenecks, torch.nn.Sequential())
 
     def heads(x):
-        return x.unflatten(-1, (pool.num_heads, -1)).transpose(
-            1, 2
-        )  # (B, heads, tokens, C / heads)
+        parts = x.unflatten(-1, (pool.num_heads, -1))  # (B, tokens, heads, C / heads)
+        return parts.transpose(1, 2)  # (B, heads, tokens, C / heads)
 
     def frozen_half(images):
         cells = bottlenecks_of(images).flatten(2).transpose(1, 2)  # (B, side * side, C)

@@ -533,11 +533,13 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     assert (bias in result(tmp_path / "whole")) == (loss == "sigmoid")
 
 
-def test_resume_refuses_other_starting_weights(tmp_path, cli, train):
+@pytest.mark.parametrize("options", [options_of("text"), ("--pull", 0.1)], ids=["text", "pull"])
+def test_resume_refuses_other_starting_weights(options, tmp_path, cli, train):
+    """Also where all weights are trained, if they are pulled to their start."""
     path = tmp_path / "start.pt"
     torch.manual_seed(1)
     torch.save(models.build("tiny").state_dict(), path)
-    assert train("run", "--architecture", path, "--epochs", 1, *options_of("text"))[0] == 0
+    assert train("run", "--architecture", path, "--epochs", 1, *options)[0] == 0
     (tmp_path / "run" / "result.json").unlink()
     torch.manual_seed(2)
     torch.save(models.build("tiny").state_dict(), path)
