@@ -122,7 +122,7 @@ def test_a_soup_is_the_mean_and_a_model_of_its_own(folder, small, evaluation, tm
     options = ["--wise_ft", 0, "--wise_ft", 1]
     code, out, err = evaluation("--architecture", soup, *options)
     assert code == 0 and f"taken over from {soup}: --data_root={small}" in out, err
-    assert "note:" not in err
+    assert "model.pt does not say" not in err
     predictions = (soup / "predictions.csv").read_bytes()
     assert (tmp_path / "eval" / "predictions.csv").read_bytes() == predictions
     start = load_tensors(folder / "start.pt")
