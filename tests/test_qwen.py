@@ -571,7 +571,7 @@ def test_evaluation_goes_on_where_it_was_killed(trained, small, cli):
 
 
 def test_the_old_name_of_pmi_is_understood(capfd):
-    """As a flag, and in the args.json of a run that is resumed, which goes through `resolve` too."""
+    """As a flag, and in the args.json of a resumed run, which goes through `resolve` too."""
     script = runpy.run_path(str(ROOT / "qwen_eval.py"))
     args = script["make_parser"]().parse_args(["--model", "tiny", "--score", "calibrated"])
     assert script["resolve"](args).score == "pmi"
