@@ -127,7 +127,17 @@ def parse_arguments() -> argparse.Namespace:
         "of a state dict (default: %(default)s, not fine-tuned)",
     )
     add_activation_argument(parser)
-    # names
+    add_head_arguments(parser)
+    devices.add_device_arguments(parser)
+    add_result_arguments(parser)
+    args = parser.parse_args()
+    if args.prompts and args.prompt_template:
+        raise UserError("--prompts and --prompt_template: give one of them")
+    return args
+
+
+def add_head_arguments(parser: argparse.ArgumentParser) -> None:
+    # names, prompts, and the temperature of their probabilities
     parser.add_argument(
         "--names",
         metavar="FILE",
@@ -156,12 +166,6 @@ def parse_arguments() -> argparse.Namespace:
         "--calibrated=false leaves it out (default: if the run has one, and is asked for its own "
         "names by its own prompts)",
     )
-    devices.add_device_arguments(parser)
-    add_result_arguments(parser)
-    args = parser.parse_args()
-    if args.prompts and args.prompt_template:
-        raise UserError("--prompts and --prompt_template: give one of them")
-    return args
 
 
 def add_result_arguments(parser: argparse.ArgumentParser) -> None:
