@@ -16,7 +16,7 @@ import argparse
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -124,7 +124,6 @@ def main():
     frozen_seconds = time.perf_counter() - start
     encoders = make_encoders(model, views, texts, text_activations, config)
     data = TrainingData(flowers, train_index, texts, pixels, views, model, config)
-    loss_of = choose_loss(config.loss, model, processes)
     batch_size = config.processes * min(config.batch_size, len(train_index) // config.processes)
     if config.fits_bias:
         fit_bias(model, encoders, data, batch_size, processes)
@@ -132,15 +131,14 @@ def main():
     # -----------------------------------------------------------------------------
     # optimiser, and what an interrupted run left
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    pulled_to = copies(weights_of_towers(trained)) if config.pull else {}
+    objective = make_objective(model, encoders, trained, processes, config)
     average = copies(trained) if config.ema else {}
     sizes = count_parameters(model, flowers, config)
     optimizer = make_optimizer(model, trained, config)
     scaler = devices.gradient_scaler(processes.device)
     steps_per_epoch = len(train_index) // batch_size
     total_steps = config.epochs * steps_per_epoch
-    # With --pull the start of the trained weights counts, too.
-    start_digest = config.start if config.pull else digest_of_frozen_weights(model)
+    start_digest = digest_of_start(model, config)
     checkpoint_file, metrics_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
     first_epoch, seconds = 0, 0.0
     if config.resume and checkpoint_file.exists():
@@ -163,24 +161,16 @@ def main():
             step = epoch * steps_per_epoch + i
             factor = learning_rate_factor(step, total_steps)
             set_learning_rate(optimizer, factor)
-            losses = training_step(
-                model, encoders, loss_of, batch, pulled_to, optimizer, scaler, processes, config
-            )
+            losses = training_step(objective, batch, optimizer, scaler, processes)
             update_average(average, trained, config.ema, step)
 
             # The weights are checked once an epoch, before they are saved.
-            weights = list(trained.values()) if i == steps_per_epoch - 1 else []
+            is_last = i == steps_per_epoch - 1
             loss = losses["train/loss"]
-            if diverged(loss, weights):
-                raise diverged_error(loss, step, checkpoint_file)
-            row = {
-                "epoch": epoch + 1,
-                "step": step + 1,
-                **losses,
-                "train/lr": config.lr * factor,
-                **scale_and_bias(model),
-                "train/images_per_s": batch_size / (time.perf_counter() - step_start),
-            }
+            check_finite(loss, trained.values() if is_last else [], step, checkpoint_file)
+            row = {"epoch": epoch + 1, "step": step + 1, **losses, "train/lr": config.lr * factor}
+            row |= scale_and_bias(model)
+            row["train/images_per_s"] = batch_size / (time.perf_counter() - step_start)
             step_start = time.perf_counter()
             rows.append(row)
             tracker.log_row(row)
@@ -191,9 +181,9 @@ def main():
         if not processes.is_main:
             continue  # the main process evaluates and saves
         if config.evaluates_after(epoch + 1):
-            row = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch}
             with averaged(trained, average):
-                row |= evaluate_val(model, flowers, pixels, eval_index, captions, sentences, config)
+                row = evaluate_val(model, flowers, pixels, eval_index, captions, sentences, config)
+            row = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch, **row}
             rows.append(row)
             tracker.log_row(row)
             bar.write(f"epoch {epoch + 1}: val top-1 {row['val/top1']:.2f}%")
@@ -210,9 +200,9 @@ def main():
     assign(trained, average)
     state, classifier = strategies.export(model)
     head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template, sentences)
-    fitted = {}
+    start = time.perf_counter()
+    fitted = {}  # how the head of `linear` was fitted
     if config.strategy == "linear":
-        start = time.perf_counter()
         head, classifier, fitted = fit_head(model, head, flowers, sentences, data, eval_index)
         seconds = time.perf_counter() - start
     start = time.perf_counter()
@@ -233,39 +223,35 @@ def main():
 
 
 def training_step(
-    model: CLIP,
-    encoders: Sequence[Callable],
-    loss_of: Callable,
+    objective: "Objective",
     batch: "Batch",
-    pulled_to: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     processes: devices.Processes,
-    config: "Config",
 ) -> dict[str, float]:
     """Update the model with one batch; returns the losses of the batch before the update.
 
-    encoders: batch.images -> features (b, D), and batch.text_rows -> features (p, D).
-    pulled_to: the weights to which --pull pulls, by name; empty without it.
-    loss_of: takes both and the batch, and returns the loss of all processes' images: choose_loss.
     scaler: multiplies the loss before the backward pass, with --precision fp16.
     """
 
-    def batch_loss(local_images: torch.Tensor, local_texts: torch.Tensor) -> torch.Tensor:
-        return scaler.scale(loss_of(local_images, local_texts, batch))
+    model = objective.model
 
-    encode_images, encode_texts = encoders
-    if config.chunk_size:
+    def batch_loss(local_images: torch.Tensor, local_texts: torch.Tensor) -> torch.Tensor:
+        return scaler.scale(objective.loss_of(local_images, local_texts, batch))
+
+    encode_images, encode_texts = objective.encoders
+    if objective.chunk_size:
         inputs = [batch.images, batch.text_rows]
-        loss = backward_in_chunks(encoders, inputs, batch_loss, config.chunk_size)
+        loss = backward_in_chunks(objective.encoders, inputs, batch_loss, objective.chunk_size)
     else:
         loss = batch_loss(encode_images(batch.images), encode_texts(batch.text_rows))
         loss.backward()
     scale = scaler.get_scale()  # the update may change it
     losses = {"train/loss": loss.item() / scale}
-    if pulled_to:
+    if objective.pulled_to:
         # Once for the whole batch: each process adds the same, and so does their mean.
-        pull = config.pull * squared_distance(dict(model.named_parameters()), pulled_to)
+        weights = dict(model.named_parameters())
+        pull = objective.pull * squared_distance(weights, objective.pulled_to)
         scaler.scale(pull).backward()
         losses["train/pull"] = pull.item()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -275,6 +261,41 @@ def training_step(
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
     return losses
+
+
+# -----------------------------------------------------------------------------
+# what is minimised
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training makes smaller: the loss of a batch, and with --pull the distance to the start.
+
+    encoders: batch.images -> features (b, D), and batch.text_rows -> features (p, D).
+    loss_of: takes both and the batch, and returns the loss of all processes' images.
+    chunk_size: images whose graph is in memory at a time; 0 for all of the batch.
+    pull: how strongly the trained weights are pulled to `pulled_to`, by name; empty without --pull.
+    """
+
+    model: CLIP
+    encoders: Sequence[Callable]
+    loss_of: Callable
+    chunk_size: int
+    pull: float
+    pulled_to: dict[str, torch.Tensor]
+
+
+def make_objective(
+    model: CLIP,
+    encoders: Sequence[Callable],
+    trained: dict[str, torch.nn.Parameter],
+    processes: devices.Processes,
+    config: "Config",
+) -> Objective:
+    """The loss and the pull of the settings; the trained weights are still those of the start."""
+    loss_of = choose_loss(config.loss, model, processes)
+    pulled_to = copies(weights_of_towers(trained)) if config.pull else {}
+    return Objective(model, encoders, loss_of, config.chunk_size, config.pull, pulled_to)
 
 
 def choose_loss(name: str, model: CLIP, processes: devices.Processes) -> Callable:
@@ -968,8 +989,14 @@ def digest_of_weights(model: CLIP) -> str:
     return frozen.fingerprint(model.state_dict()).hex()
 
 
-def digest_of_frozen_weights(model: CLIP) -> str:
-    """A fingerprint of the weights that are not trained, to recognise what a run started from."""
+def digest_of_start(model: CLIP, config: Config) -> str:
+    """A fingerprint by which a resumed run knows what it started from.
+
+    Of the weights that are not trained; with --pull of all, as those that are trained are pulled
+    back to their start.
+    """
+    if config.pull:
+        return config.start
     state = model.state_dict(keep_vars=True)  # keeps requires_grad; BatchNorm statistics have none
     fixed = {name: tensor for name, tensor in state.items() if not tensor.requires_grad}
     return frozen.fingerprint(fixed).hex()
@@ -1081,12 +1108,15 @@ def progress_bar(done: int, total: int, processes: devices.Processes) -> tqdm:
     return tqdm(total=total, initial=done, unit="step", desc="training", disable=hidden)
 
 
-def diverged_error(loss: float, step: int, checkpoint_file: Path) -> UserError:
-    """What to tell the user whose loss or weights are no longer finite."""
-    return UserError(
-        f"the loss is {loss} at step {step}, or a weight no number after it: lower --lr; "
-        f"the last whole epoch is in {checkpoint_file}"
-    )
+def check_finite(
+    loss: float, weights: Iterable[torch.Tensor], step: int, checkpoint_file: Path
+) -> None:
+    """Raise UserError if the loss or a weight is no finite number."""
+    if diverged(loss, list(weights)):
+        raise UserError(
+            f"the loss is {loss} at step {step}, or a weight no number after it: lower --lr; "
+            f"the last whole epoch is in {checkpoint_file}"
+        )
 
 
 # -----------------------------------------------------------------------------

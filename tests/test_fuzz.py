@@ -776,7 +776,7 @@ def test_checkpoints(survive, count, tmp_path):
 
     def read(data):
         path.write_bytes(data)
-        progress = restore(path, "abc", trained, optimizer, scaler)
+        progress = restore(path, "abc", trained, {}, optimizer, scaler)
         optimizer.step()  # with what it was given
         return progress, parameters()
 
