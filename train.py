@@ -515,7 +515,9 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
         raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
     check_regularisers(args)
     if args.val_shots is not None and not args.holdout:
-        raise UserError("--val_shots needs --holdout: test images are evaluated all of them")
+        raise UserError(
+            "--val_shots needs --holdout: without it no val is set apart, and test is whole"
+        )
     # A resumed run has its own: those of before --val_shots evaluated all images of val.
     if args.val_shots is None and args.holdout and args.shots and not args.resume:
         args.val_shots = min(args.shots, MAX_VAL_SHOTS)
