@@ -121,7 +121,7 @@ class Run:
         """The strategy, and of a linear probe what it starts from and is trained on."""
         variant = []
         if self.settings.get("start_from") not in (None, OLDER_DEFAULTS["start_from"]):
-            variant.append(self.settings["start_from"])
+            variant.append(str(self.settings["start_from"]))
         if self.settings.get("cross_modal"):
             variant.append("cross_modal")
         return f"{self.strategy} ({', '.join(variant)})" if variant else self.strategy
@@ -191,6 +191,9 @@ def _load_run(folder: Path) -> Run | None:
     if settings.get("batch_size") and settings.get("processes"):
         # Four processes with 16 images each train as one with 64.
         settings["batch_size"] *= settings["processes"]
+    soup = settings.get("soup")
+    if soup and not (isinstance(soup, list) and all(isinstance(path, str) for path in soup)):
+        raise ValueError("the soup in args.json is not a list of runs")
     evaluated = [split for split in ("test", "val", "train") if f"{split}/top1" in result]
     if not evaluated:
         return None

@@ -222,7 +222,7 @@ def shapley(players: Sequence[str], value: Callable[[frozenset], float]) -> dict
     phi_i = mean over orders of value(those before i and i) - value(those before i).
     The results sum to value(all players) - value(no player).
     """
-    # All k! orders: a study has three factors.
+    # All k! orders: a study has three factors or four.
     orders = list(itertools.permutations(players))
     shares = {}
     for player in players:
