@@ -57,10 +57,10 @@ OLDER_DEFAULTS = {
     "calibrated": False,
 }
 
-# Settings that may differ between the cells of a factorial grid. The last two have a default that
+# Settings that may differ between the cells of a factorial grid. The last three have a default that
 # depends on the strategy; within a strategy they must be the same.
-GRID_SETTINGS = {"lr", "tau_lr", "architecture", "strategy", "augment", "prompt_template"}
-STRATEGY_DEFAULTS = ("augment", "prompt_template")
+GRID_SETTINGS = {"lr", "tau_lr", "architecture", "strategy", "augment", "prompt_template", "pull"}
+STRATEGY_DEFAULTS = ("augment", "prompt_template", "pull")
 
 SOUP = " soup"  # behind the strategy of runs of which a model is the mean
 
@@ -462,7 +462,9 @@ def grouped(runs: Sequence[Run], without: str = "") -> list[Group]:
         ignored = NOT_SETTINGS | {without}
         # The learning rate of the temperature has no effect where the temperature is fixed.
         # Where only lr differs, tau_lr follows it.
-        if not run.settings.get("learn_temperature") or without == "lr":
+        # The bias of the sigmoid loss is learned at that rate, too.
+        learns_scale = run.settings.get("learn_temperature") or run.settings["loss"] == "sigmoid"
+        if not learns_scale or without == "lr":
             ignored.add("tau_lr")
         group = groups.setdefault(_configuration(run, ignored), {})
         member = json.dumps([run.settings.get(without), run.seed])
