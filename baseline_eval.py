@@ -115,10 +115,22 @@ def parse_arguments() -> argparse.Namespace:
     return runs.parse_inheriting(parser, "architecture", "soup")
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that mean nothing together, and for values out of range."""
+    if args.prompts and args.prompt_template:
+        raise UserError("--prompts and --prompt_template: give one of them")
+    if args.calibrated and (args.wise_ft or args.soup):
+        raise UserError(
+            "--calibrated: the temperature of a run was found for its own weights, and not for "
+            "those of --wise_ft or --soup: leave out one of them"
+        )
+    if not np.isfinite(args.wise_ft).all():
+        raise UserError("--wise_ft: ALPHA must be a number, such as 0.5")
+
+
 def evaluate_along(
     model: CLIP,
-    start: dict[str, torch.Tensor],
-    tuned: dict[str, torch.Tensor],
+    ends: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
     alphas: list[float],
     pixels: torch.Tensor,
     flowers: Flowers,
@@ -126,13 +138,13 @@ def evaluate_along(
     templates: list[str] | None,
     sentences: evaluate.Prompts | None,
 ) -> list[tuple[float, dict[str, float]]]:
-    """The metrics at each alpha on the line between two state dicts (WiSE-FT).
+    """The metrics at each alpha on the line between two state dicts (WiSE-FT), start and tuned.
 
     Changes the weights of `model`. Both towers move, so each alpha has a classifier of its own.
     """
     curve = []
     for alpha in alphas:
-        evaluate.interpolate(model, start, tuned, alpha)
+        evaluate.interpolate(model, *ends, alpha)
         images = image_features(model, pixels, torch.from_numpy(index.copy()))
         head = evaluate.zero_shot_head(model, flowers.class_names, templates, sentences)
         metrics, _ = evaluate.evaluate_features(images, head, flowers.labels[index])
@@ -144,7 +156,7 @@ def write_curve(
     curve: list[tuple[float, dict[str, float]]], split: str, folder: Path, tracker: Tracker
 ) -> None:
     """Leave the WiSE-FT curve in the run folder, as metrics.jsonl and wise_ft.png, and in W&B."""
-    rows = [{"alpha": alpha, **with_split(split, metrics)} for alpha, metrics in curve]
+    rows = [{"alpha": alpha, **evaluate.with_split(split, metrics)} for alpha, metrics in curve]
     for row in rows:
         tracker.log(row)
     files.write_lines(folder / "metrics.jsonl", rows)
@@ -164,6 +176,16 @@ def open_model(
     return load_model(architecture, device, activation)
 
 
+def first_caption_features(
+    model: CLIP, captions: list[list[str]], index: np.ndarray
+) -> torch.Tensor:
+    """The features (N, D) of the first caption of each image at `index` (N,)."""
+    first_captions = [captions[i][0] for i in index]
+    n_cut = sum(len(encode(caption)) > model.context_length for caption in first_captions)
+    evaluate.warn_of_cut_captions(n_cut, len(first_captions), model.context_length)
+    return text_features(model, first_captions)
+
+
 def keep_soup(folder: Path, model: CLIP, flowers: Flowers, soup: list[str]) -> None:
     """Leave what makes the run folder of a soup a model: images, class names, and weights."""
     # The weights come last: nobody loads them without knowing what they were trained on.
@@ -172,23 +194,10 @@ def keep_soup(folder: Path, model: CLIP, flowers: Flowers, soup: list[str]) -> N
     files.save_tensors(folder / "model.pt", state_for_saving(model))
 
 
-def with_split(split: str, metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics under the names that results have: test/top1, ..."""
-    return {f"{split}/{name}": value for name, value in metrics.items()}
-
-
 @command
 def main():
     args = parse_arguments()
-    if args.prompts and args.prompt_template:
-        raise UserError("--prompts and --prompt_template: give one of them")
-    if args.calibrated and (args.wise_ft or args.soup):
-        raise UserError(
-            "--calibrated: the temperature of a run was found for its own weights, and not for "
-            "those of --wise_ft or --soup: leave out one of them"
-        )
-    if not np.isfinite(args.wise_ft).all():
-        raise UserError("--wise_ft: ALPHA must be a number, such as 0.5")
+    check_arguments(args)
     device = devices.choose_device(args.device)
     devices.seed_everything(args.seed, device)
     precision = devices.set_precision(args.precision, device)
@@ -215,11 +224,9 @@ def main():
     captions = read_captions(args.captions, flowers.files) if args.captions else None
     temperature = 1.0  # divides the logits
     if args.calibrated:
+        run = runs.run_folder(args.architecture)
         temperature = evaluate.require_temperature(
-            runs.run_folder(args.architecture),
-            flowers.class_names,
-            args.prompt_template,
-            args.prompts,
+            run, flowers.class_names, args.prompt_template, args.prompts
         )
 
     # -----------------------------------------------------------------------------
@@ -243,6 +250,7 @@ def main():
     if args.wise_ft:
         start_state = evaluate.load_starting_weights(models[0])
         tuned_state = {name: weight.clone() for name, weight in model.state_dict().items()}
+        ends = start_state, tuned_state
     pixels = to_device(load_pixels(flowers, model.visual.input_resolution), device)
 
     # -----------------------------------------------------------------------------
@@ -270,12 +278,7 @@ def main():
     # features and metrics
     start = time.perf_counter()
     images = image_features(model, pixels, torch.from_numpy(index.copy()))  # (N, D)
-    caption_features = None
-    if captions:
-        first_captions = [captions[i][0] for i in index]
-        n_cut = sum(len(encode(caption)) > model.context_length for caption in first_captions)
-        evaluate.warn_of_cut_captions(n_cut, len(first_captions), model.context_length)
-        caption_features = text_features(model, first_captions)  # (N, D)
+    caption_features = first_caption_features(model, captions, index) if captions else None
     metrics, probabilities = evaluate.evaluate_features(
         images, head, flowers.labels[index], caption_features, temperature
     )
@@ -286,24 +289,15 @@ def main():
     # -----------------------------------------------------------------------------
     # WiSE-FT
     if args.wise_ft:
-        curve = evaluate_along(
-            model,
-            start_state,
-            tuned_state,
-            args.wise_ft,
-            pixels,
-            flowers,
-            index,
-            args.prompt_template,
-            sentences,
-        )
+        prompts = args.prompt_template, sentences
+        curve = evaluate_along(model, ends, args.wise_ft, pixels, flowers, index, *prompts)
         write_curve(curve, args.split, folder, tracker)
         for alpha, metrics_at_alpha in curve:
             shown[f"alpha {alpha:g}"] = metrics_at_alpha | seen
 
     # -----------------------------------------------------------------------------
     # results
-    result = with_split(args.split, metrics)
+    result = evaluate.with_split(args.split, metrics)
     if args.calibrated:
         result["calibration_temperature"] = temperature
     result["eval_seconds"] = round(seconds, 3)

@@ -165,16 +165,15 @@ def main():
             update_average(average, trained, config.ema, step)
 
             # The weights are checked once an epoch, before they are saved.
-            is_last = i == steps_per_epoch - 1
-            loss = losses["train/loss"]
-            check_finite(loss, trained.values() if is_last else [], step, checkpoint_file)
+            checked = trained.values() if i == steps_per_epoch - 1 else []
+            check_finite(losses["train/loss"], checked, step, checkpoint_file)
             row = {"epoch": epoch + 1, "step": step + 1, **losses, "train/lr": config.lr * factor}
             row |= scale_and_bias(model)
             row["train/images_per_s"] = batch_size / (time.perf_counter() - step_start)
             step_start = time.perf_counter()
             rows.append(row)
             tracker.log_row(row)
-            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", refresh=False)
+            bar.set_postfix(epoch=epoch + 1, loss=losses["train/loss"], refresh=False)
             bar.update()
         seconds += time.perf_counter() - epoch_start
 
@@ -200,11 +199,11 @@ def main():
     assign(trained, average)
     state, classifier = strategies.export(model)
     head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template, sentences)
-    start = time.perf_counter()
     fitted = {}  # how the head of `linear` was fitted
     if config.strategy == "linear":
-        head, classifier, fitted = fit_head(model, head, flowers, sentences, data, eval_index)
-        seconds = time.perf_counter() - start
+        head, classifier, fitted, seconds = fit_head(
+            model, head, flowers, sentences, data, eval_index
+        )
     start = time.perf_counter()
     metrics, logits = evaluate_images(model, head, flowers, pixels, eval_index, captions)
     probabilities = logits.softmax(1)  # (m, C), at the model's own temperature
@@ -212,7 +211,7 @@ def main():
     save_outputs(folder, state, classifier, probabilities, flowers, eval_index, metrics, rows)
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
-    result = {f"{config.eval_split}/{key}": value for key, value in metrics.items()}
+    result = evaluate.with_split(config.eval_split, metrics)
     result |= fitted | calibrated | loss_parameters(model, config) | sizes
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device)
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
@@ -1159,7 +1158,7 @@ def evaluate_val(
     """The metrics of the val images between epochs, under their names in metrics.jsonl."""
     head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template, sentences)
     metrics, _ = evaluate_images(model, head, flowers, pixels, val_index, captions)
-    return {f"val/{key}": value for key, value in metrics.items()}
+    return evaluate.with_split("val", metrics)
 
 
 def fit_head(
@@ -1169,12 +1168,13 @@ def fit_head(
     sentences: evaluate.Prompts | None,
     data: TrainingData,
     eval_index: np.ndarray,
-) -> tuple[evaluate.Head, dict, dict]:
-    """The head of `linear`, the content of classifier.pt, and how it was fitted, for result.json.
+) -> tuple[evaluate.Head, dict, dict, float]:
+    """The head of `linear`, the content of classifier.pt, how it was fitted, and the seconds.
 
     With --holdout the penalty (C, or the pull) is chosen on val, unless --pull says it. Prints it.
     """
     config = data.config
+    start = time.perf_counter()
     features = torch.cat(data.views).cpu()  # (views * n, D)
     labels = data.labels[data.index].repeat(len(data.views))
     sample_weight = None
@@ -1205,7 +1205,8 @@ def fit_head(
     print(f"{what} = {strength:g}{choice}, {iterations} iterations")
     weight, bias = head
     classifier = {"weight": weight, "bias": bias, "class_names": list(flowers.class_names)}
-    return head, classifier, {penalty: strength, "chosen_on": chosen_on}
+    fitted = {penalty: strength, "chosen_on": chosen_on}  # for result.json
+    return head, classifier, fitted, time.perf_counter() - start
 
 
 def prompt_features(

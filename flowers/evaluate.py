@@ -644,6 +644,11 @@ def _top1(scores: torch.Tensor) -> np.ndarray:
     return scores.topk(1, dim=1).indices[:, 0].numpy()
 
 
+def with_split(split: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics under the names that results have: test/top1, ..."""
+    return {f"{split}/{name}": value for name, value in metrics.items()}
+
+
 # -----------------------------------------------------------------------------
 # tables
 
