@@ -327,3 +327,25 @@ def test_a_forked_point_is_as_good_as_a_process_of_its_own(small, model, cli, tm
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     losses = [read_lines(run / "metrics.jsonl", "train/loss") for run in (forked, plain)]
     assert [r["train/loss"] for r in losses[0]] == [r["train/loss"] for r in losses[1]]
+
+
+COUNT_GPUS_ASKED_FOR = """
+import importlib, torch
+from ablate import IMPORTED
+
+def asked(*_):
+    raise SystemExit("a GPU was asked for, and can't be used after a fork")
+
+for name in ("is_available", "device_count", "_lazy_init", "init"):
+    setattr(torch.cuda, name, asked)
+torch._C._cuda_getDeviceCount = asked
+for name in IMPORTED:
+    importlib.import_module(name)
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_what_is_imported_before_the_fork_leaves_the_gpu_alone():
+    words = [sys.executable, "-W", "ignore", "-c", COUNT_GPUS_ASKED_FOR]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
