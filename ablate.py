@@ -1009,11 +1009,13 @@ def run_script(
 
     sender: sends the log, an open file. folder: the working directory.
     """
-    _, (log,), _, _ = socket.recv_fds(sender, len(b"log"), 1)
-    sys.stdout.flush()
+    with sender:
+        _, (log,), _, _ = socket.recv_fds(sender, len(b"log"), 1)
     for stream in (1, 2):
         os.dup2(log, stream)
-    os.close(log)
+    # As a new Python opens them: those of this process may be closed.
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

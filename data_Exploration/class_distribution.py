@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import seaborn
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 
@@ -95,6 +94,8 @@ def fill_with_colours(
 
 def draw_channel(axis: Axes, channel: Channel, rows: dict[str, np.ndarray], hue: float) -> None:
     """Draw the densities of one channel, a curve a class, above a band of the colours."""
+    import seaborn  # here, as it takes a second, and a mistake in a flag is answered without
+
     # a density is per unit of the axis: per degree, per percent
     x = channel.top * GRID
     densities = {}

@@ -20,10 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.text import Text
 from PIL import Image, ImageOps
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import cdist
-from sklearn.manifold import Isomap, trustworthiness
-from sklearn.neighbors import kneighbors_graph
 
 from flowers import UserError, add_device_arguments, colour, command, figures
 from flowers.colour import load_colours
@@ -75,6 +71,9 @@ def medoids(features: np.ndarray, labels: np.ndarray) -> dict[int, int]:
 
     The distances of the medoid to the other images of its class add up to the least.
     """
+    # Here and below, as they take a second, and a mistake in a flag is answered without.
+    from scipy.spatial.distance import cdist
+
     medoid_of = {}
     for label in np.unique(labels).tolist():
         members = np.flatnonzero(labels == label)
@@ -90,6 +89,9 @@ def medoids(features: np.ndarray, labels: np.ndarray) -> dict[int, int]:
 
 def count_pieces(points: np.ndarray, k: int) -> int:
     """Return how many pieces the graph of k nearest neighbours of points (N, D) falls into."""
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.neighbors import kneighbors_graph
+
     count, _ = connected_components(kneighbors_graph(points, k), directed=False)
     return count
 
@@ -101,6 +103,9 @@ def embed(points: np.ndarray, k: int) -> tuple[np.ndarray, list[float], float]:
     distances and distances on the map; trustworthiness in 2 (Venna and Kaski 2001). A graph in
     pieces is joined where they are nearest.
     """
+    from scipy.spatial.distance import cdist
+    from sklearn.manifold import Isomap, trustworthiness
+
     n = len(points)
     # Exact; for more points scikit-learn chooses ARPACK, which takes less time and memory.
     solver = "dense" if n < 300 else "auto"

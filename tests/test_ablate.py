@@ -2,8 +2,10 @@
 that train.py takes.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import runpy
 import shlex
 import signal
@@ -40,6 +42,15 @@ def values(command, flag):
 
 def names(out):
     return [values(command, "--name")[0] for command in commands(out)]
+
+
+def wait_for(find, what):
+    """What find() gives as soon as it gives something."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := find()):
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.05)
+    return found
 
 
 def test_the_grids_are_what_they_say(cli, tmp_path):
@@ -351,10 +362,7 @@ def test_kills_lose_no_finished_point_and_double_none(small, model, tmp_path):
     # Killed when the first point has begun, and when it has ended and the second begins.
     for sign in ("args.json", "result.json"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + PATIENCE_S
-        while not list(runs.glob(f"*/{sign}")):
-            assert time.monotonic() < deadline, f"no {sign}"
-            time.sleep(0.05)
+        wait_for(lambda sign=sign: list(runs.glob(f"*/{sign}")), sign)
         process.send_signal(signal.SIGKILL)
         process.wait()
     finished = {p.parent.name: p.stat().st_mtime_ns for p in runs.glob("*/result.json")}
@@ -445,3 +453,86 @@ def test_an_agent_of_a_sweep_is_given_points_of_the_grid(small, model, cli, tmp_
     assert values(point, "--shots") == ["4"], err
     assert names(out) == [name], err
     assert "sweep factorial" in error_line(cli("ablate.py", "study", "--sweep"))
+
+
+def processes_writing(log, but):
+    """The pids of the processes that have a file open, `but` one."""
+    pids = set()
+    for link in Path("/proc").glob("[0-9]*/fd/1"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if link.readlink() == log:
+                pids.add(int(link.parts[2]))
+    return pids - {but}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="points are forked on Linux only")
+def test_a_killed_point_is_recorded_and_the_next_goes_on(small, model, tmp_path):
+    arguments = (
+        *("positives", "--architecture", model, "--data_root", small, "--runs", tmp_path),
+        *(*COMMON, *QUICK),
+    )
+    command = [sys.executable, ROOT / "ablate.py", *map(str, arguments)]
+    ablate = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    (first,) = wait_for(lambda: list(tmp_path.glob("*/args.json")), "point")
+    log = (first.parent / "log.txt").resolve()
+    (pid,) = wait_for(lambda: processes_writing(log, but=ablate.pid), "process")
+    assert Path(f"/proc/{pid}/fd/0").readlink() == Path(os.devnull)
+    os.kill(pid, signal.SIGKILL)
+
+    out, _ = ablate.communicate(timeout=PATIENCE_S)
+    assert ablate.returncode == 2
+    assert "1 points finished, 1 failed" in out
+    (failed,) = read_lines(tmp_path / "failed.jsonl")
+    assert failed["name"] == first.parent.name
+    assert failed["code"] == -signal.SIGKILL
+
+
+def test_a_forked_point_is_as_good_as_a_process_of_its_own(small, model, cli, tmp_path):
+    """The same files, weights and losses, bit for bit."""
+    arguments = (
+        *("learning_rate", "--architecture", model, "--strategy", "prompt", "--times", 1),
+        *("--data_root", small, *COMMON, *QUICK, "--jobs", 2),
+    )
+    code, _, err = cli("ablate.py", *arguments, "--runs", tmp_path / "forked")
+    assert code == 0, err
+    _, out, _ = cli("ablate.py", *arguments, "--runs", tmp_path / "plain", "--dry_run")
+    (words,) = commands(out)
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // 2))}
+    subprocess.run(
+        [sys.executable, ROOT / "train.py", *words, "--wandb", "disabled"],
+        env=os.environ | threads,
+        check=True,
+    )
+
+    (forked,) = (tmp_path / "forked").glob("*/")
+    plain = tmp_path / "plain" / forked.name
+    assert {p.name for p in forked.iterdir()} == {p.name for p in plain.iterdir()} | {"log.txt"}
+    for name in ("model.pt", "classifier.pt"):
+        ours = torch.load(forked / name)
+        theirs = torch.load(plain / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    losses = [read_lines(run / "metrics.jsonl", "train/loss") for run in (forked, plain)]
+    assert [r["train/loss"] for r in losses[0]] == [r["train/loss"] for r in losses[1]]
+
+
+COUNT_GPUS_ASKED_FOR = """
+import importlib, torch
+from ablate import IMPORTED
+
+def asked(*_):
+    raise SystemExit("a GPU was asked for, and can't be used after a fork")
+
+for name in ("is_available", "device_count", "_lazy_init", "init"):
+    setattr(torch.cuda, name, asked)
+torch._C._cuda_getDeviceCount = asked
+for name in IMPORTED:
+    importlib.import_module(name)
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_what_is_imported_before_the_fork_leaves_the_gpu_alone():
+    words = [sys.executable, "-W", "ignore", "-c", COUNT_GPUS_ASKED_FOR]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
