@@ -33,6 +33,7 @@ RUN_FILES = {
     "curve.png",
     "confusion.png",
     "mistakes.png",
+    "duplicates.json",
 }
 
 
