@@ -1,6 +1,7 @@
 """How often the study's 95% intervals hold the truth: simulated runs whose truth is known.
 
     python benchmarks/coverage.py
+    python benchmarks/coverage.py --difference  # of two models that are equally good
 
 Prints a Markdown table, for docs/study.md. Beside the interval of the study stand Student's t over
 the seeds and the bootstrap that draws seeds and images anew and takes percentiles.
@@ -23,7 +24,7 @@ from flowers.study import statistics
 ACCURACIES = (0.3, 0.6, 0.9, 0.98)
 SEEDS = (1, 2, 3, 5)
 IMAGES = (200, 718, 6149)  # the last two: the test images that are shared, and the official ones
-SPREADS = (0.0, 0.005, 0.01, 0.02)  # standard deviation of the accuracy over seeds
+SPREADS = (0.0, 0.5, 1.0, 2.0)  # standard deviation of the accuracy over seeds, in points
 
 DUPLICATES = 0.2  # of the images
 CLUSTER = 3  # images
@@ -55,30 +56,49 @@ def main():
         default=0.8,
         help="the part of the variance between images that all seeds share (default: %(default)s)",
     )
+    parser.add_argument(
+        "--spreads",
+        type=float,
+        nargs="+",
+        default=SPREADS,
+        help="standard deviations of the accuracy over seeds, in points (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--difference", action="store_true", help="the interval of a difference, alone"
+    )
     args = parser.parse_args()
 
-    print("| seeds | images | spread of seeds | study | Student's t | bootstrap | half-width |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
-    for i, (n_seeds, n_images, spread) in enumerate(itertools.product(SEEDS, IMAGES, SPREADS)):
+    if args.difference:
+        print("| seeds | images | spread of seeds | study |\n|---:|---:|---:|---:|")
+    else:
+        print("| seeds | images | spread of seeds | study | Student's t | bootstrap | half-width |")
+        print("|---:|---:|---:|---:|---:|---:|---:|")
+    cases = itertools.product(SEEDS, IMAGES, args.spreads)
+    for i, (n_seeds, n_images, spread) in enumerate(cases):
         if n_seeds == 1 and spread > 0:
             continue  # says nothing about other seeds
         rows = []
         for accuracy in ACCURACIES:
             # Seeds do not double or halve the number of errors.
-            possible = min(spread, (1 - accuracy) / 4)
+            possible = min(spread / 100, (1 - accuracy) / 4)
             setting = Setting(accuracy, n_seeds, n_images, possible, args.shared)
-            rows.append(coverage(setting, args.repetitions, [args.seed, i]))
+            measure = coverage_of_difference if args.difference else coverage
+            rows.append(measure(setting, args.repetitions, [args.seed, i]))
         print(table_row(n_seeds, n_images, spread, np.array(rows)), flush=True)
 
 
 def table_row(n_seeds: int, n_images: int, spread: float, rows: np.ndarray) -> str:
-    """rows: (accuracies, 5), see `coverage`. Coverages are from the least to the most of them."""
-    cells = [str(n_seeds), f"{n_images:,}", f"{100 * spread:g}"]
-    for column in range(3):
+    """Coverages from the least to the most of the accuracies.
+
+    rows: (accuracies, 5), see `coverage`; or (accuracies, 1), of a difference.
+    """
+    cells = [str(n_seeds), f"{n_images:,}", f"{spread:g}"]
+    for column in range(min(3, rows.shape[1])):
         low, high = rows[:, column].min(), rows[:, column].max()
         cells.append("-" if np.isnan(low) else f"{100 * low:.1f}-{100 * high:.1f}")
-    study, student = rows[1, 3:]  # at 60%
-    cells.append(f"{study:.1f}" if np.isnan(student) else f"{study:.1f} ({student:.1f})")
+    if rows.shape[1] > 1:
+        study, student = rows[1, 3:]  # at 60%
+        cells.append(f"{study:.1f}" if np.isnan(student) else f"{study:.1f} ({student:.1f})")
     return f"| {' | '.join(cells)} |"
 
 
@@ -104,6 +124,20 @@ def coverage(setting: Setting, repetitions: int, seed: int | list[int]) -> np.nd
     if setting.n_seeds == 1:
         result[[1, 4]] = np.nan
     return result
+
+
+def coverage_of_difference(setting: Setting, repetitions: int, seed: int | list[int]) -> np.ndarray:
+    """How often the interval of the difference of two equal models holds 0, (1,)."""
+    rng = np.random.default_rng(seed)
+    held = []
+    for _ in range(repetitions):
+        # Twice as many seeds of one model: each half of them is a model, on the same images.
+        both = setting._replace(n_seeds=2 * setting.n_seeds)
+        correct, clusters = simulate(both, rng)
+        a, b = np.split(correct, 2)
+        _, low, high = statistics.difference_interval(a, b, clusters)
+        held.append(low <= 0 <= high)
+    return np.array([np.mean(held)])
 
 
 def simulate(setting: Setting, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,7 @@ def test_variances_are_those_of_an_analysis_of_variance():
         for i in range(images)
     ) / (n - 1)
     seeds = sum((of_seed - mean) ** 2) / (n - 1)
-    of_images, of_seeds = statistics._variances(correct, np.arange(images))
+    of_images, of_seeds = statistics._variances(correct, np.arange(images), chance=0.5)
     assert of_images == pytest.approx(sum((of_image - mean) ** 2) / images**2)
     assert of_seeds == pytest.approx(max(0, seeds - residual / images**2 / 2) / n)
 
@@ -101,6 +101,9 @@ def test_95_percent_of_the_intervals_hold_the_truth():
     assert 0.925 <= study <= 0.985  # three standard errors of 400 repetitions around 95.5%
     assert naive < 0.9
     assert student > 0.85
+
+    of_difference = coverage.coverage_of_difference(setting, 200, 0)
+    assert 0.92 <= of_difference <= 0.995
 
 
 def load_coverage():

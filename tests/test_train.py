@@ -39,6 +39,7 @@ RUN_FILES = {
     "confusion.png",
     "mistakes.png",
     "reliability.png",
+    "duplicates.json",
 }
 
 

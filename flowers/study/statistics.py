@@ -46,7 +46,9 @@ def mean_interval(correct: np.ndarray, clusters: np.ndarray | None = None) -> In
     if clusters is None:
         clusters = np.arange(n_images)
     mean = float(correct.mean())
-    squared = _squared_half_width(*_variances(correct, clusters), len(correct))
+    # Half of what chance gives: less all of it, few seeds would seem to agree too well.
+    variances = _variances(correct, clusters, chance=0.5)
+    squared = _squared_half_width(*variances, len(correct))
 
     spread = mean * (1 - mean)
     if spread == 0:  # all right or all wrong: as many trials as there are clusters
@@ -90,14 +92,16 @@ def difference_interval(
     return 100 * estimate, 100 * low, 100 * high
 
 
-def _variances(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+def _variances(
+    values: np.ndarray, clusters: np.ndarray, chance: float = 1.0
+) -> tuple[float, float]:
     """Divide the variance of the mean of values (seeds, images) between images and seeds.
 
     A crossed design: each seed sees the same images. The part of the images is the sum of squares
     of what each cluster adds to the mean. The seeds' means vary for two reasons: one seed is better
     than another everywhere, or on these images by chance. The part of the seeds is the variance of
-    their mean less half of what chance alone would give: all of it would be unbiased, but with two
-    or three seeds the intervals would then be too short (benchmarks/coverage.py).
+    their mean less what chance alone would give, times `chance`: with 1 it is unbiased but for the
+    bound at 0.
 
     Returns:
         The two parts, in the unit of values squared. With one seed its own part is 0.
@@ -112,7 +116,7 @@ def _variances(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
         return of_images, 0.0
     between_seeds = values.mean(axis=1).var(ddof=1)
     by_chance = ((added - mean_added) ** 2).sum() / (n_seeds - 1)
-    return of_images, max(float(between_seeds - by_chance / 2), 0.0) / n_seeds
+    return of_images, max(float(between_seeds - chance * by_chance), 0.0) / n_seeds
 
 
 def _squared_half_width(of_images: float, of_seeds: float, n_seeds: int) -> float:
