@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import runpy
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -20,9 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from flowers import files
+from flowers import UserError, files
 from flowers.data import open_flowers
 from flowers.layouts import read_captions
 from flowers.models import count_flops
@@ -277,6 +278,87 @@ def test_ranking_after_an_adapter_was_loaded(family, tmp_path):
     sums_without = rank_images(without_adapter, processor, images, NESTED)
     assert (sums_without - sums).abs().max() > 1e-2
     assert not [n for n, _ in trained.named_parameters() if "lora" in n and "visual" in n]
+
+
+def rewrite_adapter(folder, rename=lambda key: key, keep=lambda key: True, **settings):
+    """Change the keys of a saved adapter, leave some out, and change its adapter_config.json."""
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = {rename(key): tensor for key, tensor in load_file(path).items() if keep(key)}
+    save_file(tensors, path)
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_an_adapter_with_the_names_of_other_versions(tmp_path):
+    """As transformers called the layers up to 4.51, in 4.52 to 4.5x, and other tools do."""
+    trained, _, processor = with_adapter("tiny", tmp_path)
+    images = pictures((70, 90))
+    expected = rank_images(trained, processor, images, NESTED)
+    # A layer with an alpha of its own, which is found by its name.
+    here = "model.language_model.layers."
+    rewrite_adapter(tmp_path, alpha_pattern={f"{here}0.mlp.up_proj": 40})
+    model, _ = load_model("tiny", "cpu", tmp_path)
+    with_alpha = rank_images(model, processor, images, NESTED)
+    assert (with_alpha - expected).abs().max() > 1e-2
+
+    for there in (
+        "model.layers.",
+        "language_model.model.layers.",
+        "language_model.layers.",
+        "model.language_model.model.layers.",
+        "layers.",
+        here,
+    ):
+        alpha = {f"{there}0.mlp.up_proj": 40}
+        rewrite_adapter(tmp_path, lambda key: key.replace(here, there), alpha_pattern=alpha)  # noqa: B023
+        model, _ = load_model("tiny", "cpu", tmp_path)
+        torch.testing.assert_close(rank_images(model, processor, images, NESTED), with_alpha)
+        here = there
+
+
+def test_an_adapter_that_fits_in_part_is_refused(tmp_path):
+    with_adapter("tiny", tmp_path)
+    whole = tmp_path / "adapter"
+    layer = "layers.0.self_attn.q_proj"
+    for i, (change, message) in enumerate(
+        (
+            ({"rename": lambda key: key.replace("layers", "stages")}, "the model has no"),
+            ({"rename": lambda key: key.replace(layer, "layers.7.self_attn.q_proj")}, "has no"),
+            ({"keep": lambda key: layer not in key}, "the adapter lacks"),
+            ({"alpha_pattern": {"model.layers.7.mlp.up_proj": 4}}, "another rank or alpha"),
+            ({"peft_type": "IA3"}, "no plain LoRA"),
+            ({"peft_type": "PREFIX_TUNING"}, "no plain LoRA"),
+        )
+    ):
+        folder = tmp_path / str(i)
+        shutil.copytree(whole, folder / "adapter")
+        rewrite_adapter(folder, **change)
+        with pytest.raises(UserError, match=f"does not fit tiny: .*{message}"):
+            load_model("tiny", "cpu", folder)
+
+    # cut off by a full disk
+    path = whole / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="does not fit tiny"):
+        load_model("tiny", "cpu", tmp_path)
+
+
+def test_a_model_whose_files_lack_weights_is_refused(tmp_path):
+    name = str(small_family("qwen2_5_vl", tmp_path))
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    removed = next(key for key in whole if key.endswith("layers.1.mlp.up_proj.weight"))
+    for tensors, message in (
+        ({key: whole[key] for key in whole if key != removed}, "lack .*layers.1.mlp.up_proj"),
+        (whole | {removed: whole[removed][:5].clone()}, "layers.1.mlp.up_proj|mismatch"),
+        (whole | {"model.layers.0.mlp.up_proj.lora_A.weight": whole[removed].clone()}, "lora_A"),
+    ):
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            load_model(name, "cpu")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="can't be loaded"):
+        load_model(name, "cpu")
 
 
 def test_text_only_questions_rank_as_a_plain_forward(tiny):

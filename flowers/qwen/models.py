@@ -6,6 +6,7 @@ The released models come through transformers' Auto classes, from the hub or a f
 
 import hashlib
 import inspect
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from peft.utils import load_peft_weights
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from flowers import UserError, devices, reason
@@ -22,6 +24,19 @@ DEFAULT = "Qwen/Qwen2-VL-2B-Instruct"
 # The linear layers of the language model: attention and MLP of every block. None of the vision
 # tower, whose features can then be computed once.
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+
+# Of the one adapter that a model has here; peft puts it into the names of its parameters.
+ADAPTER = "default"
+# transformers has renamed the parts of a model more than once, and the keys of an adapter are the
+# names of its time. What comes before these parts has changed; they and what follows have not.
+WRAPPERS = ("base_model", "model", "language_model")
+PARENTS = {
+    "layers": "model.language_model.",
+    "embed_tokens": "model.language_model.",
+    "norm": "model.language_model.",
+    "visual": "model.",
+    "lm_head": "",
+}
 
 # peft still calls transformers' former names.
 warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
@@ -53,9 +68,14 @@ def load_model(
         model, processor = build(name, dtype, device)
     else:
         processor = _from_pretrained(AutoProcessor, name)
-        model = _from_pretrained(
-            AutoModelForImageTextToText, name, dtype=dtype, attn_implementation="sdpa"
+        model, info = _from_pretrained(
+            AutoModelForImageTextToText,
+            name,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
+        _check_weights(name, info)
         model = model.eval().to(device)
     processor.tokenizer.padding_side = "left"
     # All images of tiny have one size.
@@ -72,15 +92,82 @@ def load_model(
 
 
 def load_adapter(model, name: str, path: Path):
-    """Return the model with the adapter of a run, or of an adapter/ folder, in eval mode.
+    """Return the model with the LoRA of a run, or of an adapter/ folder, in eval mode.
 
-    Raises UserError if there is none, or if it was made for another model.
+    Raises UserError if there is none, or if it is not wholly one for this model: peft itself only
+    warns of parts that find no place, and the results would be those of the model without them.
     """
     folder = adapter_folder(path)
     try:
-        return peft.PeftModel.from_pretrained(model, folder).eval()
-    except (ValueError, RuntimeError, KeyError) as error:
+        config = peft.PeftConfig.from_pretrained(folder)
+        _check_kind(config)
+        config.inference_mode = True
+        config.alpha_pattern = {_present_name(key): a for key, a in config.alpha_pattern.items()}
+        config.rank_pattern = {_present_name(key): r for key, r in config.rank_pattern.items()}
+        _check_patterns(model, config)
+        tensors = _present_keys(load_peft_weights(folder, device="cpu"))
+        model = peft.PeftModel(model, config, ADAPTER)
+        result = peft.set_peft_model_state_dict(model, tensors, ADAPTER)
+        if result.unexpected_keys:
+            raise ValueError(_some("the model has no", result.unexpected_keys))
+        # The model's own parameters are none of the adapter's, and always missing.
+        missing = [key for key in result.missing_keys if ADAPTER in key.split(".")]
+        if missing:
+            raise ValueError(_some("the adapter lacks", missing))
+    except Exception as error:  # peft, torch and safetensors raise many kinds at damaged files
         raise UserError(f"{folder} does not fit {name}: {reason(error)}") from None
+    return model.eval()
+
+
+def _check_kind(config) -> None:
+    """Raise ValueError for an adapter that is more than a change of layers.
+
+    The layers of the model are called without peft's wrapper, where prompts would be added.
+    """
+    if config.peft_type != peft.PeftType.LORA or getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(f"it is no plain LoRA, but {config.peft_type.value}")
+
+
+def _check_patterns(model, config) -> None:
+    """Raise ValueError if a rank or alpha of its own is for layers that the model lacks."""
+    names = [name for name, _ in model.named_modules()]
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        # as peft matches them
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            raise ValueError(f"the model has no {pattern}, for which it has another rank or alpha")
+
+
+def _present_name(name: str) -> str:
+    """Return the name that a part of the model has now; as it is if it is none that is known.
+
+    model.layers.0.mlp.up_proj -> model.language_model.layers.0.mlp.up_proj
+    """
+    parts = name.split(".")
+    while parts[0] in WRAPPERS and len(parts) > 1:
+        parts = parts[1:]
+    parent = PARENTS.get(parts[0])
+    return name if parent is None else parent + ".".join(parts)
+
+
+def _present_keys(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return an adapter's tensors under the keys that peft gives them in this transformers.
+
+    Raises ValueError if two of them are for the same place.
+    """
+    prefix = "base_model.model."
+    renamed = {}
+    for key, tensor in tensors.items():
+        new_key = prefix + _present_name(key.removeprefix(prefix))
+        if new_key in renamed:
+            raise ValueError(f"it has {new_key} twice")
+        renamed[new_key] = tensor
+    return renamed
+
+
+def _some(what: str, keys: Sequence[str]) -> str:
+    """The first of some keys and how many more there are, for a line of error."""
+    others = f" and {len(keys) - 1:,} more" if len(keys) > 1 else ""
+    return f"{what} {sorted(keys)[0]}{others}"
 
 
 def adapter_folder(path: Path) -> Path:
@@ -102,13 +189,36 @@ def load_config(name: str):
     return _from_pretrained(AutoConfig, name)
 
 
+def _check_weights(name: str, info: dict) -> None:
+    """Raise UserError if a model has parameters that its files don't hold, or the reverse.
+
+    info: transformers' report. Parameters that are missing have been initialised at random.
+    """
+    missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if missing:
+        raise UserError(
+            f"{_some(f'the files of {name} lack', missing)}: it would have random weights there"
+        )
+    adapters = [key for key in info["unexpected_keys"] if "lora_" in key]
+    if adapters:
+        raise UserError(
+            f"{_some(f'the files of {name} hold', adapters)}: merge the adapter, or save it alone "
+            "and give it with --adapter"
+        )
+
+
 def _from_pretrained(auto_class, name: str, **options):
     try:
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except ImportError as error:
+        raise UserError(
+            f"{name} needs a package that is not installed, as quantised weights do: "
+            f"{reason(error)}"
+        ) from None
+    except Exception as error:  # transformers and safetensors raise many kinds at damaged files
         raise UserError(
             f"{name} can't be loaded ({reason(error)}): it needs the network once, "
-            "or a folder with its files; --model tiny needs neither"
+            "or a folder with its files, whole; --model tiny needs neither"
         ) from None
 
 
