@@ -115,7 +115,7 @@ def rank_images(model, processor, images, names, question=BRIEF):
 
 
 def small_family(family, folder):
-    """A random Qwen2.5-VL or Qwen3-VL of two layers, written to a folder as a download would be."""
+    """A random model of two layers, written to a folder as a download would be."""
     import transformers
 
     _, processor = build("tiny")
@@ -138,12 +138,14 @@ def small_family(family, folder):
         "intermediate_size": 64,
         "patch_size": 8,
     }
-    if family == "qwen3_vl":
+    if family.startswith("qwen3_vl"):
         text["head_dim"] = 16
         text["rope_parameters"]["mrope_interleaved"] = True
         vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         processor_class = transformers.Qwen3VLProcessor
         video_class = transformers.Qwen3VLVideoProcessor
+        if family == "qwen3_vl_moe":
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     else:
         vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
         processor_class = transformers.Qwen2_5_VLProcessor
@@ -263,7 +265,7 @@ def test_ranking_in_chunks_of_the_vocabulary(tiny, monkeypatch):
     assert max(chunks) == 7 and len(chunks) > 10
 
 
-@pytest.mark.parametrize("family", ["tiny", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["tiny", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_ranking_after_an_adapter_was_loaded(family, tmp_path):
     name = family if family == "tiny" else str(small_family(family, tmp_path / family))
     trained, model, processor = with_adapter(name, tmp_path)
@@ -359,6 +361,26 @@ def test_a_model_whose_files_lack_weights_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="can't be loaded"):
         load_model(name, "cpu")
+
+
+def test_other_families_are_refused(tmp_path):
+    """Of another kind, and kinds that would run, but whose layers no mask of ours can reach."""
+    base = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 64}
+    sliding = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}
+    for config, message in (
+        ({"model_type": "qwen2"} | base, "type qwen2:"),
+        ({"model_type": "clip"}, "type clip:"),
+        ({"model_type": "qwen3_5", "text_config": base}, "type qwen3_5:"),
+        ({"model_type": "qwen9_vl"}, "can't be loaded"),
+        ({"model_type": "qwen2_vl", "text_config": base | sliding}, "sliding_attention"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for load in (load_config, lambda name: load_model(name, "cpu")):
+            with pytest.raises(UserError, match=message):
+                load(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="give it with --adapter"):
+        load_config(str(tmp_path))
 
 
 def test_text_only_questions_rank_as_a_plain_forward(tiny):

@@ -21,6 +21,13 @@ from flowers import UserError, devices, reason
 from flowers.qwen.offline import SHAPES, build
 
 DEFAULT = "Qwen/Qwen2-VL-2B-Instruct"
+# Whose ranking is tested against one plain forward a name, by the model_type of their config.
+FAMILIES = {
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL-MoE",
+}
 # The linear layers of the language model: attention and MLP of every block. None of the vision
 # tower, whose features can then be computed once.
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -67,6 +74,7 @@ def load_model(
     if name in SHAPES:
         model, processor = build(name, dtype, device)
     else:
+        load_config(name)
         processor = _from_pretrained(AutoProcessor, name)
         model, info = _from_pretrained(
             AutoModelForImageTextToText,
@@ -181,12 +189,26 @@ def adapter_folder(path: Path) -> Path:
 def load_config(name: str):
     """Return transformers' config of a model, without its weights.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or if the model is of another family than FAMILIES.
     """
     if name in SHAPES:
         model, _ = build(name, device="meta")
         return model.config
-    return _from_pretrained(AutoConfig, name)
+    # transformers would load the adapter with its model, and check neither.
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UserError(f"{name} holds an adapter: give it with --adapter, its model with --model")
+    config = _from_pretrained(AutoConfig, name)
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{name} is a model of type {config.model_type}: names are ranked rightly by "
+            f"{', '.join(FAMILIES.values())} only"
+        )
+    # The packed names need a mask of their own, which no other kind of attention follows.
+    layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    others = sorted(layer_types - {"full_attention"})
+    if others:
+        raise UserError(f"{name} has layers of {others[0]}, where names can't be ranked together")
+    return config
 
 
 def _check_weights(name: str, info: dict) -> None:
