@@ -429,6 +429,42 @@ def test_ranking_takes_few_operations(tiny, extra, ratio):
     assert count_flops(one_forward_a_name) / operations >= ratio
 
 
+def test_answers_are_the_likeliest_tokens_whatever_the_model_ships(tmp_path):
+    """One token after the other by hand, against the settings that a release is sampled with."""
+    name = str(small_family("qwen2_5_vl", tmp_path))
+    path = tmp_path / "generation_config.json"
+    model, processor = load_model(name, "cpu")
+    [image] = pictures((70, 90))
+    inputs = library_encoding(processor, [image])
+    length = inputs["input_ids"].shape[1]
+    end = processor.tokenizer.convert_tokens_to_ids(END)
+    with torch.no_grad():
+        for _ in range(8):
+            token = model(**inputs).logits[0, -1].argmax()
+            for key, value in (("input_ids", token), ("attention_mask", 1)):
+                column = torch.full_like(inputs[key][:, :1], int(value))
+                inputs[key] = torch.cat([inputs[key], column], 1)
+            no_image = torch.zeros_like(inputs["mm_token_type_ids"][:, :1])
+            inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], no_image], 1)
+    expected = inputs["input_ids"][0, length:].tolist()
+    assert end not in expected
+    expected_text = processor.tokenizer.decode(expected, skip_special_tokens=True)
+
+    released = {"do_sample": True, "temperature": 0.01, "top_p": 0.001, "top_k": 1}
+    for settings in (
+        {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1},
+        {"suppress_tokens": [expected[0]]},
+        {"bad_words_ids": [[expected[1]]], "num_beams": 4},
+        {"max_length": 2, "max_new_tokens": 1},
+    ):
+        path.write_text(json.dumps(released | settings))
+        model, processor = load_model(name, "cpu")
+        patched = patches(processor, [image])
+        prompts = encode(processor, BRIEF, patched["image_grid_thw"])
+        assert generate(model, processor, prompts, patched, 8) == [expected_text], settings
+    assert end in model.generation_config.eos_token_id
+
+
 # -----------------------------------------------------------------------------
 # training
 

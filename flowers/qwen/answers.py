@@ -25,16 +25,9 @@ def generate(
     max_tokens: int,
 ) -> list[str]:
     """Return the greedy answer, of up to `max_tokens` tokens, to each of B prompts."""
-    ids = model.generate(
-        **inputs,
-        **image,
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        # The released configs set these for sampling; None says that they are not meant here.
-        temperature=None,
-        top_p=None,
-        top_k=None,
-    )
+    # load_model has left nothing in the model's own settings that would change an answer.
+    network = base_model(model)
+    ids = network.generate(**inputs, **image, max_new_tokens=max_tokens, do_sample=False)
     answers = ids[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(answers, skip_special_tokens=True)
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from flowers import UserError, devices, reason
 from flowers.qwen.offline import SHAPES, build
+from flowers.qwen.prompts import END
 
 DEFAULT = "Qwen/Qwen2-VL-2B-Instruct"
 # Whose ranking is tested against one plain forward a name, by the model_type of their config.
@@ -86,6 +87,7 @@ def load_model(
         _check_weights(name, info)
         model = model.eval().to(device)
     processor.tokenizer.padding_side = "left"
+    model.generation_config = _greedy(model.generation_config, processor.tokenizer)
     # All images of tiny have one size.
     if max_pixels and name != "tiny":
         min_pixels = processor.image_processor.size["shortest_edge"]
@@ -209,6 +211,22 @@ def load_config(name: str):
     if others:
         raise UserError(f"{name} has layers of {others[0]}, where names can't be ranked together")
     return config
+
+
+def _greedy(released, tokenizer) -> transformers.GenerationConfig:
+    """Return what greedy answers need of a generation config: what ends them and fills them up.
+
+    The released configs also hold penalties and limits, which would change the likeliest token.
+    Arguments of `generate` don't undo them: None stands for the model's own.
+    """
+    ends = released.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = {tokenizer.convert_tokens_to_ids(END), *ends} - {None}
+    padding = released.pad_token_id
+    return transformers.GenerationConfig(
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id if padding is None else padding,
+    )
 
 
 def _check_weights(name: str, info: dict) -> None:
