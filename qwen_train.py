@@ -94,8 +94,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--also_train",
         nargs="*",
         metavar="MODULE",
-        help="modules that are trained whole and saved with the adapter, such as merger or visual "
-        "(default: none; tiny: visual)",
+        help="modules that are trained whole and saved with the adapter, by the end of their path: "
+        "merger, visual, visual.blocks.31, qkv (default: none; tiny: visual)",
     )
 
 
@@ -199,15 +199,6 @@ class Config:
     runs: str
     wandb: str
 
-    @property
-    def keeps_features(self) -> bool:
-        """Whether the vision tower makes the same of an image in every step."""
-        return self.augment == "none" and not trains_vision(self.also_train)
-
-
-def trains_vision(also_train: list[str]) -> bool:
-    return "visual" in also_train or "merger" in also_train
-
 
 def resolve(args: argparse.Namespace) -> Config:
     """Return the settings that the flags mean. Raises UserError if they contradict one another."""
@@ -217,8 +208,6 @@ def resolve(args: argparse.Namespace) -> Config:
             setattr(args, flag, value)
     if args.alpha is None:
         args.alpha = 2.0 * args.rank
-    if args.augment is None:
-        args.augment = "crop" if trains_vision(args.also_train) else "none"
 
     # nan fails every comparison, so these say what must hold.
     at_least_one = min(args.rank, args.epochs, args.batch_size, args.save_every) >= 1
@@ -233,6 +222,10 @@ def resolve(args: argparse.Namespace) -> Config:
             "--answer described and --captions go together: descriptions are written by "
             "python qwen_eval.py --describe, or by people"
         )
+    skeleton = models.load_skeleton(args.model) if args.also_train else None
+    if args.augment is None:
+        crops = skeleton is not None and models.trains_vision(skeleton, args.also_train)
+        args.augment = "crop" if crops else "none"
     # After all checks: the device becomes torch's own.
     device = devices.choose_device(args.device)
     args.device = str(device)
@@ -328,8 +321,10 @@ def prepare_model(config: Config, training_set: TrainingSet, device: torch.devic
     """
     model, processor = models.load_model(config.model, device, max_pixels=config.max_pixels)
     features = None
+    # Whether the vision tower makes the same of an image in every step.
+    keeps = config.augment == "none" and not models.trains_vision(model, config.also_train)
     # Before the adapter, which leaves the vision tower as it is.
-    if config.keeps_features and models.has_separate_features(model):
+    if keeps and models.has_separate_features(model):
         digest = models.vision_digest(model)
         features = image_features(
             model, processor, training_set.flowers, training_set.index, digest

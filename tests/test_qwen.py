@@ -37,6 +37,8 @@ from flowers.qwen.models import (
     hidden_states,
     load_config,
     load_model,
+    modules_to_train,
+    trains_vision,
     vision_digest,
 )
 from flowers.qwen.offline import CLASS_NAMES_FILE, TEMPLATE, build
@@ -522,6 +524,54 @@ def test_recomputed_blocks_give_the_same_gradients():
         # B starts at zero, so A has no gradient yet.
         if "lora_A" not in name:
             assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name, n_modules", [("qkv", 4), ("patch_embed", 1), ("blocks.3", 1)])
+def test_any_part_of_the_vision_tower_is_really_trained(name, n_modules, tmp_path):
+    model, processor = load_model("tiny", "cpu")
+    assert trains_vision(model, [name])
+    model = add_adapter(model, 4, 8.0, [name]).train()
+    trained = {n: p for n, p in model.named_parameters() if "modules_to_save" in n}
+    prefixes = {n.split(".modules_to_save")[0] for n in trained}
+    assert len(prefixes) == n_modules
+    assert all(prefix.endswith(f"visual.{name}") or name == "qkv" for prefix in prefixes)
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.01)
+    image = patches(processor, pictures((70, 90)))
+    inputs = encode(processor, BRIEF, image["image_grid_thw"])
+    loss, _ = answer_loss(model, processor, inputs, image, ["rose"])
+    loss.backward()
+    optimizer.step()
+    moved = [n for n, p in trained.items() if not torch.equal(p, before[n])]
+    assert len(moved) == len(trained)
+
+    model.eval().save_pretrained(tmp_path / "adapter")
+    loaded, _ = load_model("tiny", "cpu", tmp_path)
+    images = pictures((64, 64))
+    expected = rank_images(model, processor, images, NESTED)
+    torch.testing.assert_close(rank_images(loaded, processor, images, NESTED), expected)
+
+
+def test_modules_that_can_not_be_trained_whole_are_refused(tiny):
+    model, _ = tiny
+    for names, message in (
+        (["towers"], "no module of that name"),
+        (["isual"], "no module of that name"),
+        (["language_model"], "holds layers that LoRA changes"),
+        (["model"], "holds layers that LoRA changes"),
+        ([""], "holds layers that LoRA changes"),
+        (["q_proj"], "holds layers that LoRA changes"),
+        (["blocks"], "is a list of modules"),
+        (["rotary_emb"], "has no weights"),
+        (["visual", "merger"], "is a part of model.visual"),
+        (["merger", "visual"], "is a part of model.visual"),
+    ):
+        with pytest.raises(UserError, match=message):
+            modules_to_train(model, names)
+    assert modules_to_train(model, ["visual", "visual"]) == ["model.visual"]
+    # Not every module whose path ends with these letters.
+    assert modules_to_train(model, ["norm"]) == ["model.language_model.norm"]
+    assert not trains_vision(model, ["norm", "lm_head"])
 
 
 # -----------------------------------------------------------------------------

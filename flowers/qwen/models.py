@@ -194,8 +194,7 @@ def load_config(name: str):
     Raises UserError if there is none, or if the model is of another family than FAMILIES.
     """
     if name in SHAPES:
-        model, _ = build(name, device="meta")
-        return model.config
+        return load_skeleton(name).config
     # transformers would load the adapter with its model, and check neither.
     if (Path(name) / "adapter_config.json").is_file():
         raise UserError(f"{name} holds an adapter: give it with --adapter, its model with --model")
@@ -211,6 +210,15 @@ def load_config(name: str):
     if others:
         raise UserError(f"{name} has layers of {others[0]}, where names can't be ranked together")
     return config
+
+
+def load_skeleton(name: str):
+    """Return a model with its shapes, but without numbers. Raises UserError if there is none."""
+    if name in SHAPES:
+        return build(name, device="meta")[0]
+    config = load_config(name)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def _greedy(released, tokenizer) -> transformers.GenerationConfig:
@@ -273,24 +281,61 @@ def base_model(model):
     return model
 
 
+def modules_to_train(model, names: Sequence[str]) -> list[str]:
+    """Return the paths of the modules that --also_train names, to be trained whole.
+
+    A name is the end of a path: `qkv` stands for model.visual.blocks.0.attn.qkv and its like in
+    every block. Raises UserError for a name of no module, and for modules that can't be trained so.
+    """
+    modules = dict(model.named_modules())
+    paths = []
+    for name in dict.fromkeys(names):
+        found = [path for path in modules if f".{path}".endswith(f".{name}")]
+        if not found:
+            raise UserError(f"--also_train {name}: the model has no module of that name")
+        for path in found:
+            problem = _problem_of_training(modules, path)
+            if problem:
+                raise UserError(f"--also_train {name}: {path or 'the model'} {problem}")
+        paths += found
+    for path in paths:
+        outer = [other for other in paths if path.startswith(f"{other}.")]
+        if outer:
+            raise UserError(f"--also_train: {path} is a part of {outer[0]}: leave one of them out")
+    return list(dict.fromkeys(paths))
+
+
+def _problem_of_training(modules: dict[str, torch.nn.Module], path: str) -> str:
+    """What keeps the module at a path from being trained whole; "" if nothing does."""
+    parts = [name for name in modules if f"{name}.".startswith(f"{path}." if path else "")]
+    if any(re.fullmatch(LORA_TARGETS, name) for name in parts):
+        return "holds layers that LoRA changes: name other modules, such as visual"
+    if isinstance(modules[path], (torch.nn.ModuleList, torch.nn.ModuleDict)):
+        return "is a list of modules: name them, such as its 0"
+    if not any(True for _ in modules[path].parameters()):
+        return "has no weights"
+    return ""
+
+
+def trains_vision(model, also_train: Sequence[str]) -> bool:
+    """Whether --also_train names the vision tower or a part of it, so that its features change."""
+    return any("visual" in path.split(".") for path in modules_to_train(model, also_train))
+
+
 def add_adapter(
     model, rank: int, alpha: float, also_train: Sequence[str] = (), recompute: bool = False
 ):
     """Add LoRA (Hu et al. 2022) to the language model, and freeze everything else.
 
-    alpha: LoRA's scale times its rank. also_train: modules that are trained whole, such as
-    `merger` or `visual`. recompute: blocks are computed again in the backward pass, for less
-    memory. Raises UserError if there is no module of a name.
+    alpha: LoRA's scale times its rank. also_train: names for `modules_to_train`. recompute: blocks
+    are computed again in the backward pass, for less memory. Raises UserError for those names.
     """
-    module_names = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
-    for name in also_train:
-        if name not in module_names:
-            raise UserError(f"--also_train {name}: the model has no module of that name")
     lora = peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=LORA_TARGETS,
-        modules_to_save=list(also_train) or None,
+        # Whole paths: of a name, peft would take every module whose path ends with its letters.
+        modules_to_save=modules_to_train(model, also_train) or None,
     )
     model = peft.get_peft_model(model, lora)
     # AdamW's updates are lost in bf16: what is trained is kept in fp32.
