@@ -76,8 +76,8 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_pixels",
         type=int,
-        help="scale larger images down to so many pixels; 784 are a token "
-        "(default: the adapter's, else 262144)",
+        help="scale larger images down to so many pixels; a token stands for 28 x 28 of them in "
+        "Qwen2-VL and Qwen2.5-VL, 32 x 32 in Qwen3-VL (default: the adapter's, else 262144)",
     )
     group.add_argument(
         "--protocol",
@@ -141,11 +141,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The flags; data, splits and names are those of the adapter where they are left out."""
+    """The flags; data, splits and names are those of the adapter where they are left out.
+
+    With --resume, those that the run was started with. Ends the program if that run is finished.
+    Raises UserError if there is no run to resume.
+    """
     parser = make_parser()
     args = parser.parse_args()
-    # A run that is resumed has its own arguments.
-    return args if args.resume else runs.parse_inheriting(parser, "adapter")
+    if not args.resume:
+        return runs.parse_inheriting(parser, "adapter")
+    stored = runs.arguments_to_resume(Path(args.resume), "qwen_eval")
+    if stored is None:
+        raise SystemExit  # it is finished, which was printed
+    return runs.parse_stored(parser, args, stored)
 
 
 @dataclass(frozen=True)
@@ -222,6 +230,7 @@ def resolve(args: argparse.Namespace) -> Config:
         )
     if min(args.batch_size, args.most_tokens) < 1 or args.images < 0:
         raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
+    models.check_max_pixels(args.model, args.max_pixels)
     # After all checks: the device becomes torch's own.
     device = devices.choose_device(args.device)
     args.device = str(device)
@@ -525,12 +534,6 @@ def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task
 @command
 def main():
     args = parse_arguments()
-    if args.resume:
-        folder = Path(args.resume)
-        stored = runs.arguments_to_resume(folder, "qwen_eval")
-        if stored is None:
-            return
-        vars(args).update({key: value for key, value in stored.items() if key in vars(args)})
     config = resolve(args)
     metrics_of_run = {Path(run).name: runs.read_metrics(run, config.split) for run in args.compare}
     device = torch.device(config.device)
@@ -556,7 +559,9 @@ def main():
     # `architecture` is what other scripts call the model.
     settings = {"job": "qwen_eval", "architecture": config.model}
     settings |= dataclasses.asdict(config) | models.versions()
-    if not args.resume:
+    if args.resume:
+        folder = Path(args.resume)
+    else:
         folder = runs.new_run(config.runs, args.name, settings, flowers.splits)
 
     # -----------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_pixels",
         type=int,
         default=512 * 512,
-        help="scale larger images down to so many pixels; 784 are a token (default: %(default)s)",
+        help="scale larger images down to so many pixels; a token stands for 28 x 28 of them in "
+        "Qwen2-VL and Qwen2.5-VL, 32 x 32 in Qwen3-VL (default: %(default)s)",
     )
     group.add_argument(
         "--answer",
@@ -144,7 +145,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_run_arguments(group, resume=True)
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -158,7 +159,30 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_model_arguments(parser)
     add_training_arguments(parser)
-    return parser.parse_args()
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags of the command line, or with --resume those that the run was started with.
+
+    Ends the program if that run is finished. Raises UserError if there is no run to resume.
+    """
+    parser = make_parser()
+    args = parser.parse_args()
+    if not args.resume:
+        return args
+    folder = Path(args.resume)
+    stored = runs.arguments_to_resume(folder, "qwen_train")
+    if stored is None:
+        raise SystemExit  # it is finished, which was printed
+    # One flag with several values, or none.
+    also_train = stored.pop("also_train", None)
+    args = runs.parse_stored(parser, args, stored)
+    is_list = isinstance(also_train, list) and all(isinstance(name, str) for name in also_train)
+    if not (also_train is None or is_list):
+        raise UserError(f"nothing to resume in {folder}: its args.json is damaged (also_train)")
+    args.also_train = also_train
+    return args
 
 
 @dataclass(frozen=True)
@@ -222,6 +246,7 @@ def resolve(args: argparse.Namespace) -> Config:
             "--answer described and --captions go together: descriptions are written by "
             "python qwen_eval.py --describe, or by people"
         )
+    models.check_max_pixels(args.model, args.max_pixels)
     skeleton = models.load_skeleton(args.model) if args.also_train else None
     if args.augment is None:
         crops = skeleton is not None and models.trains_vision(skeleton, args.also_train)
@@ -414,12 +439,6 @@ def save_results(
 @command
 def main():
     args = parse_arguments()
-    if args.resume:
-        folder = Path(args.resume)
-        stored = runs.arguments_to_resume(folder, "qwen_train")
-        if stored is None:
-            return
-        vars(args).update({key: value for key, value in stored.items() if key in vars(args)})
     config = resolve(args)
     device = torch.device(config.device)
     devices.seed_everything(config.seed, device)
@@ -444,7 +463,9 @@ def main():
     # run folder and optimiser
     settings = {"job": "qwen_train", "architecture": config.model}
     settings |= dataclasses.asdict(config) | models.versions()
-    if not args.resume:
+    if args.resume:
+        folder = Path(args.resume)
+    else:
         folder = runs.new_run(config.runs, args.name, settings, training_set.flowers.splits)
     # Before the first step; a resumed run has it already.
     runs.write_trained_on(folder, image_ids(training_set.flowers, index))

@@ -23,7 +23,7 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
 
-from flowers import UserError, files
+from flowers import UserError, files, runs
 from flowers.data import open_flowers
 from flowers.layouts import read_captions
 from flowers.models import count_flops
@@ -912,6 +912,10 @@ def test_mistakes_end_in_one_line(small, tmp_path, cli):
     assert "go together" in error_line(outcome)
     outcome = cli("qwen_train.py", *tiny, "--also_train", "towers")
     assert "no module of that name" in error_line(outcome)
+    for pixels in (-5, 0, 100, 255):  # a token of tiny is 16 x 16
+        for script in ("qwen_eval.py", "qwen_train.py"):
+            outcome = cli(script, *tiny, "--max_pixels", pixels)
+            assert "give at least 256" in error_line(outcome)
     outcome = cli("qwen_eval.py", *tiny, "--split", "val")
     assert "the val split is empty" in error_line(outcome)
 
@@ -923,3 +927,31 @@ def test_mistakes_end_in_one_line(small, tmp_path, cli):
     outcome = cli("qwen_eval.py", *common, "--adapter", tmp_path / "all")
     assert "args.json is damaged" in error_line(outcome)
     assert not list(tmp_path.glob("tiny-qwen_eval-*/result.json"))
+
+
+def test_what_a_damaged_args_json_says_is_checked_as_what_is_typed(tmp_path, cli):
+    for script, job, damages in (
+        ("qwen_train.py", "qwen_train", [{"save_every": "x"}, {"also_train": 3}, {"rank": 0}]),
+        ("qwen_eval.py", "qwen_eval", [{"most_tokens": [8]}, {"protocol": "x"}, {"images": -1}]),
+    ):
+        for i, damage in enumerate(damages):
+            folder = tmp_path / f"{job}-{i}"
+            folder.mkdir()
+            stored = {"job": job, "name": folder.name, "model": "tiny", "data_root": "sample"}
+            files.write_json(folder / "args.json", stored | damage)
+            code, _, err = cli(script, "--resume", folder)
+            assert code == 2 and "Traceback" not in err, err
+            assert next(iter(damage)) in err, err
+
+
+def test_an_evaluation_without_an_answer_is_begun_anew(tmp_path):
+    """A crash before the first batch leaves nothing that --resume would save."""
+    config = {"job": "qwen_eval", "architecture": "tiny"}
+    folder = runs.new_run(tmp_path, "killed", config, {})
+    (folder / "answers.jsonl").write_text("")
+    assert runs.new_run(tmp_path, "killed", config, {}) == folder
+    with pytest.raises(UserError, match="is a run already"):
+        runs.new_run(tmp_path, "killed", config | {"job": "qwen_train"}, {})
+    files.append_line(folder / "answers.jsonl", {"file": "a.jpg", "answer": "rose"})
+    with pytest.raises(UserError, match="--resume"):
+        runs.new_run(tmp_path, "killed", config, {})

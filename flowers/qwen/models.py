@@ -212,6 +212,17 @@ def load_config(name: str):
     return config
 
 
+def check_max_pixels(name: str, max_pixels: int) -> None:
+    """Raise UserError if no token of an image fits into so many pixels, or there is no model."""
+    vision = load_config(name).vision_config
+    side = vision.patch_size * vision.spatial_merge_size
+    if max_pixels < side**2:
+        raise UserError(
+            f"--max_pixels {max_pixels}: a token of {name} stands for {side} x {side} pixels, "
+            f"so give at least {side**2}"
+        )
+
+
 def load_skeleton(name: str):
     """Return a model with its shapes, but without numbers. Raises UserError if there is none."""
     if name in SHAPES:
