@@ -195,20 +195,39 @@ class Config:
         return ranks and self.score == "auto" and self.split == "test"
 
 
-def read_adapter_arguments(adapter: str | None) -> dict:
-    """Return the settings of the run that made an adapter; none for an adapter/ folder alone.
+def fill_in_from_adapter(args: argparse.Namespace) -> None:
+    """Give flags that were left out the value that the adapter was trained with, or the default.
 
-    Raises UserError if its args.json is damaged.
+    Says which model that is, and where flags that were typed ask for something else.
+    Raises UserError if there is no adapter, if it names no model, or has seen the val images.
     """
-    if not adapter:
-        return {}
-    path = Path(adapter) / "args.json"
-    try:
-        return files.checked(files.read_json(path))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error})") from None
+    trained = {}
+    if args.adapter:
+        recorded = models.model_of_adapter(Path(args.adapter))
+        # None where adapter/ was copied out of its run.
+        folder = runs.run_folder(args.adapter)
+        trained = runs.read_arguments(folder) if folder else {}
+        trained.setdefault("model", recorded)
+        if args.model is None and trained["model"] is None:
+            raise UserError(
+                f"{args.adapter} does not say which model it was made for: give --model"
+            )
+        if args.model is None:
+            print(f"--model {trained['model']}, which {args.adapter} was made for")
+        if args.holdout and folder and not trained.get("holdout"):
+            raise UserError(
+                f"{args.adapter} was trained on the val images: "
+                "--holdout needs an adapter that was trained with --holdout"
+            )
+    for flag, default in DEFAULTS.items():
+        value = getattr(args, flag)
+        if value is None:
+            setattr(args, flag, trained.get(flag, default))
+        elif trained.get(flag) not in (None, value):
+            files.note(f"--{flag} {value}: {args.adapter} was trained with {trained[flag]}")
+    # Training always asks the question alone.
+    if trained.get("answer") and args.list_names and not args.describe:
+        files.note(f"--list_names: {args.adapter} was trained on the question without the names")
 
 
 def resolve(args: argparse.Namespace) -> Config:
@@ -219,15 +238,7 @@ def resolve(args: argparse.Namespace) -> Config:
     if args.score == OLD_PMI:
         files.note(f"--score {OLD_PMI} is now called pmi")
         args.score = "pmi"
-    adapter_arguments = read_adapter_arguments(args.adapter)
-    for flag, value in DEFAULTS.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, adapter_arguments.get(flag, value))
-    if args.holdout and adapter_arguments and not adapter_arguments.get("holdout"):
-        raise UserError(
-            f"{args.adapter} was trained on the val images: "
-            "--holdout needs an adapter that was trained with --holdout"
-        )
+    fill_in_from_adapter(args)
     if min(args.batch_size, args.most_tokens) < 1 or args.images < 0:
         raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
     models.check_max_pixels(args.model, args.max_pixels)
@@ -500,17 +511,14 @@ def describe_protocol(config: Config, flowers: Flowers, n: int) -> dict:
 def command_after_descriptions(config: Config, records_file: Path) -> str:
     """The command that trains on the descriptions of the same images."""
     flags = {"answer": "described", "captions": str(records_file)}
-    repeated = ("model", "max_pixels", "images", "data_root", "splits_path", "splits", "holdout")
-    flags |= {name: getattr(config, name) for name in (*repeated, "class_names")}
+    data = ("data_root", "splits_path", "splits_base", "splits", "holdout", "class_names")
+    flags |= {name: getattr(config, name) for name in ("model", "max_pixels", "images", *data)}
     flags |= runs.flags_for_next(config.runs, config.wandb)
     return runs.command_line("qwen_train.py", flags)
 
 
 def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task:
     """Load the model, saying before how much memory it takes, and put the question together."""
-    # An adapter that is missing is said before its model is downloaded.
-    if config.adapter:
-        models.adapter_folder(Path(config.adapter))
     class_names = flowers.class_names
     name_tokens = 8 * len(class_names)  # about; a name has four tokens
     text_tokens = 50 + (name_tokens if config.protocol == "rank" else config.most_tokens)

@@ -929,6 +929,49 @@ def test_mistakes_end_in_one_line(small, tmp_path, cli):
     assert not list(tmp_path.glob("tiny-qwen_eval-*/result.json"))
 
 
+def eval_arguments(*words):
+    """What qwen_eval.py makes of a command line, up to its Config."""
+    script = runpy.run_path(str(ROOT / "qwen_eval.py"))
+    return script["resolve"](script["make_parser"]().parse_args([str(word) for word in words]))
+
+
+def test_an_adapter_knows_its_model(trained, tmp_path, capfd):
+    """In its run by args.json, also as the folder adapter/; elsewhere by its own config."""
+    for path in (trained, trained / "adapter"):
+        config = eval_arguments("--adapter", path)
+        assert config.model == "tiny"
+        assert f"--model tiny, which {path} was made for" in capfd.readouterr().out
+
+    copied = shutil.copytree(trained / "adapter", tmp_path / "copied")
+    with pytest.raises(UserError, match="does not say what model"):
+        eval_arguments("--adapter", copied)
+    family = str(small_family("qwen2_5_vl", tmp_path / "family"))
+    trained_on_it = add_adapter(load_model(family, "cpu")[0], 4, 8.0)
+    trained_on_it.save_pretrained(tmp_path / "other")
+    assert eval_arguments("--adapter", tmp_path / "other").model == family
+
+    # A model of other shapes is refused, another one of the same shapes said.
+    with pytest.raises(UserError, match="does not fit .* it lacks"):
+        load_model(family, "cpu", copied)
+    with_adapter("tiny", tmp_path / "lora")
+    with pytest.raises(UserError, match="does not fit .* size mismatch"):
+        load_model(family, "cpu", tmp_path / "lora")
+    capfd.readouterr()
+    assert eval_arguments("--adapter", trained, "--model", family).model == family
+    assert f"--model {family}: {trained} was trained with tiny" in capfd.readouterr().err
+
+
+def test_a_question_that_training_did_not_ask_is_said(trained, capfd):
+    options = ["--answer", "described", "--max_pixels", 512, "--list_names"]
+    config = eval_arguments("--adapter", trained, *options)
+    assert config.answer == "described" and config.max_pixels == 512
+    lines = capfd.readouterr().err.splitlines()
+    said = [line.split()[1] for line in lines if line.startswith("note: ")]
+    assert said == ["--max_pixels", "--answer", "--list_names:"]
+    eval_arguments("--adapter", trained, "--answer", "brief")
+    assert "note: " not in capfd.readouterr().err
+
+
 def test_what_a_damaged_args_json_says_is_checked_as_what_is_typed(tmp_path, cli):
     for script, job, damages in (
         ("qwen_train.py", "qwen_train", [{"save_every": "x"}, {"also_train": 3}, {"rank": 0}]),

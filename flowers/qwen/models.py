@@ -17,7 +17,7 @@ import transformers
 from peft.utils import load_peft_weights
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from flowers import UserError, devices, reason
+from flowers import UserError, devices, files, reason
 from flowers.qwen.offline import SHAPES, build
 from flowers.qwen.prompts import END
 
@@ -125,7 +125,11 @@ def load_adapter(model, name: str, path: Path):
         if missing:
             raise ValueError(_some("the adapter lacks", missing))
     except Exception as error:  # peft, torch and safetensors raise many kinds at damaged files
-        raise UserError(f"{folder} does not fit {name}: {reason(error)}") from None
+        # The first line of torch's message does not say which shapes differ.
+        line = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            line = f"it lacks {line}"
+        raise UserError(f"{folder} does not fit {name}: {line[:200]}") from None
     return model.eval()
 
 
@@ -186,6 +190,18 @@ def adapter_folder(path: Path) -> Path:
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"no adapter in {path}: give a finished run of qwen_train.py")
     return folder
+
+
+def model_of_adapter(path: Path) -> str | None:
+    """Return the model that an adapter was made for, by its adapter_config.json; None if unsaid.
+
+    Raises UserError if there is no adapter, or the file is damaged.
+    """
+    file = adapter_folder(path) / "adapter_config.json"
+    try:
+        return files.read_json(file).get("base_model_name_or_path") or None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({reason(error)})") from None
 
 
 def load_config(name: str):
