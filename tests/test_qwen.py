@@ -220,6 +220,19 @@ def test_encoding_is_the_librarys_own(tiny):
         assert torch.equal(inputs[key], value), key
 
 
+def test_a_prompt_and_the_beginning_of_its_answer_are_the_tokens_of_training(tiny):
+    """Also of an empty description, which is what stands before the name without an image."""
+    _, processor = tiny
+    question = QUESTIONS["described"]
+    start = encode(processor, question, None)["input_ids"][0].tolist()
+    for description in ("", "white petals, a yellow centre."):
+        answer = processor.tokenizer(f"{description}\nrose{END}")["input_ids"]
+        name = processor.tokenizer(f"rose{END}")["input_ids"]
+        inputs = encode(processor, question, None, [f"{description}\n"])
+        assert inputs["input_ids"][0].tolist() + name == start + answer
+        assert inputs["attention_mask"].all()
+
+
 @pytest.mark.parametrize("names", [OXFORD, NESTED, ["rose"], ["r"]])
 def test_ranking_equals_a_forward_a_name(tiny, names):
     model, processor = tiny
