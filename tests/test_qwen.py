@@ -23,11 +23,12 @@ pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file
 
-from flowers import UserError, files, runs
+from flowers import UserError, cache, files, runs
 from flowers.data import open_flowers
 from flowers.layouts import read_captions
 from flowers.models import count_flops
 from flowers.qwen import answers
+from flowers.qwen import features as kept_features
 from flowers.qwen.answers import answer_length, answer_loss, generate, match
 from flowers.qwen.features import image_features
 from flowers.qwen.memory import memory
@@ -599,7 +600,7 @@ def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, mo
     features = image_features(model, processor, flowers, index, "x", batch_size=2)
     image = patches(processor, open_images([flowers.files[i] for i in index]))
     assert torch.equal(features.grids, image["image_grid_thw"])
-    assert features.offsets[-1] == len(features.tokens)
+    assert [len(tokens) for tokens in features.tokens] == (features.grids.prod(1) // 4).tolist()
 
     inputs = encode(processor, BRIEF, features.grids)
     with torch.no_grad():
@@ -617,8 +618,54 @@ def test_kept_features_of_a_bf16_model_do_not_overflow(small, tmp_path, monkeypa
         model.model.visual.merger.mlp[2].bias += 1e5  # beyond what fp16 can hold
     flowers = open_flowers(small)
     features = image_features(model, processor, flowers, np.arange(3), "large", batch_size=2)
-    assert features.tokens.dtype == torch.bfloat16
-    assert features.tokens.isfinite().all() and features.tokens.max() > 9e4
+    tokens = torch.cat(features.tokens)
+    assert tokens.dtype == torch.bfloat16
+    assert tokens.isfinite().all() and tokens.max() > 9e4
+
+
+def test_features_are_kept_by_the_image_and_within_bounds(tiny, small, tmp_path, monkeypatch):
+    model, processor = tiny
+    root = shutil.copytree(small, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    flowers = open_flowers(root)
+    computed = []
+
+    def counting_patches(processor, images):
+        computed.append(len(images))
+        return patches(processor, images)
+
+    monkeypatch.setattr(kept_features, "patches", counting_patches)
+
+    def check(index, n_computed):
+        computed.clear()
+        features = image_features(model, processor, flowers, np.array(index), "x", batch_size=2)
+        assert sum(computed) == n_computed
+        alone = patches(processor, open_images([flowers.files[i] for i in index]))
+        with torch.no_grad():
+            expected = model.model.get_image_features(**alone, return_dict=True).pooler_output
+        for tokens, of_image in zip(features.tokens, expected):
+            torch.testing.assert_close(tokens, of_image, rtol=0, atol=1e-4)
+        return features
+
+    check([0, 1, 2], 3)
+    check([4, 2, 0, 3], 2)
+    whole = check([3, 1, 4], 0)
+
+    # A damaged pack is made anew, and so is what a changed image was in.
+    first = min((root / ".cache").glob("qwen-*.npy"), key=lambda path: path.stat().st_mtime_ns)
+    data = bytearray(first.read_bytes())
+    data[300] ^= 1
+    n_images = len(json.loads(first.with_suffix(".json").read_text())["images"])
+    first.write_bytes(data)
+    check([0, 1, 2, 3, 4], n_images)
+    os.utime(flowers.files[3], (1, 1))
+    check([0, 3], 1)
+
+    # Where the room is used up, the oldest go; who has them open keeps them.
+    monkeypatch.setattr(cache, "MAX_BYTES", 1)
+    before = [tokens.clone() for tokens in whole.tokens]
+    check([7], 1)
+    assert len(list((root / ".cache").glob("qwen-*"))) == 2
+    assert all(map(torch.equal, whole.tokens, before))
 
 
 # -----------------------------------------------------------------------------
