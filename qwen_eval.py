@@ -31,7 +31,7 @@ from tqdm import tqdm
 from flowers import UserError, add_switch, command, devices, evaluate, figures, files, runs
 from flowers.data import Flowers, add_data_arguments, open_from_flags, split_index, subset
 from flowers.devices import autocast
-from flowers.qwen import models
+from flowers.qwen import adapters, models
 from flowers.qwen.answers import first_line, generate, match, one_line
 from flowers.qwen.memory import memory_line
 from flowers.qwen.prompts import (
@@ -203,7 +203,7 @@ def fill_in_from_adapter(args: argparse.Namespace) -> None:
     """
     trained = {}
     if args.adapter:
-        recorded = models.model_of_adapter(Path(args.adapter))
+        recorded = adapters.model_of_adapter(Path(args.adapter))
         # None where adapter/ was copied out of its run.
         folder = runs.run_folder(args.adapter)
         trained = runs.read_arguments(folder) if folder else {}

@@ -24,7 +24,7 @@ from flowers import UserError, add_switch, command, devices, figures, files, run
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, subset
 from flowers.devices import autocast
 from flowers.layouts import read_captions
-from flowers.qwen import models
+from flowers.qwen import adapters, models
 from flowers.qwen.answers import answer_length, answer_loss, one_line
 from flowers.qwen.features import ImageFeatures, image_features
 from flowers.qwen.memory import memory_line
@@ -249,7 +249,7 @@ def resolve(args: argparse.Namespace) -> Config:
     models.check_max_pixels(args.model, args.max_pixels)
     skeleton = models.load_skeleton(args.model) if args.also_train else None
     if args.augment is None:
-        crops = skeleton is not None and models.trains_vision(skeleton, args.also_train)
+        crops = skeleton is not None and adapters.trains_vision(skeleton, args.also_train)
         args.augment = "crop" if crops else "none"
     # After all checks: the device becomes torch's own.
     device = devices.choose_device(args.device)
@@ -347,7 +347,7 @@ def prepare_model(config: Config, training_set: TrainingSet, device: torch.devic
     model, processor = models.load_model(config.model, device, max_pixels=config.max_pixels)
     features = None
     # Whether the vision tower makes the same of an image in every step.
-    keeps = config.augment == "none" and not models.trains_vision(model, config.also_train)
+    keeps = config.augment == "none" and not adapters.trains_vision(model, config.also_train)
     # Before the adapter, which leaves the vision tower as it is.
     if keeps and models.has_separate_features(model):
         digest = models.vision_digest(model)
@@ -355,7 +355,7 @@ def prepare_model(config: Config, training_set: TrainingSet, device: torch.devic
             model, processor, training_set.flowers, training_set.index, digest
         )
     recompute = device.type == "cuda" and not config.keep_activations
-    model = models.add_adapter(model, config.rank, config.alpha, config.also_train, recompute)
+    model = adapters.add_adapter(model, config.rank, config.alpha, config.also_train, recompute)
     return model, processor, features
 
 

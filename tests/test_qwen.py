@@ -29,19 +29,11 @@ from flowers.layouts import read_captions
 from flowers.models import count_flops
 from flowers.qwen import answers
 from flowers.qwen import features as kept_features
+from flowers.qwen.adapters import add_adapter, base_model, modules_to_train, trains_vision
 from flowers.qwen.answers import answer_length, answer_loss, generate, match
 from flowers.qwen.features import image_features
 from flowers.qwen.memory import memory
-from flowers.qwen.models import (
-    add_adapter,
-    base_model,
-    hidden_states,
-    load_config,
-    load_model,
-    modules_to_train,
-    trains_vision,
-    vision_digest,
-)
+from flowers.qwen.models import hidden_states, load_config, load_model, vision_digest
 from flowers.qwen.offline import CLASS_NAMES_FILE, TEMPLATE, build
 from flowers.qwen.prompts import END, QUESTIONS, encode, open_images, patches
 from flowers.qwen.ranking import NameTree, rank

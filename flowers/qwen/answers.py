@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from flowers.qwen.models import base_model, hidden_states
+from flowers.qwen.adapters import base_model
+from flowers.qwen.models import hidden_states
 from flowers.qwen.prompts import END
 
 IGNORE = -100  # the label that cross_entropy leaves out

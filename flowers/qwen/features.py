@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from flowers import cache, files
 from flowers.data import Flowers
-from flowers.qwen.models import base_model
+from flowers.qwen.adapters import base_model
 from flowers.qwen.prompts import move, open_images, patches, prefetch
 
 
