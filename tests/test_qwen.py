@@ -995,7 +995,7 @@ def test_an_adapter_knows_its_model(trained, tmp_path, capfd):
         assert f"--model tiny, which {path} was made for" in capfd.readouterr().out
 
     copied = shutil.copytree(trained / "adapter", tmp_path / "copied")
-    with pytest.raises(UserError, match="does not say what model"):
+    with pytest.raises(UserError, match="does not say which model"):
         eval_arguments("--adapter", copied)
     family = str(small_family("qwen2_5_vl", tmp_path / "family"))
     trained_on_it = add_adapter(load_model(family, "cpu")[0], 4, 8.0)
