@@ -207,8 +207,9 @@ def fill_in_from_adapter(args: argparse.Namespace) -> None:
         # None where adapter/ was copied out of its run.
         folder = runs.run_folder(args.adapter)
         trained = runs.read_arguments(folder) if folder else {}
-        trained.setdefault("model", recorded)
-        if args.model is None and trained["model"] is None:
+        if recorded:
+            trained.setdefault("model", recorded)
+        if args.model is None and "model" not in trained:
             raise UserError(
                 f"{args.adapter} does not say which model it was made for: give --model"
             )
@@ -221,10 +222,14 @@ def fill_in_from_adapter(args: argparse.Namespace) -> None:
             )
     for flag, default in DEFAULTS.items():
         value = getattr(args, flag)
+        found = trained.get(flag, default)
+        is_sound = type(found) is type(default) and (flag != "answer" or found in QUESTIONS)
+        if not is_sound:
+            raise UserError(f"args.json of {args.adapter} is damaged ({flag} is {found!r})")
         if value is None:
-            setattr(args, flag, trained.get(flag, default))
-        elif trained.get(flag) not in (None, value):
-            files.note(f"--{flag} {value}: {args.adapter} was trained with {trained[flag]}")
+            setattr(args, flag, found)
+        elif flag in trained and found != value:
+            files.note(f"--{flag} {value}: {args.adapter} was trained with {found}")
     # Training always asks the question alone.
     if trained.get("answer") and args.list_names and not args.describe:
         files.note(f"--list_names: {args.adapter} was trained on the question without the names")

@@ -994,6 +994,13 @@ def test_an_adapter_knows_its_model(trained, tmp_path, capfd):
         assert config.model == "tiny"
         assert f"--model tiny, which {path} was made for" in capfd.readouterr().out
 
+    damaged = shutil.copytree(trained, tmp_path / "damaged")
+    arguments = json.loads((trained / "args.json").read_text())
+    for damage in ({"model": 3}, {"max_pixels": "x"}, {"answer": "long"}, {"answer": ["brief"]}):
+        files.write_json(damaged / "args.json", arguments | damage)
+        with pytest.raises(UserError, match="is damaged"):
+            eval_arguments("--adapter", damaged)
+
     copied = shutil.copytree(trained / "adapter", tmp_path / "copied")
     with pytest.raises(UserError, match="does not say which model"):
         eval_arguments("--adapter", copied)
