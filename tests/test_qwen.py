@@ -651,6 +651,9 @@ def test_features_are_kept_by_the_image_and_within_bounds(tiny, small, tmp_path,
     check([0, 1, 2, 3, 4], n_images)
     os.utime(flowers.files[3], (1, 1))
     check([0, 3], 1)
+    # Other pixels of the same images, as another model's processor makes them.
+    monkeypatch.setattr(processor.image_processor, "image_mean", [0.0, 0.0, 0.0])
+    check([0], 1)
 
     # Where the room is used up, the oldest go; who has them open keeps them.
     monkeypatch.setattr(cache, "MAX_BYTES", 1)

@@ -88,6 +88,7 @@ def _settings_key(network, processor, vision_digest: str) -> bytes:
         vision_digest,
         size["shortest_edge"],
         size["longest_edge"],
+        processor.image_processor.to_json_string(),  # how pixels are scaled and normalised
         str(network.dtype),
         network.device.type,
     )

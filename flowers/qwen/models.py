@@ -62,6 +62,9 @@ def load_model(
             attn_implementation="sdpa",
             output_loading_info=True,
         )
+        # An adapter that lies beside the weights on the hub has been loaded unseen.
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise UserError(f"{name} holds an adapter: give it with --adapter")
         _check_weights(name, info)
         model = model.eval().to(device)
     processor.tokenizer.padding_side = "left"
