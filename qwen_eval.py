@@ -31,7 +31,7 @@ from tqdm import tqdm
 from flowers import UserError, add_switch, command, devices, evaluate, figures, files, runs
 from flowers.data import Flowers, add_data_arguments, open_from_flags, split_index, subset
 from flowers.devices import autocast
-from flowers.qwen import models
+from flowers.qwen import adapters, models
 from flowers.qwen.answers import first_line, generate, match, one_line
 from flowers.qwen.memory import memory_line
 from flowers.qwen.prompts import (
@@ -76,8 +76,8 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_pixels",
         type=int,
-        help="scale larger images down to so many pixels; 784 are a token "
-        "(default: the adapter's, else 262144)",
+        help="scale larger images down to so many pixels; a token stands for 28 x 28 of them in "
+        "Qwen2-VL and Qwen2.5-VL, 32 x 32 in Qwen3-VL (default: the adapter's, else 262144)",
     )
     group.add_argument(
         "--protocol",
@@ -141,11 +141,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The flags; data, splits and names are those of the adapter where they are left out."""
+    """The flags; data, splits and names are those of the adapter where they are left out.
+
+    With --resume, those that the run was started with. Ends the program if that run is finished.
+    Raises UserError if there is no run to resume.
+    """
     parser = make_parser()
     args = parser.parse_args()
-    # A run that is resumed has its own arguments.
-    return args if args.resume else runs.parse_inheriting(parser, "adapter")
+    if not args.resume:
+        return runs.parse_inheriting(parser, "adapter")
+    stored = runs.arguments_to_resume(Path(args.resume), "qwen_eval")
+    if stored is None:
+        raise SystemExit  # it is finished, which was printed
+    return runs.parse_stored(parser, args, stored)
 
 
 @dataclass(frozen=True)
@@ -187,20 +195,44 @@ class Config:
         return ranks and self.score == "auto" and self.split == "test"
 
 
-def read_adapter_arguments(adapter: str | None) -> dict:
-    """Return the settings of the run that made an adapter; none for an adapter/ folder alone.
+def fill_in_from_adapter(args: argparse.Namespace) -> None:
+    """Give flags that were left out the value that the adapter was trained with, or the default.
 
-    Raises UserError if its args.json is damaged.
+    Says which model that is, and where flags that were typed ask for something else.
+    Raises UserError if there is no adapter, if it names no model, or has seen the val images.
     """
-    if not adapter:
-        return {}
-    path = Path(adapter) / "args.json"
-    try:
-        return files.checked(files.read_json(path))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error})") from None
+    trained = {}
+    if args.adapter:
+        recorded = adapters.model_of_adapter(Path(args.adapter))
+        # None where adapter/ was copied out of its run.
+        folder = runs.run_folder(args.adapter)
+        trained = runs.read_arguments(folder) if folder else {}
+        if recorded:
+            trained.setdefault("model", recorded)
+        if args.model is None and "model" not in trained:
+            raise UserError(
+                f"{args.adapter} does not say which model it was made for: give --model"
+            )
+        if args.model is None:
+            print(f"--model {trained['model']}, which {args.adapter} was made for")
+        if args.holdout and folder and not trained.get("holdout"):
+            raise UserError(
+                f"{args.adapter} was trained on the val images: "
+                "--holdout needs an adapter that was trained with --holdout"
+            )
+    for flag, default in DEFAULTS.items():
+        value = getattr(args, flag)
+        found = trained.get(flag, default)
+        is_sound = type(found) is type(default) and (flag != "answer" or found in QUESTIONS)
+        if not is_sound:
+            raise UserError(f"args.json of {args.adapter} is damaged ({flag} is {found!r})")
+        if value is None:
+            setattr(args, flag, found)
+        elif flag in trained and found != value:
+            files.note(f"--{flag} {value}: {args.adapter} was trained with {found}")
+    # Training always asks the question alone.
+    if trained.get("answer") and args.list_names and not args.describe:
+        files.note(f"--list_names: {args.adapter} was trained on the question without the names")
 
 
 def resolve(args: argparse.Namespace) -> Config:
@@ -211,17 +243,10 @@ def resolve(args: argparse.Namespace) -> Config:
     if args.score == OLD_PMI:
         files.note(f"--score {OLD_PMI} is now called pmi")
         args.score = "pmi"
-    adapter_arguments = read_adapter_arguments(args.adapter)
-    for flag, value in DEFAULTS.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, adapter_arguments.get(flag, value))
-    if args.holdout and adapter_arguments and not adapter_arguments.get("holdout"):
-        raise UserError(
-            f"{args.adapter} was trained on the val images: "
-            "--holdout needs an adapter that was trained with --holdout"
-        )
+    fill_in_from_adapter(args)
     if min(args.batch_size, args.most_tokens) < 1 or args.images < 0:
         raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
+    models.check_max_pixels(args.model, args.max_pixels)
     # After all checks: the device becomes torch's own.
     device = devices.choose_device(args.device)
     args.device = str(device)
@@ -491,17 +516,14 @@ def describe_protocol(config: Config, flowers: Flowers, n: int) -> dict:
 def command_after_descriptions(config: Config, records_file: Path) -> str:
     """The command that trains on the descriptions of the same images."""
     flags = {"answer": "described", "captions": str(records_file)}
-    repeated = ("model", "max_pixels", "images", "data_root", "splits_path", "splits", "holdout")
-    flags |= {name: getattr(config, name) for name in (*repeated, "class_names")}
+    data = ("data_root", "splits_path", "splits_base", "splits", "holdout", "class_names")
+    flags |= {name: getattr(config, name) for name in ("model", "max_pixels", "images", *data)}
     flags |= runs.flags_for_next(config.runs, config.wandb)
     return runs.command_line("qwen_train.py", flags)
 
 
 def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task:
     """Load the model, saying before how much memory it takes, and put the question together."""
-    # An adapter that is missing is said before its model is downloaded.
-    if config.adapter:
-        models.adapter_folder(Path(config.adapter))
     class_names = flowers.class_names
     name_tokens = 8 * len(class_names)  # about; a name has four tokens
     text_tokens = 50 + (name_tokens if config.protocol == "rank" else config.most_tokens)
@@ -525,12 +547,6 @@ def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task
 @command
 def main():
     args = parse_arguments()
-    if args.resume:
-        folder = Path(args.resume)
-        stored = runs.arguments_to_resume(folder, "qwen_eval")
-        if stored is None:
-            return
-        vars(args).update({key: value for key, value in stored.items() if key in vars(args)})
     config = resolve(args)
     metrics_of_run = {Path(run).name: runs.read_metrics(run, config.split) for run in args.compare}
     device = torch.device(config.device)
@@ -556,7 +572,9 @@ def main():
     # `architecture` is what other scripts call the model.
     settings = {"job": "qwen_eval", "architecture": config.model}
     settings |= dataclasses.asdict(config) | models.versions()
-    if not args.resume:
+    if args.resume:
+        folder = Path(args.resume)
+    else:
         folder = runs.new_run(config.runs, args.name, settings, flowers.splits)
 
     # -----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from flowers import UserError, add_switch, command, devices, figures, files, run
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, subset
 from flowers.devices import autocast
 from flowers.layouts import read_captions
-from flowers.qwen import models
+from flowers.qwen import adapters, models
 from flowers.qwen.answers import answer_length, answer_loss, one_line
 from flowers.qwen.features import ImageFeatures, image_features
 from flowers.qwen.memory import memory_line
@@ -70,7 +70,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_pixels",
         type=int,
         default=512 * 512,
-        help="scale larger images down to so many pixels; 784 are a token (default: %(default)s)",
+        help="scale larger images down to so many pixels; a token stands for 28 x 28 of them in "
+        "Qwen2-VL and Qwen2.5-VL, 32 x 32 in Qwen3-VL (default: %(default)s)",
     )
     group.add_argument(
         "--answer",
@@ -94,8 +95,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--also_train",
         nargs="*",
         metavar="MODULE",
-        help="modules that are trained whole and saved with the adapter, such as merger or visual "
-        "(default: none; tiny: visual)",
+        help="modules that are trained whole and saved with the adapter, by the end of their path: "
+        "merger, visual, visual.blocks.31, qkv (default: none; tiny: visual)",
     )
 
 
@@ -144,7 +145,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_run_arguments(group, resume=True)
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -158,7 +159,30 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_model_arguments(parser)
     add_training_arguments(parser)
-    return parser.parse_args()
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags of the command line, or with --resume those that the run was started with.
+
+    Ends the program if that run is finished. Raises UserError if there is no run to resume.
+    """
+    parser = make_parser()
+    args = parser.parse_args()
+    if not args.resume:
+        return args
+    folder = Path(args.resume)
+    stored = runs.arguments_to_resume(folder, "qwen_train")
+    if stored is None:
+        raise SystemExit  # it is finished, which was printed
+    # One flag with several values, or none.
+    also_train = stored.pop("also_train", None)
+    args = runs.parse_stored(parser, args, stored)
+    is_list = isinstance(also_train, list) and all(isinstance(name, str) for name in also_train)
+    if not (also_train is None or is_list):
+        raise UserError(f"nothing to resume in {folder}: its args.json is damaged (also_train)")
+    args.also_train = also_train
+    return args
 
 
 @dataclass(frozen=True)
@@ -199,15 +223,6 @@ class Config:
     runs: str
     wandb: str
 
-    @property
-    def keeps_features(self) -> bool:
-        """Whether the vision tower makes the same of an image in every step."""
-        return self.augment == "none" and not trains_vision(self.also_train)
-
-
-def trains_vision(also_train: list[str]) -> bool:
-    return "visual" in also_train or "merger" in also_train
-
 
 def resolve(args: argparse.Namespace) -> Config:
     """Return the settings that the flags mean. Raises UserError if they contradict one another."""
@@ -217,8 +232,6 @@ def resolve(args: argparse.Namespace) -> Config:
             setattr(args, flag, value)
     if args.alpha is None:
         args.alpha = 2.0 * args.rank
-    if args.augment is None:
-        args.augment = "crop" if trains_vision(args.also_train) else "none"
 
     # nan fails every comparison, so these say what must hold.
     at_least_one = min(args.rank, args.epochs, args.batch_size, args.save_every) >= 1
@@ -233,6 +246,11 @@ def resolve(args: argparse.Namespace) -> Config:
             "--answer described and --captions go together: descriptions are written by "
             "python qwen_eval.py --describe, or by people"
         )
+    models.check_max_pixels(args.model, args.max_pixels)
+    skeleton = models.load_skeleton(args.model) if args.also_train else None
+    if args.augment is None:
+        crops = skeleton is not None and adapters.trains_vision(skeleton, args.also_train)
+        args.augment = "crop" if crops else "none"
     # After all checks: the device becomes torch's own.
     device = devices.choose_device(args.device)
     args.device = str(device)
@@ -328,14 +346,16 @@ def prepare_model(config: Config, training_set: TrainingSet, device: torch.devic
     """
     model, processor = models.load_model(config.model, device, max_pixels=config.max_pixels)
     features = None
+    # Whether the vision tower makes the same of an image in every step.
+    keeps = config.augment == "none" and not adapters.trains_vision(model, config.also_train)
     # Before the adapter, which leaves the vision tower as it is.
-    if config.keeps_features and models.has_separate_features(model):
+    if keeps and models.has_separate_features(model):
         digest = models.vision_digest(model)
         features = image_features(
             model, processor, training_set.flowers, training_set.index, digest
         )
     recompute = device.type == "cuda" and not config.keep_activations
-    model = models.add_adapter(model, config.rank, config.alpha, config.also_train, recompute)
+    model = adapters.add_adapter(model, config.rank, config.alpha, config.also_train, recompute)
     return model, processor, features
 
 
@@ -419,12 +439,6 @@ def save_results(
 @command
 def main():
     args = parse_arguments()
-    if args.resume:
-        folder = Path(args.resume)
-        stored = runs.arguments_to_resume(folder, "qwen_train")
-        if stored is None:
-            return
-        vars(args).update({key: value for key, value in stored.items() if key in vars(args)})
     config = resolve(args)
     device = torch.device(config.device)
     devices.seed_everything(config.seed, device)
@@ -449,7 +463,9 @@ def main():
     # run folder and optimiser
     settings = {"job": "qwen_train", "architecture": config.model}
     settings |= dataclasses.asdict(config) | models.versions()
-    if not args.resume:
+    if args.resume:
+        folder = Path(args.resume)
+    else:
         folder = runs.new_run(config.runs, args.name, settings, training_set.flowers.splits)
     # Before the first step; a resumed run has it already.
     runs.write_trained_on(folder, image_ids(training_set.flowers, index))

@@ -24,7 +24,7 @@ from PIL import Image
 from flowers import command
 from flowers.devices import autocast
 from flowers.models import count_flops
-from flowers.qwen import answers, memory, models, prompts, ranking
+from flowers.qwen import adapters, answers, memory, models, prompts, ranking
 from flowers.qwen.offline import CLASS_NAMES_FILE
 
 MAX_PIXELS = 512 * 512  # of an image
@@ -214,7 +214,7 @@ def measure_training(
 ) -> None:
     """Print seconds of a step of LoRA, and the peak memory, on a GPU."""
     inputs, patches = prepare(processor, question, images, model.device)
-    model = models.add_adapter(model, LORA_RANK, LORA_ALPHA).train()
+    model = adapters.add_adapter(model, LORA_RANK, LORA_ALPHA).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     texts = names[: len(images)]

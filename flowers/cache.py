@@ -4,9 +4,12 @@ A cache file is complete or does not exist, and is memory-mapped when it is read
 with a trailer of 36 bytes: the key of 32 bytes, and the CRC-32 of the array in 4, little-endian.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -14,10 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
+from flowers import UserError
 from flowers.files import atomic
 
 KEY_SIZE = 32
 CRC_SIZE = 4
+# What models compute of images and texts is large. In one cache folder, 50 GiB of it; beyond that
+# the least recently used arrays are removed.
+BOUNDED = ("frozen-*.npy", "qwen-*.npy")
+MAX_BYTES = 50 << 30
 
 
 def cache_folder(root: Path) -> Path:
@@ -89,6 +97,65 @@ def cached_array(
             _write(path, key, shape, dtype, rows())
     # Copy on write ("c"), since torch has no read-only tensors. The file itself never changes.
     return np.load(path, mmap_mode="c")
+
+
+def open_array(path: Path, key: bytes, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
+    """The array cached at `path`, memory-mapped; None if it is missing, damaged or another one."""
+    if not path.exists() or _find_problem(path, key, shape, dtype):
+        return None
+    return np.load(path, mmap_mode="c")
+
+
+def bounded_array(
+    path: Path,
+    key: bytes,
+    shape: tuple[int, ...],
+    rows: Callable[[], Iterable[np.ndarray]],
+    advice: str = "",
+) -> np.ndarray:
+    """cached_array of bytes, for which the least recently used arrays of BOUNDED make room.
+
+    advice: what else helps where the disk is full. Raises UserError there.
+    """
+    size = int(np.prod(shape))
+    _make_room(path, size)
+    try:
+        data = cached_array(path, key, shape, "|u1", rows)
+    except OSError as error:
+        # Any other error says by itself what is wrong with the file.
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"{path.parent} has no room for {size / 2**30:.1f} GiB: free some{advice}"
+        ) from None
+    touch(path)
+    return data
+
+
+def touch(path: Path) -> None:
+    """Note that an array has been used, for the choice of those that make room."""
+    # A file of another user keeps its own time.
+    with contextlib.suppress(PermissionError):
+        os.utime(path)
+
+
+def _make_room(path: Path, size: int) -> None:
+    """Remove the least recently used arrays until a new one of `size` bytes fits.
+
+    Together they may not exceed MAX_BYTES, nor the new one what is free on the disk.
+    """
+    # It will be used again: nothing is written.
+    if path.exists():
+        return
+    arrays = [file for pattern in BOUNDED for file in path.parent.glob(pattern)]
+    arrays.sort(key=lambda file: file.stat().st_mtime)
+    total = size + sum(file.stat().st_size for file in arrays)
+    # The oldest first. Who has mapped it keeps it.
+    while arrays and (total > MAX_BYTES or shutil.disk_usage(path.parent).free < size):
+        oldest = arrays.pop(0)
+        total -= oldest.stat().st_size
+        oldest.unlink(missing_ok=True)
+        oldest.with_suffix(".json").unlink(missing_ok=True)  # what is in it, of a pack
 
 
 def _write(

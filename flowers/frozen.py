@@ -5,18 +5,14 @@ in (fp32 on a CPU, bf16 under autocast), so training from them gives the losses 
 training without them.
 """
 
-import contextlib
-import errno
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from flowers import UserError, cache, devices, pixels
+from flowers import cache, devices, pixels
 from flowers.data import Flowers
 from flowers.models import (
     CLIP,
@@ -27,9 +23,6 @@ from flowers.models import (
     split_image_tower,
     split_text_tower,
 )
-
-# In one cache folder, 50 GiB; beyond it the least recently used arrays are removed.
-MAX_CACHE_BYTES = 50 << 30
 
 
 def image_activations(
@@ -163,41 +156,11 @@ def _cached_rows(
     row = first_row()
     # Stored as bytes, because numpy has no bf16.
     shape = (n, *row.shape[1:-1], row.shape[-1] * row.element_size())
-    size = int(np.prod(shape))
     path = cache.cache_folder(root) / f"frozen-{key.hex()[:16]}.npy"
-    _make_room(path, size)
 
     def as_bytes() -> Iterator[np.ndarray]:
         for piece in activations():
             yield piece.cpu().contiguous().view(torch.uint8).numpy()
 
-    try:
-        data = cache.cached_array(path, key, shape, "|u1", as_bytes)
-    except OSError as error:
-        # Any other error says by itself what is wrong with the file.
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UserError(
-            f"{path.parent} has no room for {size / 2**30:.1f} GiB: free some, or use --no_cache"
-        ) from None
-    # The time of the last use, for _make_room. A file of another user keeps its own.
-    with contextlib.suppress(PermissionError):
-        os.utime(path)
+    data = cache.bounded_array(path, key, shape, as_bytes, advice=", or use --no_cache")
     return torch.from_numpy(data).view(row.dtype)
-
-
-def _make_room(path: Path, size: int) -> None:
-    """Remove the least recently used arrays until a new one of `size` bytes fits.
-
-    Together they may not exceed MAX_CACHE_BYTES, nor the new one what is free on the disk.
-    """
-    # It will be used again: nothing is written.
-    if path.exists():
-        return
-    arrays = sorted(path.parent.glob("frozen-*.npy"), key=lambda file: file.stat().st_mtime)
-    total = size + sum(file.stat().st_size for file in arrays)
-    # The oldest first.
-    while arrays and (total > MAX_CACHE_BYTES or shutil.disk_usage(path.parent).free < size):
-        oldest = arrays.pop(0)
-        total -= oldest.stat().st_size
-        oldest.unlink(missing_ok=True)

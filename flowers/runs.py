@@ -166,10 +166,13 @@ def _is_taken(folder: Path, job: str) -> bool:
     args_file = folder / "args.json"
     if not args_file.exists():
         return False
-    # An evaluation keeps nothing on the way, so one without a result may be started anew. Its
-    # arguments are compared as bytes, since the file may be damaged.
-    was_evaluation = b'"job": "eval"' in args_file.read_bytes()
-    return not (job == "eval" and was_evaluation)
+    # The arguments are compared as bytes, since the file may be damaged.
+    is_same_job = f'"job": "{job}"'.encode() in args_file.read_bytes()
+    if job == "qwen_eval" and is_same_job:
+        # It goes on from its answers; without any there is nothing to go on from.
+        return any(read_lines(folder / name) for name in ("answers.jsonl", "descriptions.jsonl"))
+    # An evaluation keeps nothing on the way, so one without a result may be started anew.
+    return not (job == "eval" and is_same_job)
 
 
 def environment(device: str | None = None) -> dict:
@@ -227,6 +230,22 @@ def arguments_to_resume(folder: Path, job: str) -> dict | None:
     # The folder may have been moved since.
     stored["runs"] = str(folder.parent)
     return stored
+
+
+def parse_stored(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, stored: dict
+) -> argparse.Namespace:
+    """Parse the arguments of a run that is resumed: the file is checked as what a user types.
+
+    args: the command that resumes; what belongs to it alone is kept. stored: of
+    `arguments_to_resume`. A list for a flag of several values must be given to it by the caller.
+    """
+    known = {key: value for key, value in stored.items() if key in vars(args)}
+    if "allow_overlap" in vars(args):
+        known["allow_overlap"] = known.get("allow_overlap") or args.allow_overlap
+    own = [f"--resume={args.resume}", f"--wandb={args.wandb}", f"--device={args.device}"]
+    own += [f"--compare={run}" for run in getattr(args, "compare", ())]
+    return parser.parse_args([*as_flags(known), *own])
 
 
 def as_flags(stored: dict) -> list[str]:
@@ -307,13 +326,13 @@ def run_folder(model: str | Path) -> Path | None:
         for folder in candidates:
             if (folder / "args.json").exists():
                 # The folder of an evaluation has args.json, too, but made a model of a soup only.
-                stored = _read_arguments(folder)
+                stored = read_arguments(folder)
                 made_model = stored.get("job") in ("train", "qwen_train") or stored.get("soup")
                 return folder if made_model else None
     return None
 
 
-def _read_arguments(folder: Path) -> dict:
+def read_arguments(folder: Path) -> dict:
     """Read args.json of a run. Raises UserError if it is damaged."""
     path = folder / "args.json"
     try:
@@ -329,7 +348,7 @@ def inherited_arguments(model: str | Path) -> dict:
     folder = run_folder(model)
     if folder is None:
         return {}
-    stored = _read_arguments(folder)
+    stored = read_arguments(folder)
     arguments = {key: stored[key] for key in INHERITED if key in stored}
     if (folder / "classifier.pt").exists():
         # The run has a prompt or head of its own. Templates would replace it.
@@ -469,7 +488,7 @@ def _digest(images: list[str]) -> str:
 
 def _derive_trained_on(folder: Path, visited: tuple[Path, ...]) -> set[str]:
     """What a run without trained_on.json was trained on, by opening its dataset once more."""
-    stored = _read_arguments(folder)
+    stored = read_arguments(folder)
     unknown = f"it can't be known which images {folder} was trained on: "
     root = stored.get("data_root")
     # Not opened if it is missing: that would start a download.

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import runpy
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -20,24 +21,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from flowers import files
+from flowers import UserError, cache, files, runs
 from flowers.data import open_flowers
 from flowers.layouts import read_captions
 from flowers.models import count_flops
 from flowers.qwen import answers
+from flowers.qwen import features as kept_features
+from flowers.qwen.adapters import add_adapter, base_model, modules_to_train, trains_vision
 from flowers.qwen.answers import answer_length, answer_loss, generate, match
 from flowers.qwen.features import image_features
 from flowers.qwen.memory import memory
-from flowers.qwen.models import (
-    add_adapter,
-    base_model,
-    hidden_states,
-    load_config,
-    load_model,
-    vision_digest,
-)
+from flowers.qwen.models import hidden_states, load_config, load_model, vision_digest
 from flowers.qwen.offline import CLASS_NAMES_FILE, TEMPLATE, build
 from flowers.qwen.prompts import END, QUESTIONS, encode, open_images, patches
 from flowers.qwen.ranking import NameTree, rank
@@ -114,7 +110,7 @@ def rank_images(model, processor, images, names, question=BRIEF):
 
 
 def small_family(family, folder):
-    """A random Qwen2.5-VL or Qwen3-VL of two layers, written to a folder as a download would be."""
+    """A random model of two layers, written to a folder as a download would be."""
     import transformers
 
     _, processor = build("tiny")
@@ -137,12 +133,14 @@ def small_family(family, folder):
         "intermediate_size": 64,
         "patch_size": 8,
     }
-    if family == "qwen3_vl":
+    if family.startswith("qwen3_vl"):
         text["head_dim"] = 16
         text["rope_parameters"]["mrope_interleaved"] = True
         vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         processor_class = transformers.Qwen3VLProcessor
         video_class = transformers.Qwen3VLVideoProcessor
+        if family == "qwen3_vl_moe":
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     else:
         vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
         processor_class = transformers.Qwen2_5_VLProcessor
@@ -215,6 +213,19 @@ def test_encoding_is_the_librarys_own(tiny):
         assert torch.equal(inputs[key], value), key
 
 
+def test_a_prompt_and_the_beginning_of_its_answer_are_the_tokens_of_training(tiny):
+    """Also of an empty description, which is what stands before the name without an image."""
+    _, processor = tiny
+    question = QUESTIONS["described"]
+    start = encode(processor, question, None)["input_ids"][0].tolist()
+    for description in ("", "white petals, a yellow centre."):
+        answer = processor.tokenizer(f"{description}\nrose{END}")["input_ids"]
+        name = processor.tokenizer(f"rose{END}")["input_ids"]
+        inputs = encode(processor, question, None, [f"{description}\n"])
+        assert inputs["input_ids"][0].tolist() + name == start + answer
+        assert inputs["attention_mask"].all()
+
+
 @pytest.mark.parametrize("names", [OXFORD, NESTED, ["rose"], ["r"]])
 def test_ranking_equals_a_forward_a_name(tiny, names):
     model, processor = tiny
@@ -262,7 +273,7 @@ def test_ranking_in_chunks_of_the_vocabulary(tiny, monkeypatch):
     assert max(chunks) == 7 and len(chunks) > 10
 
 
-@pytest.mark.parametrize("family", ["tiny", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["tiny", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_ranking_after_an_adapter_was_loaded(family, tmp_path):
     name = family if family == "tiny" else str(small_family(family, tmp_path / family))
     trained, model, processor = with_adapter(name, tmp_path)
@@ -277,6 +288,107 @@ def test_ranking_after_an_adapter_was_loaded(family, tmp_path):
     sums_without = rank_images(without_adapter, processor, images, NESTED)
     assert (sums_without - sums).abs().max() > 1e-2
     assert not [n for n, _ in trained.named_parameters() if "lora" in n and "visual" in n]
+
+
+def rewrite_adapter(folder, rename=lambda key: key, keep=lambda key: True, **settings):
+    """Change the keys of a saved adapter, leave some out, and change its adapter_config.json."""
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = {rename(key): tensor for key, tensor in load_file(path).items() if keep(key)}
+    save_file(tensors, path)
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_an_adapter_with_the_names_of_other_versions(tmp_path):
+    """As transformers called the layers up to 4.51, in 4.52 to 4.5x, and other tools do."""
+    trained, _, processor = with_adapter("tiny", tmp_path)
+    images = pictures((70, 90))
+    expected = rank_images(trained, processor, images, NESTED)
+    # A layer with an alpha of its own, which is found by its name.
+    here = "model.language_model.layers."
+    rewrite_adapter(tmp_path, alpha_pattern={f"{here}0.mlp.up_proj": 40})
+    model, _ = load_model("tiny", "cpu", tmp_path)
+    with_alpha = rank_images(model, processor, images, NESTED)
+    assert (with_alpha - expected).abs().max() > 1e-2
+
+    for there in (
+        "model.layers.",
+        "language_model.model.layers.",
+        "language_model.layers.",
+        "model.language_model.model.layers.",
+        "layers.",
+        here,
+    ):
+        alpha = {f"{there}0.mlp.up_proj": 40}
+        rewrite_adapter(tmp_path, lambda key: key.replace(here, there), alpha_pattern=alpha)  # noqa: B023
+        model, _ = load_model("tiny", "cpu", tmp_path)
+        torch.testing.assert_close(rank_images(model, processor, images, NESTED), with_alpha)
+        here = there
+
+
+def test_an_adapter_that_fits_in_part_is_refused(tmp_path):
+    with_adapter("tiny", tmp_path)
+    whole = tmp_path / "adapter"
+    layer = "layers.0.self_attn.q_proj"
+    for i, (change, message) in enumerate(
+        (
+            ({"rename": lambda key: key.replace("layers", "stages")}, "the model has no"),
+            ({"rename": lambda key: key.replace(layer, "layers.7.self_attn.q_proj")}, "has no"),
+            ({"keep": lambda key: layer not in key}, "the adapter lacks"),
+            ({"alpha_pattern": {"model.layers.7.mlp.up_proj": 4}}, "another rank or alpha"),
+            ({"peft_type": "IA3"}, "no plain LoRA"),
+            ({"peft_type": "PREFIX_TUNING"}, "no plain LoRA"),
+        )
+    ):
+        folder = tmp_path / str(i)
+        shutil.copytree(whole, folder / "adapter")
+        rewrite_adapter(folder, **change)
+        with pytest.raises(UserError, match=f"does not fit tiny: .*{message}"):
+            load_model("tiny", "cpu", folder)
+
+    # cut off by a full disk
+    path = whole / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="does not fit tiny"):
+        load_model("tiny", "cpu", tmp_path)
+
+
+def test_a_model_whose_files_lack_weights_is_refused(tmp_path):
+    name = str(small_family("qwen2_5_vl", tmp_path))
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    removed = next(key for key in whole if key.endswith("layers.1.mlp.up_proj.weight"))
+    for tensors, message in (
+        ({key: whole[key] for key in whole if key != removed}, "lack .*layers.1.mlp.up_proj"),
+        (whole | {removed: whole[removed][:5].clone()}, "layers.1.mlp.up_proj|mismatch"),
+        (whole | {"model.layers.0.mlp.up_proj.lora_A.weight": whole[removed].clone()}, "lora_A"),
+    ):
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            load_model(name, "cpu")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="can't be loaded"):
+        load_model(name, "cpu")
+
+
+def test_other_families_are_refused(tmp_path):
+    """Of another kind, and kinds that would run, but whose layers no mask of ours can reach."""
+    base = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 64}
+    sliding = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8}
+    for config, message in (
+        ({"model_type": "qwen2"} | base, "type qwen2:"),
+        ({"model_type": "clip"}, "type clip:"),
+        ({"model_type": "qwen3_5", "text_config": base}, "type qwen3_5:"),
+        ({"model_type": "qwen9_vl"}, "can't be loaded"),
+        ({"model_type": "qwen2_vl", "text_config": base | sliding}, "sliding_attention"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for load in (load_config, lambda name: load_model(name, "cpu")):
+            with pytest.raises(UserError, match=message):
+                load(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="give it with --adapter"):
+        load_config(str(tmp_path))
 
 
 def test_text_only_questions_rank_as_a_plain_forward(tiny):
@@ -323,6 +435,42 @@ def test_ranking_takes_few_operations(tiny, extra, ratio):
     hook.remove()
     assert len(calls) == 2
     assert count_flops(one_forward_a_name) / operations >= ratio
+
+
+def test_answers_are_the_likeliest_tokens_whatever_the_model_ships(tmp_path):
+    """One token after the other by hand, against the settings that a release is sampled with."""
+    name = str(small_family("qwen2_5_vl", tmp_path))
+    path = tmp_path / "generation_config.json"
+    model, processor = load_model(name, "cpu")
+    [image] = pictures((70, 90))
+    inputs = library_encoding(processor, [image])
+    length = inputs["input_ids"].shape[1]
+    end = processor.tokenizer.convert_tokens_to_ids(END)
+    with torch.no_grad():
+        for _ in range(8):
+            token = model(**inputs).logits[0, -1].argmax()
+            for key, value in (("input_ids", token), ("attention_mask", 1)):
+                column = torch.full_like(inputs[key][:, :1], int(value))
+                inputs[key] = torch.cat([inputs[key], column], 1)
+            no_image = torch.zeros_like(inputs["mm_token_type_ids"][:, :1])
+            inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], no_image], 1)
+    expected = inputs["input_ids"][0, length:].tolist()
+    assert end not in expected
+    expected_text = processor.tokenizer.decode(expected, skip_special_tokens=True)
+
+    released = {"do_sample": True, "temperature": 0.01, "top_p": 0.001, "top_k": 1}
+    for settings in (
+        {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1},
+        {"suppress_tokens": [expected[0]]},
+        {"bad_words_ids": [[expected[1]]], "num_beams": 4},
+        {"max_length": 2, "max_new_tokens": 1},
+    ):
+        path.write_text(json.dumps(released | settings))
+        model, processor = load_model(name, "cpu")
+        patched = patches(processor, [image])
+        prompts = encode(processor, BRIEF, patched["image_grid_thw"])
+        assert generate(model, processor, prompts, patched, 8) == [expected_text], settings
+    assert end in model.generation_config.eos_token_id
 
 
 # -----------------------------------------------------------------------------
@@ -384,6 +532,54 @@ def test_recomputed_blocks_give_the_same_gradients():
             assert gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize("name, n_modules", [("qkv", 4), ("patch_embed", 1), ("blocks.3", 1)])
+def test_any_part_of_the_vision_tower_is_really_trained(name, n_modules, tmp_path):
+    model, processor = load_model("tiny", "cpu")
+    assert trains_vision(model, [name])
+    model = add_adapter(model, 4, 8.0, [name]).train()
+    trained = {n: p for n, p in model.named_parameters() if "modules_to_save" in n}
+    prefixes = {n.split(".modules_to_save")[0] for n in trained}
+    assert len(prefixes) == n_modules
+    assert all(prefix.endswith(f"visual.{name}") or name == "qkv" for prefix in prefixes)
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.01)
+    image = patches(processor, pictures((70, 90)))
+    inputs = encode(processor, BRIEF, image["image_grid_thw"])
+    loss, _ = answer_loss(model, processor, inputs, image, ["rose"])
+    loss.backward()
+    optimizer.step()
+    moved = [n for n, p in trained.items() if not torch.equal(p, before[n])]
+    assert len(moved) == len(trained)
+
+    model.eval().save_pretrained(tmp_path / "adapter")
+    loaded, _ = load_model("tiny", "cpu", tmp_path)
+    images = pictures((64, 64))
+    expected = rank_images(model, processor, images, NESTED)
+    torch.testing.assert_close(rank_images(loaded, processor, images, NESTED), expected)
+
+
+def test_modules_that_can_not_be_trained_whole_are_refused(tiny):
+    model, _ = tiny
+    for names, message in (
+        (["towers"], "no module of that name"),
+        (["isual"], "no module of that name"),
+        (["language_model"], "holds layers that LoRA changes"),
+        (["model"], "holds layers that LoRA changes"),
+        ([""], "holds layers that LoRA changes"),
+        (["q_proj"], "holds layers that LoRA changes"),
+        (["blocks"], "is a list of modules"),
+        (["rotary_emb"], "has no weights"),
+        (["visual", "merger"], "is a part of model.visual"),
+        (["merger", "visual"], "is a part of model.visual"),
+    ):
+        with pytest.raises(UserError, match=message):
+            modules_to_train(model, names)
+    assert modules_to_train(model, ["visual", "visual"]) == ["model.visual"]
+    # Not every module whose path ends with these letters.
+    assert modules_to_train(model, ["norm"]) == ["model.language_model.norm"]
+    assert not trains_vision(model, ["norm", "lm_head"])
+
+
 # -----------------------------------------------------------------------------
 # features of the vision tower
 
@@ -396,7 +592,7 @@ def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, mo
     features = image_features(model, processor, flowers, index, "x", batch_size=2)
     image = patches(processor, open_images([flowers.files[i] for i in index]))
     assert torch.equal(features.grids, image["image_grid_thw"])
-    assert features.offsets[-1] == len(features.tokens)
+    assert [len(tokens) for tokens in features.tokens] == (features.grids.prod(1) // 4).tolist()
 
     inputs = encode(processor, BRIEF, features.grids)
     with torch.no_grad():
@@ -414,8 +610,57 @@ def test_kept_features_of_a_bf16_model_do_not_overflow(small, tmp_path, monkeypa
         model.model.visual.merger.mlp[2].bias += 1e5  # beyond what fp16 can hold
     flowers = open_flowers(small)
     features = image_features(model, processor, flowers, np.arange(3), "large", batch_size=2)
-    assert features.tokens.dtype == torch.bfloat16
-    assert features.tokens.isfinite().all() and features.tokens.max() > 9e4
+    tokens = torch.cat(features.tokens)
+    assert tokens.dtype == torch.bfloat16
+    assert tokens.isfinite().all() and tokens.max() > 9e4
+
+
+def test_features_are_kept_by_the_image_and_within_bounds(tiny, small, tmp_path, monkeypatch):
+    model, processor = tiny
+    root = shutil.copytree(small, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    flowers = open_flowers(root)
+    computed = []
+
+    def counting_patches(processor, images):
+        computed.append(len(images))
+        return patches(processor, images)
+
+    monkeypatch.setattr(kept_features, "patches", counting_patches)
+
+    def check(index, n_computed):
+        computed.clear()
+        features = image_features(model, processor, flowers, np.array(index), "x", batch_size=2)
+        assert sum(computed) == n_computed
+        alone = patches(processor, open_images([flowers.files[i] for i in index]))
+        with torch.no_grad():
+            expected = model.model.get_image_features(**alone, return_dict=True).pooler_output
+        for tokens, of_image in zip(features.tokens, expected):
+            torch.testing.assert_close(tokens, of_image, rtol=0, atol=1e-4)
+        return features
+
+    check([0, 1, 2], 3)
+    check([4, 2, 0, 3], 2)
+    whole = check([3, 1, 4], 0)
+
+    # A damaged pack is made anew, and so is what a changed image was in.
+    first = min((root / ".cache").glob("qwen-*.npy"), key=lambda path: path.stat().st_mtime_ns)
+    data = bytearray(first.read_bytes())
+    data[300] ^= 1
+    n_images = len(json.loads(first.with_suffix(".json").read_text())["images"])
+    first.write_bytes(data)
+    check([0, 1, 2, 3, 4], n_images)
+    os.utime(flowers.files[3], (1, 1))
+    check([0, 3], 1)
+    # Other pixels of the same images, as another model's processor makes them.
+    monkeypatch.setattr(processor.image_processor, "image_mean", [0.0, 0.0, 0.0])
+    check([0], 1)
+
+    # Where the room is used up, the oldest go; who has them open keeps them.
+    monkeypatch.setattr(cache, "MAX_BYTES", 1)
+    before = [tokens.clone() for tokens in whole.tokens]
+    check([7], 1)
+    assert len(list((root / ".cache").glob("qwen-*"))) == 2
+    assert all(map(torch.equal, whole.tokens, before))
 
 
 # -----------------------------------------------------------------------------
@@ -722,6 +967,10 @@ def test_mistakes_end_in_one_line(small, tmp_path, cli):
     assert "go together" in error_line(outcome)
     outcome = cli("qwen_train.py", *tiny, "--also_train", "towers")
     assert "no module of that name" in error_line(outcome)
+    for pixels in (-5, 0, 100, 255):  # a token of tiny is 16 x 16
+        for script in ("qwen_eval.py", "qwen_train.py"):
+            outcome = cli(script, *tiny, "--max_pixels", pixels)
+            assert "give at least 256" in error_line(outcome)
     outcome = cli("qwen_eval.py", *tiny, "--split", "val")
     assert "the val split is empty" in error_line(outcome)
 
@@ -733,3 +982,81 @@ def test_mistakes_end_in_one_line(small, tmp_path, cli):
     outcome = cli("qwen_eval.py", *common, "--adapter", tmp_path / "all")
     assert "args.json is damaged" in error_line(outcome)
     assert not list(tmp_path.glob("tiny-qwen_eval-*/result.json"))
+
+
+def eval_arguments(*words):
+    """What qwen_eval.py makes of a command line, up to its Config."""
+    script = runpy.run_path(str(ROOT / "qwen_eval.py"))
+    return script["resolve"](script["make_parser"]().parse_args([str(word) for word in words]))
+
+
+def test_an_adapter_knows_its_model(trained, tmp_path, capfd):
+    """In its run by args.json, also as the folder adapter/; elsewhere by its own config."""
+    for path in (trained, trained / "adapter"):
+        config = eval_arguments("--adapter", path)
+        assert config.model == "tiny"
+        assert f"--model tiny, which {path} was made for" in capfd.readouterr().out
+
+    damaged = shutil.copytree(trained, tmp_path / "damaged")
+    arguments = json.loads((trained / "args.json").read_text())
+    for damage in ({"model": 3}, {"max_pixels": "x"}, {"answer": "long"}, {"answer": ["brief"]}):
+        files.write_json(damaged / "args.json", arguments | damage)
+        with pytest.raises(UserError, match="is damaged"):
+            eval_arguments("--adapter", damaged)
+
+    copied = shutil.copytree(trained / "adapter", tmp_path / "copied")
+    with pytest.raises(UserError, match="does not say which model"):
+        eval_arguments("--adapter", copied)
+    family = str(small_family("qwen2_5_vl", tmp_path / "family"))
+    trained_on_it = add_adapter(load_model(family, "cpu")[0], 4, 8.0)
+    trained_on_it.save_pretrained(tmp_path / "other")
+    assert eval_arguments("--adapter", tmp_path / "other").model == family
+
+    # A model of other shapes is refused, another one of the same shapes said.
+    with pytest.raises(UserError, match="does not fit .* it lacks"):
+        load_model(family, "cpu", copied)
+    with_adapter("tiny", tmp_path / "lora")
+    with pytest.raises(UserError, match="does not fit .* size mismatch"):
+        load_model(family, "cpu", tmp_path / "lora")
+    capfd.readouterr()
+    assert eval_arguments("--adapter", trained, "--model", family).model == family
+    assert f"--model {family}: {trained} was trained with tiny" in capfd.readouterr().err
+
+
+def test_a_question_that_training_did_not_ask_is_said(trained, capfd):
+    options = ["--answer", "described", "--max_pixels", 512, "--list_names"]
+    config = eval_arguments("--adapter", trained, *options)
+    assert config.answer == "described" and config.max_pixels == 512
+    lines = capfd.readouterr().err.splitlines()
+    said = [line.split()[1] for line in lines if line.startswith("note: ")]
+    assert said == ["--max_pixels", "--answer", "--list_names:"]
+    eval_arguments("--adapter", trained, "--answer", "brief")
+    assert "note: " not in capfd.readouterr().err
+
+
+def test_what_a_damaged_args_json_says_is_checked_as_what_is_typed(tmp_path, cli):
+    for script, job, damages in (
+        ("qwen_train.py", "qwen_train", [{"save_every": "x"}, {"also_train": 3}, {"rank": 0}]),
+        ("qwen_eval.py", "qwen_eval", [{"most_tokens": [8]}, {"protocol": "x"}, {"images": -1}]),
+    ):
+        for i, damage in enumerate(damages):
+            folder = tmp_path / f"{job}-{i}"
+            folder.mkdir()
+            stored = {"job": job, "name": folder.name, "model": "tiny", "data_root": "sample"}
+            files.write_json(folder / "args.json", stored | damage)
+            code, _, err = cli(script, "--resume", folder)
+            assert code == 2 and "Traceback" not in err, err
+            assert next(iter(damage)) in err, err
+
+
+def test_an_evaluation_without_an_answer_is_begun_anew(tmp_path):
+    """A crash before the first batch leaves nothing that --resume would save."""
+    config = {"job": "qwen_eval", "architecture": "tiny"}
+    folder = runs.new_run(tmp_path, "killed", config, {})
+    (folder / "answers.jsonl").write_text("")
+    assert runs.new_run(tmp_path, "killed", config, {}) == folder
+    with pytest.raises(UserError, match="is a run already"):
+        runs.new_run(tmp_path, "killed", config | {"job": "qwen_train"}, {})
+    files.append_line(folder / "answers.jsonl", {"file": "a.jpg", "answer": "rose"})
+    with pytest.raises(UserError, match="--resume"):
+        runs.new_run(tmp_path, "killed", config, {})

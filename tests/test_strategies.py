@@ -21,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 from flowers import (
     UserError,
+    cache,
     devices,
     evaluate,
     files,
@@ -810,7 +811,7 @@ def test_kept_activations_follow_weights_and_cut(small, tmp_path, monkeypatch):
     assert len(kept_files()) == 4
 
     # Where the room is used up, the oldest go.
-    monkeypatch.setattr(frozen, "MAX_CACHE_BYTES", 30_000)
+    monkeypatch.setattr(cache, "MAX_BYTES", 30_000)
     frozen.image_activations(model, flowers, pixels, index[:5])
     assert sum(path.stat().st_size for path in kept_files()) <= 30_000
     assert not kept & kept_files()

@@ -1,7 +1,8 @@
 """Qwen-VL names flowers: the generative counterpart of CLIP. Read the modules in this order:
 
 prompts.py    what the model is shown: questions in its chat format, images as patches
-models.py     a model with its processor and adapter; from a prompt to hidden states
+models.py     a model with its processor; from a prompt to hidden states
+adapters.py   LoRA: adding it to a model, and loading it from a run or another tool
 ranking.py    the exact log-likelihood of every class name, in two forward passes
 answers.py    answers in the model's own words: generating, matching, the training loss
 features.py   what the frozen vision tower makes of the images, computed once

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from flowers.qwen.models import base_model, hidden_states
+from flowers.qwen.adapters import base_model
+from flowers.qwen.models import hidden_states
 from flowers.qwen.prompts import END
 
 IGNORE = -100  # the label that cross_entropy leaves out
@@ -25,16 +26,9 @@ def generate(
     max_tokens: int,
 ) -> list[str]:
     """Return the greedy answer, of up to `max_tokens` tokens, to each of B prompts."""
-    ids = model.generate(
-        **inputs,
-        **image,
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        # The released configs set these for sampling; None says that they are not meant here.
-        temperature=None,
-        top_p=None,
-        top_k=None,
-    )
+    # load_model has left nothing in the model's own settings that would change an answer.
+    network = base_model(model)
+    ids = network.generate(**inputs, **image, max_new_tokens=max_tokens, do_sample=False)
     answers = ids[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(answers, skip_special_tokens=True)
 

@@ -1,5 +1,11 @@
-"""What the frozen vision tower makes of the images, computed once and kept beside the data."""
+"""What the frozen vision tower makes of the images, computed once and kept beside the data.
 
+A run keeps the features of its images in a pack: the array qwen-*.npy, and beside it a .json that
+says which images are in it. Later runs take from all packs what they need, and add one with the
+images that are in none: other splits, subsets and seeds share the rest.
+"""
+
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from flowers import cache
+from flowers import cache, files
 from flowers.data import Flowers
-from flowers.qwen.models import base_model
+from flowers.qwen.adapters import base_model
 from flowers.qwen.prompts import move, open_images, patches, prefetch
 
 
@@ -20,63 +26,133 @@ from flowers.qwen.prompts import move, open_images, patches, prefetch
 class ImageFeatures:
     """The image tokens of N images.
 
-    tokens: (T, D), those of all images one after the other. offsets: (N + 1,), where each image's
-    tokens begin, and T. grids: (N, 3), the `image_grid_thw` of each.
+    tokens: N tensors (T, D), one an image. grids: (N, 3), the `image_grid_thw` of each.
     """
 
-    tokens: torch.Tensor
-    offsets: torch.Tensor
+    tokens: list[torch.Tensor]
     grids: torch.Tensor
 
     def batch(self, positions: list[int]) -> dict[str, torch.Tensor]:
         """Return what `hidden_states` takes of the images at some positions (0 to N - 1)."""
-        tokens = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in positions]
-        return {"features": torch.cat(tokens), "image_grid_thw": self.grids[positions]}
+        features = torch.cat([self.tokens[i] for i in positions])
+        return {"features": features, "image_grid_thw": self.grids[positions]}
 
 
 @torch.inference_mode()
 def image_features(
     model, processor, flowers: Flowers, index: np.ndarray, vision_digest: str, batch_size: int = 8
 ) -> ImageFeatures:
-    """Return the features of the images at `index`: from the cache if they are there.
+    """Return the features of the images at `index`: from the cache where they are there.
 
     vision_digest: of the vision tower's weights; other weights have other features.
+    Raises UserError if the disk is full.
     """
     network = base_model(model)
-    files = [flowers.files[i] for i in index]
+    image_files = [flowers.files[i] for i in index]
     # How many tokens an image has is known from its size, before it is decoded.
-    grids = torch.tensor(_grids_of_files(processor.image_processor, files))  # (N, 3)
+    grids = torch.tensor(_grids_of_files(processor.image_processor, image_files))  # (N, 3)
     # The vision tower merges merge_size x merge_size patches into one token.
-    tokens_per_image = grids.prod(1) // processor.image_processor.merge_size**2  # (N,)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), tokens_per_image.cumsum(0)])
+    n_tokens = (grids.prod(1) // processor.image_processor.merge_size**2).tolist()
 
-    # Everything that the features depend on: another digest, size or file makes them anew.
+    settings = _settings_key(network, processor, vision_digest)
+    keys = []
+    for file in image_files:
+        # By its place, too: files of one name lie in several folders.
+        place = os.path.relpath(file, flowers.root)
+        keys.append(cache.key_of(settings, place, file).hex())
+
+    # Kept as bytes: numpy has no bf16, and fp16 would overflow.
+    width = network.config.get_text_config().hidden_size * network.dtype.itemsize
+    folder = cache.cache_folder(flowers.root)
+    title = f"qwen-{settings.hex()[:12]}"
+    kept = _read_packs(folder, title, width, set(keys))
+    missing = {}
+    for key, file, count in zip(keys, image_files, n_tokens):
+        if key not in kept:
+            missing[key] = (file, count)
+    if missing:
+        counts = {key: count for key, (_, count) in missing.items()}
+        batches = _batches([file for file, _ in missing.values()], batch_size)
+        name = f"{title}-{cache.key_of(*missing).hex()[:12]}"
+        path = folder / f"{name}.npy"
+        kept |= _make_pack(path, counts, width, lambda: _compute(network, processor, batches))
+    tokens = [torch.from_numpy(kept[key]).view(network.dtype) for key in keys]
+    return ImageFeatures(tokens, grids)
+
+
+def _settings_key(network, processor, vision_digest: str) -> bytes:
+    """A key of everything that features depend on, but for the image."""
     size = processor.image_processor.size
-    key = cache.key_of(
+    return cache.key_of(
         "qwen features",
         vision_digest,
         size["shortest_edge"],
         size["longest_edge"],
+        processor.image_processor.to_json_string(),  # how pixels are scaled and normalised
         str(network.dtype),
-        *files,
+        network.device.type,
     )
-    path = cache.cache_folder(flowers.root) / f"qwen-{key.hex()[:12]}.npy"
-    # Kept as bytes: numpy has no bf16, and fp16 would overflow.
-    width = network.config.get_text_config().hidden_size
-    shape = (int(offsets[-1]), width * network.dtype.itemsize)
-    data = cache.cached_array(
-        path, key, shape, "|u1", lambda: _compute_features(network, processor, files, batch_size)
-    )
-    return ImageFeatures(torch.from_numpy(data).view(network.dtype), offsets, grids)
 
 
-def _grids_of_files(image_processor, files: Sequence[Path]) -> list[list[int]]:
+# -----------------------------------------------------------------------------
+# packs
+
+
+def _read_packs(folder: Path, title: str, width: int, wanted: set[str]) -> dict[str, np.ndarray]:
+    """Return the bytes (T, width) of images by their keys, from all whole packs with wanted ones.
+
+    What is damaged is left out, to be made anew.
+    """
+    kept = {}
+    for index_file in sorted(folder.glob(f"{title}-*.json")):
+        try:
+            counts = files.read_json(index_file)["images"]
+            shape = (sum(counts.values()), width)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if wanted.isdisjoint(counts):
+            continue
+        path = index_file.with_suffix(".npy")
+        data = cache.open_array(path, cache.key_of(counts), shape, "|u1")
+        if data is not None:
+            cache.touch(path)
+            kept |= _split(data, counts)
+    return kept
+
+
+def _make_pack(path: Path, counts: dict[str, int], width: int, rows) -> dict[str, np.ndarray]:
+    """Compute the features of images, keep them in a pack, and return them by the images' keys.
+
+    counts: how many tokens the image of a key has, in the order of `rows`.
+    """
+    shape = (sum(counts.values()), width)
+    data = cache.bounded_array(path, cache.key_of(counts), shape, rows)
+    # After the array: a pack that is said to be there is whole.
+    files.write_json(path.with_suffix(".json"), {"images": counts})
+    return _split(data, counts)
+
+
+def _split(data: np.ndarray, counts: dict[str, int]) -> dict[str, np.ndarray]:
+    """Return the rows of each image, by its key; they stay memory-mapped."""
+    ends = np.cumsum(list(counts.values()))
+    return dict(zip(counts, np.split(data, ends[:-1])))
+
+
+# -----------------------------------------------------------------------------
+# computing
+
+
+def _batches(image_files: Sequence[Path], batch_size: int) -> list[Sequence[Path]]:
+    return [image_files[i : i + batch_size] for i in range(0, len(image_files), batch_size)]
+
+
+def _grids_of_files(image_processor, image_files: Sequence[Path]) -> list[list[int]]:
     """Return [1, height, width] in patches for each file."""
     factor = image_processor.patch_size * image_processor.merge_size
     min_pixels = image_processor.size["shortest_edge"]
     max_pixels = image_processor.size["longest_edge"]
     grids = []
-    for file in files:
+    for file in image_files:
         # PIL reads the header now, and the pixels only when they are needed.
         with Image.open(file) as image:
             height, width = smart_resize(image.height, image.width, factor, min_pixels, max_pixels)
@@ -84,18 +160,15 @@ def _grids_of_files(image_processor, files: Sequence[Path]) -> list[list[int]]:
     return grids
 
 
-def _compute_features(
-    network, processor, files: Sequence[Path], batch_size: int
-) -> Iterator[np.ndarray]:
+def _compute(network, processor, batches: list[Sequence[Path]]) -> Iterator[np.ndarray]:
     """Yield the features of a batch of files after the other, (tokens, bytes of a token)."""
-    batches = [files[i : i + batch_size] for i in range(0, len(files), batch_size)]
     images = prefetch(lambda batch: patches(processor, open_images(batch)), batches)
     bar = tqdm(
         images,
         total=len(batches),
         desc="image features",
         unit="img",
-        unit_scale=batch_size,
+        unit_scale=len(batches[0]),
         leave=False,
     )
     for image in bar:

@@ -1,4 +1,4 @@
-"""A Qwen-VL model: loading it with its processor, LoRA adapters, and its hidden states.
+"""A Qwen-VL model: loading it with its processor, and its hidden states.
 
 The released models come through transformers' Auto classes, from the hub or a folder; `tiny` and
 `random-2b` have random weights and are built in offline.py.
@@ -6,8 +6,6 @@ The released models come through transformers' Auto classes, from the hub or a f
 
 import hashlib
 import inspect
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -16,15 +14,18 @@ import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from flowers import UserError, devices, reason
+from flowers.qwen.adapters import base_model, load_adapter, some
 from flowers.qwen.offline import SHAPES, build
+from flowers.qwen.prompts import END
 
 DEFAULT = "Qwen/Qwen2-VL-2B-Instruct"
-# The linear layers of the language model: attention and MLP of every block. None of the vision
-# tower, whose features can then be computed once.
-LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-
-# peft still calls transformers' former names.
-warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
+# Whose ranking is tested against one plain forward a name, by the model_type of their config.
+FAMILIES = {
+    "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL-MoE",
+}
 
 
 def versions() -> dict[str, str]:
@@ -52,12 +53,22 @@ def load_model(
     if name in SHAPES:
         model, processor = build(name, dtype, device)
     else:
+        load_config(name)
         processor = _from_pretrained(AutoProcessor, name)
-        model = _from_pretrained(
-            AutoModelForImageTextToText, name, dtype=dtype, attn_implementation="sdpa"
+        model, info = _from_pretrained(
+            AutoModelForImageTextToText,
+            name,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
+        # An adapter that lies beside the weights on the hub has been loaded unseen.
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise UserError(f"{name} holds an adapter: give it with --adapter")
+        _check_weights(name, info)
         model = model.eval().to(device)
     processor.tokenizer.padding_side = "left"
+    model.generation_config = _greedy(model.generation_config, processor.tokenizer)
     # All images of tiny have one size.
     if max_pixels and name != "tiny":
         min_pixels = processor.image_processor.size["shortest_edge"]
@@ -71,89 +82,97 @@ def load_model(
     return model, processor
 
 
-def load_adapter(model, name: str, path: Path):
-    """Return the model with the adapter of a run, or of an adapter/ folder, in eval mode.
-
-    Raises UserError if there is none, or if it was made for another model.
-    """
-    folder = adapter_folder(path)
-    try:
-        return peft.PeftModel.from_pretrained(model, folder).eval()
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{folder} does not fit {name}: {reason(error)}") from None
-
-
-def adapter_folder(path: Path) -> Path:
-    """The folder of the adapter in a run, or `path` itself. Raises UserError if there is none."""
-    folder = path / "adapter" if (path / "adapter").is_dir() else path
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"no adapter in {path}: give a finished run of qwen_train.py")
-    return folder
-
-
 def load_config(name: str):
     """Return transformers' config of a model, without its weights.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or if the model is of another family than FAMILIES.
     """
     if name in SHAPES:
-        model, _ = build(name, device="meta")
-        return model.config
-    return _from_pretrained(AutoConfig, name)
+        return load_skeleton(name).config
+    # transformers would load the adapter with its model, and check neither.
+    if (Path(name) / "adapter_config.json").is_file():
+        raise UserError(f"{name} holds an adapter: give it with --adapter, its model with --model")
+    config = _from_pretrained(AutoConfig, name)
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{name} is a model of type {config.model_type}: names are ranked rightly by "
+            f"{', '.join(FAMILIES.values())} only"
+        )
+    # The packed names need a mask of their own, which no other kind of attention follows.
+    layer_types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    others = sorted(layer_types - {"full_attention"})
+    if others:
+        raise UserError(f"{name} has layers of {others[0]}, where names can't be ranked together")
+    return config
+
+
+def check_max_pixels(name: str, max_pixels: int) -> None:
+    """Raise UserError if no token of an image fits into so many pixels, or there is no model."""
+    vision = load_config(name).vision_config
+    side = vision.patch_size * vision.spatial_merge_size
+    if max_pixels < side**2:
+        raise UserError(
+            f"--max_pixels {max_pixels}: a token of {name} stands for {side} x {side} pixels, "
+            f"so give at least {side**2}"
+        )
+
+
+def load_skeleton(name: str):
+    """Return a model with its shapes, but without numbers. Raises UserError if there is none."""
+    if name in SHAPES:
+        return build(name, device="meta")[0]
+    config = load_config(name)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def _greedy(released, tokenizer) -> transformers.GenerationConfig:
+    """Return what greedy answers need of a generation config: what ends them and fills them up.
+
+    The released configs also hold penalties and limits, which would change the likeliest token.
+    Arguments of `generate` don't undo them: None stands for the model's own.
+    """
+    ends = released.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = {tokenizer.convert_tokens_to_ids(END), *ends} - {None}
+    padding = released.pad_token_id
+    return transformers.GenerationConfig(
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id if padding is None else padding,
+    )
+
+
+def _check_weights(name: str, info: dict) -> None:
+    """Raise UserError if a model has parameters that its files don't hold, or the reverse.
+
+    info: transformers' report. Parameters that are missing have been initialised at random.
+    """
+    missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if missing:
+        raise UserError(
+            f"{some(f'the files of {name} lack', missing)}: it would have random weights there"
+        )
+    adapters = [key for key in info["unexpected_keys"] if "lora_" in key]
+    if adapters:
+        raise UserError(
+            f"{some(f'the files of {name} hold', adapters)}: merge the adapter, or save it alone "
+            "and give it with --adapter"
+        )
 
 
 def _from_pretrained(auto_class, name: str, **options):
     try:
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except ImportError as error:
+        raise UserError(
+            f"{name} needs a package that is not installed, as quantised weights do: "
+            f"{reason(error)}"
+        ) from None
+    except Exception as error:  # transformers and safetensors raise many kinds at damaged files
         raise UserError(
             f"{name} can't be loaded ({reason(error)}): it needs the network once, "
-            "or a folder with its files; --model tiny needs neither"
+            "or a folder with its files, whole; --model tiny needs neither"
         ) from None
-
-
-# -----------------------------------------------------------------------------
-# adapters
-
-
-def base_model(model):
-    """Return the Qwen model inside peft's wrapper; the layers of its adapter stay in place."""
-    if isinstance(model, peft.PeftModel):
-        return model.get_base_model()
-    return model
-
-
-def add_adapter(
-    model, rank: int, alpha: float, also_train: Sequence[str] = (), recompute: bool = False
-):
-    """Add LoRA (Hu et al. 2022) to the language model, and freeze everything else.
-
-    alpha: LoRA's scale times its rank. also_train: modules that are trained whole, such as
-    `merger` or `visual`. recompute: blocks are computed again in the backward pass, for less
-    memory. Raises UserError if there is no module of a name.
-    """
-    module_names = {path.rsplit(".", 1)[-1] for path, _ in model.named_modules()}
-    for name in also_train:
-        if name not in module_names:
-            raise UserError(f"--also_train {name}: the model has no module of that name")
-    lora = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=LORA_TARGETS,
-        modules_to_save=list(also_train) or None,
-    )
-    model = peft.get_peft_model(model, lora)
-    # AdamW's updates are lost in bf16: what is trained is kept in fp32.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if recompute:
-        network = base_model(model)
-        # The second is the name up to transformers 5.22.
-        enable = getattr(network, "activation_checkpointing_enable", None)
-        enable = enable or network.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    return model
 
 
 # -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 
 from flowers import UserError
 
@@ -61,15 +62,23 @@ def encode(
 
     turn = {"role": "user", "content": content}
     chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
-    texts = []
-    for count, prefix in zip(image_tokens, prefixes):
-        texts.append(chat.replace(IMAGE, IMAGE * count) + prefix)
-
     tokenizer = processor.tokenizer
-    inputs = dict(tokenizer(texts, padding=True, padding_side="left", return_tensors="pt"))
-    is_image = inputs["input_ids"] == tokenizer.convert_tokens_to_ids(IMAGE)
-    inputs["mm_token_type_ids"] = is_image.long()
-    return inputs
+    prompts = []
+    for count, prefix in zip(image_tokens, prefixes):
+        ids = tokenizer(chat.replace(IMAGE, IMAGE * count))["input_ids"]
+        # By itself, as answers are in training. In one text, the line end before an empty line
+        # would become one token with it, which no model has seen there.
+        ids = ids + tokenizer(prefix, add_special_tokens=False)["input_ids"]
+        prompts.append(torch.tensor(ids, dtype=torch.long))
+
+    left = {"batch_first": True, "padding_side": "left"}
+    input_ids = pad_sequence(prompts, padding_value=tokenizer.pad_token_id, **left)  # (B, L)
+    is_image = input_ids == tokenizer.convert_tokens_to_ids(IMAGE)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in prompts], **left),
+        "mm_token_type_ids": is_image.long(),
+    }
 
 
 # -----------------------------------------------------------------------------

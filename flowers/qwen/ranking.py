@@ -27,7 +27,8 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
-from flowers.qwen.models import base_model, cache_argument, hidden_states
+from flowers.qwen.adapters import base_model
+from flowers.qwen.models import cache_argument, hidden_states
 from flowers.qwen.prompts import END
 
 MAX_LOGITS = 2**26  # at a time: those of all nodes at once would be gigabytes
