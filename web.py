@@ -91,6 +91,7 @@ DEFAULTS = {
 }
 NUMBERS = ("page", "image")
 TEXTS = ("ids", "q")
+RUNS = ("run", "other", "like")
 MAX_TEXT = 300  # characters
 
 state = st.session_state
@@ -112,7 +113,8 @@ def read_address(allowed: dict[str, Collection]) -> None:
     """Fill `state`, from the page's address where that is newer.
 
     What an address says is checked: a choice that is not among the `allowed` ones of its name, or
-    not a number where one is due, becomes the default.
+    not a number where one is due, becomes the default. The name of a run is kept, whether there is
+    such a run or not: under an old link, another run's numbers would be taken for its own.
     """
     address = st.query_params.to_dict()
     acted = state.pop("_acted", False)  # a callback of this run's click
@@ -132,7 +134,24 @@ def checked_choice(key: str, value: Any, allowed: dict[str, Collection]) -> Any:
         return int(value) if re.fullmatch("[0-9]{1,9}", value) else DEFAULTS[key]
     if key in TEXTS and isinstance(value, str):
         return value[:MAX_TEXT]
+    if key in RUNS:
+        return str(value)[:MAX_TEXT] if value else DEFAULTS[key]
     return value
+
+
+def is_missing(key: str, names: Collection[str], what: str) -> bool:
+    """Return whether a run was chosen that is not among `names`, after saying so.
+
+    what: the runs that `names` lists, in words.
+    """
+    name = state[key]
+    if name is None or name in names:
+        return False
+    st.warning(
+        f"There is no run {panels.plain(name)} {what}: it was deleted or renamed, or is misspelt "
+        "in the address. Choose another one."
+    )
+    return True
 
 
 def write_address() -> None:
@@ -279,6 +298,8 @@ def choose_one(
     label: str, options: Sequence[str], key: str, on_change: Callable[[], None] = change_filter
 ) -> None:
     """Show buttons for a few options, one of which is always chosen."""
+    if state[key] not in options:
+        options = [state[key], *options]  # a run that is gone: `is_missing` says so
     st.segmented_control(label, options, key=key, on_change=on_change, required=True, wrap=True)
 
 
@@ -286,6 +307,8 @@ def choose_from_list(
     label: str, options: Sequence[str], key: str, placeholder: str = "all classes"
 ) -> None:
     """Show a list of many options, searched by typing, of which one or none is chosen."""
+    if state[key] is not None and state[key] not in options:
+        options = [state[key], *options]  # a run that is gone: `is_missing` says so
     st.selectbox(
         label, options, key=key, placeholder=placeholder, on_change=change_filter, width=220
     )
@@ -418,7 +441,7 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
             f"No run in {runs} has predictions yet. Make one: {training_command(flowers, runs)}"
         )
         return None
-    if state["run"] not in names:
+    if state["run"] is None:
         state["run"] = names[0]  # the newest
     if state["other"] == state["run"]:
         state["other"] = None
@@ -428,6 +451,10 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
         choose_from_list("Compare with", others, "other", "no other run")
         choose_one("Part", PARTS, "part")
 
+    predicted = f"with predictions in {panels.plain(str(runs))}"
+    missing = [key for key in ("run", "other") if is_missing(key, names, predicted)]
+    if missing:
+        return None
     chosen = [name for name in (state["run"], state["other"]) if name]
     predictions = [load_predictions(data, runs / name) for name in chosen]
     images_of = outcomes(flowers.labels, *predictions)  # indices by outcome
@@ -549,7 +576,7 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
             f"Make one: {training_command(data.flowers, runs)}"
         )
         return None
-    if state["run"] not in models:
+    if state["run"] is None:
         state["run"] = models[0]
     with st.container(horizontal=True):
         st.text_input(
@@ -561,6 +588,8 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
             width=420,
         )
         choose_from_list("Run", models, "run")
+    if is_missing("run", models, f"with a model in {panels.plain(str(runs))}"):
+        return None
     upload = st.file_uploader(
         "or a picture of your own (JPEG, PNG or WebP; it is kept in memory only)",
         key="upload",
@@ -694,7 +723,10 @@ def rankings_of(
 
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     """Show the images nearest to image i, by colours or by the features of a run's model."""
-    choose_one("Nearest images by", ["colours", *models], "like", change)
+    ways = ["colours", *models]
+    choose_one("Nearest images by", ways, "like", change)
+    if is_missing("like", ways, f"with a model in {panels.plain(str(runs))}"):
+        return
     if state["like"] == "colours":
         features = data.thumbnails.features
     else:
@@ -720,7 +752,7 @@ def show_page(parser: argparse.ArgumentParser) -> None:
     # Asked anew each time: a run may end while the page is open.
     predicted = run_names(runs, "predictions.csv")
     models = run_names(runs, "model.pt")
-    read_address(allowed_choices(data, predicted, models))
+    read_address(allowed_choices(data))
 
     with toolbar():
         st.segmented_control(
@@ -787,13 +819,8 @@ def open_data(args: argparse.Namespace) -> Dataset:
         ) from None
 
 
-def allowed_choices(
-    data: Dataset, predicted: list[str], models: list[str]
-) -> dict[str, Collection]:
-    """Return what can be chosen, by the name of the choice; numbers and texts are not listed.
-
-    predicted, models: the runs that have predictions, and a model.
-    """
+def allowed_choices(data: Dataset) -> dict[str, Collection]:
+    """Return what can be chosen, by the name of the choice; not of numbers, texts and runs."""
     return {
         "view": VIEWS,
         "class": data.flowers.class_names,
@@ -803,9 +830,6 @@ def allowed_choices(
         "show": SHOWS,
         "bars": BARS,
         "order": ORDERS,
-        "run": {*predicted, *models},
-        "other": predicted,
-        "like": ["colours", *models],
     }
 
 

@@ -578,6 +578,34 @@ def test_going_back_in_the_browser_goes_back(page):
     assert shown(whole(at.run())) == list(range(1, 49))
 
 
+MISSING = [
+    {"view": "runs", "run": "thrid"},
+    {"view": "runs", "run": "first", "other": "thrid"},
+    {"view": "runs", "run": "first", "other": "thrid", "part": "classes"},
+    {"view": "search", "run": "thrid", "q": "a rose"},
+    {"image": "17", "like": "thrid"},
+]
+
+
+@pytest.mark.parametrize("address", MISSING, ids=str)
+def test_a_run_that_is_gone_is_never_replaced_by_another(page, address):
+    at = page(**address)
+    assert "There is no run thrid with" in text(at)
+    assert "%" not in text(at)
+    assert not shown(at)
+    assert not shown(at, "neighbours")
+    assert not at.dataframe
+    assert address_of(at) == address  # to be sent on, or to be opened when the run is back
+
+
+def test_a_run_that_is_deleted_while_the_page_is_open(page, runs, tmp_path):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    at = page(runs=folder, view="runs", run="second")
+    shutil.rmtree(folder / "second")
+    assert "There is no run second" in text(whole(at.run()))
+    assert "first: **" in text(select(at, "run", "first"))
+
+
 HOSTILE = [
     "../../etc/passwd",
     "<script>alert(1)</script>",
@@ -617,7 +645,7 @@ def test_hostile_addresses_show_what_there_is(page, value):
     assert len(shown(at)) == 48
     for view in ("runs", "search"):
         at = page(view=view, **dict.fromkeys([*CHOICES, "ids"], value))
-        assert "passwd" not in text(at)
+        assert "root:" not in text(at)  # of /etc/passwd
         assert set(shown(at)) <= set(range(1, N + 1))
 
 
