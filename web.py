@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
+import streamlit.config
 from starlette.formparsers import MultiPartParser
 
 from flowers import UserError, command
@@ -57,6 +58,12 @@ BARS = ("hidden", "shown")  # of the class histogram
 
 # A visitor's picture stays in memory: from 1 MB on it would go to a temporary file.
 MultiPartParser.spool_max_size = MAX_UPLOAD_BYTES + 1
+
+# Streamlit sends a large message once, and then only its hash: also where the message was dropped
+# because a click interrupted it, and the browser then stops with "Cached ForwardMsg MISS". Here and
+# not in .streamlit/config.toml alone: the page may be started with settings of another place.
+NEVER_CACHED = 1 << 40  # bytes, above any message
+streamlit.config.set_option("global.minCachedMessageSize", NEVER_CACHED)
 
 # -----------------------------------------------------------------------------
 # state: what a visitor has chosen

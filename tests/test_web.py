@@ -23,6 +23,8 @@ import scipy.io
 import torch
 from conftest import NAMES, ROOT, error_line, write_dataset
 from PIL import Image
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from streamlit.runtime.forward_msg_cache import populate_hash_if_needed
 from streamlit.testing.v1 import AppTest
 
 from flowers import UserError, models
@@ -649,6 +651,15 @@ def test_hostile_addresses_show_what_there_is(page, value):
         assert set(shown(at)) <= set(range(1, N + 1))
 
 
+def test_no_message_is_sent_as_a_hash(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # without the repository's .streamlit/config.toml
+    page()
+    message = ForwardMsg()
+    message.delta.new_element.markdown.body = "a" * 10_000_000
+    populate_hash_if_needed(message)
+    assert not message.metadata.cacheable
+
+
 # -----------------------------------------------------------------------------
 # what is damaged or missing
 
@@ -808,6 +819,8 @@ def test_thumbnails_are_kept_small_and_follow_their_files(many, tmp_path):
 
 FIRST_PAGE = """
 import sys
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from streamlit.runtime.forward_msg_cache import populate_hash_if_needed
 from streamlit.testing.v1 import AppTest
 
 sys.argv = ["web.py", "--data_root", {data_root!r}]

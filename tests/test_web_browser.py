@@ -340,6 +340,23 @@ def test_a_hurried_visitor_finds_no_error(page, server):
     wait(page, lambda: starts_with(page, 49, 97))
 
 
+def test_a_key_pressed_again_and_again_leaves_the_page_whole(page, server):
+    page.goto(f"{server}/?image=30")
+    wait(page, lambda: page.locator(".image img").count() == 1)
+    for key, times, pause in (
+        ("ArrowRight", 10, 100),
+        ("ArrowLeft", 5, 100),
+        ("ArrowRight", 300, 5),
+    ):
+        for _ in range(times):
+            page.locator(MAIN).press(key)
+            page.wait_for_timeout(pause)
+    page.wait_for_timeout(1000)  # PAUSE of page.js is over
+    page.locator(MAIN).press("Escape")
+    wait(page, lambda: "image=" not in page.url and len(captions(page)) == 48)
+    assert not page.get_by_text("Connection error").count()
+
+
 # -----------------------------------------------------------------------------
 # a telephone
 
