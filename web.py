@@ -87,8 +87,9 @@ DEFAULTS = {
     "bars": "hidden",
     "page": 1,
     "image": None,  # id of the image that is shown alone
-    "run": None,
+    "run": None,  # of the view of runs
     "other": None,  # the run that `run` is compared with
+    "model": None,  # the run whose model searches
     "part": "pictures",
     "show": "all",
     "guess": None,  # predicted class
@@ -98,7 +99,7 @@ DEFAULTS = {
 }
 NUMBERS = ("page", "image")
 TEXTS = ("ids", "q")
-RUNS = ("run", "other", "like")
+RUNS = ("run", "other", "model", "like")
 MAX_TEXT = 300  # characters
 
 state = st.session_state
@@ -113,7 +114,7 @@ def change(**choices) -> None:
 def change_filter() -> None:
     """Go back to the first page of the grid, as another list is to be shown."""
     # Neither the page nor the image need be in the list that the new filter gives.
-    change(page=1, image=None)
+    change(page=1, image=None, _left=None)
 
 
 def read_address(allowed: dict[str, Collection]) -> None:
@@ -123,7 +124,7 @@ def read_address(allowed: dict[str, Collection]) -> None:
     not a number where one is due, becomes the default. The name of a run is kept, whether there is
     such a run or not: under an old link, another run's numbers would be taken for its own.
     """
-    address = st.query_params.to_dict()
+    address = current_names(st.query_params.to_dict())
     acted = state.pop("_acted", False)  # a callback of this run's click
     opened = "_address" not in state
     went_back = not acted and address != state.get("_address")
@@ -131,6 +132,13 @@ def read_address(allowed: dict[str, Collection]) -> None:
     for key, default in DEFAULTS.items():
         # Streamlit forgets the value of a widget that is not on the page, unless it is set anew.
         state[key] = checked_choice(key, source.get(key, default), allowed)
+
+
+def current_names(address: dict[str, str]) -> dict[str, str]:
+    """Return an address with the names of today: older links call the model of a search `run`."""
+    if address.get("view") == "search" and "run" in address and "model" not in address:
+        address["model"] = address.pop("run")
+    return address
 
 
 def checked_choice(key: str, value: Any, allowed: dict[str, Collection]) -> Any:
@@ -294,11 +302,12 @@ def picture_grid(
     # As long as no thumbnails are stored, they are made here.
     with ThreadPoolExecutor() as pool:
         jpegs = pool.map(data.thumbnails.__getitem__, index)
+    left = state.get("_left")  # the image that was shown alone before
     items = []
     for i, jpeg in zip(index, jpegs):
         title = f"{data.ids[i]} {flowers.class_names[flowers.labels[i]]}"
         items.append((data.ids[i], jpeg, [title, *lines(i)]))
-    draw(panels.pictures(items), key, lambda image_id: change(image=int(image_id)))
+    draw(panels.pictures(items, left), key, lambda image_id: change(image=int(image_id)))
 
 
 def choose_one(
@@ -583,8 +592,8 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
             f"Make one: {training_command(data.flowers, runs)}"
         )
         return None
-    if state["run"] is None:
-        state["run"] = models[0]
+    if state["model"] is None:
+        state["model"] = models[0]
     with st.container(horizontal=True):
         st.text_input(
             "Sentence",
@@ -594,8 +603,8 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
             on_change=change_filter,
             width=420,
         )
-        choose_from_list("Run", models, "run")
-    if is_missing("run", models, f"with a model in {panels.plain(str(runs))}"):
+        choose_from_list("Run", models, "model")
+    if is_missing("model", models, f"with a model in {panels.plain(str(runs))}"):
         return None
     upload = st.file_uploader(
         "or a picture of your own (JPEG, PNG or WebP; it is kept in memory only)",
@@ -605,7 +614,7 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
     if not upload and not state["q"].strip():
         return None
 
-    searcher = load_searcher(data, runs / state["run"])
+    searcher = load_searcher(data, runs / state["model"])
     if upload:  # it comes before a sentence, which may stand there from an earlier search
         picture = open_picture(upload.getvalue())
         features = searcher.of_picture(picture)  # (D,)
@@ -686,8 +695,10 @@ def image_toolbar(ids: np.ndarray, i: int, index: np.ndarray) -> None:
         change(image=int(ids[random.choice(index)]))
 
     before, after = id_at(position - 1), id_at(position + 1)
+    # Who has gone on from image to image comes back to the part of the grid that they are at.
+    page = position // PER_PAGE + 1 if len(found) else state["page"]
     with toolbar():
-        step_button("Grid", "to_grid", "Escape", True, image=None)
+        step_button("Grid", "to_grid", "Escape", True, image=None, page=page, _left=int(ids[i]))
         step_button("Previous", "Previous_image", "Left", before is not None, image=before)
         step_button("Next", "Next_image", "Right", after is not None, image=after)
         st.button(

@@ -135,7 +135,8 @@ def html(at, key="pictures"):
 def pictures(at, key="pictures"):
     """Id, source and lines of text of each picture of a grid, in order."""
     found = []
-    for i, inside in re.findall('(?s)<button data-open="([0-9]+)">(.*?)</button>', html(at, key)):
+    button = '(?s)<button data-open="([0-9]+)"[^>]*>(.*?)</button>'
+    for i, inside in re.findall(button, html(at, key)):
         lines = [unescape(line) for line in re.findall("(?s)<p>(.*?)</p>", inside)]
         sources = re.findall('<img src="([^"]+)"', inside)
         found.append({"id": int(i), "src": sources, "lines": lines})
@@ -454,7 +455,7 @@ def reference(runs, many, sentence):
 
 def test_search_by_a_sentence(page, runs, many):
     sentence = "a red flower on black"
-    at = page(view="search", run="first")
+    at = page(view="search", model="first")
     assert not shown(at)
     write(at, "q", sentence)
     expected = reference(runs, many, sentence)
@@ -465,13 +466,13 @@ def test_search_by_a_sentence(page, runs, many):
     assert min(scores(at)) >= np.sort(expected)[-48] - 3e-3
     assert address_of(at)["q"] == sentence
 
-    at = page(view="search", run="first", q=sentence, image=str(shown(at)[1]))
+    at = page(view="search", model="first", q=sentence, image=str(shown(at)[1]))
     assert "2 of 120" in text(at)
 
 
 def test_search_by_a_picture_of_ones_own(page, many):
     data = (many / "jpg" / "image_00033.jpg").read_bytes()
-    at = page(view="search", run="first")
+    at = page(view="search", model="first")
     whole(at.file_uploader[0].upload("mine.jpg", data, "image/jpeg").run())
     assert shown(at)[0] == 33
     assert scores(at)[0] > 0.999
@@ -507,7 +508,7 @@ def test_a_bad_upload_is_a_sentence(name):
 
 
 def test_a_bad_upload_leaves_the_page_whole(page):
-    at = page(view="search", run="first")
+    at = page(view="search", model="first")
     at.file_uploader[0].upload("bad.jpg", BROKEN["half"], "image/jpeg").run()
     assert "can't be read as a picture" in whole(at, fails=True).error[0].value
 
@@ -561,7 +562,7 @@ def test_good_pictures_of_all_kinds_open_upright():
         {"view": "runs", "run": "first", "class": "rose", "guess": "rose"},
         {"view": "runs", "run": "first", "part": "classes"},
         {"view": "runs", "run": "first", "part": "confusion"},
-        {"view": "search", "run": "first", "q": "a rose"},
+        {"view": "search", "model": "first", "q": "a rose"},
     ],
     ids=str,
 )
@@ -574,6 +575,27 @@ def test_every_address_opens_the_same_view_again(page, address):
     assert text(again) == text(at)
 
 
+def test_a_view_keeps_its_run_when_another_view_changes_its_own(page, runs, tmp_path):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    shutil.copy(folder / "first" / "model.pt", folder / "second")
+    at = page(runs=folder, view="runs", run="first")
+    select(choose(at, "view", "search"), "model", "second")
+    assert "first: **" in text(choose(at, "view", "runs"))
+    assert at.selectbox(key="run").value == "first"
+
+    # Older links call it `run`.
+    at = page(runs=folder, view="search", run="second", q="a rose")
+    assert address_of(at) == {"view": "search", "model": "second", "q": "a rose"}
+
+
+def test_the_grid_follows_who_goes_on_from_image_to_image(page):
+    at = press(page(image="48"), "Next_image")
+    at = press(at, "to_grid")
+    assert shown(at) == list(range(49, 97))
+    assert address_of(at) == {"page": "2"}
+    assert re.findall('data-open="([0-9]+)" class="on"', html(at)) == ["49"]
+
+
 def test_going_back_in_the_browser_goes_back(page):
     at = press(page(), "next_page")
     at.query_params.pop("page")
@@ -584,7 +606,7 @@ MISSING = [
     {"view": "runs", "run": "thrid"},
     {"view": "runs", "run": "first", "other": "thrid"},
     {"view": "runs", "run": "first", "other": "thrid", "part": "classes"},
-    {"view": "search", "run": "thrid", "q": "a rose"},
+    {"view": "search", "model": "thrid", "q": "a rose"},
     {"image": "17", "like": "thrid"},
 ]
 
@@ -631,6 +653,7 @@ CHOICES = [
     "image",
     "run",
     "other",
+    "model",
     "part",
     "show",
     "guess",

@@ -41,6 +41,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
         root.innerHTML = html;
         root.shown = html;
         root.busyUntil = 0;
+        // Back from a picture to where it is in the grid.
+        root.querySelector(".pictures .on")?.scrollIntoView({ block: "nearest" });
     }
     root.onclick = event => {
         const target = event.target.closest("[data-open]");
