@@ -53,6 +53,7 @@ START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 VIEWS = ("browse", "runs", "search")
 PARTS = ("pictures", "classes", "confusion")  # of the view of runs
 SHOWS = ("all", "right", "wrong", "changed", "mended", "broken")  # keys of `outcomes`
+NAMES_OF_SHOWS = {"mended": "wrong → right", "broken": "right → wrong"}
 ORDERS = ("id", "confidence")
 BARS = ("hidden", "shown")  # of the class histogram
 
@@ -311,12 +312,27 @@ def picture_grid(
 
 
 def choose_one(
-    label: str, options: Sequence[str], key: str, on_change: Callable[[], None] = change_filter
+    label: str,
+    options: Sequence[str],
+    key: str,
+    on_change: Callable[[], None] = change_filter,
+    names: dict[str, str] | None = None,
 ) -> None:
-    """Show buttons for a few options, one of which is always chosen."""
+    """Show buttons for a few options, one of which is always chosen; names: what they are called,
+    where that is not the option itself.
+    """
     if state[key] not in options:
         options = [state[key], *options]  # a run that is gone: `is_missing` says so
-    st.segmented_control(label, options, key=key, on_change=on_change, required=True, wrap=True)
+    names = names or {}
+    st.segmented_control(
+        label,
+        options,
+        key=key,
+        format_func=lambda option: names.get(option, option),
+        on_change=on_change,
+        required=True,
+        wrap=True,
+    )
 
 
 def choose_from_list(
@@ -465,6 +481,9 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     with st.container(horizontal=True):
         choose_from_list("Run", names, "run")
         choose_from_list("Compare with", others, "other", "no other run")
+        if state["other"]:
+            swapped = {"run": state["other"], "other": state["run"], "page": 1}
+            st.button("Swap the two runs", on_click=change, kwargs=swapped, key="swap")
         choose_one("Part", PARTS, "part")
 
     predicted = f"with predictions in {panels.plain(str(runs))}"
@@ -490,16 +509,17 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
 def show_accuracies(
     flowers: Flowers, predictions: list[Predictions], images_of: dict[str, np.ndarray]
 ) -> None:
-    """Show the accuracy of each run, and how many images the second run mends and breaks."""
+    """Show the accuracy of each run, and on how many images only one of two is right."""
     index = images_of["all"]
     accuracies = []
     for run in predictions:
         percent = 100 * (run.guess[index] == flowers.labels[index]).mean()
         accuracies.append(f"{panels.plain(run.name)}: **{percent:.2f}%**")
     summary = " · ".join(accuracies) + f" of {len(index):,} images right"
-    if state["other"]:
+    if len(predictions) == 2:
+        first, second = (panels.plain(run.name) for run in predictions)
         mended, broken = len(images_of["mended"]), len(images_of["broken"])
-        summary += f" · {mended} mended, {broken} broken by {panels.plain(state['other'])}"
+        summary += f" · {mended} by {second} alone, {broken} by {first} alone"
     st.markdown(summary)
 
 
@@ -537,8 +557,8 @@ def show_confusion(flowers: Flowers, run: Predictions, index: np.ndarray) -> Non
         change(part="pictures", show="all", page=1, guess=guess, **{"class": true})
 
     st.caption(
-        "Images of each class (row) by the name that they are given (column). "
-        "Click on a cell to see its pictures."
+        f"Images of each class (row) by the name that {panels.plain(run.name)} gives them "
+        "(column). Click on a cell to see its pictures."
     )
     matrix = panels.confusion(flowers.class_names, flowers.labels[index], run.guess[index])
     draw(matrix, "confusion", open_cell)
@@ -551,15 +571,20 @@ def list_outcomes(
     # An address or a change of runs may ask for what these runs do not have.
     if state["show"] not in images_of:
         state["show"] = "all"  # there is no 'mended' without a second run
+    first = predictions[0]
     if state["image"] is None:
         names = sorted(flowers.class_names)
+        # Of two runs, these speak of the first.
+        by = f" by {panels.plain(first.name)}" if len(predictions) == 2 else ""
         with st.container(horizontal=True):
-            choose_one("Show", list(images_of), "show")
+            choose_one(f"Right and wrong{by}", list(images_of), "show", names=NAMES_OF_SHOWS)
             choose_from_list("True class", names, "class")
-            choose_from_list("Predicted class", names, "guess")
-            choose_one("Order", ORDERS, "order")
+            choose_from_list(f"Predicted class{by}", names, "guess")
+            choose_one(f"Order (confidence{by})", ORDERS, "order")
+        if len(predictions) == 2:
+            both = " and then ".join(panels.plain(run.name) for run in predictions)
+            st.caption(f"Under each picture, what {both} say of it. → goes from one to the other.")
 
-    first = predictions[0]
     index = images_of[state["show"]]
     if state["class"]:
         true = flowers.class_names.index(state["class"])

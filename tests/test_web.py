@@ -360,6 +360,21 @@ def test_outcomes_of_two_runs(page, runs, show):
     assert pictures(at)[0]["lines"][1] == answer
 
 
+def test_of_two_runs_the_page_says_of_which_it_speaks(page, runs):
+    first = predictions_of(runs, "first")
+    at = page(view="runs", run="second", other="first", show="wrong")
+    for key in ("show", "order"):
+        assert "by second" in at.segmented_control(key=key).label
+    assert at.selectbox(key="guess").label == "Predicted class by second"
+
+    at = press(at, "swap")
+    assert address_of(at) == {"view": "runs", "run": "first", "other": "second", "show": "wrong"}
+    assert shown(at) == [i for i, row in first.items() if row["top1"] != row["label"]]
+    assert at.selectbox(key="guess").label == "Predicted class by first"
+    at = page(view="runs", run="second", other="first", part="confusion")
+    assert "the name that second gives them" in text(at)
+
+
 def test_most_confident_mistakes_come_first(page, runs):
     first = predictions_of(runs, "first")
     wrong = [i for i in first if first[i]["top1"] != first[i]["label"]]
