@@ -45,7 +45,7 @@ def read_rgb(file: Path) -> np.ndarray:
             _check_size(image, data)
             if _is_for_opencv(image, data):
                 return _decode_jpeg(data)
-            return np.array(_as_rgb(image))
+            return np.array(as_rgb(image))
     except Exception as error:  # Pillow raises a dozen kinds at damaged files
         raise undecodable(file, error) from None
 
@@ -111,7 +111,7 @@ def read_picture(file: Path) -> np.ndarray:
             _check_size(image, file.read_bytes())
             # In place, as a copy would not know its format.
             ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_as_rgb(image))
+            return np.array(as_rgb(image))
     except Exception as error:  # Pillow raises a dozen kinds at damaged files
         raise undecodable(file, error) from None
 
@@ -122,7 +122,7 @@ def _formats() -> list[str]:
     return [name for name in Image.OPEN if name != "EPS"]
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode in RGB. Raises ValueError where its levels have no known range."""
     # Pillow cuts 16 bits off at 255 when it converts them, so they are scaled here. Older versions
     # read them as integers of 32 bits, of which PNG and PPM have none.

@@ -555,6 +555,20 @@ def test_good_pictures_of_all_kinds_open_upright():
     assert open_picture(out.getvalue()).shape == (40, 30, 3)
 
 
+def test_transparent_parts_are_white_and_16_bits_are_scaled(tmp_path):
+    hidden = Image.new("RGBA", (40, 40), (200, 0, 0, 0))  # red that nobody sees
+    hidden.paste((0, 0, 255, 255), (0, 0, 40, 20))
+    grey = Image.fromarray(np.full((40, 40), 0x8080, np.uint16))
+    for image, rows in ((hidden, [(0, 0, 255), (255, 255, 255)]), (grey, [(128,) * 3] * 2)):
+        file = tmp_path / "picture.png"
+        image.save(file)
+        picture = open_picture(file.read_bytes())
+        assert [tuple(picture[10, 20]), tuple(picture[30, 20])] == rows
+        small = read_thumbnail(thumbnail(file)).astype(int)
+        seen = [small[30, 80], small[130, 80]]
+        assert np.abs(np.array(seen) - rows).max() < 8  # a JPEG
+
+
 # -----------------------------------------------------------------------------
 # addresses
 
