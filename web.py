@@ -625,7 +625,7 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
             key="q",
             placeholder="a yellow flower with a dark centre",
             max_chars=MAX_TEXT,
-            on_change=change_filter,
+            on_change=lambda: search_by("sentence"),
             width=420,
         )
         choose_from_list("Run", models, "model")
@@ -634,18 +634,25 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
     upload = st.file_uploader(
         "or a picture of your own (JPEG, PNG or WebP; it is kept in memory only)",
         key="upload",
-        on_change=change_filter,
+        on_change=lambda: search_by("picture"),
     )
     if not upload and not state["q"].strip():
         return None
+    if upload and state["q"].strip():
+        state["by"] = state.get("by", "picture")  # the latter of the two, until one is chosen
+        choose_one("Search by", ("sentence", "picture"), "by")
+    else:
+        state["by"] = "picture" if upload else "sentence"
 
     searcher = load_searcher(data, runs / state["model"])
-    if upload:  # it comes before a sentence, which may stand there from an earlier search
+    if state["by"] == "picture":
         picture = open_picture(upload.getvalue())
         features = searcher.of_picture(picture)  # (D,)
         title = "class"
         if searcher.temperature:
             title = f"class, calibrated (T = {searcher.temperature:.3g})"
+        # Named, since Streamlit itself refuses what is too large, and the picture before it stays.
+        st.caption(f"Your picture {panels.plain(upload.name)}: its class, and the images like it.")
         show_answer(picture, data.flowers.class_names, searcher.ranking(features), title)
     else:
         if searcher.is_cut(state["q"]):
@@ -653,6 +660,12 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
         features = searcher.of_text(state["q"])
     order, scores = nearest(searcher.features, features)  # of all N images
     return Listing(order, score_lines(order, scores))
+
+
+def search_by(what: str) -> None:
+    """Search by the sentence or by the picture: by that which was changed last."""
+    change_filter()
+    state["by"] = what
 
 
 def score_lines(index: np.ndarray, scores: np.ndarray) -> Callable[[int], list[str]]:

@@ -498,6 +498,26 @@ def test_search_by_a_picture_of_ones_own(page, many):
     assert percent == sorted(percent, reverse=True)
 
 
+def test_of_a_sentence_and_a_picture_the_latter_is_searched(page, many):
+    data = (many / "jpg" / "image_00033.jpg").read_bytes()
+    sentence = "a red flower on black"
+    at = page(view="search", model="first", q=sentence)
+    by_sentence = shown(at)
+    whole(at.file_uploader[0].upload("mine.jpg", data, "image/jpeg").run())
+    by_picture = shown(at)
+    assert by_picture[0] == 33
+    assert by_picture != by_sentence
+    assert r"Your picture mine\.jpg" in text(at)
+
+    choose(at, "by", "sentence")
+    assert shown(at) == by_sentence
+    assert not html(at, "answer")
+    choose(at, "by", "picture")
+    assert shown(at) == by_picture
+    write(at, "q", "a rose")
+    assert html(at, "answer") == ""
+
+
 def encoded(size, kind="JPEG"):
     out = io.BytesIO()
     Image.new("RGB", size, (200, 30, 60)).save(out, kind)
