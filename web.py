@@ -391,7 +391,7 @@ def wait_for_colours(thumbnails: Thumbnails) -> None:
     if thumbnails.features is not None:
         st.rerun()  # of the whole page; this function alone runs once a second
     st.info(
-        thumbnails.problem
+        panels.message(thumbnails.problem)
         or "The colours of all images are being computed; this takes a few seconds, once."
     )
 
@@ -436,7 +436,7 @@ def browse(data: Dataset) -> Listing:
         try:
             passes &= in_ranges(data.ids, parse_ids(state["ids"]))
         except UserError as error:
-            st.warning(str(error).capitalize() + ".")
+            st.warning(panels.message(str(error).capitalize() + "."))
 
     # The histogram comes before the filter by class, since it is one way to choose the class.
     if show_filters and state["bars"] == "shown":
@@ -469,9 +469,8 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     """
     flowers = data.flowers
     if not names:
-        st.info(
-            f"No run in {runs} has predictions yet. Make one: {training_command(flowers, runs)}"
-        )
+        remedy = training_command(flowers, runs)
+        st.info(panels.message(f"No run in {runs} has predictions yet. Make one: {remedy}"))
         return None
     if state["run"] is None:
         state["run"] = names[0]  # the newest
@@ -612,10 +611,8 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
     models: the runs that have a model.
     """
     if not models:
-        st.info(
-            f"Searching needs a run with a model in {runs}. "
-            f"Make one: {training_command(data.flowers, runs)}"
-        )
+        remedy = training_command(data.flowers, runs)
+        st.info(panels.message(f"Searching needs a run with a model in {runs}. Make one: {remedy}"))
         return None
     if state["model"] is None:
         state["model"] = models[0]
@@ -701,10 +698,11 @@ def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs:
         jpeg = file.read_bytes()
         rgb = open_picture(jpeg)  # (H, W, 3)
     except (OSError, UserError) as error:
-        st.error(
+        problem = (
             f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: "
             "python -m flowers.data"
         )
+        st.error(panels.message(problem))
         return
     name = flowers.class_names[flowers.labels[i]]
     height, width = rgb.shape[:2]
@@ -758,7 +756,7 @@ def captions_of(data: Dataset, i: int) -> list[str]:
         try:
             return load_captions(data, path)[i]
         except UserError as error:
-            st.warning(str(error))
+            st.warning(panels.message(str(error)))
     return []
 
 
@@ -922,7 +920,7 @@ def main():
     try:
         show_page(parser)
     except (UserError, OSError) as error:
-        st.error(str(error))
+        st.error(panels.message(str(error)))
         write_address()  # of what was chosen, which the page could not show
 
 

@@ -163,11 +163,16 @@ def rankings(html):
     return tables
 
 
+def as_read(message):
+    """What is to be read of markdown: without the backslashes, and code within its line."""
+    return re.sub(r"\s*```(?:shell)?\s*", " ", re.sub(r"\\(.)", r"\1", message.value))
+
+
 def text(at):
     """All that is to be read on the page, but for its grids."""
     texts = []
     for kind in (at.markdown, at.info, at.warning, at.error, at.caption):
-        texts += [message.value for message in kind]
+        texts += [as_read(message) for message in kind]
     texts.append(unescape(re.sub("<[^>]+>", "\n", html(at, "image"))))
     return "\n".join(texts)
 
@@ -507,7 +512,7 @@ def test_of_a_sentence_and_a_picture_the_latter_is_searched(page, many):
     by_picture = shown(at)
     assert by_picture[0] == 33
     assert by_picture != by_sentence
-    assert r"Your picture mine\.jpg" in text(at)
+    assert "Your picture mine.jpg" in text(at)
 
     choose(at, "by", "sentence")
     assert shown(at) == by_sentence
@@ -545,7 +550,7 @@ def test_a_bad_upload_is_a_sentence(name):
 def test_a_bad_upload_leaves_the_page_whole(page):
     at = page(view="search", model="first")
     at.file_uploader[0].upload("bad.jpg", BROKEN["half"], "image/jpeg").run()
-    assert "can't be read as a picture" in whole(at, fails=True).error[0].value
+    assert "can't be read as a picture" in as_read(whole(at, fails=True).error[0])
 
     # What is larger is refused before it could go to a temporary file.
     from starlette.formparsers import MultiPartParser
@@ -753,7 +758,7 @@ def test_a_damaged_dataset_is_a_sentence_with_a_command(page, many, tmp_path, ha
         shutil.rmtree(root)
     else:
         (root / harm).unlink()
-    message = page(root, fails=True).error[0].value
+    message = as_read(page(root, fails=True).error[0])
     assert "python -m flowers.data" in message
     assert str(root) in message
     assert "\n" not in message
@@ -772,7 +777,7 @@ def test_a_damaged_image_does_not_hide_the_others(page, many, tmp_path):
     root = copy(many, tmp_path)
     (root / "jpg" / "image_00003.jpg").write_bytes(b"\xff\xd8 nothing")
     assert [picture["id"] for picture in pictures(page(root)) if not picture["src"]] == [3]
-    message = page(root, image="3", fails=True).error[0].value
+    message = as_read(page(root, image="3", fails=True).error[0])
     assert "python -m flowers.data" in message
 
 
@@ -793,7 +798,7 @@ HEAD = b"file,label,top1,score1\n"
 def test_damaged_predictions_are_a_sentence_with_a_command(page, runs, tmp_path, content):
     folder = shutil.copytree(runs, tmp_path / "runs")
     (folder / "second" / "predictions.csv").write_bytes(content)
-    message = page(runs=folder, view="runs", run="second", fails=True).error[0].value
+    message = as_read(page(runs=folder, view="runs", run="second", fails=True).error[0])
     assert "python baseline_eval.py" in message or "streamlit run web.py" in message
     assert shown(page(runs=folder, view="runs", run="first"))  # the other run is as it was
 
@@ -802,7 +807,7 @@ def test_a_run_of_another_dataset_says_which(page, runs, tmp_path):
     folder = shutil.copytree(runs, tmp_path / "runs")
     row = {"file": "image_00001.jpg", "label": "tulip", "top1": "tulip", "score1": 1}
     write_csv(folder / "second" / "predictions.csv", [row])
-    message = page(runs=folder, view="runs", run="second", fails=True).error[0].value
+    message = as_read(page(runs=folder, view="runs", run="second", fails=True).error[0])
     assert "--data_root elsewhere" in message
 
 
@@ -812,7 +817,7 @@ def test_damaged_models_and_arguments(page, runs, tmp_path):
     assert shown(page(runs=folder, view="search", q="a rose"))
 
     (folder / "first" / "model.pt").write_bytes(b"no model")
-    message = page(runs=folder, view="search", q="a rose", fails=True).error[0].value
+    message = as_read(page(runs=folder, view="search", q="a rose", fails=True).error[0])
     assert "can't be read" in message
 
 
@@ -825,7 +830,7 @@ def test_without_runs_the_page_says_how_to_make_one(page, tmp_path):
 
 def test_mistaken_flags_are_a_sentence(page, cli):
     at = page(more=["--colour", "red"], fails=True)
-    assert "unrecognized arguments" in at.error[0].value
+    assert "unrecognized arguments" in as_read(at.error[0])
     assert "streamlit run web.py" in error_line(cli("web.py"))
     assert "--runs" in cli("web.py", "--help")[1]
 
@@ -942,6 +947,23 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
+
+
+def test_commands_in_a_message_are_code():
+    commands = [
+        "python -m flowers.data",
+        "streamlit run web.py -- --data_root 'a b/c;d' --runs runs/x",
+        "python train.py --data_root /tmp/a_b.c --prompt_template 'a {}.' --holdout",
+    ]
+    message = panels.message(
+        f"no *dataset* (x--y): run {commands[0]} to download it. "
+        f"See {commands[1]}; or {commands[2]}"
+    )
+    assert re.findall("```shell\n(.*)\n```", message) == commands
+    rest = re.sub("```shell\n.*\n```", "", message).split("\n\n")
+    assert rest[0] == r"no \*dataset\* \(x\-\-y\)\: run"
+    assert rest[1].strip() == r"to download it\. See"
+    assert panels.message("a sentence.") == r"a sentence\."
 
 
 def test_names_are_text_whatever_they_hold(many):

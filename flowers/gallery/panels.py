@@ -6,6 +6,7 @@ Streamlit component that shows the HTML, hands the value of `data-open` on.
 """
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -22,6 +23,11 @@ ORANGE = "213 94 0"
 MIN_STRIP = 0.15  # of the palette's width: a colour is wide enough for its name
 MAX_COUNTS = 30  # classes up to which a confusion matrix has room for its numbers
 
+# A command in a message: the program with its flags, and not the words that follow.
+VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s;'"-][^\s;'"]*)+"""
+FLAG = rf"(?: --(?=\s)| \[?--\w+\]?(?:[= ]{VALUE})?)"
+COMMAND = re.compile(rf"(?:python (?:-m )?[\w./]+|streamlit run [\w./]+){FLAG}*(?<![.,)])")
+
 MARKDOWN = "\\`*_{}[]()<>#$|:~!+-."  # characters with a meaning in markdown
 
 _folder = Path(__file__).parent
@@ -36,6 +42,21 @@ def plain(text: str) -> str:
     """Return text that markdown shows as it is, on one line."""
     escapes = {ord(character): "\\" + character for character in MARKDOWN}
     return " ".join(text.split()).translate(escapes)
+
+
+def message(text: str) -> str:
+    """Return a message as markdown: its commands as code to be copied, the rest as it is.
+
+    As text, `--` would become a dash, and underscores would be gone.
+    """
+    parts = []
+    end = 0  # of what has been taken over
+    for command in COMMAND.finditer(text):
+        parts.append(plain(text[end : command.start()].lstrip(" ;.")))
+        parts.append(f"\n```shell\n{command[0]}\n```\n")
+        end = command.end()
+    parts.append(plain(text[end:].lstrip(" ;.")))
+    return "".join(parts).strip()
 
 
 # -----------------------------------------------------------------------------
