@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import streamlit as st
@@ -31,10 +32,12 @@ from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.download import data_folder, default_root, is_complete
 from flowers.files import user_path
 from flowers.gallery import panels
-from flowers.gallery.filters import export, image_ids, in_ranges, parse_ids, split_names
+from flowers.gallery.filters import as_csv, export, image_ids, in_ranges, parse_ids, split_names
 from flowers.gallery.predictions import (
+    IN_PERCENT,
     Predictions,
     class_changes,
+    confusion_table,
     outcomes,
     read_predictions,
     run_names,
@@ -170,13 +173,19 @@ def is_missing(key: str, names: Collection[str], what: str) -> bool:
     return True
 
 
-def write_address() -> None:
-    """Make the page's address say what `state` says."""
+def address_with(**choices) -> dict[str, str]:
+    """Return the address of what `state` says, but for these choices."""
     address = {}
     for key, default in DEFAULTS.items():
-        value = state.get(key, default)
+        value = choices.get(key, state.get(key, default))
         if value is not None and value != default:
             address[key] = str(value)
+    return address
+
+
+def write_address() -> None:
+    """Make the page's address say what `state` says."""
+    address = address_with()
     # Each time it is set the browser remembers a page to go back to: only when it is another one.
     if address != st.query_params.to_dict() or address != state.get("_address"):
         st.query_params.from_dict(address)
@@ -307,7 +316,8 @@ def picture_grid(
     items = []
     for i, jpeg in zip(index, jpegs):
         title = f"{data.ids[i]} {flowers.class_names[flowers.labels[i]]}"
-        items.append((data.ids[i], jpeg, [title, *lines(i)]))
+        link = "?" + urlencode(address_with(image=data.ids[i]))
+        items.append((data.ids[i], link, jpeg, [title, *lines(i)]))
     draw(panels.pictures(items, left), key, lambda image_id: change(image=int(image_id)))
 
 
@@ -408,11 +418,13 @@ class Listing:
         index: their indices, in the order in which they are shown.
         lines: what stands under each, from its index.
         predictions: of the runs that the view is about.
+        scores: how similar each is to what is searched, in the order of `index`.
     """
 
     index: np.ndarray
     lines: Callable[[int], list[str]] = no_lines
     predictions: Sequence[Predictions] = ()
+    scores: np.ndarray | None = None
 
 
 def browse(data: Dataset) -> Listing:
@@ -523,29 +535,31 @@ def show_accuracies(
 
 
 def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.ndarray) -> None:
-    """Show the accuracy of each class; a click on a row lists its pictures."""
+    """Show the accuracy of each class; a click on a cell or row lists the pictures of its class."""
     table = class_changes(flowers, index, *predictions)
 
-    def row_chosen():
+    def class_chosen():
         change()
-        # Called, too, when a row is no longer chosen: then there is none.
-        rows = state.get("table", {}).get("selection", {}).get("rows")
+        # Called, too, when nothing is chosen any longer.
+        selection = state.get("table", {}).get("selection", {})
+        rows = [*selection.get("rows", []), *(row for row, _ in selection.get("cells", []))]
         if rows:
             name = table["class"][rows[0]]
             change(part="pictures", show="all", page=1, guess=None, **{"class": name})
 
-    percentages = [*(run.name for run in predictions), "change"]
     one_decimal = st.column_config.NumberColumn(format="%.1f")
-    st.caption("Accuracy of each class in percent; choose a row to see its pictures.")
+    percentages = [column for column in table.columns if column.endswith(IN_PERCENT)]
+    st.caption("Accuracy of each class; click on a cell to see the pictures of its class.")
     st.dataframe(
         table,
         hide_index=True,
         key="table",
-        on_select=row_chosen,
-        selection_mode="single-row",
+        on_select=class_chosen,
+        selection_mode=["single-row", "single-cell"],
         height=560,
         column_config=dict.fromkeys(percentages, one_decimal),
     )
+    download("The table as CSV", "classes", lambda: as_csv(table))
 
 
 def show_confusion(flowers: Flowers, run: Predictions, index: np.ndarray) -> None:
@@ -561,6 +575,11 @@ def show_confusion(flowers: Flowers, run: Predictions, index: np.ndarray) -> Non
     )
     matrix = panels.confusion(flowers.class_names, flowers.labels[index], run.guess[index])
     draw(matrix, "confusion", open_cell)
+    download(
+        "The matrix as CSV",
+        "confusion",
+        lambda: as_csv(confusion_table(flowers, run, index)),
+    )
 
 
 def list_outcomes(
@@ -656,7 +675,7 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
             st.warning(f"The model reads {searcher.model.context_length} tokens: the rest is cut.")
         features = searcher.of_text(state["q"])
     order, scores = nearest(searcher.features, features)  # of all N images
-    return Listing(order, score_lines(order, scores))
+    return Listing(order, score_lines(order, scores), scores=scores)
 
 
 def search_by(what: str) -> None:
@@ -666,9 +685,9 @@ def search_by(what: str) -> None:
 
 
 def score_lines(index: np.ndarray, scores: np.ndarray) -> Callable[[int], list[str]]:
-    """Return a function that gives the similarity of an image, from its index."""
+    """Return a function that gives the similarity of an image, at most 1, from its index."""
     score_of = dict(zip(index.tolist(), scores.tolist()))
-    return lambda i: [f"{score_of[int(i)]:.3f}"]
+    return lambda i: [f"similarity {score_of[int(i)]:.3f}"]
 
 
 def show_answer(
@@ -838,7 +857,23 @@ def show_page(parser: argparse.ArgumentParser) -> None:
         show_image(data, int(found[0]), listing or everything, models, runs)
     elif listing is not None:
         show_listing(data, listing)
+    st.set_page_config(title_of_page(flowers, found))
     write_address()
+
+
+def title_of_page(flowers: Flowers, found: np.ndarray) -> str:
+    """Return what is shown, for the title of the browser's window. found: the image shown alone."""
+    what = [state["view"].title()]
+    if state["image"] is not None:
+        name = flowers.class_names[flowers.labels[found[0]]]
+        what = [f"{state['image']} {name}"]
+    elif state["view"] == "runs":
+        what += filter(None, (state["run"], state["other"]))
+    elif state["view"] == "search":
+        what.append(state["q"])
+    elif state["class"]:
+        what.append(state["class"])
+    return " · ".join([*filter(None, what), "Flowers"])
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -891,13 +926,21 @@ def show_listing(data: Dataset, listing: Listing) -> None:
     """Show one page of a list as a grid, and a button to download all of it."""
     on_page = pager(listing.index)
     picture_grid(data, on_page, "pictures", listing.lines)
-    st.download_button(
+    download(
         "This list as CSV",
-        lambda: export(data.flowers, listing.index, listing.predictions),
-        "flowers.csv",
-        "text/csv",
-        on_click="ignore",
-        disabled=not len(listing.index),
+        state["show"] if state["view"] == "runs" else "",
+        lambda: export(data.flowers, listing.index, listing.predictions, listing.scores),
+        empty=not len(listing.index),
+    )
+
+
+def download(label: str, what: str, make: Callable[[], str], empty: bool = False) -> None:
+    """Show a button to download a CSV file, named after the view, its runs and `what` it holds."""
+    names = {"runs": [state["run"], state["other"]], "search": [state["model"]]}
+    parts = ["flowers", state["view"], *names.get(state["view"], []), what]
+    name = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, parts)))
+    st.download_button(
+        label, make, f"{name}.csv", "text/csv", on_click="ignore", disabled=empty, key="download"
     )
 
 

@@ -284,7 +284,7 @@ def choose_train(page) -> None:
 
 
 def open_image(page) -> None:
-    page.locator(".pictures button").nth(20).click()
+    page.locator(".pictures a").nth(20).click()
 
 
 def search_sentence(page) -> None:

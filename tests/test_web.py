@@ -15,11 +15,13 @@ import time
 from collections import Counter
 from html import unescape
 from html.parser import HTMLParser
+from urllib.parse import parse_qsl
 
 import clip
 import numpy as np
 import pytest
 import scipy.io
+import streamlit
 import torch
 from conftest import NAMES, ROOT, error_line, write_dataset
 from PIL import Image
@@ -31,7 +33,7 @@ from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
 from flowers.gallery import colours, filters, panels
-from flowers.gallery.predictions import read_predictions
+from flowers.gallery.predictions import class_changes, confusion_table, read_predictions
 from flowers.gallery.thumbnails import (
     MAX_UPLOAD_BYTES,
     SLOT,
@@ -135,8 +137,8 @@ def html(at, key="pictures"):
 def pictures(at, key="pictures"):
     """Id, source and lines of text of each picture of a grid, in order."""
     found = []
-    button = '(?s)<button data-open="([0-9]+)"[^>]*>(.*?)</button>'
-    for i, inside in re.findall(button, html(at, key)):
+    link = '(?s)<a data-open="([0-9]+)"[^>]*>(.*?)</a>'
+    for i, inside in re.findall(link, html(at, key)):
         lines = [unescape(line) for line in re.findall("(?s)<p>(.*?)</p>", inside)]
         sources = re.findall('<img src="([^"]+)"', inside)
         found.append({"id": int(i), "src": sources, "lines": lines})
@@ -150,7 +152,7 @@ def shown(at, key="pictures"):
 
 def scores(at, key="pictures"):
     """The similarity under each picture of a grid."""
-    return [float(picture["lines"][1]) for picture in pictures(at, key)]
+    return [float(picture["lines"][1].removeprefix("similarity ")) for picture in pictures(at, key)]
 
 
 def rankings(html):
@@ -246,6 +248,9 @@ def test_filters_by_split_and_id_together(page, truth, split):
 
     write(at, "ids", " 3, 20-40 ,119")
     assert shown(at) == sorted({3, *range(20, 41), 119} & splits[split])
+
+    write(at, "ids", "40-20")
+    assert shown(at) == sorted({*range(20, 41)} & splits[split])
 
     write(at, "ids", "7; rm -rf")
     assert "numbers and ranges such as" in text(at)
@@ -431,16 +436,16 @@ def test_classes_are_sorted_by_change(page, runs):
             100 * np.mean([rows[i]["top1"] == name for i in images]) for rows in (first, second)
         )
         row = table[table["class"] == name].iloc[0]
-        assert row["first"] == pytest.approx(accuracy)
-        assert row["second"] == pytest.approx(accuracy_of_second)
+        assert row["accuracy of first (%)"] == pytest.approx(accuracy)
+        assert row["accuracy of second (%)"] == pytest.approx(accuracy_of_second)
         assert row["images"] == len(images)
         changes.append(accuracy_of_second - accuracy)
     by_size = sorted(changes, key=lambda change: -abs(change))
-    assert table["change"].tolist() == pytest.approx(by_size)
+    assert table["change (%)"].tolist() == pytest.approx(by_size)
     assert len(set(changes)) > 1
 
     at = page(view="runs", run="first", part="classes")
-    assert at.dataframe[0].value["first"].is_monotonic_increasing
+    assert at.dataframe[0].value["accuracy of first (%)"].is_monotonic_increasing
 
 
 def test_an_image_shows_what_both_runs_say(page, runs):
@@ -647,7 +652,7 @@ def test_the_grid_follows_who_goes_on_from_image_to_image(page):
     at = press(at, "to_grid")
     assert shown(at) == list(range(49, 97))
     assert address_of(at) == {"page": "2"}
-    assert re.findall('data-open="([0-9]+)" class="on"', html(at)) == ["49"]
+    assert re.findall('data-open="([0-9]+)" href="[^"]*" class="on"', html(at)) == ["49"]
 
 
 def test_going_back_in_the_browser_goes_back(page):
@@ -860,6 +865,61 @@ def test_export_lists_what_is_shown(many, runs, truth):
             assert row["first probability"] == ""
 
 
+def test_tables_as_csv(many, runs, tmp_path):
+    flowers = open_flowers(many)
+    table = filters.export(flowers, [4, 0], scores=np.array([0.75, -0.5]))
+    rows = list(csv.DictReader(io.StringIO(table)))
+    assert [float(row["similarity"]) for row in rows] == [0.75, -0.5]
+
+    # A run may be called as a column is.
+    for name in ("class", "images", "change"):
+        shutil.copytree(runs / "first", tmp_path / name)
+        run = read_predictions(tmp_path / name, flowers)
+        second = read_predictions(runs / "second", flowers)
+        changes = class_changes(flowers, run.index, run, second)
+        assert set(changes["class"]) == set(NAMES)
+        assert changes["images"].sum() == len(run.index)
+        assert changes.shape == (len(NAMES), 5)
+
+    rows = predictions_of(runs, "second").values()
+    counts = Counter((row["label"], row["top1"]) for row in rows)
+    matrix = list(confusion_table(flowers, second, second.index).itertuples(index=False))
+    assert {(true, guess): n for true, guess, n in matrix} == counts
+
+
+def test_each_list_has_a_file_of_its_own(page, monkeypatch):
+    files = {}
+
+    def keep(label, make, name, *_, **options):
+        files[name] = make().splitlines()[0]
+
+    monkeypatch.setattr(streamlit, "download_button", keep)
+    runs = {"view": "runs", "run": "first"}
+    for address in (
+        {},
+        {**runs, "show": "wrong"},
+        {**runs, "other": "second", "part": "classes"},
+        {**runs, "part": "confusion"},
+    ):
+        page(**address)
+    of_first, of_second = "accuracy of first (%)", "accuracy of second (%)"
+    assert files == {
+        "flowers-browse.csv": "id,file,class,split",
+        "flowers-runs-first-wrong.csv": "id,file,class,split,first prediction,first probability",
+        "flowers-runs-first-second-classes.csv": f"class,change (%),images,{of_first},{of_second}",
+        "flowers-runs-first-confusion.csv": "class,prediction,images",
+    }
+
+
+def test_a_picture_is_a_link_to_its_address(page):
+    at = page(view="runs", run="first", show="wrong")
+    i = shown(at)[1]
+    links = re.findall('href="([^"]*)"', html(at))
+    address = dict(parse_qsl(unescape(links[1]).removeprefix("?")))
+    assert address == {"view": "runs", "run": "first", "show": "wrong", "image": str(i)}
+    assert address_of(page(**address)) == address
+
+
 def ready_thumbnails(flowers):
     """Thumbnails, when their thread has made them all."""
     thumbnails = Thumbnails(flowers)
@@ -919,6 +979,7 @@ ATTRIBUTES = {
     "style",
     "title",
     "alt",
+    "href",
     "src",
     "data-open",
     "viewbox",
@@ -972,7 +1033,7 @@ def test_names_are_text_whatever_they_hold(many):
     black = np.zeros((9, 9, 3), np.uint8)
     ranking = (vile[0], [(name, 0.5) for name in vile])
     drawn = [
-        panels.pictures([(1, b"x", vile)]),
+        panels.pictures([(1, "?a=b&c=d", b"x", vile)]),
         panels.class_histogram(flowers, np.arange(N), vile[0]),
         panels.image(b"x", black, vile[1], vile, vile, [ranking]),
         panels.confusion(vile, np.arange(6), np.arange(6)[::-1]),

@@ -38,8 +38,8 @@ FLAGS = [
 # The page when Streamlit has run its script to the end.
 IDLE = "[data-testid=stApp][data-test-script-state=notRunning]"
 MAIN = "[data-testid=stMain]"
-PICTURE = ".pictures button"
-PREDICTION = ".pictures button p:nth-of-type(2)"
+PICTURE = ".pictures a"
+PREDICTION = ".pictures a p:nth-of-type(2)"
 
 
 # -----------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def page(chromium, server):
 
 def captions(page):
     """Id and class under each picture of the grid."""
-    return page.locator(".pictures button p:first-of-type").all_inner_texts()
+    return page.locator(".pictures a p:first-of-type").all_inner_texts()
 
 
 def predictions(page):
@@ -380,7 +380,7 @@ def test_nothing_is_cut_off_on_a_telephone(chromium, server, theme):
         "?view=search&q=rose",
     ):
         page.goto(f"{server}/{address}")
-        page.wait_for_selector(".pictures button, [data-testid=stDataFrame], .matrix")
+        page.wait_for_selector(".pictures a, [data-testid=stDataFrame], .matrix")
         page.wait_for_selector(IDLE)
         assert page.locator(MAIN).evaluate("e => e.scrollWidth") <= 400
         block = page.locator("[data-testid=stMainBlockContainer]")

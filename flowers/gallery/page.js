@@ -46,10 +46,15 @@ export default function ({ data, parentElement, setTriggerValue }) {
     }
     root.onclick = event => {
         const target = event.target.closest("[data-open]");
+        // A picture is a link: the browser itself opens it in another tab or window.
+        if (!target || event.ctrlKey || event.metaKey || event.shiftKey) {
+            return;
+        }
+        event.preventDefault();
         // The second click of a double click would interrupt the answer to the first,
         // and open half of what that one asked for.
         const busy = root.busyUntil > Date.now();
-        if (target && !busy) {
+        if (!busy) {
             root.busyUntil = Date.now() + PAUSE;
             setTriggerValue("open", target.dataset.open);
         }

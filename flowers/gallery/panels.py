@@ -86,18 +86,19 @@ def bar(fraction: float) -> str:
 # pictures
 
 
-def pictures(items: Iterable[tuple[int, bytes, list[str]]], left: int | None = None) -> str:
+def pictures(items: Iterable[tuple[int, str, bytes, list[str]]], left: int | None = None) -> str:
     """Return a grid of pictures that open their ids.
 
-    items: id, JPEG (no bytes: the file is damaged) and lines of text of each picture. left: the id
-    of the picture that a visitor comes back from, which stands out.
+    items: id, link, JPEG (no bytes: the file is damaged) and lines of text of each picture. left:
+    the id of the picture that a visitor comes back from, which stands out.
     """
-    buttons = []
-    for i, jpeg, lines in items:
+    links = []
+    for i, link, jpeg, lines in items:
         shown = picture(jpeg, lines[0]) if jpeg else "<div class=none>damaged</div>"
         emphasis = ' class="on"' if i == left else ""
-        buttons.append(f'<button data-open="{i}"{emphasis}>{shown}{paragraphs(lines)}</button>')
-    return f'<div class="pictures">{"".join(buttons)}</div>'
+        attributes = f'data-open="{i}" href="{escape(link)}"{emphasis}'
+        links.append(f"<a {attributes}>{shown}{paragraphs(lines)}</a>")
+    return f'<div class="pictures">{"".join(links)}</div>'
 
 
 def image(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NO_CLASS = -1  # of an image that a run did not predict
+# At the end of a column's name: no run takes the place of another column.
+IN_PERCENT = " (%)"
 
 # -----------------------------------------------------------------------------
 # runs
@@ -204,8 +206,8 @@ def class_changes(
     """Return a table of the classes that occur among the images at `index`, a row a class.
 
     Columns: class, change (second minus first, only with a second run), images, and the accuracy
-    of each run in percent under its name. The largest change comes first; without a second run,
-    the lowest accuracy.
+    of each run under its name. All but the first and the number of images end in IN_PERCENT. The
+    largest change comes first; without a second run, the lowest accuracy.
     """
     import pandas as pd  # not needed by the first view
 
@@ -218,13 +220,29 @@ def class_changes(
         return 100 * right.groupby(labels).mean().to_numpy()
 
     table = pd.DataFrame({"class": [flowers.class_names[c] for c in classes]})
+    of_first = f"accuracy of {first.name}{IN_PERCENT}"
     if second is None:
         table["images"] = counts
-        table[first.name] = accuracies(first)
-        return table.sort_values(first.name, kind="stable", ignore_index=True)
-    table["change"] = accuracies(second) - accuracies(first)
+        table[of_first] = accuracies(first)
+        return table.sort_values(of_first, kind="stable", ignore_index=True)
+    change = f"change{IN_PERCENT}"
+    table[change] = accuracies(second) - accuracies(first)
     table["images"] = counts
-    table[first.name] = accuracies(first)
-    table[second.name] = accuracies(second)
-    by_size = table["change"].abs().sort_values(ascending=False, kind="stable")
+    table[of_first] = accuracies(first)
+    table[f"accuracy of {second.name}{IN_PERCENT}"] = accuracies(second)
+    by_size = table[change].abs().sort_values(ascending=False, kind="stable")
     return table.loc[by_size.index].reset_index(drop=True)
+
+
+def confusion_table(flowers: Flowers, run: Predictions, index: np.ndarray) -> "pd.DataFrame":
+    """Return how many of the images at `index` have each pair of names, a row a pair that occurs.
+
+    Columns: class, prediction, images. Sorted by the names.
+    """
+    import pandas as pd
+
+    names = np.array(flowers.class_names)
+    pairs = pd.DataFrame(
+        {"class": names[flowers.labels[index]], "prediction": names[run.guess[index]]}
+    )
+    return pairs.value_counts(sort=False).rename("images").reset_index()
