@@ -41,6 +41,7 @@ from flowers.gallery.predictions import (
     outcomes,
     read_predictions,
     run_names,
+    why_apart,
 )
 from flowers.gallery.search import Searcher, nearest
 from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES, Thumbnails, open_picture
@@ -251,6 +252,24 @@ def made_once(_make: Callable[[Path], Any], path: Path, stamp: tuple) -> Any:
     return _make(path)
 
 
+@st.cache_data(show_spinner=False, max_entries=2000)
+def reason_apart(_data: Dataset, path: Path, stamp: tuple) -> str:
+    """Return why_apart of the run whose predictions.csv is at `path`; once, until it changes."""
+    return why_apart(path.parent, _data.flowers)
+
+
+def reasons_apart(data: Dataset, runs: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return each run with the reason why it is listed apart, empty for none.
+
+    Those without a reason come first; for the rest the order is kept.
+    """
+    reasons = {}
+    for name in names:
+        path = runs / name / "predictions.csv"
+        reasons[name] = reason_apart(data, path, data.stamp + stamp_of(path))
+    return dict(sorted(reasons.items(), key=lambda item: bool(item[1])))
+
+
 def load_captions(data: Dataset, path: Path) -> list[list[str]]:
     def read(path: Path) -> list[list[str]]:
         return read_captions(path, data.flowers.files)
@@ -258,11 +277,11 @@ def load_captions(data: Dataset, path: Path) -> list[list[str]]:
     return made_once(read, path, data.stamp + stamp_of(path))
 
 
-def load_predictions(data: Dataset, run: Path) -> Predictions:
+def load_predictions(data: Dataset, runs: Path, name: str) -> Predictions:
     def read(path: Path) -> Predictions:
-        return read_predictions(path.parent, data.flowers)
+        return read_predictions(path.parent, data.flowers, name)
 
-    path = run / "predictions.csv"
+    path = runs / name / "predictions.csv"
     return made_once(read, path, data.stamp + stamp_of(path))
 
 
@@ -346,13 +365,31 @@ def choose_one(
 
 
 def choose_from_list(
-    label: str, options: Sequence[str], key: str, placeholder: str = "all classes"
+    label: str,
+    options: Sequence[str],
+    key: str,
+    placeholder: str = "all classes",
+    reasons: dict[str, str] | None = None,
 ) -> None:
-    """Show a list of many options, searched by typing, of which one or none is chosen."""
+    """Show a list of many options, searched by typing, of which one or none is chosen.
+
+    reasons: why an option stands apart from the others, shown behind it.
+    """
+    reasons = reasons or {}
     if state[key] is not None and state[key] not in options:
         options = [state[key], *options]  # a run that is gone: `is_missing` says so
+
+    def shown(option: str) -> str:
+        return f"{option} ({reasons[option]})" if reasons.get(option) else option
+
     st.selectbox(
-        label, options, key=key, placeholder=placeholder, on_change=change_filter, width=220
+        label,
+        options,
+        key=key,
+        format_func=shown,
+        placeholder=placeholder,
+        on_change=change_filter,
+        width=220,
     )
 
 
@@ -484,14 +521,16 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
         remedy = training_command(flowers, runs)
         st.info(panels.message(f"No run in {runs} has predictions yet. Make one: {remedy}"))
         return None
+    reasons = reasons_apart(data, runs, names)
+    names = list(reasons)
     if state["run"] is None:
-        state["run"] = names[0]  # the newest
+        state["run"] = names[0]  # the newest of this dataset and split, if there is one
     if state["other"] == state["run"]:
         state["other"] = None
     others = [name for name in names if name != state["run"]]
     with st.container(horizontal=True):
-        choose_from_list("Run", names, "run")
-        choose_from_list("Compare with", others, "other", "no other run")
+        choose_from_list("Run", names, "run", reasons=reasons)
+        choose_from_list("Compare with", others, "other", "no other run", reasons)
         if state["other"]:
             swapped = {"run": state["other"], "other": state["run"], "page": 1}
             st.button("Swap the two runs", on_click=change, kwargs=swapped, key="swap")
@@ -502,7 +541,7 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     if missing:
         return None
     chosen = [name for name in (state["run"], state["other"]) if name]
-    predictions = [load_predictions(data, runs / name) for name in chosen]
+    predictions = [load_predictions(data, runs, name) for name in chosen]
     images_of = outcomes(flowers.labels, *predictions)  # indices by outcome
     if not len(images_of["all"]):
         raise UserError(
@@ -633,6 +672,8 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
         remedy = training_command(data.flowers, runs)
         st.info(panels.message(f"Searching needs a run with a model in {runs}. Make one: {remedy}"))
         return None
+    reasons = reasons_apart(data, runs, models)
+    models = list(reasons)
     if state["model"] is None:
         state["model"] = models[0]
     with st.container(horizontal=True):
@@ -644,7 +685,7 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
             on_change=lambda: search_by("sentence"),
             width=420,
         )
-        choose_from_list("Run", models, "model")
+        choose_from_list("Run", models, "model", reasons=reasons)
     if is_missing("model", models, f"with a model in {panels.plain(str(runs))}"):
         return None
     upload = st.file_uploader(

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -814,6 +815,33 @@ def test_a_run_of_another_dataset_says_which(page, runs, tmp_path):
     write_csv(folder / "second" / "predictions.csv", [row])
     message = as_read(page(runs=folder, view="runs", run="second", fails=True).error[0])
     assert "--data_root elsewhere" in message
+
+
+def test_the_newest_run_of_this_dataset_and_split_comes_first(page, runs, truth, tmp_path):
+    class_of, splits = truth
+    folder = tmp_path / "runs"
+    row = {"file": "image_00001.jpg", "label": "tulip", "top1": "tulip", "score1": 1}
+    i = min(splits["train"])
+    trained = {**row, "file": f"image_{i:05d}.jpg", "label": class_of[i], "top1": class_of[i]}
+    shutil.copytree(runs / "first", folder / "demo" / "before")
+    shutil.copytree(runs / "second", folder / "demo" / "after")
+    for name, rows in (("tulips", [row]), ("official", [trained])):
+        (folder / name).mkdir()
+        write_csv(folder / name / "predictions.csv", rows)
+    names = ("demo/before", "demo/after", "tulips", "official")
+    for age, name in enumerate(names):
+        os.utime(folder / name, (10**9 + age, 10**9 + age))
+
+    at = page(runs=folder, view="runs")
+    assert "demo/after: **" in text(at)
+    assert address_of(at)["run"] == "demo/after"
+    assert at.selectbox(key="run").options == [
+        "demo/after",
+        "demo/before",
+        "official (another split)",
+        "tulips (another dataset)",
+    ]
+    assert page(runs=folder, view="search").selectbox(key="model").options == ["demo/before"]
 
 
 def test_damaged_models_and_arguments(page, runs, tmp_path):
