@@ -50,6 +50,7 @@ from flowers.runs import command_line
 
 PER_PAGE = 48  # pictures of a grid
 NEIGHBOURS = 12  # nearest images, under one image
+SIMILARITY = "Similarity: 1 is the same. By colours, 0 is none in common; by a model, unrelated."
 BEST = 5  # names in the ranking of a visitor's picture
 START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 
@@ -393,11 +394,18 @@ def choose_from_list(
     )
 
 
-def step_button(label: str, key: str, shortcut: str, enabled: bool, **choices) -> None:
+def step_button(label: str, key: str, shortcut: str | None, enabled: bool, **choices) -> None:
     """Show a button, also pressed by a key of the keyboard, that makes these choices."""
     st.button(
         label, on_click=change, kwargs=choices, disabled=not enabled, shortcut=shortcut, key=key
     )
+
+
+def filters():
+    """Return a container for the filters of a view; on a telephone they are folded away."""
+    if "Mobile" in (st.context.headers.get("User-Agent") or ""):
+        return st.expander("Filters")
+    return st.container(horizontal=True)
 
 
 def toolbar():
@@ -417,8 +425,7 @@ def pager(index: np.ndarray) -> np.ndarray:
     if len(index):
         summary = f"{first + 1:,} to {first + len(on_page):,} of {len(index):,} images"
     with toolbar():
-        step_button("Previous", "previous_page", "Left", page > 1, page=page - 1)
-        step_button("Next", "next_page", "Right", page < n_pages, page=page + 1)
+        turn_buttons(page, n_pages, "", ("Left", "Right"))
         st.number_input(
             "Page",
             1,
@@ -430,6 +437,15 @@ def pager(index: np.ndarray) -> np.ndarray:
         )
         st.markdown(summary, width="content")
     return on_page
+
+
+def turn_buttons(
+    page: int, n_pages: int, where: str, shortcuts: Sequence[str | None] = (None, None)
+) -> None:
+    """Show the two buttons that turn pages. where: tells their keys from those of another pair."""
+    back, on = shortcuts
+    step_button("Previous", f"previous_page{where}", back, page > 1, page=page - 1, _left=None)
+    step_button("Next", f"next_page{where}", on, page < n_pages, page=page + 1, _left=None)
 
 
 @st.fragment(run_every=1)
@@ -470,7 +486,7 @@ def browse(data: Dataset) -> Listing:
     show_filters = state["image"] is None  # one image is shown without them
     if show_filters:
         splits = [name for name, index in flowers.splits.items() if len(index)]
-        with st.container(horizontal=True):
+        with filters():
             choose_from_list("Class", sorted(flowers.class_names), "class")
             choose_one("Split", ["all", *splits], "split")
             st.text_input(
@@ -633,7 +649,7 @@ def list_outcomes(
         names = sorted(flowers.class_names)
         # Of two runs, these speak of the first.
         by = f" by {panels.plain(first.name)}" if len(predictions) == 2 else ""
-        with st.container(horizontal=True):
+        with filters():
             choose_one(f"Right and wrong{by}", list(images_of), "show", names=NAMES_OF_SHOWS)
             choose_from_list("True class", names, "class")
             choose_from_list(f"Predicted class{by}", names, "guess")
@@ -716,6 +732,7 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
             st.warning(f"The model reads {searcher.model.context_length} tokens: the rest is cut.")
         features = searcher.of_text(state["q"])
     order, scores = nearest(searcher.features, features)  # of all N images
+    st.caption(SIMILARITY)
     return Listing(order, score_lines(order, scores), scores=scores)
 
 
@@ -850,6 +867,7 @@ def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> Non
         return
     order, scores = nearest(features, features[i], leave_out=i)  # it is its own nearest
     index, scores = order[:NEIGHBOURS], scores[:NEIGHBOURS]
+    st.caption(SIMILARITY)
     picture_grid(data, index, "neighbours", score_lines(index, scores))
 
 
@@ -967,6 +985,9 @@ def show_listing(data: Dataset, listing: Listing) -> None:
     """Show one page of a list as a grid, and a button to download all of it."""
     on_page = pager(listing.index)
     picture_grid(data, on_page, "pictures", listing.lines)
+    if len(on_page) < len(listing.index):
+        with toolbar():
+            turn_buttons(state["page"], -(-len(listing.index) // PER_PAGE), "_below")
     download(
         "This list as CSV",
         state["show"] if state["view"] == "runs" else "",
@@ -1001,6 +1022,7 @@ def main():
         raise UserError(f"this is a page: start it with {START}")
 
     st.set_page_config("Flowers", page_icon="🌸", layout="wide")
+    st.html(f"<style>{panels.PAGE_STYLE}</style>")
     try:
         show_page(parser)
     except (UserError, OSError) as error:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter
 from html import unescape
 from html.parser import HTMLParser
@@ -229,6 +230,22 @@ def test_opens_on_all_images_and_pages_through_them(page):
     whole(at.number_input(key="page").set_value(2).run())
     assert shown(at) == list(range(49, 97))
     assert shown(press(at, "previous_page")) == list(range(1, 49))
+
+
+def test_pages_turn_below_the_grid_too(page):
+    at = press(press(page(), "next_page_below"), "next_page_below")
+    assert shown(at) == list(range(97, 121))
+    assert shown(press(at, "previous_page_below")) == list(range(49, 97))
+    at = page(**{"class": "mallow"})  # a single page
+    assert not [button for button in at.button if button.key == "next_page_below"]
+
+
+def test_filters_are_folded_away_on_a_telephone(page, monkeypatch):
+    assert not page().expander
+    headers = {"User-Agent": "Mozilla/5.0 (Linux; Android 15) Chrome/140 Mobile Safari/537.36"}
+    monkeypatch.setattr(type(streamlit.context), "headers", headers)
+    assert [box.label for box in page().expander] == ["Filters"]
+    assert [box.label for box in page(view="runs", run="first").expander] == ["Filters"]
 
 
 @pytest.mark.parametrize("name", ["mallow", "tree mallow"])  # one name holds the other
@@ -1053,6 +1070,36 @@ def test_commands_in_a_message_are_code():
     assert rest[0] == r"no \*dataset\* \(x\-\-y\)\: run"
     assert rest[1].strip() == r"to download it\. See"
     assert panels.message("a sentence.") == r"a sentence\."
+
+
+def luminance(colour):
+    """Relative luminance of red, green and blue from 0 to 255, by WCAG 2.2."""
+    levels = np.array(colour) / 255
+    linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+def contrast(a, b):
+    dark, light = sorted((luminance(a), luminance(b)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+GROUNDS = {"light": (255, 255, 255), "dark": (14, 17, 23)}  # Streamlit's own
+
+
+@pytest.mark.parametrize("theme", GROUNDS)
+def test_what_is_chosen_or_clicked_is_seen_in_both_themes(theme):
+    ground = np.array(GROUNDS[theme])
+    # One image of a thousand is as well seen as all of them.
+    cells = panels.confusion(["a", "b"], np.zeros(1000, int), np.arange(1000) // 999)
+    outlines = re.findall(r"border-color:rgb\((\d+) (\d+) (\d+)\)", cells)
+    assert len(outlines) == 2
+    assert all(contrast([int(c) for c in outline], ground) >= 3 for outline in outlines)
+
+    # The name of a chosen button, on a ground of up to a quarter of its own colour.
+    config = tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text())
+    chosen = np.array(list(bytes.fromhex(config["theme"][theme]["primaryColor"][1:])))
+    assert contrast(chosen, 0.75 * ground + 0.25 * chosen) >= 4.5
 
 
 def test_names_are_text_whatever_they_hold(many):

@@ -43,6 +43,12 @@ export default function ({ data, parentElement, setTriggerValue }) {
         root.busyUntil = 0;
         // Back from a picture to where it is in the grid.
         root.querySelector(".pictures .on")?.scrollIntoView({ block: "nearest" });
+        // A picture that was opened from below, or under the filters of a small screen.
+        const image = root.querySelector(".image");
+        const top = image?.getBoundingClientRect().top;
+        if (image && (top < 0 || top > window.innerHeight / 2)) {
+            image.scrollIntoView();
+        }
     }
     root.onclick = event => {
         const target = event.target.closest("[data-open]");

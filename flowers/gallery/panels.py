@@ -20,6 +20,7 @@ from flowers.gallery.colours import hsv_curves, palette
 BLUE = "0 114 178"
 ORANGE = "213 94 0"
 
+FEW = 12  # pictures that one row of a wide window has room for
 MIN_STRIP = 0.15  # of the palette's width: a colour is wide enough for its name
 MAX_COUNTS = 30  # classes up to which a confusion matrix has room for its numbers
 
@@ -36,6 +37,15 @@ ELEMENT = {
     "css": (_folder / "page.css").read_text(encoding="utf-8"),
     "js": (_folder / "page.js").read_text(encoding="utf-8"),
 }
+
+# Around the views: Streamlit leaves 90 pixels blank at the top, for a bar that is empty here.
+PAGE_STYLE = """
+[data-testid=stMainBlockContainer] { padding-top: 1rem; padding-bottom: 2rem; }
+[data-testid=stHeader] { height: 0; min-height: 0; background: none; }
+@media (max-width: 640px) {
+  [data-testid=stMainBlockContainer] { padding-left: 0.75rem; padding-right: 0.75rem; }
+}
+"""
 
 
 def plain(text: str) -> str:
@@ -98,7 +108,8 @@ def pictures(items: Iterable[tuple[int, str, bytes, list[str]]], left: int | Non
         emphasis = ' class="on"' if i == left else ""
         attributes = f'data-open="{i}" href="{escape(link)}"{emphasis}'
         links.append(f"<a {attributes}>{shown}{paragraphs(lines)}</a>")
-    return f'<div class="pictures">{"".join(links)}</div>'
+    few = " few" if len(links) <= FEW else ""
+    return f'<div class="pictures{few}">{"".join(links)}</div>'
 
 
 def image(
@@ -138,11 +149,15 @@ def colours(rgb: np.ndarray) -> str:
     """Return the palette of a picture (H, W, 3) uint8 and its HSV curves."""
     hue, saturation, value = hsv_curves(rgb)
     top = max(saturation.max(), value.max())
-    hue_title = f"hue (degrees), by chroma; density up to {hue.max():.1f}"
+    hue_title = (
+        "hue in degrees, vivid pixels counting more than pale ones; "
+        f"the top of the chart is a density of {hue.max():.1f}"
+    )
     hue_chart = chart(hue_title, len(hue), hue_bars(hue), range(0, 361, 60))
     curves_title = (
         f'<b style="color:rgb({BLUE})">■</b> saturation and '
-        f'<b style="color:rgb({ORANGE})">■</b> value; density up to {top:.1f}'
+        f'<b style="color:rgb({ORANGE})">■</b> value (brightness), both from 0 to 1; '
+        f"the top of the chart is a density of {top:.1f}"
     )
     curves = polyline(saturation, top, BLUE) + polyline(value, top, ORANGE)
     curves_chart = chart(curves_title, len(value) - 1, curves, (0, 0.25, 0.5, 0.75, 1))
@@ -230,7 +245,9 @@ def confusion(names: Sequence[str], true: np.ndarray, predicted: np.ndarray) -> 
         title = f"{escape(names[t])} → {escape(names[p])}: {count} of {total}"
         colour = BLUE if t == p else ORANGE
         shade = f"rgb({colour} / {0.25 + 0.5 * count / total:.2f})"
-        style = f"grid-area:{line_of[t]}/{line_of[p]};background:{shade}"
+        # The outline is as strong in every cell: a single image must be seen, too.
+        outline = f"border-color:rgb({colour})"
+        style = f"grid-area:{line_of[t]}/{line_of[p]};background:{shade};{outline}"
         number = count if len(shown) <= MAX_COUNTS else ""
         attributes = f'data-open="{t},{p}" title="{title}" style="{style}"'
         cells.append(f"<button {attributes}>{number}</button>")
