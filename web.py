@@ -15,8 +15,9 @@ dataset's `.cache/`.
 import argparse
 import random
 import re
+import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,12 @@ from flowers.gallery.search import Searcher, nearest
 from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES, Thumbnails, open_picture
 from flowers.layouts import read_captions
 from flowers.runs import command_line
+from flowers.splits import MissingImages
 
 PER_PAGE = 48  # pictures of a grid
 NEIGHBOURS = 12  # nearest images, under one image
 SIMILARITY = "Similarity: 1 is the same. By colours, 0 is none in common; by a model, unrelated."
+POLL = 0.2  # seconds between two looks at what is computed in the background
 BEST = 5  # names in the ranking of a visitor's picture
 START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 
@@ -207,6 +210,7 @@ class Dataset:
         ids: the number in each file's name, (N,) int.
         splits: the name of each image's split, (N,) str.
         thumbnails: a JPEG of each image, and colour features.
+        problem: what is missing of it, empty for nothing.
         stamp: tells it from another dataset, and from itself after a change of its files.
     """
 
@@ -214,6 +218,7 @@ class Dataset:
     ids: np.ndarray
     splits: np.ndarray
     thumbnails: Thumbnails
+    problem: str
     stamp: tuple
 
 
@@ -232,19 +237,24 @@ def stamp_of(*paths: Path) -> tuple:
 )
 def open_dataset(arguments: tuple, stamp: tuple) -> Dataset:
     """Open the dataset; once, until `stamp` changes. arguments: pairs, of open_flowers."""
-    flowers = open_flowers(**dict(arguments), needs_split=False)
+    problem = ""
+    try:
+        flowers = open_flowers(**dict(arguments), needs_split=False)
+    except MissingImages as error:
+        # A result must not be about fewer images than it says. To look at the others is no harm.
+        problem = str(error)
+        flowers = open_flowers(**dict(arguments), needs_split=False, needs_images=False)
     return Dataset(
         flowers,
         image_ids(flowers),
         split_names(flowers),
         Thumbnails(flowers),
+        problem,
         (arguments, stamp),
     )
 
 
-@st.cache_resource(
-    show_spinner="computing; a run's features of all images take a while, once", max_entries=8
-)
+@st.cache_resource(show_spinner=False, max_entries=8)
 def made_once(_make: Callable[[Path], Any], path: Path, stamp: tuple) -> Any:
     """Return _make(path); once, until `stamp` changes.
 
@@ -286,12 +296,56 @@ def load_predictions(data: Dataset, runs: Path, name: str) -> Predictions:
     return made_once(read, path, data.stamp + stamp_of(path))
 
 
-def load_searcher(data: Dataset, run: Path) -> Searcher:
-    def make(path: Path) -> Searcher:
-        return Searcher(data.flowers, path.parent)
+@st.cache_resource(show_spinner=False, max_entries=8)
+def start_searcher(_flowers: Flowers, path: Path, stamp: tuple) -> Future:
+    """Start to make the Searcher of the run whose model.pt is at `path`; once, until it changes.
 
+    In the background: to load torch takes seconds, and the features of all images perhaps minutes.
+    """
+    future = Future()
+
+    def make() -> None:
+        try:
+            future.set_result(Searcher(_flowers, path.parent))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    return future
+
+
+def searcher_of(data: Dataset, run: Path) -> tuple[Flowers, Path, tuple]:
+    """Return the arguments of start_searcher for a run."""
     path = run / "model.pt"
-    return made_once(make, path, data.stamp + stamp_of(path, run / "calibration.json"))
+    return data.flowers, path, data.stamp + stamp_of(path, run / "calibration.json")
+
+
+def load_searcher(data: Dataset, run: Path) -> Searcher:
+    """Return the Searcher of a run; until it is made, a bar shows how far that is."""
+    arguments = searcher_of(data, run)
+    future = start_searcher(*arguments)
+    place = st.empty()
+    # A click ends this loop, as it calls Streamlit; the work goes on.
+    while not future.done():
+        title, fraction = progress()
+        place.progress(fraction, f"{title}; this is done once.")
+        wait([future], timeout=POLL)
+    place.empty()
+    if future.exception():
+        start_searcher.clear(*arguments)  # tried again the next time: a disk may have room then
+    return future.result()
+
+
+def progress() -> tuple[str, float]:
+    """Return what is being computed for a Searcher, and the part of it that is done, 0 to 1."""
+    from tqdm import tqdm
+
+    # The bars that the package writes to the terminal; a set that other threads change.
+    for bar in list(getattr(tqdm, "_instances", ())):
+        if bar.total:
+            counts = f"{bar.n:,} of {bar.total:,}"
+            return f"{bar.desc.strip(': ').capitalize()}: {counts}", min(bar.n / bar.total, 1.0)
+    return "Loading the model", 0.0
 
 
 # -----------------------------------------------------------------------------
@@ -704,6 +758,8 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
         choose_from_list("Run", models, "model", reasons=reasons)
     if is_missing("model", models, f"with a model in {panels.plain(str(runs))}"):
         return None
+    # While the visitor still writes a sentence.
+    start_searcher(*searcher_of(data, runs / state["model"]))
     upload = st.file_uploader(
         "or a picture of your own (JPEG, PNG or WebP; it is kept in memory only)",
         key="upload",
@@ -898,6 +954,10 @@ def show_page(parser: argparse.ArgumentParser) -> None:
         )
         summary = f"{len(data.ids):,} images of {len(flowers.class_names)} classes"
         st.markdown(f"{summary} in `{flowers.root}`", width="content")
+    if data.problem:
+        st.warning(
+            panels.message(f"{data.problem}. Fetch the dataset anew: python -m flowers.data")
+        )
 
     if state["view"] == "browse":
         listing = browse(data)

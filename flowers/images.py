@@ -31,6 +31,10 @@ MAX_ASPECT = 100
 CHUNK = 64  # files handed to the threads at a time
 
 
+class UndecodableImage(UserError):
+    """An image file that can't be decoded."""
+
+
 def read_rgb(file: Path) -> np.ndarray:
     """A JPEG, PNG or WebP as (H, W, 3) uint8; transparent parts are white.
 
@@ -94,9 +98,11 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
     return rgb
 
 
-def undecodable(file: Path, error: Exception) -> UserError:
+def undecodable(file: Path, error: Exception) -> UndecodableImage:
     """The error about an image that can't be decoded, to be raised."""
-    return UserError(f"{file} can't be decoded ({reason(error)}): replace it by a fresh copy")
+    return UndecodableImage(
+        f"{file} can't be decoded ({reason(error)}): replace it by a fresh copy"
+    )
 
 
 def read_picture(file: Path) -> np.ndarray:

@@ -30,6 +30,7 @@ from PIL import Image
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from streamlit.runtime.forward_msg_cache import populate_hash_if_needed
 from streamlit.testing.v1 import AppTest
+from tqdm import tqdm
 
 from flowers import UserError, models
 from flowers.data import open_flowers
@@ -768,15 +769,13 @@ def copy(many, tmp_path):
     return shutil.copytree(many, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
 
 
-@pytest.mark.parametrize("harm", ["setid.mat", "imagelabels.mat", "jpg", "cut", "image", "folder"])
+@pytest.mark.parametrize("harm", ["setid.mat", "imagelabels.mat", "jpg", "cut", "folder"])
 def test_a_damaged_dataset_is_a_sentence_with_a_command(page, many, tmp_path, harm):
     root = copy(many, tmp_path)
     if harm == "jpg":
         shutil.rmtree(root / "jpg")
     elif harm == "cut":
         (root / "setid.mat").write_bytes((root / "setid.mat").read_bytes()[:150])
-    elif harm == "image":
-        (root / "jpg" / "image_00005.jpg").unlink()
     elif harm == "folder":
         shutil.rmtree(root)
     else:
@@ -802,6 +801,42 @@ def test_a_damaged_image_does_not_hide_the_others(page, many, tmp_path):
     assert [picture["id"] for picture in pictures(page(root)) if not picture["src"]] == [3]
     message = as_read(page(root, image="3", fails=True).error[0])
     assert "python -m flowers.data" in message
+
+
+def test_a_missing_image_costs_that_image_alone(page, many, tmp_path):
+    root = copy(many, tmp_path)
+    lost = root / "jpg" / "image_00003.jpg"
+    lost.unlink()
+    at = page(root)
+    assert shown(at) == [1, 2, *range(4, 50)]
+    assert "1 to 48 of 119 images" in text(at)
+    assert f"missing image {lost} (1 of 120 listed" in text(at)
+    assert "python -m flowers.data" in text(at)
+    assert "There is no image 3 " in text(page(root, image="3"))
+
+
+def test_a_damaged_image_is_not_searched_and_the_others_are(page, many, tmp_path):
+    root = copy(many, tmp_path)
+    search = {"view": "search", "model": "first", "q": "a rose"}
+    whole_order = []
+    for number in "123":
+        whole_order += shown(page(many, page=number, **search))
+    assert sorted(whole_order) == list(range(1, N + 1))
+
+    (root / "jpg" / "image_00003.jpg").write_bytes(b"\xff\xd8 nothing")
+    rest = []
+    for number in "123":
+        rest += shown(page(root, page=number, **search))
+    assert rest == [i for i in whole_order if i != 3]
+
+
+def test_what_is_computed_in_the_background_has_a_bar():
+    import web
+
+    with tqdm(total=200, desc="encoding images", file=io.StringIO()) as bar:
+        bar.update(50)
+        assert web.progress() == ("Encoding images: 50 of 200", 0.25)
+    assert web.progress() == ("Loading the model", 0.0)
 
 
 HEAD = b"file,label,top1,score1\n"
@@ -1004,6 +1039,7 @@ import sys
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from streamlit.runtime.forward_msg_cache import populate_hash_if_needed
 from streamlit.testing.v1 import AppTest
+from tqdm import tqdm
 
 sys.argv = ["web.py", "--data_root", {data_root!r}]
 at = AppTest.from_file({script!r}, default_timeout={patience}).run()
