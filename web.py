@@ -709,8 +709,11 @@ def list_outcomes(
             choose_from_list(f"Predicted class{by}", names, "guess")
             choose_one(f"Order (confidence{by})", ORDERS, "order")
         if len(predictions) == 2:
-            both = " and then ".join(panels.plain(run.name) for run in predictions)
-            st.caption(f"Under each picture, what {both} say of it. → goes from one to the other.")
+            one, two = (panels.plain(run.name) for run in predictions)
+            st.caption(
+                f"Under each picture: what {one} says, then {two}. Wrong → right: {one} is wrong, "
+                f"{two} is right."
+            )
 
     index = images_of[state["show"]]
     if state["class"]:

@@ -217,7 +217,7 @@ def starts_with(page, *image_ids):
 
 
 def turn_pages_and_go_back(page):
-    page.get_by_role("button", name="Next").click()
+    page.get_by_role("button", name="Next").first.click()
     wait(page, lambda: starts_with(page, 49) and "page=2" in page.url)
     page.go_back()
     wait(page, lambda: starts_with(page, 1))
@@ -336,7 +336,7 @@ def test_a_hurried_visitor_finds_no_error(page, server):
         page.wait_for_timeout(60)  # on before the picture has come
         page.locator(MAIN).press(key)
     wait(page, lambda: "image=" not in page.url and len(captions(page)) == 48)
-    page.get_by_role("button", name="Next").dblclick()
+    page.get_by_role("button", name="Next").first.dblclick()
     wait(page, lambda: starts_with(page, 49, 97))
 
 
