@@ -1120,7 +1120,7 @@ def contrast(a, b):
     return (light + 0.05) / (dark + 0.05)
 
 
-GROUNDS = {"light": (255, 255, 255), "dark": (14, 17, 23)}  # Streamlit's own
+GROUNDS = {"light": (255, 255, 255), "dark": (23, 22, 20)}  # Streamlit's own
 
 
 @pytest.mark.parametrize("theme", GROUNDS)
