@@ -15,6 +15,7 @@ demo: .venv/ready
 	@echo "training curve:   runs/demo/train/curve.png"
 	@echo "confusion matrix: runs/demo/after/confusion.png (before: runs/demo/before/confusion.png)"
 	@echo "mistakes:         runs/demo/after/mistakes.png"
+	@echo "the page:         $(BIN)/streamlit run web.py -- --data_root sample --runs runs/demo"
 
 # One process a core, one thread a process: threads of several processes would wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal

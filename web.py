@@ -15,14 +15,17 @@ dataset's `.cache/`.
 import argparse
 import random
 import re
+import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import streamlit as st
+import streamlit.config
 from starlette.formparsers import MultiPartParser
 
 from flowers import UserError, command
@@ -30,21 +33,27 @@ from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.download import data_folder, default_root, is_complete
 from flowers.files import user_path
 from flowers.gallery import panels
-from flowers.gallery.filters import export, image_ids, in_ranges, parse_ids, split_names
+from flowers.gallery.filters import as_csv, export, image_ids, in_ranges, parse_ids, split_names
 from flowers.gallery.predictions import (
+    IN_PERCENT,
     Predictions,
     class_changes,
+    confusion_table,
     outcomes,
     read_predictions,
     run_names,
+    why_apart,
 )
 from flowers.gallery.search import Searcher, nearest
 from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES, Thumbnails, open_picture
 from flowers.layouts import read_captions
 from flowers.runs import command_line
+from flowers.splits import MissingImages
 
 PER_PAGE = 48  # pictures of a grid
 NEIGHBOURS = 12  # nearest images, under one image
+SIMILARITY = "Similarity: 1 is the same. By colours, 0 is none in common; by a model, unrelated."
+POLL = 0.2  # seconds between two looks at what is computed in the background
 BEST = 5  # names in the ranking of a visitor's picture
 START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 
@@ -52,11 +61,18 @@ START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 VIEWS = ("browse", "runs", "search")
 PARTS = ("pictures", "classes", "confusion")  # of the view of runs
 SHOWS = ("all", "right", "wrong", "changed", "mended", "broken")  # keys of `outcomes`
+NAMES_OF_SHOWS = {"mended": "wrong → right", "broken": "right → wrong"}
 ORDERS = ("id", "confidence")
 BARS = ("hidden", "shown")  # of the class histogram
 
 # A visitor's picture stays in memory: from 1 MB on it would go to a temporary file.
 MultiPartParser.spool_max_size = MAX_UPLOAD_BYTES + 1
+
+# Streamlit sends a large message once, and then only its hash: also where the message was dropped
+# because a click interrupted it, and the browser then stops with "Cached ForwardMsg MISS". Here and
+# not in .streamlit/config.toml alone: the page may be started with settings of another place.
+NEVER_CACHED = 1 << 40  # bytes, above any message
+streamlit.config.set_option("global.minCachedMessageSize", NEVER_CACHED)
 
 # -----------------------------------------------------------------------------
 # state: what a visitor has chosen
@@ -80,8 +96,9 @@ DEFAULTS = {
     "bars": "hidden",
     "page": 1,
     "image": None,  # id of the image that is shown alone
-    "run": None,
+    "run": None,  # of the view of runs
     "other": None,  # the run that `run` is compared with
+    "model": None,  # the run whose model searches
     "part": "pictures",
     "show": "all",
     "guess": None,  # predicted class
@@ -91,6 +108,7 @@ DEFAULTS = {
 }
 NUMBERS = ("page", "image")
 TEXTS = ("ids", "q")
+RUNS = ("run", "other", "model", "like")
 MAX_TEXT = 300  # characters
 
 state = st.session_state
@@ -105,16 +123,17 @@ def change(**choices) -> None:
 def change_filter() -> None:
     """Go back to the first page of the grid, as another list is to be shown."""
     # Neither the page nor the image need be in the list that the new filter gives.
-    change(page=1, image=None)
+    change(page=1, image=None, _left=None)
 
 
 def read_address(allowed: dict[str, Collection]) -> None:
     """Fill `state`, from the page's address where that is newer.
 
     What an address says is checked: a choice that is not among the `allowed` ones of its name, or
-    not a number where one is due, becomes the default.
+    not a number where one is due, becomes the default. The name of a run is kept, whether there is
+    such a run or not: under an old link, another run's numbers would be taken for its own.
     """
-    address = st.query_params.to_dict()
+    address = current_names(st.query_params.to_dict())
     acted = state.pop("_acted", False)  # a callback of this run's click
     opened = "_address" not in state
     went_back = not acted and address != state.get("_address")
@@ -122,6 +141,13 @@ def read_address(allowed: dict[str, Collection]) -> None:
     for key, default in DEFAULTS.items():
         # Streamlit forgets the value of a widget that is not on the page, unless it is set anew.
         state[key] = checked_choice(key, source.get(key, default), allowed)
+
+
+def current_names(address: dict[str, str]) -> dict[str, str]:
+    """Return an address with the names of today: older links call the model of a search `run`."""
+    if address.get("view") == "search" and "run" in address and "model" not in address:
+        address["model"] = address.pop("run")
+    return address
 
 
 def checked_choice(key: str, value: Any, allowed: dict[str, Collection]) -> Any:
@@ -132,16 +158,39 @@ def checked_choice(key: str, value: Any, allowed: dict[str, Collection]) -> Any:
         return int(value) if re.fullmatch("[0-9]{1,9}", value) else DEFAULTS[key]
     if key in TEXTS and isinstance(value, str):
         return value[:MAX_TEXT]
+    if key in RUNS:
+        return str(value)[:MAX_TEXT] if value else DEFAULTS[key]
     return value
+
+
+def is_missing(key: str, names: Collection[str], what: str) -> bool:
+    """Return whether a run was chosen that is not among `names`, after saying so.
+
+    what: the runs that `names` lists, in words.
+    """
+    name = state[key]
+    if name is None or name in names:
+        return False
+    st.warning(
+        f"There is no run {panels.plain(name)} {what}: it was deleted or renamed, or is misspelt "
+        "in the address. Choose another one."
+    )
+    return True
+
+
+def address_with(**choices) -> dict[str, str]:
+    """Return the address of what `state` says, but for these choices."""
+    address = {}
+    for key, default in DEFAULTS.items():
+        value = choices.get(key, state.get(key, default))
+        if value is not None and value != default:
+            address[key] = str(value)
+    return address
 
 
 def write_address() -> None:
     """Make the page's address say what `state` says."""
-    address = {}
-    for key, default in DEFAULTS.items():
-        value = state.get(key, default)
-        if value is not None and value != default:
-            address[key] = str(value)
+    address = address_with()
     # Each time it is set the browser remembers a page to go back to: only when it is another one.
     if address != st.query_params.to_dict() or address != state.get("_address"):
         st.query_params.from_dict(address)
@@ -161,6 +210,7 @@ class Dataset:
         ids: the number in each file's name, (N,) int.
         splits: the name of each image's split, (N,) str.
         thumbnails: a JPEG of each image, and colour features.
+        problem: what is missing of it, empty for nothing.
         stamp: tells it from another dataset, and from itself after a change of its files.
     """
 
@@ -168,6 +218,7 @@ class Dataset:
     ids: np.ndarray
     splits: np.ndarray
     thumbnails: Thumbnails
+    problem: str
     stamp: tuple
 
 
@@ -186,25 +237,48 @@ def stamp_of(*paths: Path) -> tuple:
 )
 def open_dataset(arguments: tuple, stamp: tuple) -> Dataset:
     """Open the dataset; once, until `stamp` changes. arguments: pairs, of open_flowers."""
-    flowers = open_flowers(**dict(arguments), needs_split=False)
+    problem = ""
+    try:
+        flowers = open_flowers(**dict(arguments), needs_split=False)
+    except MissingImages as error:
+        # A result must not be about fewer images than it says. To look at the others is no harm.
+        problem = str(error)
+        flowers = open_flowers(**dict(arguments), needs_split=False, needs_images=False)
     return Dataset(
         flowers,
         image_ids(flowers),
         split_names(flowers),
         Thumbnails(flowers),
+        problem,
         (arguments, stamp),
     )
 
 
-@st.cache_resource(
-    show_spinner="computing; a run's features of all images take a while, once", max_entries=8
-)
+@st.cache_resource(show_spinner=False, max_entries=8)
 def made_once(_make: Callable[[Path], Any], path: Path, stamp: tuple) -> Any:
     """Return _make(path); once, until `stamp` changes.
 
     Streamlit does not compare arguments with an underscore: one path must have one `_make`.
     """
     return _make(path)
+
+
+@st.cache_data(show_spinner=False, max_entries=2000)
+def reason_apart(_data: Dataset, path: Path, stamp: tuple) -> str:
+    """Return why_apart of the run whose predictions.csv is at `path`; once, until it changes."""
+    return why_apart(path.parent, _data.flowers)
+
+
+def reasons_apart(data: Dataset, runs: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return each run with the reason why it is listed apart, empty for none.
+
+    Those without a reason come first; for the rest the order is kept.
+    """
+    reasons = {}
+    for name in names:
+        path = runs / name / "predictions.csv"
+        reasons[name] = reason_apart(data, path, data.stamp + stamp_of(path))
+    return dict(sorted(reasons.items(), key=lambda item: bool(item[1])))
 
 
 def load_captions(data: Dataset, path: Path) -> list[list[str]]:
@@ -214,20 +288,64 @@ def load_captions(data: Dataset, path: Path) -> list[list[str]]:
     return made_once(read, path, data.stamp + stamp_of(path))
 
 
-def load_predictions(data: Dataset, run: Path) -> Predictions:
+def load_predictions(data: Dataset, runs: Path, name: str) -> Predictions:
     def read(path: Path) -> Predictions:
-        return read_predictions(path.parent, data.flowers)
+        return read_predictions(path.parent, data.flowers, name)
 
-    path = run / "predictions.csv"
+    path = runs / name / "predictions.csv"
     return made_once(read, path, data.stamp + stamp_of(path))
 
 
-def load_searcher(data: Dataset, run: Path) -> Searcher:
-    def make(path: Path) -> Searcher:
-        return Searcher(data.flowers, path.parent)
+@st.cache_resource(show_spinner=False, max_entries=8)
+def start_searcher(_flowers: Flowers, path: Path, stamp: tuple) -> Future:
+    """Start to make the Searcher of the run whose model.pt is at `path`; once, until it changes.
 
+    In the background: to load torch takes seconds, and the features of all images perhaps minutes.
+    """
+    future = Future()
+
+    def make() -> None:
+        try:
+            future.set_result(Searcher(_flowers, path.parent))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    return future
+
+
+def searcher_of(data: Dataset, run: Path) -> tuple[Flowers, Path, tuple]:
+    """Return the arguments of start_searcher for a run."""
     path = run / "model.pt"
-    return made_once(make, path, data.stamp + stamp_of(path, run / "calibration.json"))
+    return data.flowers, path, data.stamp + stamp_of(path, run / "calibration.json")
+
+
+def load_searcher(data: Dataset, run: Path) -> Searcher:
+    """Return the Searcher of a run; until it is made, a bar shows how far that is."""
+    arguments = searcher_of(data, run)
+    future = start_searcher(*arguments)
+    place = st.empty()
+    # A click ends this loop, as it calls Streamlit; the work goes on.
+    while not future.done():
+        title, fraction = progress()
+        place.progress(fraction, f"{title}; this is done once.")
+        wait([future], timeout=POLL)
+    place.empty()
+    if future.exception():
+        start_searcher.clear(*arguments)  # tried again the next time: a disk may have room then
+    return future.result()
+
+
+def progress() -> tuple[str, float]:
+    """Return what is being computed for a Searcher, and the part of it that is done, 0 to 1."""
+    from tqdm import tqdm
+
+    # The bars that the package writes to the terminal; a set that other threads change.
+    for bar in list(getattr(tqdm, "_instances", ())):
+        if bar.total:
+            counts = f"{bar.n:,} of {bar.total:,}"
+            return f"{bar.desc.strip(': ').capitalize()}: {counts}", min(bar.n / bar.total, 1.0)
+    return "Loading the model", 0.0
 
 
 # -----------------------------------------------------------------------------
@@ -268,34 +386,80 @@ def picture_grid(
     # As long as no thumbnails are stored, they are made here.
     with ThreadPoolExecutor() as pool:
         jpegs = pool.map(data.thumbnails.__getitem__, index)
+    left = state.get("_left")  # the image that was shown alone before
     items = []
     for i, jpeg in zip(index, jpegs):
         title = f"{data.ids[i]} {flowers.class_names[flowers.labels[i]]}"
-        items.append((data.ids[i], jpeg, [title, *lines(i)]))
-    draw(panels.pictures(items), key, lambda image_id: change(image=int(image_id)))
+        link = "?" + urlencode(address_with(image=data.ids[i]))
+        items.append((data.ids[i], link, jpeg, [title, *lines(i)]))
+    draw(panels.pictures(items, left), key, lambda image_id: change(image=int(image_id)))
 
 
 def choose_one(
-    label: str, options: Sequence[str], key: str, on_change: Callable[[], None] = change_filter
+    label: str,
+    options: Sequence[str],
+    key: str,
+    on_change: Callable[[], None] = change_filter,
+    names: dict[str, str] | None = None,
 ) -> None:
-    """Show buttons for a few options, one of which is always chosen."""
-    st.segmented_control(label, options, key=key, on_change=on_change, required=True, wrap=True)
-
-
-def choose_from_list(
-    label: str, options: Sequence[str], key: str, placeholder: str = "all classes"
-) -> None:
-    """Show a list of many options, searched by typing, of which one or none is chosen."""
-    st.selectbox(
-        label, options, key=key, placeholder=placeholder, on_change=change_filter, width=220
+    """Show buttons for a few options, one of which is always chosen; names: what they are called,
+    where that is not the option itself.
+    """
+    if state[key] not in options:
+        options = [state[key], *options]  # a run that is gone: `is_missing` says so
+    names = names or {}
+    st.segmented_control(
+        label,
+        options,
+        key=key,
+        format_func=lambda option: names.get(option, option),
+        on_change=on_change,
+        required=True,
+        wrap=True,
     )
 
 
-def step_button(label: str, key: str, shortcut: str, enabled: bool, **choices) -> None:
+def choose_from_list(
+    label: str,
+    options: Sequence[str],
+    key: str,
+    placeholder: str = "all classes",
+    reasons: dict[str, str] | None = None,
+) -> None:
+    """Show a list of many options, searched by typing, of which one or none is chosen.
+
+    reasons: why an option stands apart from the others, shown behind it.
+    """
+    reasons = reasons or {}
+    if state[key] is not None and state[key] not in options:
+        options = [state[key], *options]  # a run that is gone: `is_missing` says so
+
+    def shown(option: str) -> str:
+        return f"{option} ({reasons[option]})" if reasons.get(option) else option
+
+    st.selectbox(
+        label,
+        options,
+        key=key,
+        format_func=shown,
+        placeholder=placeholder,
+        on_change=change_filter,
+        width=220,
+    )
+
+
+def step_button(label: str, key: str, shortcut: str | None, enabled: bool, **choices) -> None:
     """Show a button, also pressed by a key of the keyboard, that makes these choices."""
     st.button(
         label, on_click=change, kwargs=choices, disabled=not enabled, shortcut=shortcut, key=key
     )
+
+
+def filters():
+    """Return a container for the filters of a view; on a telephone they are folded away."""
+    if "Mobile" in (st.context.headers.get("User-Agent") or ""):
+        return st.expander("Filters")
+    return st.container(horizontal=True)
 
 
 def toolbar():
@@ -315,8 +479,7 @@ def pager(index: np.ndarray) -> np.ndarray:
     if len(index):
         summary = f"{first + 1:,} to {first + len(on_page):,} of {len(index):,} images"
     with toolbar():
-        step_button("Previous", "previous_page", "Left", page > 1, page=page - 1)
-        step_button("Next", "next_page", "Right", page < n_pages, page=page + 1)
+        turn_buttons(page, n_pages, "", ("Left", "Right"))
         st.number_input(
             "Page",
             1,
@@ -330,13 +493,22 @@ def pager(index: np.ndarray) -> np.ndarray:
     return on_page
 
 
+def turn_buttons(
+    page: int, n_pages: int, where: str, shortcuts: Sequence[str | None] = (None, None)
+) -> None:
+    """Show the two buttons that turn pages. where: tells their keys from those of another pair."""
+    back, on = shortcuts
+    step_button("Previous", f"previous_page{where}", back, page > 1, page=page - 1, _left=None)
+    step_button("Next", f"next_page{where}", on, page < n_pages, page=page + 1, _left=None)
+
+
 @st.fragment(run_every=1)
 def wait_for_colours(thumbnails: Thumbnails) -> None:
     """Say that the colours are being computed, and run the page again when they are ready."""
     if thumbnails.features is not None:
         st.rerun()  # of the whole page; this function alone runs once a second
     st.info(
-        thumbnails.problem
+        panels.message(thumbnails.problem)
         or "The colours of all images are being computed; this takes a few seconds, once."
     )
 
@@ -353,11 +525,13 @@ class Listing:
         index: their indices, in the order in which they are shown.
         lines: what stands under each, from its index.
         predictions: of the runs that the view is about.
+        scores: how similar each is to what is searched, in the order of `index`.
     """
 
     index: np.ndarray
     lines: Callable[[int], list[str]] = no_lines
     predictions: Sequence[Predictions] = ()
+    scores: np.ndarray | None = None
 
 
 def browse(data: Dataset) -> Listing:
@@ -366,7 +540,7 @@ def browse(data: Dataset) -> Listing:
     show_filters = state["image"] is None  # one image is shown without them
     if show_filters:
         splits = [name for name, index in flowers.splits.items() if len(index)]
-        with st.container(horizontal=True):
+        with filters():
             choose_from_list("Class", sorted(flowers.class_names), "class")
             choose_one("Split", ["all", *splits], "split")
             st.text_input(
@@ -381,7 +555,7 @@ def browse(data: Dataset) -> Listing:
         try:
             passes &= in_ranges(data.ids, parse_ids(state["ids"]))
         except UserError as error:
-            st.warning(str(error).capitalize() + ".")
+            st.warning(panels.message(str(error).capitalize() + "."))
 
     # The histogram comes before the filter by class, since it is one way to choose the class.
     if show_filters and state["bars"] == "shown":
@@ -414,22 +588,30 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     """
     flowers = data.flowers
     if not names:
-        st.info(
-            f"No run in {runs} has predictions yet. Make one: {training_command(flowers, runs)}"
-        )
+        remedy = training_command(flowers, runs)
+        st.info(panels.message(f"No run in {runs} has predictions yet. Make one: {remedy}"))
         return None
-    if state["run"] not in names:
-        state["run"] = names[0]  # the newest
+    reasons = reasons_apart(data, runs, names)
+    names = list(reasons)
+    if state["run"] is None:
+        state["run"] = names[0]  # the newest of this dataset and split, if there is one
     if state["other"] == state["run"]:
         state["other"] = None
     others = [name for name in names if name != state["run"]]
     with st.container(horizontal=True):
-        choose_from_list("Run", names, "run")
-        choose_from_list("Compare with", others, "other", "no other run")
+        choose_from_list("Run", names, "run", reasons=reasons)
+        choose_from_list("Compare with", others, "other", "no other run", reasons)
+        if state["other"]:
+            swapped = {"run": state["other"], "other": state["run"], "page": 1}
+            st.button("Swap the two runs", on_click=change, kwargs=swapped, key="swap")
         choose_one("Part", PARTS, "part")
 
+    predicted = f"with predictions in {panels.plain(str(runs))}"
+    missing = [key for key in ("run", "other") if is_missing(key, names, predicted)]
+    if missing:
+        return None
     chosen = [name for name in (state["run"], state["other"]) if name]
-    predictions = [load_predictions(data, runs / name) for name in chosen]
+    predictions = [load_predictions(data, runs, name) for name in chosen]
     images_of = outcomes(flowers.labels, *predictions)  # indices by outcome
     if not len(images_of["all"]):
         raise UserError(
@@ -447,43 +629,46 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
 def show_accuracies(
     flowers: Flowers, predictions: list[Predictions], images_of: dict[str, np.ndarray]
 ) -> None:
-    """Show the accuracy of each run, and how many images the second run mends and breaks."""
+    """Show the accuracy of each run, and on how many images only one of two is right."""
     index = images_of["all"]
     accuracies = []
     for run in predictions:
         percent = 100 * (run.guess[index] == flowers.labels[index]).mean()
         accuracies.append(f"{panels.plain(run.name)}: **{percent:.2f}%**")
     summary = " · ".join(accuracies) + f" of {len(index):,} images right"
-    if state["other"]:
+    if len(predictions) == 2:
+        first, second = (panels.plain(run.name) for run in predictions)
         mended, broken = len(images_of["mended"]), len(images_of["broken"])
-        summary += f" · {mended} mended, {broken} broken by {panels.plain(state['other'])}"
+        summary += f" · {mended} by {second} alone, {broken} by {first} alone"
     st.markdown(summary)
 
 
 def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.ndarray) -> None:
-    """Show the accuracy of each class; a click on a row lists its pictures."""
+    """Show the accuracy of each class; a click on a cell or row lists the pictures of its class."""
     table = class_changes(flowers, index, *predictions)
 
-    def row_chosen():
+    def class_chosen():
         change()
-        # Called, too, when a row is no longer chosen: then there is none.
-        rows = state.get("table", {}).get("selection", {}).get("rows")
+        # Called, too, when nothing is chosen any longer.
+        selection = state.get("table", {}).get("selection", {})
+        rows = [*selection.get("rows", []), *(row for row, _ in selection.get("cells", []))]
         if rows:
             name = table["class"][rows[0]]
             change(part="pictures", show="all", page=1, guess=None, **{"class": name})
 
-    percentages = [*(run.name for run in predictions), "change"]
     one_decimal = st.column_config.NumberColumn(format="%.1f")
-    st.caption("Accuracy of each class in percent; choose a row to see its pictures.")
+    percentages = [column for column in table.columns if column.endswith(IN_PERCENT)]
+    st.caption("Accuracy of each class; click on a cell to see the pictures of its class.")
     st.dataframe(
         table,
         hide_index=True,
         key="table",
-        on_select=row_chosen,
-        selection_mode="single-row",
+        on_select=class_chosen,
+        selection_mode=["single-row", "single-cell"],
         height=560,
         column_config=dict.fromkeys(percentages, one_decimal),
     )
+    download("The table as CSV", "classes", lambda: as_csv(table))
 
 
 def show_confusion(flowers: Flowers, run: Predictions, index: np.ndarray) -> None:
@@ -494,11 +679,16 @@ def show_confusion(flowers: Flowers, run: Predictions, index: np.ndarray) -> Non
         change(part="pictures", show="all", page=1, guess=guess, **{"class": true})
 
     st.caption(
-        "Images of each class (row) by the name that they are given (column). "
-        "Click on a cell to see its pictures."
+        f"Images of each class (row) by the name that {panels.plain(run.name)} gives them "
+        "(column). Click on a cell to see its pictures."
     )
     matrix = panels.confusion(flowers.class_names, flowers.labels[index], run.guess[index])
     draw(matrix, "confusion", open_cell)
+    download(
+        "The matrix as CSV",
+        "confusion",
+        lambda: as_csv(confusion_table(flowers, run, index)),
+    )
 
 
 def list_outcomes(
@@ -508,15 +698,23 @@ def list_outcomes(
     # An address or a change of runs may ask for what these runs do not have.
     if state["show"] not in images_of:
         state["show"] = "all"  # there is no 'mended' without a second run
+    first = predictions[0]
     if state["image"] is None:
         names = sorted(flowers.class_names)
-        with st.container(horizontal=True):
-            choose_one("Show", list(images_of), "show")
+        # Of two runs, these speak of the first.
+        by = f" by {panels.plain(first.name)}" if len(predictions) == 2 else ""
+        with filters():
+            choose_one(f"Right and wrong{by}", list(images_of), "show", names=NAMES_OF_SHOWS)
             choose_from_list("True class", names, "class")
-            choose_from_list("Predicted class", names, "guess")
-            choose_one("Order", ORDERS, "order")
+            choose_from_list(f"Predicted class{by}", names, "guess")
+            choose_one(f"Order (confidence{by})", ORDERS, "order")
+        if len(predictions) == 2:
+            one, two = (panels.plain(run.name) for run in predictions)
+            st.caption(
+                f"Under each picture: what {one} says, then {two}. Wrong → right: {one} is wrong, "
+                f"{two} is right."
+            )
 
-    first = predictions[0]
     index = images_of[state["show"]]
     if state["class"]:
         true = flowers.class_names.index(state["class"])
@@ -544,51 +742,69 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
     models: the runs that have a model.
     """
     if not models:
-        st.info(
-            f"Searching needs a run with a model in {runs}. "
-            f"Make one: {training_command(data.flowers, runs)}"
-        )
+        remedy = training_command(data.flowers, runs)
+        st.info(panels.message(f"Searching needs a run with a model in {runs}. Make one: {remedy}"))
         return None
-    if state["run"] not in models:
-        state["run"] = models[0]
+    reasons = reasons_apart(data, runs, models)
+    models = list(reasons)
+    if state["model"] is None:
+        state["model"] = models[0]
     with st.container(horizontal=True):
         st.text_input(
             "Sentence",
             key="q",
             placeholder="a yellow flower with a dark centre",
             max_chars=MAX_TEXT,
-            on_change=change_filter,
+            on_change=lambda: search_by("sentence"),
             width=420,
         )
-        choose_from_list("Run", models, "run")
+        choose_from_list("Run", models, "model", reasons=reasons)
+    if is_missing("model", models, f"with a model in {panels.plain(str(runs))}"):
+        return None
+    # While the visitor still writes a sentence.
+    start_searcher(*searcher_of(data, runs / state["model"]))
     upload = st.file_uploader(
         "or a picture of your own (JPEG, PNG or WebP; it is kept in memory only)",
         key="upload",
-        on_change=change_filter,
+        on_change=lambda: search_by("picture"),
     )
     if not upload and not state["q"].strip():
         return None
+    if upload and state["q"].strip():
+        state["by"] = state.get("by", "picture")  # the latter of the two, until one is chosen
+        choose_one("Search by", ("sentence", "picture"), "by")
+    else:
+        state["by"] = "picture" if upload else "sentence"
 
-    searcher = load_searcher(data, runs / state["run"])
-    if upload:  # it comes before a sentence, which may stand there from an earlier search
+    searcher = load_searcher(data, runs / state["model"])
+    if state["by"] == "picture":
         picture = open_picture(upload.getvalue())
         features = searcher.of_picture(picture)  # (D,)
         title = "class"
         if searcher.temperature:
             title = f"class, calibrated (T = {searcher.temperature:.3g})"
+        # Named, since Streamlit itself refuses what is too large, and the picture before it stays.
+        st.caption(f"Your picture {panels.plain(upload.name)}: its class, and the images like it.")
         show_answer(picture, data.flowers.class_names, searcher.ranking(features), title)
     else:
         if searcher.is_cut(state["q"]):
             st.warning(f"The model reads {searcher.model.context_length} tokens: the rest is cut.")
         features = searcher.of_text(state["q"])
     order, scores = nearest(searcher.features, features)  # of all N images
-    return Listing(order, score_lines(order, scores))
+    st.caption(SIMILARITY)
+    return Listing(order, score_lines(order, scores), scores=scores)
+
+
+def search_by(what: str) -> None:
+    """Search by the sentence or by the picture: by that which was changed last."""
+    change_filter()
+    state["by"] = what
 
 
 def score_lines(index: np.ndarray, scores: np.ndarray) -> Callable[[int], list[str]]:
-    """Return a function that gives the similarity of an image, from its index."""
+    """Return a function that gives the similarity of an image, at most 1, from its index."""
     score_of = dict(zip(index.tolist(), scores.tolist()))
-    return lambda i: [f"{score_of[int(i)]:.3f}"]
+    return lambda i: [f"similarity {score_of[int(i)]:.3f}"]
 
 
 def show_answer(
@@ -618,10 +834,11 @@ def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs:
         jpeg = file.read_bytes()
         rgb = open_picture(jpeg)  # (H, W, 3)
     except (OSError, UserError) as error:
-        st.error(
+        problem = (
             f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: "
             "python -m flowers.data"
         )
+        st.error(panels.message(problem))
         return
     name = flowers.class_names[flowers.labels[i]]
     height, width = rgb.shape[:2]
@@ -650,8 +867,10 @@ def image_toolbar(ids: np.ndarray, i: int, index: np.ndarray) -> None:
         change(image=int(ids[random.choice(index)]))
 
     before, after = id_at(position - 1), id_at(position + 1)
+    # Who has gone on from image to image comes back to the part of the grid that they are at.
+    page = position // PER_PAGE + 1 if len(found) else state["page"]
     with toolbar():
-        step_button("Grid", "to_grid", "Escape", True, image=None)
+        step_button("Grid", "to_grid", "Escape", True, image=None, page=page, _left=int(ids[i]))
         step_button("Previous", "Previous_image", "Left", before is not None, image=before)
         step_button("Next", "Next_image", "Right", after is not None, image=after)
         st.button(
@@ -673,7 +892,7 @@ def captions_of(data: Dataset, i: int) -> list[str]:
         try:
             return load_captions(data, path)[i]
         except UserError as error:
-            st.warning(str(error))
+            st.warning(panels.message(str(error)))
     return []
 
 
@@ -694,7 +913,10 @@ def rankings_of(
 
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     """Show the images nearest to image i, by colours or by the features of a run's model."""
-    choose_one("Nearest images by", ["colours", *models], "like", change)
+    ways = ["colours", *models]
+    choose_one("Nearest images by", ways, "like", change)
+    if is_missing("like", ways, f"with a model in {panels.plain(str(runs))}"):
+        return
     if state["like"] == "colours":
         features = data.thumbnails.features
     else:
@@ -704,6 +926,7 @@ def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> Non
         return
     order, scores = nearest(features, features[i], leave_out=i)  # it is its own nearest
     index, scores = order[:NEIGHBOURS], scores[:NEIGHBOURS]
+    st.caption(SIMILARITY)
     picture_grid(data, index, "neighbours", score_lines(index, scores))
 
 
@@ -720,7 +943,7 @@ def show_page(parser: argparse.ArgumentParser) -> None:
     # Asked anew each time: a run may end while the page is open.
     predicted = run_names(runs, "predictions.csv")
     models = run_names(runs, "model.pt")
-    read_address(allowed_choices(data, predicted, models))
+    read_address(allowed_choices(data))
 
     with toolbar():
         st.segmented_control(
@@ -734,6 +957,10 @@ def show_page(parser: argparse.ArgumentParser) -> None:
         )
         summary = f"{len(data.ids):,} images of {len(flowers.class_names)} classes"
         st.markdown(f"{summary} in `{flowers.root}`", width="content")
+    if data.problem:
+        st.warning(
+            panels.message(f"{data.problem}. Fetch the dataset anew: python -m flowers.data")
+        )
 
     if state["view"] == "browse":
         listing = browse(data)
@@ -752,7 +979,23 @@ def show_page(parser: argparse.ArgumentParser) -> None:
         show_image(data, int(found[0]), listing or everything, models, runs)
     elif listing is not None:
         show_listing(data, listing)
+    st.set_page_config(title_of_page(flowers, found))
     write_address()
+
+
+def title_of_page(flowers: Flowers, found: np.ndarray) -> str:
+    """Return what is shown, for the title of the browser's window. found: the image shown alone."""
+    what = [state["view"].title()]
+    if state["image"] is not None:
+        name = flowers.class_names[flowers.labels[found[0]]]
+        what = [f"{state['image']} {name}"]
+    elif state["view"] == "runs":
+        what += filter(None, (state["run"], state["other"]))
+    elif state["view"] == "search":
+        what.append(state["q"])
+    elif state["class"]:
+        what.append(state["class"])
+    return " · ".join([*filter(None, what), "Flowers"])
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -787,13 +1030,8 @@ def open_data(args: argparse.Namespace) -> Dataset:
         ) from None
 
 
-def allowed_choices(
-    data: Dataset, predicted: list[str], models: list[str]
-) -> dict[str, Collection]:
-    """Return what can be chosen, by the name of the choice; numbers and texts are not listed.
-
-    predicted, models: the runs that have predictions, and a model.
-    """
+def allowed_choices(data: Dataset) -> dict[str, Collection]:
+    """Return what can be chosen, by the name of the choice; not of numbers, texts and runs."""
     return {
         "view": VIEWS,
         "class": data.flowers.class_names,
@@ -803,9 +1041,6 @@ def allowed_choices(
         "show": SHOWS,
         "bars": BARS,
         "order": ORDERS,
-        "run": {*predicted, *models},
-        "other": predicted,
-        "like": ["colours", *models],
     }
 
 
@@ -813,13 +1048,24 @@ def show_listing(data: Dataset, listing: Listing) -> None:
     """Show one page of a list as a grid, and a button to download all of it."""
     on_page = pager(listing.index)
     picture_grid(data, on_page, "pictures", listing.lines)
-    st.download_button(
+    if len(on_page) < len(listing.index):
+        with toolbar():
+            turn_buttons(state["page"], -(-len(listing.index) // PER_PAGE), "_below")
+    download(
         "This list as CSV",
-        lambda: export(data.flowers, listing.index, listing.predictions),
-        "flowers.csv",
-        "text/csv",
-        on_click="ignore",
-        disabled=not len(listing.index),
+        state["show"] if state["view"] == "runs" else "",
+        lambda: export(data.flowers, listing.index, listing.predictions, listing.scores),
+        empty=not len(listing.index),
+    )
+
+
+def download(label: str, what: str, make: Callable[[], str], empty: bool = False) -> None:
+    """Show a button to download a CSV file, named after the view, its runs and `what` it holds."""
+    names = {"runs": [state["run"], state["other"]], "search": [state["model"]]}
+    parts = ["flowers", state["view"], *names.get(state["view"], []), what]
+    name = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, parts)))
+    st.download_button(
+        label, make, f"{name}.csv", "text/csv", on_click="ignore", disabled=empty, key="download"
     )
 
 
@@ -839,10 +1085,11 @@ def main():
         raise UserError(f"this is a page: start it with {START}")
 
     st.set_page_config("Flowers", page_icon="🌸", layout="wide")
+    st.html(f"<style>{panels.PAGE_STYLE}</style>")
     try:
         show_page(parser)
     except (UserError, OSError) as error:
-        st.error(str(error))
+        st.error(panels.message(str(error)))
         write_address()  # of what was chosen, which the page could not show
 
 

@@ -276,7 +276,7 @@ def wait_for(page, act: Callable, pictures: int) -> float:
 
 
 def next_page(page) -> None:
-    page.get_by_role("button", name="Next").click()
+    page.get_by_role("button", name="Next").first.click()
 
 
 def choose_train(page) -> None:
@@ -284,7 +284,7 @@ def choose_train(page) -> None:
 
 
 def open_image(page) -> None:
-    page.locator(".pictures button").nth(20).click()
+    page.locator(".pictures a").nth(20).click()
 
 
 def search_sentence(page) -> None:

@@ -83,6 +83,7 @@ def open_flowers(
     class_names: str = "oxford",
     splits_base: int | None = None,
     needs_split: bool = True,
+    needs_images: bool = True,
 ) -> Flowers:
     """Open a copy of the dataset in any layout that flowers.layouts reads.
 
@@ -97,6 +98,8 @@ def open_flowers(
     class_names: 'oxford' or 'openai'.
     splits_base: whether the image ids of a JSON count from 0 or 1. None: the file says it.
     needs_split: False leaves the splits empty where the dataset has none, instead of an error.
+    needs_images: False leaves out the images that a split lists and that are missing, instead of
+        an error: for who looks at the images and measures nothing.
 
     Raises UserError if a file is missing, damaged or contradicts another one.
     """
@@ -104,7 +107,7 @@ def open_flowers(
     root = _prepare_root(default_root() if data_root is None else data_root)
     layout = read_layout(root)
     splits_path = Path(splits_path) if splits_path else None  # an empty flag counts as none
-    split = choose_split(layout, splits_path, splits, splits_base)
+    split = choose_split(layout, splits_path, splits, splits_base, needs_images)
     # Not split at random unasked: nobody should report a test on a split that they do not know of.
     if split is NO_SPLIT and needs_split:
         raise UserError(

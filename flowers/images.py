@@ -31,6 +31,10 @@ MAX_ASPECT = 100
 CHUNK = 64  # files handed to the threads at a time
 
 
+class UndecodableImage(UserError):
+    """An image file that can't be decoded."""
+
+
 def read_rgb(file: Path) -> np.ndarray:
     """A JPEG, PNG or WebP as (H, W, 3) uint8; transparent parts are white.
 
@@ -45,7 +49,7 @@ def read_rgb(file: Path) -> np.ndarray:
             _check_size(image, data)
             if _is_for_opencv(image, data):
                 return _decode_jpeg(data)
-            return np.array(_as_rgb(image))
+            return np.array(as_rgb(image))
     except Exception as error:  # Pillow raises a dozen kinds at damaged files
         raise undecodable(file, error) from None
 
@@ -94,9 +98,11 @@ def _decode_jpeg(data: bytes) -> np.ndarray:
     return rgb
 
 
-def undecodable(file: Path, error: Exception) -> UserError:
+def undecodable(file: Path, error: Exception) -> UndecodableImage:
     """The error about an image that can't be decoded, to be raised."""
-    return UserError(f"{file} can't be decoded ({reason(error)}): replace it by a fresh copy")
+    return UndecodableImage(
+        f"{file} can't be decoded ({reason(error)}): replace it by a fresh copy"
+    )
 
 
 def read_picture(file: Path) -> np.ndarray:
@@ -111,7 +117,7 @@ def read_picture(file: Path) -> np.ndarray:
             _check_size(image, file.read_bytes())
             # In place, as a copy would not know its format.
             ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_as_rgb(image))
+            return np.array(as_rgb(image))
     except Exception as error:  # Pillow raises a dozen kinds at damaged files
         raise undecodable(file, error) from None
 
@@ -122,7 +128,7 @@ def _formats() -> list[str]:
     return [name for name in Image.OPEN if name != "EPS"]
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode in RGB. Raises ValueError where its levels have no known range."""
     # Pillow cuts 16 bits off at 255 when it converts them, so they are scaled here. Older versions
     # read them as integers of 32 bits, of which PNG and PPM have none.

@@ -7,7 +7,7 @@ trnid, valid and tstid. CoOp's split_zhou_OxfordFlowers.json (Zhou et al. 2022) 
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,10 @@ class Split:
     protocol: str = ""
 
 
+class MissingImages(UserError):
+    """A split lists images that are not there."""
+
+
 NO_SPLIT = Split("", {part: np.zeros(0, dtype=np.int64) for part in PARTS}, "not split")
 
 
@@ -52,14 +56,17 @@ def choose_split(
     splits_path: Path | None = None,
     splits: str | None = None,
     base: int | None = None,
+    needs_images: bool = True,
 ) -> Split:
     """The split of a dataset: of a file, random, or the one that lies in the folder.
 
     splits_path: a file of splits, instead of the one that the dataset has.
     splits: as in flowers.data.open_flowers.
     base: whether the image ids of a JSON count from 0 or 1, where the file does not say it.
+    needs_images: False leaves out the images that are not there, unless none is.
 
-    Raises UserError if it is damaged or contradicts the dataset.
+    Raises MissingImages if it lists images that are not there, and UserError if it is damaged or
+    contradicts the dataset in another way.
     """
     if splits == "random" and splits_path:
         raise UserError("--splits random and --splits_path both say how to split: give one of them")
@@ -75,8 +82,17 @@ def choose_split(
         split = read_split_file(setid, layout, base)
     else:
         return NO_SPLIT
+    if not needs_images and layout.files:
+        split = _present(split, layout)
     _check(split, layout)
     return split
+
+
+def _present(split: Split, layout: Layout) -> Split:
+    """A split without the images that are not there."""
+    present = np.array(sorted(layout.files))
+    ids = {part: part_ids[np.isin(part_ids, present)] for part, part_ids in split.ids.items()}
+    return replace(split, ids=ids)
 
 
 def _folder_split(layout: Layout) -> Split:
@@ -108,7 +124,7 @@ def _check(split: Split, layout: Layout) -> None:
         folders = {path.parent for path in layout.files.values()}
         if len(folders) == 1:
             image = folders.pop() / image
-        raise UserError(
+        raise MissingImages(
             f"missing image {image} "
             f"({len(missing)} of {len(unique_ids)} listed in the splits are not there)"
         )

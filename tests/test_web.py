@@ -7,29 +7,36 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections import Counter
 from html import unescape
 from html.parser import HTMLParser
+from urllib.parse import parse_qsl
 
 import clip
 import numpy as np
 import pytest
 import scipy.io
+import streamlit
 import torch
 from conftest import NAMES, ROOT, error_line, write_dataset
 from PIL import Image
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from streamlit.runtime.forward_msg_cache import populate_hash_if_needed
 from streamlit.testing.v1 import AppTest
+from tqdm import tqdm
 
 from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
 from flowers.gallery import colours, filters, panels
-from flowers.gallery.predictions import read_predictions
+from flowers.gallery.predictions import class_changes, confusion_table, read_predictions
 from flowers.gallery.thumbnails import (
     MAX_UPLOAD_BYTES,
     SLOT,
@@ -133,7 +140,8 @@ def html(at, key="pictures"):
 def pictures(at, key="pictures"):
     """Id, source and lines of text of each picture of a grid, in order."""
     found = []
-    for i, inside in re.findall('(?s)<button data-open="([0-9]+)">(.*?)</button>', html(at, key)):
+    link = '(?s)<a data-open="([0-9]+)"[^>]*>(.*?)</a>'
+    for i, inside in re.findall(link, html(at, key)):
         lines = [unescape(line) for line in re.findall("(?s)<p>(.*?)</p>", inside)]
         sources = re.findall('<img src="([^"]+)"', inside)
         found.append({"id": int(i), "src": sources, "lines": lines})
@@ -147,7 +155,7 @@ def shown(at, key="pictures"):
 
 def scores(at, key="pictures"):
     """The similarity under each picture of a grid."""
-    return [float(picture["lines"][1]) for picture in pictures(at, key)]
+    return [float(picture["lines"][1].removeprefix("similarity ")) for picture in pictures(at, key)]
 
 
 def rankings(html):
@@ -160,11 +168,16 @@ def rankings(html):
     return tables
 
 
+def as_read(message):
+    """What is to be read of markdown: without the backslashes, and code within its line."""
+    return re.sub(r"\s*```(?:shell)?\s*", " ", re.sub(r"\\(.)", r"\1", message.value))
+
+
 def text(at):
     """All that is to be read on the page, but for its grids."""
     texts = []
     for kind in (at.markdown, at.info, at.warning, at.error, at.caption):
-        texts += [message.value for message in kind]
+        texts += [as_read(message) for message in kind]
     texts.append(unescape(re.sub("<[^>]+>", "\n", html(at, "image"))))
     return "\n".join(texts)
 
@@ -220,6 +233,22 @@ def test_opens_on_all_images_and_pages_through_them(page):
     assert shown(press(at, "previous_page")) == list(range(1, 49))
 
 
+def test_pages_turn_below_the_grid_too(page):
+    at = press(press(page(), "next_page_below"), "next_page_below")
+    assert shown(at) == list(range(97, 121))
+    assert shown(press(at, "previous_page_below")) == list(range(49, 97))
+    at = page(**{"class": "mallow"})  # a single page
+    assert not [button for button in at.button if button.key == "next_page_below"]
+
+
+def test_filters_are_folded_away_on_a_telephone(page, monkeypatch):
+    assert not page().expander
+    headers = {"User-Agent": "Mozilla/5.0 (Linux; Android 15) Chrome/140 Mobile Safari/537.36"}
+    monkeypatch.setattr(type(streamlit.context), "headers", headers)
+    assert [box.label for box in page().expander] == ["Filters"]
+    assert [box.label for box in page(view="runs", run="first").expander] == ["Filters"]
+
+
 @pytest.mark.parametrize("name", ["mallow", "tree mallow"])  # one name holds the other
 def test_filters_by_class(page, truth, name):
     class_of, _ = truth
@@ -238,6 +267,9 @@ def test_filters_by_split_and_id_together(page, truth, split):
 
     write(at, "ids", " 3, 20-40 ,119")
     assert shown(at) == sorted({3, *range(20, 41), 119} & splits[split])
+
+    write(at, "ids", "40-20")
+    assert shown(at) == sorted({*range(20, 41)} & splits[split])
 
     write(at, "ids", "7; rm -rf")
     assert "numbers and ranges such as" in text(at)
@@ -357,6 +389,21 @@ def test_outcomes_of_two_runs(page, runs, show):
     assert pictures(at)[0]["lines"][1] == answer
 
 
+def test_of_two_runs_the_page_says_of_which_it_speaks(page, runs):
+    first = predictions_of(runs, "first")
+    at = page(view="runs", run="second", other="first", show="wrong")
+    for key in ("show", "order"):
+        assert "by second" in at.segmented_control(key=key).label
+    assert at.selectbox(key="guess").label == "Predicted class by second"
+
+    at = press(at, "swap")
+    assert address_of(at) == {"view": "runs", "run": "first", "other": "second", "show": "wrong"}
+    assert shown(at) == [i for i, row in first.items() if row["top1"] != row["label"]]
+    assert at.selectbox(key="guess").label == "Predicted class by first"
+    at = page(view="runs", run="second", other="first", part="confusion")
+    assert "the name that second gives them" in text(at)
+
+
 def test_most_confident_mistakes_come_first(page, runs):
     first = predictions_of(runs, "first")
     wrong = [i for i in first if first[i]["top1"] != first[i]["label"]]
@@ -408,16 +455,16 @@ def test_classes_are_sorted_by_change(page, runs):
             100 * np.mean([rows[i]["top1"] == name for i in images]) for rows in (first, second)
         )
         row = table[table["class"] == name].iloc[0]
-        assert row["first"] == pytest.approx(accuracy)
-        assert row["second"] == pytest.approx(accuracy_of_second)
+        assert row["accuracy of first (%)"] == pytest.approx(accuracy)
+        assert row["accuracy of second (%)"] == pytest.approx(accuracy_of_second)
         assert row["images"] == len(images)
         changes.append(accuracy_of_second - accuracy)
     by_size = sorted(changes, key=lambda change: -abs(change))
-    assert table["change"].tolist() == pytest.approx(by_size)
+    assert table["change (%)"].tolist() == pytest.approx(by_size)
     assert len(set(changes)) > 1
 
     at = page(view="runs", run="first", part="classes")
-    assert at.dataframe[0].value["first"].is_monotonic_increasing
+    assert at.dataframe[0].value["accuracy of first (%)"].is_monotonic_increasing
 
 
 def test_an_image_shows_what_both_runs_say(page, runs):
@@ -452,7 +499,7 @@ def reference(runs, many, sentence):
 
 def test_search_by_a_sentence(page, runs, many):
     sentence = "a red flower on black"
-    at = page(view="search", run="first")
+    at = page(view="search", model="first")
     assert not shown(at)
     write(at, "q", sentence)
     expected = reference(runs, many, sentence)
@@ -463,13 +510,13 @@ def test_search_by_a_sentence(page, runs, many):
     assert min(scores(at)) >= np.sort(expected)[-48] - 3e-3
     assert address_of(at)["q"] == sentence
 
-    at = page(view="search", run="first", q=sentence, image=str(shown(at)[1]))
+    at = page(view="search", model="first", q=sentence, image=str(shown(at)[1]))
     assert "2 of 120" in text(at)
 
 
 def test_search_by_a_picture_of_ones_own(page, many):
     data = (many / "jpg" / "image_00033.jpg").read_bytes()
-    at = page(view="search", run="first")
+    at = page(view="search", model="first")
     whole(at.file_uploader[0].upload("mine.jpg", data, "image/jpeg").run())
     assert shown(at)[0] == 33
     assert scores(at)[0] > 0.999
@@ -478,6 +525,26 @@ def test_search_by_a_picture_of_ones_own(page, many):
     assert len(best) == 5
     assert {name for name, _ in best} < set(NAMES)
     assert percent == sorted(percent, reverse=True)
+
+
+def test_of_a_sentence_and_a_picture_the_latter_is_searched(page, many):
+    data = (many / "jpg" / "image_00033.jpg").read_bytes()
+    sentence = "a red flower on black"
+    at = page(view="search", model="first", q=sentence)
+    by_sentence = shown(at)
+    whole(at.file_uploader[0].upload("mine.jpg", data, "image/jpeg").run())
+    by_picture = shown(at)
+    assert by_picture[0] == 33
+    assert by_picture != by_sentence
+    assert "Your picture mine.jpg" in text(at)
+
+    choose(at, "by", "sentence")
+    assert shown(at) == by_sentence
+    assert not html(at, "answer")
+    choose(at, "by", "picture")
+    assert shown(at) == by_picture
+    write(at, "q", "a rose")
+    assert html(at, "answer") == ""
 
 
 def encoded(size, kind="JPEG"):
@@ -505,9 +572,9 @@ def test_a_bad_upload_is_a_sentence(name):
 
 
 def test_a_bad_upload_leaves_the_page_whole(page):
-    at = page(view="search", run="first")
+    at = page(view="search", model="first")
     at.file_uploader[0].upload("bad.jpg", BROKEN["half"], "image/jpeg").run()
-    assert "can't be read as a picture" in whole(at, fails=True).error[0].value
+    assert "can't be read as a picture" in as_read(whole(at, fails=True).error[0])
 
     # What is larger is refused before it could go to a temporary file.
     from starlette.formparsers import MultiPartParser
@@ -537,6 +604,20 @@ def test_good_pictures_of_all_kinds_open_upright():
     assert open_picture(out.getvalue()).shape == (40, 30, 3)
 
 
+def test_transparent_parts_are_white_and_16_bits_are_scaled(tmp_path):
+    hidden = Image.new("RGBA", (40, 40), (200, 0, 0, 0))  # red that nobody sees
+    hidden.paste((0, 0, 255, 255), (0, 0, 40, 20))
+    grey = Image.fromarray(np.full((40, 40), 0x8080, np.uint16))
+    for image, rows in ((hidden, [(0, 0, 255), (255, 255, 255)]), (grey, [(128,) * 3] * 2)):
+        file = tmp_path / "picture.png"
+        image.save(file)
+        picture = open_picture(file.read_bytes())
+        assert [tuple(picture[10, 20]), tuple(picture[30, 20])] == rows
+        small = read_thumbnail(thumbnail(file)).astype(int)
+        seen = [small[30, 80], small[130, 80]]
+        assert np.abs(np.array(seen) - rows).max() < 8  # a JPEG
+
+
 # -----------------------------------------------------------------------------
 # addresses
 
@@ -559,7 +640,7 @@ def test_good_pictures_of_all_kinds_open_upright():
         {"view": "runs", "run": "first", "class": "rose", "guess": "rose"},
         {"view": "runs", "run": "first", "part": "classes"},
         {"view": "runs", "run": "first", "part": "confusion"},
-        {"view": "search", "run": "first", "q": "a rose"},
+        {"view": "search", "model": "first", "q": "a rose"},
     ],
     ids=str,
 )
@@ -572,10 +653,59 @@ def test_every_address_opens_the_same_view_again(page, address):
     assert text(again) == text(at)
 
 
+def test_a_view_keeps_its_run_when_another_view_changes_its_own(page, runs, tmp_path):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    shutil.copy(folder / "first" / "model.pt", folder / "second")
+    at = page(runs=folder, view="runs", run="first")
+    select(choose(at, "view", "search"), "model", "second")
+    assert "first: **" in text(choose(at, "view", "runs"))
+    assert at.selectbox(key="run").value == "first"
+
+    # Older links call it `run`.
+    at = page(runs=folder, view="search", run="second", q="a rose")
+    assert address_of(at) == {"view": "search", "model": "second", "q": "a rose"}
+
+
+def test_the_grid_follows_who_goes_on_from_image_to_image(page):
+    at = press(page(image="48"), "Next_image")
+    at = press(at, "to_grid")
+    assert shown(at) == list(range(49, 97))
+    assert address_of(at) == {"page": "2"}
+    assert re.findall('data-open="([0-9]+)" href="[^"]*" class="on"', html(at)) == ["49"]
+
+
 def test_going_back_in_the_browser_goes_back(page):
     at = press(page(), "next_page")
     at.query_params.pop("page")
     assert shown(whole(at.run())) == list(range(1, 49))
+
+
+MISSING = [
+    {"view": "runs", "run": "thrid"},
+    {"view": "runs", "run": "first", "other": "thrid"},
+    {"view": "runs", "run": "first", "other": "thrid", "part": "classes"},
+    {"view": "search", "model": "thrid", "q": "a rose"},
+    {"image": "17", "like": "thrid"},
+]
+
+
+@pytest.mark.parametrize("address", MISSING, ids=str)
+def test_a_run_that_is_gone_is_never_replaced_by_another(page, address):
+    at = page(**address)
+    assert "There is no run thrid with" in text(at)
+    assert "%" not in text(at)
+    assert not shown(at)
+    assert not shown(at, "neighbours")
+    assert not at.dataframe
+    assert address_of(at) == address  # to be sent on, or to be opened when the run is back
+
+
+def test_a_run_that_is_deleted_while_the_page_is_open(page, runs, tmp_path):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    at = page(runs=folder, view="runs", run="second")
+    shutil.rmtree(folder / "second")
+    assert "There is no run second" in text(whole(at.run()))
+    assert "first: **" in text(select(at, "run", "first"))
 
 
 HOSTILE = [
@@ -601,6 +731,7 @@ CHOICES = [
     "image",
     "run",
     "other",
+    "model",
     "part",
     "show",
     "guess",
@@ -617,8 +748,17 @@ def test_hostile_addresses_show_what_there_is(page, value):
     assert len(shown(at)) == 48
     for view in ("runs", "search"):
         at = page(view=view, **dict.fromkeys([*CHOICES, "ids"], value))
-        assert "passwd" not in text(at)
+        assert "root:" not in text(at)  # of /etc/passwd
         assert set(shown(at)) <= set(range(1, N + 1))
+
+
+def test_no_message_is_sent_as_a_hash(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # without the repository's .streamlit/config.toml
+    page()
+    message = ForwardMsg()
+    message.delta.new_element.markdown.body = "a" * 10_000_000
+    populate_hash_if_needed(message)
+    assert not message.metadata.cacheable
 
 
 # -----------------------------------------------------------------------------
@@ -629,20 +769,18 @@ def copy(many, tmp_path):
     return shutil.copytree(many, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
 
 
-@pytest.mark.parametrize("harm", ["setid.mat", "imagelabels.mat", "jpg", "cut", "image", "folder"])
+@pytest.mark.parametrize("harm", ["setid.mat", "imagelabels.mat", "jpg", "cut", "folder"])
 def test_a_damaged_dataset_is_a_sentence_with_a_command(page, many, tmp_path, harm):
     root = copy(many, tmp_path)
     if harm == "jpg":
         shutil.rmtree(root / "jpg")
     elif harm == "cut":
         (root / "setid.mat").write_bytes((root / "setid.mat").read_bytes()[:150])
-    elif harm == "image":
-        (root / "jpg" / "image_00005.jpg").unlink()
     elif harm == "folder":
         shutil.rmtree(root)
     else:
         (root / harm).unlink()
-    message = page(root, fails=True).error[0].value
+    message = as_read(page(root, fails=True).error[0])
     assert "python -m flowers.data" in message
     assert str(root) in message
     assert "\n" not in message
@@ -661,8 +799,44 @@ def test_a_damaged_image_does_not_hide_the_others(page, many, tmp_path):
     root = copy(many, tmp_path)
     (root / "jpg" / "image_00003.jpg").write_bytes(b"\xff\xd8 nothing")
     assert [picture["id"] for picture in pictures(page(root)) if not picture["src"]] == [3]
-    message = page(root, image="3", fails=True).error[0].value
+    message = as_read(page(root, image="3", fails=True).error[0])
     assert "python -m flowers.data" in message
+
+
+def test_a_missing_image_costs_that_image_alone(page, many, tmp_path):
+    root = copy(many, tmp_path)
+    lost = root / "jpg" / "image_00003.jpg"
+    lost.unlink()
+    at = page(root)
+    assert shown(at) == [1, 2, *range(4, 50)]
+    assert "1 to 48 of 119 images" in text(at)
+    assert f"missing image {lost} (1 of 120 listed" in text(at)
+    assert "python -m flowers.data" in text(at)
+    assert "There is no image 3 " in text(page(root, image="3"))
+
+
+def test_a_damaged_image_is_not_searched_and_the_others_are(page, many, tmp_path):
+    root = copy(many, tmp_path)
+    search = {"view": "search", "model": "first", "q": "a rose"}
+    whole_order = []
+    for number in "123":
+        whole_order += shown(page(many, page=number, **search))
+    assert sorted(whole_order) == list(range(1, N + 1))
+
+    (root / "jpg" / "image_00003.jpg").write_bytes(b"\xff\xd8 nothing")
+    rest = []
+    for number in "123":
+        rest += shown(page(root, page=number, **search))
+    assert rest == [i for i in whole_order if i != 3]
+
+
+def test_what_is_computed_in_the_background_has_a_bar():
+    import web
+
+    with tqdm(total=200, desc="encoding images", file=io.StringIO()) as bar:
+        bar.update(50)
+        assert web.progress() == ("Encoding images: 50 of 200", 0.25)
+    assert web.progress() == ("Loading the model", 0.0)
 
 
 HEAD = b"file,label,top1,score1\n"
@@ -682,7 +856,7 @@ HEAD = b"file,label,top1,score1\n"
 def test_damaged_predictions_are_a_sentence_with_a_command(page, runs, tmp_path, content):
     folder = shutil.copytree(runs, tmp_path / "runs")
     (folder / "second" / "predictions.csv").write_bytes(content)
-    message = page(runs=folder, view="runs", run="second", fails=True).error[0].value
+    message = as_read(page(runs=folder, view="runs", run="second", fails=True).error[0])
     assert "python baseline_eval.py" in message or "streamlit run web.py" in message
     assert shown(page(runs=folder, view="runs", run="first"))  # the other run is as it was
 
@@ -691,8 +865,35 @@ def test_a_run_of_another_dataset_says_which(page, runs, tmp_path):
     folder = shutil.copytree(runs, tmp_path / "runs")
     row = {"file": "image_00001.jpg", "label": "tulip", "top1": "tulip", "score1": 1}
     write_csv(folder / "second" / "predictions.csv", [row])
-    message = page(runs=folder, view="runs", run="second", fails=True).error[0].value
+    message = as_read(page(runs=folder, view="runs", run="second", fails=True).error[0])
     assert "--data_root elsewhere" in message
+
+
+def test_the_newest_run_of_this_dataset_and_split_comes_first(page, runs, truth, tmp_path):
+    class_of, splits = truth
+    folder = tmp_path / "runs"
+    row = {"file": "image_00001.jpg", "label": "tulip", "top1": "tulip", "score1": 1}
+    i = min(splits["train"])
+    trained = {**row, "file": f"image_{i:05d}.jpg", "label": class_of[i], "top1": class_of[i]}
+    shutil.copytree(runs / "first", folder / "demo" / "before")
+    shutil.copytree(runs / "second", folder / "demo" / "after")
+    for name, rows in (("tulips", [row]), ("official", [trained])):
+        (folder / name).mkdir()
+        write_csv(folder / name / "predictions.csv", rows)
+    names = ("demo/before", "demo/after", "tulips", "official")
+    for age, name in enumerate(names):
+        os.utime(folder / name, (10**9 + age, 10**9 + age))
+
+    at = page(runs=folder, view="runs")
+    assert "demo/after: **" in text(at)
+    assert address_of(at)["run"] == "demo/after"
+    assert at.selectbox(key="run").options == [
+        "demo/after",
+        "demo/before",
+        "official (another split)",
+        "tulips (another dataset)",
+    ]
+    assert page(runs=folder, view="search").selectbox(key="model").options == ["demo/before"]
 
 
 def test_damaged_models_and_arguments(page, runs, tmp_path):
@@ -701,7 +902,7 @@ def test_damaged_models_and_arguments(page, runs, tmp_path):
     assert shown(page(runs=folder, view="search", q="a rose"))
 
     (folder / "first" / "model.pt").write_bytes(b"no model")
-    message = page(runs=folder, view="search", q="a rose", fails=True).error[0].value
+    message = as_read(page(runs=folder, view="search", q="a rose", fails=True).error[0])
     assert "can't be read" in message
 
 
@@ -714,7 +915,7 @@ def test_without_runs_the_page_says_how_to_make_one(page, tmp_path):
 
 def test_mistaken_flags_are_a_sentence(page, cli):
     at = page(more=["--colour", "red"], fails=True)
-    assert "unrecognized arguments" in at.error[0].value
+    assert "unrecognized arguments" in as_read(at.error[0])
     assert "streamlit run web.py" in error_line(cli("web.py"))
     assert "--runs" in cli("web.py", "--help")[1]
 
@@ -742,6 +943,61 @@ def test_export_lists_what_is_shown(many, runs, truth):
         else:
             assert row["first prediction"] == ""
             assert row["first probability"] == ""
+
+
+def test_tables_as_csv(many, runs, tmp_path):
+    flowers = open_flowers(many)
+    table = filters.export(flowers, [4, 0], scores=np.array([0.75, -0.5]))
+    rows = list(csv.DictReader(io.StringIO(table)))
+    assert [float(row["similarity"]) for row in rows] == [0.75, -0.5]
+
+    # A run may be called as a column is.
+    for name in ("class", "images", "change"):
+        shutil.copytree(runs / "first", tmp_path / name)
+        run = read_predictions(tmp_path / name, flowers)
+        second = read_predictions(runs / "second", flowers)
+        changes = class_changes(flowers, run.index, run, second)
+        assert set(changes["class"]) == set(NAMES)
+        assert changes["images"].sum() == len(run.index)
+        assert changes.shape == (len(NAMES), 5)
+
+    rows = predictions_of(runs, "second").values()
+    counts = Counter((row["label"], row["top1"]) for row in rows)
+    matrix = list(confusion_table(flowers, second, second.index).itertuples(index=False))
+    assert {(true, guess): n for true, guess, n in matrix} == counts
+
+
+def test_each_list_has_a_file_of_its_own(page, monkeypatch):
+    files = {}
+
+    def keep(label, make, name, *_, **options):
+        files[name] = make().splitlines()[0]
+
+    monkeypatch.setattr(streamlit, "download_button", keep)
+    runs = {"view": "runs", "run": "first"}
+    for address in (
+        {},
+        {**runs, "show": "wrong"},
+        {**runs, "other": "second", "part": "classes"},
+        {**runs, "part": "confusion"},
+    ):
+        page(**address)
+    of_first, of_second = "accuracy of first (%)", "accuracy of second (%)"
+    assert files == {
+        "flowers-browse.csv": "id,file,class,split",
+        "flowers-runs-first-wrong.csv": "id,file,class,split,first prediction,first probability",
+        "flowers-runs-first-second-classes.csv": f"class,change (%),images,{of_first},{of_second}",
+        "flowers-runs-first-confusion.csv": "class,prediction,images",
+    }
+
+
+def test_a_picture_is_a_link_to_its_address(page):
+    at = page(view="runs", run="first", show="wrong")
+    i = shown(at)[1]
+    links = re.findall('href="([^"]*)"', html(at))
+    address = dict(parse_qsl(unescape(links[1]).removeprefix("?")))
+    assert address == {"view": "runs", "run": "first", "show": "wrong", "image": str(i)}
+    assert address_of(page(**address)) == address
 
 
 def ready_thumbnails(flowers):
@@ -780,7 +1036,10 @@ def test_thumbnails_are_kept_small_and_follow_their_files(many, tmp_path):
 
 FIRST_PAGE = """
 import sys
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from streamlit.runtime.forward_msg_cache import populate_hash_if_needed
 from streamlit.testing.v1 import AppTest
+from tqdm import tqdm
 
 sys.argv = ["web.py", "--data_root", {data_root!r}]
 at = AppTest.from_file({script!r}, default_timeout={patience}).run()
@@ -801,6 +1060,7 @@ ATTRIBUTES = {
     "style",
     "title",
     "alt",
+    "href",
     "src",
     "data-open",
     "viewbox",
@@ -831,13 +1091,60 @@ class Reader(HTMLParser):
         self.texts.append(data)
 
 
+def test_commands_in_a_message_are_code():
+    commands = [
+        "python -m flowers.data",
+        "streamlit run web.py -- --data_root 'a b/c;d' --runs runs/x",
+        "python train.py --data_root /tmp/a_b.c --prompt_template 'a {}.' --holdout",
+    ]
+    message = panels.message(
+        f"no *dataset* (x--y): run {commands[0]} to download it. "
+        f"See {commands[1]}; or {commands[2]}"
+    )
+    assert re.findall("```shell\n(.*)\n```", message) == commands
+    rest = re.sub("```shell\n.*\n```", "", message).split("\n\n")
+    assert rest[0] == r"no \*dataset\* \(x\-\-y\)\: run"
+    assert rest[1].strip() == r"to download it\. See"
+    assert panels.message("a sentence.") == r"a sentence\."
+
+
+def luminance(colour):
+    """Relative luminance of red, green and blue from 0 to 255, by WCAG 2.2."""
+    levels = np.array(colour) / 255
+    linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+def contrast(a, b):
+    dark, light = sorted((luminance(a), luminance(b)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+GROUNDS = {"light": (255, 255, 255), "dark": (23, 22, 20)}  # Streamlit's own
+
+
+@pytest.mark.parametrize("theme", GROUNDS)
+def test_what_is_chosen_or_clicked_is_seen_in_both_themes(theme):
+    ground = np.array(GROUNDS[theme])
+    # One image of a thousand is as well seen as all of them.
+    cells = panels.confusion(["a", "b"], np.zeros(1000, int), np.arange(1000) // 999)
+    outlines = re.findall(r"border-color:rgb\((\d+) (\d+) (\d+)\)", cells)
+    assert len(outlines) == 2
+    assert all(contrast([int(c) for c in outline], ground) >= 3 for outline in outlines)
+
+    # The name of a chosen button, on a ground of up to a quarter of its own colour.
+    config = tomllib.loads((ROOT / ".streamlit" / "config.toml").read_text())
+    chosen = np.array(list(bytes.fromhex(config["theme"][theme]["primaryColor"][1:])))
+    assert contrast(chosen, 0.75 * ground + 0.25 * chosen) >= 4.5
+
+
 def test_names_are_text_whatever_they_hold(many):
     vile = ["<b>{0}", "\"' onclick='x", "a&b", "</p>", "{{}}", "`$`"]
     flowers = dataclasses.replace(open_flowers(many), class_names=vile)
     black = np.zeros((9, 9, 3), np.uint8)
     ranking = (vile[0], [(name, 0.5) for name in vile])
     drawn = [
-        panels.pictures([(1, b"x", vile)]),
+        panels.pictures([(1, "?a=b&c=d", b"x", vile)]),
         panels.class_histogram(flowers, np.arange(N), vile[0]),
         panels.image(b"x", black, vile[1], vile, vile, [ranking]),
         panels.confusion(vile, np.arange(6), np.arange(6)[::-1]),

@@ -38,8 +38,8 @@ FLAGS = [
 # The page when Streamlit has run its script to the end.
 IDLE = "[data-testid=stApp][data-test-script-state=notRunning]"
 MAIN = "[data-testid=stMain]"
-PICTURE = ".pictures button"
-PREDICTION = ".pictures button p:nth-of-type(2)"
+PICTURE = ".pictures a"
+PREDICTION = ".pictures a p:nth-of-type(2)"
 
 
 # -----------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def page(chromium, server):
 
 def captions(page):
     """Id and class under each picture of the grid."""
-    return page.locator(".pictures button p:first-of-type").all_inner_texts()
+    return page.locator(".pictures a p:first-of-type").all_inner_texts()
 
 
 def predictions(page):
@@ -217,7 +217,7 @@ def starts_with(page, *image_ids):
 
 
 def turn_pages_and_go_back(page):
-    page.get_by_role("button", name="Next").click()
+    page.get_by_role("button", name="Next").first.click()
     wait(page, lambda: starts_with(page, 49) and "page=2" in page.url)
     page.go_back()
     wait(page, lambda: starts_with(page, 1))
@@ -336,8 +336,26 @@ def test_a_hurried_visitor_finds_no_error(page, server):
         page.wait_for_timeout(60)  # on before the picture has come
         page.locator(MAIN).press(key)
     wait(page, lambda: "image=" not in page.url and len(captions(page)) == 48)
-    page.get_by_role("button", name="Next").dblclick()
+    page.get_by_role("button", name="Next").first.dblclick()
     wait(page, lambda: starts_with(page, 49, 97))
+
+
+def test_a_key_pressed_again_and_again_leaves_the_page_whole(page, server):
+    page.goto(f"{server}/?image=30")
+    wait(page, lambda: page.locator(".image img").count() == 1)
+    for key, times, pause in (
+        ("ArrowRight", 10, 100),
+        ("ArrowLeft", 5, 100),
+        ("ArrowRight", 300, 5),
+    ):
+        for _ in range(times):
+            page.locator(MAIN).press(key)
+            page.wait_for_timeout(pause)
+    page.wait_for_timeout(1000)  # PAUSE of page.js is over
+    page.locator(MAIN).press("Escape")
+    # The grid is at the page of the last image.
+    wait(page, lambda: "image=" not in page.url and len(captions(page)) in (24, 48))
+    assert not page.get_by_text("Connection error").count()
 
 
 # -----------------------------------------------------------------------------
@@ -363,7 +381,7 @@ def test_nothing_is_cut_off_on_a_telephone(chromium, server, theme):
         "?view=search&q=rose",
     ):
         page.goto(f"{server}/{address}")
-        page.wait_for_selector(".pictures button, [data-testid=stDataFrame], .matrix")
+        page.wait_for_selector(".pictures a, [data-testid=stDataFrame], .matrix")
         page.wait_for_selector(IDLE)
         assert page.locator(MAIN).evaluate("e => e.scrollWidth") <= 400
         block = page.locator("[data-testid=stMainBlockContainer]")

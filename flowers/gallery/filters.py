@@ -1,13 +1,17 @@
-"""Which images are listed: by the number in a file's name and by split; and the list as CSV."""
+"""Which images are listed: by the number in a file's name and by split; and lists as CSV."""
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flowers import UserError
 from flowers.data import Flowers
 from flowers.gallery.predictions import NO_CLASS, Predictions
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def image_ids(flowers: Flowers) -> np.ndarray:
@@ -29,7 +33,7 @@ def split_names(flowers: Flowers) -> np.ndarray:
 
 
 def parse_ids(text: str) -> list[tuple[int, int]]:
-    """Return the ranges that a visitor wrote: '7, 20-30' is [(7, 7), (20, 30)].
+    """Return the ranges that a visitor wrote: '7, 30-20' is [(7, 7), (20, 30)].
 
     Raises UserError if the text is anything else.
     """
@@ -44,7 +48,7 @@ def parse_ids(text: str) -> list[tuple[int, int]]:
             raise UserError(f"file ids are numbers and ranges such as 7, 20-30, not '{part[:40]}'")
         first = int(match[1])
         last = int(match[2] or first)  # a single id is a range of one
-        ranges.append((first, last))
+        ranges.append((min(first, last), max(first, last)))
     return ranges
 
 
@@ -56,11 +60,17 @@ def in_ranges(ids: np.ndarray, ranges: list[tuple[int, int]]) -> np.ndarray:
     return inside
 
 
-def export(flowers: Flowers, index: Iterable[int], predictions: Sequence[Predictions] = ()) -> str:
-    """Return the images at `index` as CSV, in that order, with lines that end in CR LF.
+def export(
+    flowers: Flowers,
+    index: Iterable[int],
+    predictions: Sequence[Predictions] = (),
+    scores: np.ndarray | None = None,
+) -> str:
+    """Return the images at `index` as CSV, in that order.
 
-    Columns: id, file, class, split, and for each run its prediction and the probability of it,
-    both empty for an image that the run did not predict.
+    Columns: id, file, class, split; similarity, if there are `scores` of these images; and for each
+    run its prediction and the probability of it, both empty for an image that the run did not
+    predict.
     """
     import pandas as pd  # not needed by the first view
 
@@ -69,6 +79,8 @@ def export(flowers: Flowers, index: Iterable[int], predictions: Sequence[Predict
     table["file"] = [flowers.file_names[i] for i in index]
     table["class"] = [flowers.class_names[label] for label in flowers.labels[index]]
     table["split"] = split_names(flowers)[index]
+    if scores is not None:
+        table["similarity"] = [f"{score:.6f}" for score in scores]
     for run in predictions:
         names = []
         probabilities = []
@@ -79,4 +91,9 @@ def export(flowers: Flowers, index: Iterable[int], predictions: Sequence[Predict
             probabilities.append(f"{run.score[i]:.6f}" if predicted else "")
         table[f"{run.name} prediction"] = names
         table[f"{run.name} probability"] = probabilities
+    return as_csv(table)
+
+
+def as_csv(table: "pd.DataFrame") -> str:
+    """Return a table as CSV, with lines that end in CR LF, as RFC 4180 asks."""
     return table.to_csv(index=False, lineterminator="\r\n")

@@ -1,6 +1,38 @@
 // Shows the HTML of panels.py, and reports a click on what carries data-open.
 
 const PAUSE = 700; // milliseconds
+const SETTLE = 80; // milliseconds after which Streamlit has said that it is busy
+const BUTTON = "[data-testid=stButton] button";
+const KEYS = ["ArrowLeft", "ArrowRight", "Escape", "s", "S"]; // the shortcuts of web.py
+
+let lastPress = -Infinity;
+
+// Until the answer has come, the buttons do what they did at the last press: another press, or a
+// key that is held, asks for the same once more. Hundreds of these would stop the browser.
+function holdBack(event) {
+    const target = event.composedPath()[0];
+    const typing = target.closest("input, textarea");
+    const isShortcut = event.type === "keydown" && KEYS.includes(event.key) && !typing;
+    const isButton = event.type === "click" && target.closest(BUTTON);
+    if (!isShortcut && !isButton) {
+        return;
+    }
+    const pause = Date.now() - lastPress;
+    const running = document.querySelector("[data-test-script-state=running]");
+    if (pause < SETTLE || (running && pause < PAUSE)) {
+        event.stopImmediatePropagation();
+        event.preventDefault();
+    } else {
+        lastPress = Date.now();
+    }
+}
+
+// Once for a document, before any listener of Streamlit's, however often this file is loaded.
+if (!window.flowersHoldBack) {
+    window.flowersHoldBack = true;
+    window.addEventListener("keydown", holdBack, true);
+    window.addEventListener("click", holdBack, true);
+}
 
 export default function ({ data, parentElement, setTriggerValue }) {
     const root = parentElement.querySelector(".root");
@@ -9,13 +41,26 @@ export default function ({ data, parentElement, setTriggerValue }) {
         root.innerHTML = html;
         root.shown = html;
         root.busyUntil = 0;
+        // Back from a picture to where it is in the grid.
+        root.querySelector(".pictures .on")?.scrollIntoView({ block: "nearest" });
+        // A picture that was opened from below, or under the filters of a small screen.
+        const image = root.querySelector(".image");
+        const top = image?.getBoundingClientRect().top;
+        if (image && (top < 0 || top > window.innerHeight / 2)) {
+            image.scrollIntoView();
+        }
     }
     root.onclick = event => {
         const target = event.target.closest("[data-open]");
+        // A picture is a link: the browser itself opens it in another tab or window.
+        if (!target || event.ctrlKey || event.metaKey || event.shiftKey) {
+            return;
+        }
+        event.preventDefault();
         // The second click of a double click would interrupt the answer to the first,
         // and open half of what that one asked for.
         const busy = root.busyUntil > Date.now();
-        if (target && !busy) {
+        if (!busy) {
             root.busyUntil = Date.now() + PAUSE;
             setTriggerValue("open", target.dataset.open);
         }

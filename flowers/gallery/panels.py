@@ -6,6 +6,7 @@ Streamlit component that shows the HTML, hands the value of `data-open` on.
 """
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -19,8 +20,14 @@ from flowers.gallery.colours import hsv_curves, palette
 BLUE = "0 114 178"
 ORANGE = "213 94 0"
 
+FEW = 12  # pictures that one row of a wide window has room for
 MIN_STRIP = 0.15  # of the palette's width: a colour is wide enough for its name
 MAX_COUNTS = 30  # classes up to which a confusion matrix has room for its numbers
+
+# A command in a message: the program with its flags, and not the words that follow.
+VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s;'"-][^\s;'"]*)+"""
+FLAG = rf"(?: --(?=\s)| \[?--\w+\]?(?:[= ]{VALUE})?)"
+COMMAND = re.compile(rf"(?:python (?:-m )?[\w./]+|streamlit run [\w./]+){FLAG}*(?<![.,)])")
 
 MARKDOWN = "\\`*_{}[]()<>#$|:~!+-."  # characters with a meaning in markdown
 
@@ -31,11 +38,35 @@ ELEMENT = {
     "js": (_folder / "page.js").read_text(encoding="utf-8"),
 }
 
+# Around the views: Streamlit leaves 90 pixels blank at the top, for a bar that is empty here.
+PAGE_STYLE = """
+[data-testid=stMainBlockContainer] { padding-top: 1rem; padding-bottom: 2rem; }
+[data-testid=stHeader] { height: 0; min-height: 0; background: none; }
+@media (max-width: 640px) {
+  [data-testid=stMainBlockContainer] { padding-left: 0.75rem; padding-right: 0.75rem; }
+}
+"""
+
 
 def plain(text: str) -> str:
     """Return text that markdown shows as it is, on one line."""
     escapes = {ord(character): "\\" + character for character in MARKDOWN}
     return " ".join(text.split()).translate(escapes)
+
+
+def message(text: str) -> str:
+    """Return a message as markdown: its commands as code to be copied, the rest as it is.
+
+    As text, `--` would become a dash, and underscores would be gone.
+    """
+    parts = []
+    end = 0  # of what has been taken over
+    for command in COMMAND.finditer(text):
+        parts.append(plain(text[end : command.start()].lstrip(" ;.")))
+        parts.append(f"\n```shell\n{command[0]}\n```\n")
+        end = command.end()
+    parts.append(plain(text[end:].lstrip(" ;.")))
+    return "".join(parts).strip()
 
 
 # -----------------------------------------------------------------------------
@@ -65,16 +96,20 @@ def bar(fraction: float) -> str:
 # pictures
 
 
-def pictures(items: Iterable[tuple[int, bytes, list[str]]]) -> str:
+def pictures(items: Iterable[tuple[int, str, bytes, list[str]]], left: int | None = None) -> str:
     """Return a grid of pictures that open their ids.
 
-    items: id, JPEG (no bytes: the file is damaged) and lines of text of each picture.
+    items: id, link, JPEG (no bytes: the file is damaged) and lines of text of each picture. left:
+    the id of the picture that a visitor comes back from, which stands out.
     """
-    buttons = []
-    for i, jpeg, lines in items:
+    links = []
+    for i, link, jpeg, lines in items:
         shown = picture(jpeg, lines[0]) if jpeg else "<div class=none>damaged</div>"
-        buttons.append(f'<button data-open="{i}">{shown}{paragraphs(lines)}</button>')
-    return f'<div class="pictures">{"".join(buttons)}</div>'
+        emphasis = ' class="on"' if i == left else ""
+        attributes = f'data-open="{i}" href="{escape(link)}"{emphasis}'
+        links.append(f"<a {attributes}>{shown}{paragraphs(lines)}</a>")
+    few = " few" if len(links) <= FEW else ""
+    return f'<div class="pictures{few}">{"".join(links)}</div>'
 
 
 def image(
@@ -114,11 +149,15 @@ def colours(rgb: np.ndarray) -> str:
     """Return the palette of a picture (H, W, 3) uint8 and its HSV curves."""
     hue, saturation, value = hsv_curves(rgb)
     top = max(saturation.max(), value.max())
-    hue_title = f"hue (degrees), by chroma; density up to {hue.max():.1f}"
+    hue_title = (
+        "hue in degrees, vivid pixels counting more than pale ones; "
+        f"the top of the chart is a density of {hue.max():.1f}"
+    )
     hue_chart = chart(hue_title, len(hue), hue_bars(hue), range(0, 361, 60))
     curves_title = (
         f'<b style="color:rgb({BLUE})">■</b> saturation and '
-        f'<b style="color:rgb({ORANGE})">■</b> value; density up to {top:.1f}'
+        f'<b style="color:rgb({ORANGE})">■</b> value (brightness), both from 0 to 1; '
+        f"the top of the chart is a density of {top:.1f}"
     )
     curves = polyline(saturation, top, BLUE) + polyline(value, top, ORANGE)
     curves_chart = chart(curves_title, len(value) - 1, curves, (0, 0.25, 0.5, 0.75, 1))
@@ -206,7 +245,9 @@ def confusion(names: Sequence[str], true: np.ndarray, predicted: np.ndarray) -> 
         title = f"{escape(names[t])} → {escape(names[p])}: {count} of {total}"
         colour = BLUE if t == p else ORANGE
         shade = f"rgb({colour} / {0.25 + 0.5 * count / total:.2f})"
-        style = f"grid-area:{line_of[t]}/{line_of[p]};background:{shade}"
+        # The outline is as strong in every cell: a single image must be seen, too.
+        outline = f"border-color:rgb({colour})"
+        style = f"grid-area:{line_of[t]}/{line_of[p]};background:{shade};{outline}"
         number = count if len(shown) <= MAX_COUNTS else ""
         attributes = f'data-open="{t},{p}" title="{title}" style="{style}"'
         cells.append(f"<button {attributes}>{number}</button>")

@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,21 +20,78 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NO_CLASS = -1  # of an image that a run did not predict
+MAX_DEPTH = 4  # of folders below the folder of the runs
+RUN_FILES = ("args.json", "predictions.csv", "model.pt")
+# At the end of a column's name: no run takes the place of another column.
+IN_PERCENT = " (%)"
 
 # -----------------------------------------------------------------------------
 # runs
 
 
 def run_names(runs: Path, file: str) -> list[str]:
-    """Return the names of the folders in `runs` that hold `file`, newest first."""
+    """Return the names of the folders below `runs` that hold `file`, newest first.
+
+    The name of a folder is its path below `runs`, with slashes: the runs of `--runs runs/demo` are
+    found in runs/, too. Nothing is looked for within a run, nor behind a link.
+    """
     by_time = []
-    try:
-        for entry in os.scandir(runs):
-            if entry.is_dir() and (Path(entry) / file).is_file():
-                by_time.append((entry.stat().st_mtime, entry.name))
-    except OSError:  # no such folder, or a run that was removed in between
-        return []
+    for folder in _folders(runs, MAX_DEPTH):
+        try:
+            if (folder / file).is_file():
+                by_time.append((folder.stat().st_mtime, folder.relative_to(runs).as_posix()))
+        except OSError:  # a run that was removed in between
+            continue
     return [name for _, name in sorted(by_time, reverse=True)]
+
+
+def _folders(above: Path, depth: int) -> Iterator[Path]:
+    """Yield the folders below a folder, down to `depth`, but those within a run."""
+    try:
+        with os.scandir(above) as entries:
+            below = [
+                Path(entry)
+                for entry in entries
+                if entry.is_dir() and not entry.name.startswith(".")
+            ]
+    except OSError:  # no such folder, or one that may not be read
+        return
+    for folder in below:
+        yield folder
+        is_run = any((folder / name).exists() for name in RUN_FILES)
+        if depth > 1 and not is_run and not folder.is_symlink():
+            yield from _folders(folder, depth - 1)
+
+
+def why_apart(folder: Path, flowers: Flowers) -> str:
+    """Return why the predictions of a run are not about this dataset and its test split.
+
+    The empty string where they are, or where there are none.
+    """
+    path = folder / "predictions.csv"
+    index_of = {name: i for i, name in enumerate(flowers.file_names)}
+    class_of = _classes_by_name(flowers.class_names)
+    index = []
+    n_foreign = 0
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                i = index_of.get(row["file"])
+                if i is None or class_of.get(correct_name(row["label"])) != flowers.labels[i]:
+                    n_foreign += 1
+                else:
+                    index.append(i)
+    except FileNotFoundError:  # a run that only trained
+        return ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
+        return "damaged"
+    if not index:
+        return "another dataset" if n_foreign else "empty"
+    test = flowers.splits["test"]
+    # A dataset may have no split: then none is another one.
+    if len(test) and not np.isin(index, test).all():
+        return "another split"
+    return ""
 
 
 def run_arguments(folder: Path) -> dict:
@@ -70,8 +128,10 @@ class Predictions:
         return np.flatnonzero(self.guess != NO_CLASS)
 
 
-def read_predictions(folder: Path, flowers: Flowers) -> Predictions:
+def read_predictions(folder: Path, flowers: Flowers, name: str = "") -> Predictions:
     """Read the predictions of the run in `folder` for the images of `flowers`.
+
+    name: what the run is called; empty: as its folder.
 
     Raises UserError if predictions.csv is damaged, empty, or about other images.
     """
@@ -95,7 +155,7 @@ def read_predictions(folder: Path, flowers: Flowers) -> Predictions:
     for i, answers in enumerate(top):
         if answers:
             guess[i], score[i] = answers[0]
-    return Predictions(folder.name, tuple(top), guess, score)
+    return Predictions(name or folder.name, tuple(top), guess, score)
 
 
 def _evaluation_command(folder: Path, flowers: Flowers) -> str:
@@ -204,8 +264,8 @@ def class_changes(
     """Return a table of the classes that occur among the images at `index`, a row a class.
 
     Columns: class, change (second minus first, only with a second run), images, and the accuracy
-    of each run in percent under its name. The largest change comes first; without a second run,
-    the lowest accuracy.
+    of each run under its name. All but the first and the number of images end in IN_PERCENT. The
+    largest change comes first; without a second run, the lowest accuracy.
     """
     import pandas as pd  # not needed by the first view
 
@@ -218,13 +278,29 @@ def class_changes(
         return 100 * right.groupby(labels).mean().to_numpy()
 
     table = pd.DataFrame({"class": [flowers.class_names[c] for c in classes]})
+    of_first = f"accuracy of {first.name}{IN_PERCENT}"
     if second is None:
         table["images"] = counts
-        table[first.name] = accuracies(first)
-        return table.sort_values(first.name, kind="stable", ignore_index=True)
-    table["change"] = accuracies(second) - accuracies(first)
+        table[of_first] = accuracies(first)
+        return table.sort_values(of_first, kind="stable", ignore_index=True)
+    change = f"change{IN_PERCENT}"
+    table[change] = accuracies(second) - accuracies(first)
     table["images"] = counts
-    table[first.name] = accuracies(first)
-    table[second.name] = accuracies(second)
-    by_size = table["change"].abs().sort_values(ascending=False, kind="stable")
+    table[of_first] = accuracies(first)
+    table[f"accuracy of {second.name}{IN_PERCENT}"] = accuracies(second)
+    by_size = table[change].abs().sort_values(ascending=False, kind="stable")
     return table.loc[by_size.index].reset_index(drop=True)
+
+
+def confusion_table(flowers: Flowers, run: Predictions, index: np.ndarray) -> "pd.DataFrame":
+    """Return how many of the images at `index` have each pair of names, a row a pair that occurs.
+
+    Columns: class, prediction, images. Sorted by the names.
+    """
+    import pandas as pd
+
+    names = np.array(flowers.class_names)
+    pairs = pd.DataFrame(
+        {"class": names[flowers.labels[index]], "prediction": names[run.guess[index]]}
+    )
+    return pairs.value_counts(sort=False).rename("images").reset_index()

@@ -2,12 +2,15 @@
 
 import threading
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from flowers.data import Flowers
 from flowers.gallery.predictions import run_arguments
+from flowers.images import UndecodableImage, read_rgb
 
 # One lock for each dataset, so that two sessions do not make its pixels and features twice.
 _locks = defaultdict(threading.Lock)
@@ -18,12 +21,13 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank the rows of features (N, D) by their dot product with query (D,).
 
-    Returns the indices of the rows and their products, largest first, without row `leave_out`.
+    Returns the indices of the rows and their products, largest first, without row `leave_out` and
+    those of images that can't be read, which are nan.
     """
     scores = features @ query  # (N,)
     # Stable, so that equal scores keep the order of the dataset and a page shows the same twice.
     order = np.argsort(-scores, kind="stable")
-    order = order[order != leave_out]
+    order = order[(order != leave_out) & ~np.isnan(scores[order])]
     return order, scores[order]
 
 
@@ -31,23 +35,25 @@ class Searcher:
     """A run's model with its features of every image, which are stored in the cache folder.
 
     Attributes:
-        features: image features (N, D) float32 of length 1.
+        features: image features (N, D) float32 of length 1; nan for images that can't be read.
         temperature: divides the logits of `ranking`; None where the run has found none on val.
 
     Raises UserError if the model or its calibration.json is damaged.
     """
 
     def __init__(self, flowers: Flowers, folder: Path):
-        import torch  # the first view needs none of these
-
-        from flowers import evaluate, frozen, pixels, weights
+        # Loaded here, as the first view needs no torch.
+        from flowers import evaluate, weights
 
         self.model = weights.load_model(str(folder))
-        everything = torch.arange(len(flowers.files))  # all images, whatever their split
         with _locks[flowers.root]:
-            images = pixels.load_pixels(flowers, self.model.visual.input_resolution)
-            features = frozen.image_activations(self.model, flowers, images, everything)
-        self.features = features.float().numpy()
+            try:
+                self.features = self._features(flowers)
+            except UndecodableImage:
+                readable = _readable(flowers)
+                features = self._features(_subset(flowers, readable))
+                self.features = np.full((len(flowers.files), features.shape[1]), np.nan, "f4")
+                self.features[readable] = features
 
         # The head is the run's own, learned one, or made from the prompts it was trained with.
         learned = (folder / "classifier.pt").exists()
@@ -64,6 +70,16 @@ class Searcher:
         self.temperature = evaluate.own_temperature(
             folder, flowers.class_names, templates, own_prompts
         )
+
+    def _features(self, flowers: Flowers) -> np.ndarray:
+        """Return the features (N, D) of all images, whatever their split."""
+        import torch
+
+        from flowers import frozen, pixels
+
+        images = pixels.load_pixels(flowers, self.model.visual.input_resolution)
+        everything = torch.arange(len(flowers.files))
+        return frozen.image_activations(self.model, flowers, images, everything).float().numpy()
 
     def is_cut(self, sentence: str) -> bool:
         """Return whether a sentence is longer than what the model reads."""
@@ -99,6 +115,26 @@ class Searcher:
         logits = (weight @ features + bias) / (self.temperature or 1.0)
         exponentials = np.exp(logits - logits.max())  # of at most 0: no overflow
         return exponentials / exponentials.sum()
+
+
+def _readable(flowers: Flowers) -> np.ndarray:
+    """Return the indices of the images that can be decoded."""
+
+    def is_readable(file: Path) -> bool:
+        try:
+            read_rgb(file)
+        except UndecodableImage:
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        return np.flatnonzero(list(pool.map(is_readable, flowers.files)))
+
+
+def _subset(flowers: Flowers, index: np.ndarray) -> Flowers:
+    """Return the dataset with the images at `index` alone, without splits."""
+    files = tuple(flowers.files[i] for i in index)
+    return replace(flowers, files=files, labels=flowers.labels[index], splits={})
 
 
 def _prompt_templates(folder: Path) -> list[str] | None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from flowers import UserError, cache, colour, opencv_import
+from flowers import UserError, cache, colour, opencv_import, reason
 from flowers.data import Flowers
 from flowers.gallery.colours import colour_features
-from flowers.images import MAX_PIXELS, MAX_SCANS, SCAN_MARKER
+from flowers.images import MAX_PIXELS, MAX_SCANS, SCAN_MARKER, as_rgb
 
 with opencv_import():
     import cv2
@@ -25,7 +25,7 @@ with opencv_import():
 SIDE = 160  # pixels of a thumbnail
 SLOT = 10_240  # bytes of a thumbnail in the cache file, filled up with zeros
 QUALITIES = (78, 60, 40, 10)  # of the JPEG, until it fits into its slot
-FORMAT = 1  # raise it when the stored bytes change
+FORMAT = 2  # raise it when the stored bytes change
 COLOURS = 256  # colour features of an image
 RECENT = 1024  # thumbnails in memory while the cache file is being made
 CHUNK = 64  # files handed to the threads at a time
@@ -59,7 +59,7 @@ def thumbnail(file: Path) -> bytes:
                 return b""
             # The decoder itself goes to 1/2, 1/4 or 1/8 of the size: three times as fast.
             image.draft("RGB", (SIDE, SIDE))
-            square = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE))
+            square = ImageOps.fit(as_rgb(image), (SIDE, SIDE))
     except Exception:  # Pillow raises a dozen kinds at damaged files; all mean: no picture
         return b""
     for quality in QUALITIES:
@@ -81,6 +81,7 @@ def read_thumbnail(jpeg: bytes) -> np.ndarray:
 def open_picture(data: bytes) -> np.ndarray:
     """Decode a picture from anywhere to (H, W, 3) uint8 RGB, upright as its EXIF data says.
 
+    Transparent parts are white, and levels of 16 bits are scaled to 8, as images.read_rgb does.
     Raises UserError if it is too large, damaged, or not a JPEG, PNG or WebP.
     """
     if len(data) > MAX_UPLOAD_BYTES:
@@ -88,26 +89,43 @@ def open_picture(data: bytes) -> np.ndarray:
         raise UserError(
             f"this file has {megabytes:.0f} MB: at most {MAX_UPLOAD_BYTES >> 20} MB are taken"
         )
-    # The marker of a scan has a meaning in JPEGs only; elsewhere the two bytes are data.
-    scans = data.count(SCAN_MARKER) if data.startswith(JPEG_START) else 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own of large pictures; ours follows
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-                width, height = image.size  # from the header, before anything is decoded
-                small = width * height <= MAX_UPLOAD_PIXELS and scans <= MAX_SCANS
-                strip = max(width, height) > MAX_ASPECT * min(width, height)
-                if small and not strip:
-                    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+                _check_upload(image, data)  # by the header, before anything is decoded
+                # In place, as a copy would not know its format.
+                ImageOps.exif_transpose(image, in_place=True)
+                return np.array(as_rgb(image))
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises a dozen kinds at damaged files
         raise UserError(
-            f"this file can't be read as a picture ({type(error).__name__}): "
+            f"this file can't be read as a picture ({reason(error)}): "
             "give a whole JPEG, PNG or WebP"
         ) from None
-    raise UserError(
-        f"this picture has {width} x {height} pixels: at most "
-        f"{MAX_UPLOAD_PIXELS // 1_000_000} million are taken, in {MAX_SCANS} scans, and no strips"
-    )
+
+
+def _check_upload(image: Image.Image, data: bytes) -> None:
+    """Raise UserError if a visitor's picture is not one to decode; data: the file."""
+    short, long = sorted(image.size)
+    if short * long > MAX_UPLOAD_PIXELS:
+        raise UserError(
+            f"this picture has {image.width} x {image.height} pixels: at most "
+            f"{MAX_UPLOAD_PIXELS // 1_000_000} million are taken. Make it smaller"
+        )
+    if long > MAX_ASPECT * short:
+        raise UserError(
+            f"this picture has {image.width} x {image.height} pixels: a side may be at most "
+            f"{MAX_ASPECT} times as long as the other. Cut it"
+        )
+    # The marker of a scan has a meaning in JPEGs only; elsewhere the two bytes are data.
+    scans = data.count(SCAN_MARKER) if data.startswith(JPEG_START) else 1
+    if scans > MAX_SCANS:
+        raise UserError(
+            f"this picture has {scans} scans (a progressive JPEG is stored in several, from coarse "
+            f"to fine): at most {MAX_SCANS} are taken. Save it anew"
+        )
 
 
 # -----------------------------------------------------------------------------
