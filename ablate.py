@@ -11,7 +11,8 @@ resumed, and failed ones are recorded while the others go on.
 
 All choices are made on val: the grids run with --holdout. `final` (and the end of `study`) takes
 the best settings of each strategy, architecture and pretraining, trains on all training images, and
-evaluates on test once. The one-factor grids of `study` use the first architecture and strategy.
+evaluates on test once; a linear probe takes the penalty that its run in `factorial` chose. The
+one-factor grids of `study` use the first architecture and strategy.
 `forgetting` fine-tunes each strategy, and evaluates start, end, the weights between and the mean of
 the seeds on val and on the test images of other datasets. An architecture with random weights (such
 as tiny) is first trained on the base classes, as a stand-in for pretraining. python report.py
@@ -159,6 +160,8 @@ GRIDS = {
 # These choose their settings from the results of `factorial`.
 CHOOSING = ("final", "study")
 CHOSEN_AXES = ("architecture", "pretraining", "strategy", "times")  # the last one is chosen
+# What a linear probe chooses on val itself, as its result.json calls it, and the flag that says it.
+FITTED = {"fitted_C": "inverse_penalty", "fitted_pull": "pull"}
 # What the study runs after the factorial, with everything else at the best settings.
 ONE_FACTOR = (
     "temperature",
@@ -180,7 +183,15 @@ MODEL_FLAGS = ("activation", "device", "precision")
 # Random weights need larger steps than pretrained ones: 1e-5 becomes 5e-4.
 RANDOM_LR_FACTOR = 50
 # These would make a name too long; the digest at its end tells them apart.
-NOT_IN_NAME = (*DEFAULT_AXES, "lr", "val_shots", "prompt_template", "chunk_size", "captions")
+NOT_IN_NAME = (
+    *DEFAULT_AXES,
+    *FITTED.values(),
+    "lr",
+    "val_shots",
+    "prompt_template",
+    "chunk_size",
+    "captions",
+)
 # Linux forks the processes of the points from one that has imported what train.py does. Other
 # systems' libraries do not stand that, so they start a Python for each point.
 FORKS = sys.platform == "linux"
@@ -846,9 +857,10 @@ def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str, str], 
     """The best settings of each (architecture, pretraining, strategy).
 
     The best have the highest mean val/top1 over seeds. A setting that lacks a seed is not chosen.
-    Test results are never looked at.
+    The penalty of a linear probe is the one that it chose itself. Test results are never looked at.
     """
     val_top1_of = defaultdict(list)
+    fitted_of = {}
     for point in points:
         # The untrained model is there to compare with: there is nothing to choose.
         if point.settings.get("epochs") == 0:
@@ -859,6 +871,7 @@ def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str, str], 
         finished = (run_folder / "result.json").exists()
         val_top1 = runs.read_metrics(run_folder, "val")["top1"] if finished else math.nan
         val_top1_of[setting].append(val_top1)
+        fitted_of[setting] = fitted_penalty(run_folder) if finished else {}
 
     best = {}
     best_mean = {}
@@ -868,8 +881,17 @@ def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str, str], 
         mean = sum(values) / len(values)
         if mean > best_mean.get(key, -1):  # false for nan
             best_mean[key] = mean
-            best[key] = dict(zip(CHOSEN_AXES, setting))
+            best[key] = dict(zip(CHOSEN_AXES, setting)) | fitted_of[setting]
     return best
+
+
+def fitted_penalty(run_folder: Path) -> dict[str, float]:
+    """The penalty that a finished linear probe chose on val, by the flag that says it.
+
+    Empty for other strategies, and for probes that do not say what they chose.
+    """
+    result = files.read_json(run_folder / "result.json")
+    return {flag: result[key] for key, flag in FITTED.items() if key in result}
 
 
 # -----------------------------------------------------------------------------

@@ -372,6 +372,7 @@ class Config:
     rank: int
     context_tokens: int
     start_from: str  # linear: random or zero_shot
+    inverse_penalty: float | None  # None: chosen on val, or a default
     cross_modal: bool
     classes: str
     shots: int | None  # None: all images
@@ -512,6 +513,7 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
 
     if args.eval_every and not args.holdout:
         raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
+    check_probe(args)
     check_regularisers(args)
     if args.val_shots is not None and not args.holdout:
         raise UserError(
@@ -530,7 +532,6 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
             "--epochs, --lr, --tau_lr, --wd and --chunk_size must be at least 0, --batch_size at "
             "least 2, --views at least 1, --shots, --val_shots and --temperature above 0"
         )
-    check_probe(args)
     prompts_digest = evaluate.digest_of_prompts(args.prompts) if args.prompts else None
     return Config(
         **vars(args),
@@ -605,6 +606,14 @@ def check_probe(args: argparse.Namespace) -> None:
         raise UserError(
             "--pull has nothing to pull to: with --strategy linear it needs --start_from zero_shot"
         )
+    penalty = args.inverse_penalty
+    if penalty is not None and (is_pulled or not is_linear):
+        raise UserError(
+            "--inverse_penalty is of the logistic regression: it needs --strategy linear, and "
+            "--start_from random"
+        )
+    if penalty is not None and not 0 < penalty < math.inf:
+        raise UserError("--inverse_penalty must be a number above 0")
     # Without a pull there is no optimum where the training images can be told apart.
     if is_linear and args.pull is not None and not 0 < args.pull < math.inf:
         raise UserError("--pull must be a number above 0 with --strategy linear")
@@ -1171,7 +1180,7 @@ def fit_head(
 ) -> tuple[evaluate.Head, dict, dict, float]:
     """The head of `linear`, the content of classifier.pt, how it was fitted, and the seconds.
 
-    With --holdout the penalty (C, or the pull) is chosen on val, unless --pull says it. Prints it.
+    With --holdout the penalty (C, or the pull) is chosen on val, unless a flag says it. Prints it.
     """
     config = data.config
     start = time.perf_counter()
@@ -1197,8 +1206,10 @@ def fit_head(
         )
         what, penalty = "classifier pulled to zero-shot with LAMBDA", "fitted_pull"
     else:
+        if config.inverse_penalty is not None:
+            chosen_on = "--inverse_penalty"
         head, strength, iterations = strategies.fit_linear(
-            features, labels, zero_shot, val, sample_weight
+            features, labels, zero_shot, config.inverse_penalty, val, sample_weight
         )
         what, penalty = "logistic regression with C", "fitted_C"
     choice = " (chosen on val)" if chosen_on == "val" else ""
@@ -1446,6 +1457,13 @@ def add_strategy_arguments(group) -> None:
         default="random",
         help="linear: a logistic regression, or a classifier that starts at the text classifier "
         "and is pulled towards it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--inverse_penalty",
+        type=float,
+        metavar="C",
+        help="linear from random: the inverse of the L2 penalty (default: chosen on val with "
+        f"--holdout, else {strategies.DEFAULT_C:g})",
     )
     add_switch(
         group,

@@ -258,6 +258,7 @@ def fit_linear(
     features: torch.Tensor,
     labels: torch.Tensor,
     zero_shot: tuple[torch.Tensor, torch.Tensor],
+    inverse_penalty: float | None = None,
     val: tuple[torch.Tensor, torch.Tensor] | None = None,
     sample_weight: np.ndarray | None = None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], float, int]:
@@ -265,7 +266,8 @@ def fit_linear(
 
     zero_shot: weight (C, D) and bias (C,) of the frozen model's head, which stay for classes that
     `labels` lacks.
-    val: features and labels on which C is chosen; without them it is DEFAULT_C.
+    inverse_penalty: C. Without one it is chosen on val (features and labels); without val it is
+    DEFAULT_C.
     sample_weight: (N,), 1 for each by default.
     Returns the head (weight and bias), the C used, and the iterations of L-BFGS.
     """
@@ -273,6 +275,8 @@ def fit_linear(
     from sklearn.linear_model import LogisticRegression
 
     candidates = (DEFAULT_C,) if val is None else INVERSE_REGULARISATION
+    if inverse_penalty is not None:
+        candidates = (inverse_penalty,)
     best, best_score = None, -1.0
     for c in candidates:
         regression = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)

@@ -402,6 +402,8 @@ def test_the_study_chooses_on_val_and_touches_test_at_the_end(small, cli, tmp_pa
             "val/top1": 90.0 if good else 50.0,
             "test/top1": 0.0 if good else 99.0,
         }
+        if values(point, "--strategy") == ["linear"]:
+            result["fitted_C"] = 10.0
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(result))
 
@@ -410,6 +412,8 @@ def test_the_study_chooses_on_val_and_touches_test_at_the_end(small, cli, tmp_pa
     chosen = [(values(c, "--strategy")[0], values(c, "--lr")[0]) for c in final]
     assert chosen == [("full", "0.0005"), ("linear", "0"), ("text", "0.001")]
     assert all("--holdout" not in c for c in final)
+    # the linear probe is fitted with the C that val chose
+    assert [values(c, "--inverse_penalty") for c in final] == [[], ["10.0"], []]
 
     code, out, _ = cli("ablate.py", "study", *flags, "--dry_run")
     parts = [line for line in out.splitlines() if line.startswith("#")]
