@@ -12,11 +12,12 @@ resumed, and failed ones are recorded while the others go on.
 All choices are made on val: the grids run with --holdout. `final` (and the end of `study`) takes
 the best settings of each strategy, architecture and pretraining, trains on all training images, and
 evaluates on test once; a linear probe takes the penalty that its run in `factorial` chose. The
-one-factor grids of `study` use the first architecture and strategy.
-`forgetting` fine-tunes each strategy, and evaluates start, end, the weights between and the mean of
-the seeds on val and on the test images of other datasets. An architecture with random weights (such
-as tiny) is first trained on the base classes, as a stand-in for pretraining. python report.py
---runs RUNS makes the report.
+one-factor grids of `study` use the first architecture and strategy. `shots` and `few_shot` train
+for 300 steps with any number of images: their --epochs replace one that is given. `forgetting`
+fine-tunes each strategy, and evaluates start, end, the weights between and the mean of the seeds on
+val and on the test images of other datasets. An architecture with random weights (such as tiny) is
+first trained on the base classes, as a stand-in for pretraining. python report.py --runs RUNS makes
+the report.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from typing import IO
 
 from flowers import UserError, command, files, runs
 from flowers.choices import (
+    FEW_SHOT_EPOCHS,
     KEEPS_WEIGHTS,
     LEARNING_RATES,
     PRETRAINED,
@@ -123,8 +125,10 @@ SHARED = MODELS | {"strategy": TUNED, "times": 1.0, "lr": (1e-5, 1e-4, 1e-3)}
 # The probe that starts from the text features, and the one that also trains on them.
 ZERO_SHOT = {"strategy": "linear", "times": 1.0, "start_from": "zero_shot"}
 CROSS_MODAL = ZERO_SHOT | {"cross_modal": True}
-# So many training images a class, and as many for validation, but at most 4, as CoOp has it.
-FEW_SHOTS = [{"shots": shots, "val_shots": min(shots, 4)} for shots in (1, 2, 4, 8, 16)]
+# So many training images a class, in as many steps.
+SHOTS = [{"shots": shots, "epochs": epochs} for shots, epochs in FEW_SHOT_EPOCHS.items()]
+# And as many for validation, but at most 4, as CoOp has it.
+FEW_SHOTS = [row | {"val_shots": min(row["shots"], 4)} for row in SHOTS]
 # With few shots train.py draws as few images of val, others for each seed. All of them can be
 # compared between levels and seeds.
 ALL_IMAGES = 10_000
@@ -151,7 +155,7 @@ GRIDS = {
     "prompt": [{"prompt_template": ([PROJECT], [OPENAI], [NAME_ALONE], ALL_TEMPLATES)}],
     "augment": [{"augment": ("none", "flip", "crop")}],
     "base_to_new": [{"strategy": STRATEGIES, "classes": "base"}],
-    "shots": [{"shots": (1, 2, 4, 8, 16), "val_shots": ALL_IMAGES}],
+    "shots": [row | {"val_shots": ALL_IMAGES} for row in SHOTS],
     "few_shot": [row | shots for row in FEW_SHOT_STRATEGIES for shots in FEW_SHOTS],
     "factorial": [UNTRAINED, LINEAR, CROSSED],
     # a linear head knows the classes that it was fitted to, and no others
@@ -677,6 +681,8 @@ def settings_of(grid: str, levels: dict[str, tuple], common: Common) -> list[dic
             axes["pretraining"] = shared_pretrainings(wanted, architectures, common)
         for values in itertools.product(*axes.values()):
             row = dict(zip(axes, values))
+            if row["strategy"] == "linear":
+                row.pop("epochs", None)  # a logistic regression has none
             if row["pretraining"] in weights_of(row["architecture"], common):
                 rows.append(row)
     return rows

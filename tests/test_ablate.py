@@ -87,6 +87,12 @@ def test_the_grids_are_what_they_say(cli, tmp_path):
     three = dry("shots", "--seeds", 0, "--epochs", 3)
     four = dry("shots", "--seeds", 0, "--epochs", 4)
     assert three[0][:2] == ["--epochs", "3"]
+    # as many steps for any number of images: of 102 classes, in batches of 64
+    steps = []
+    for command in three:
+        epochs = int(values(command, "--epochs")[-1])  # the last one counts
+        steps.append(epochs * (102 * int(values(command, "--shots")[0]) // 64))
+    assert steps == [300] * 5
     three_names = {values(c, "--name")[0] for c in three}
     four_names = {values(c, "--name")[0] for c in four}
     assert not three_names & four_names
@@ -177,6 +183,8 @@ def test_few_shots_and_shared_rates(cli, tmp_path):
     assert pairs == {("1", "1"), ("2", "2"), ("4", "4"), ("8", "4"), ("16", "4")}
     assert len(points) == 5 * (2 + 3)  # the strategies, and three linear probes
     assert sum("--cross_modal" in c for c in points) == 5
+    linear = [c for c in points if values(c, "--strategy") == ["linear"]]
+    assert not any("--epochs" in c for c in linear)
     assert sum(values(c, "--start_from") == ["zero_shot"] for c in points) == 10
     assert all(values(c, "--splits_path") == ["coop.json"] for c in points)
 
