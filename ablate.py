@@ -105,6 +105,7 @@ TWO = ("openai", "laion2b", *STAND_INS, AS_GIVEN)
 #   a tuple: its levels, which the flag of that name (of `seed`, --seeds) may replace;
 #   a list: one level, a flag given several times;
 #   anything else: one fixed level, which no flag replaces.
+# Of the strategies that a block names, --strategy takes some; see axes_of.
 # `times` is the learning rate as a multiple of the strategy's default, `lr` the rate itself.
 # `pretraining` decides which weights --architecture names; see shared_pretrainings.
 DEFAULT_AXES = {
@@ -689,13 +690,21 @@ def settings_of(grid: str, levels: dict[str, tuple], common: Common) -> list[dic
 
 
 def axes_of(block: dict, levels: dict[str, tuple]) -> dict[str, tuple]:
-    """The levels of each axis of a block, `levels` in place of its own where they are a tuple."""
+    """The levels of each axis of a block, `levels` in place of its own where they are a tuple.
+
+    Where the block names its strategies those that `levels` lacks are left out, perhaps all.
+    """
     axes = {}
     for axis, value in (DEFAULT_AXES | block).items():
         if not isinstance(value, tuple):
             axes[axis] = (value,)
         else:
             axes[axis] = levels.get(axis, value)
+    # An untrained model is there to compare with, whatever the strategies.
+    if "strategy" in block and block.get("epochs") != 0:
+        own = block["strategy"] if isinstance(block["strategy"], tuple) else (block["strategy"],)
+        asked = levels.get("strategy", own)
+        axes["strategy"] = tuple(strategy for strategy in asked if strategy in own)
     return axes
 
 

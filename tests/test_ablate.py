@@ -74,7 +74,7 @@ def test_the_grids_are_what_they_say(cli, tmp_path):
         *("factorial", "--architecture", "ViT-B/32", "RN50"),
         *("--strategy", "full", "lora", "--seeds", 0, 1),
     )
-    assert len(factorial) == 2 + 2 + 2 * 2 * 3 * 2  # untrained, linear, and the grid
+    assert len(factorial) == 2 + 2 * 2 * 3 * 2  # untrained, and the grid
     lora = [c for c in factorial if values(c, "--strategy") == ["lora"]]
     assert {values(c, "--lr")[0] for c in lora} == {"4e-05", "0.0002", "0.001"}
     assert all("--holdout" in c for c in [*factorial, *temperature])
@@ -126,7 +126,7 @@ def test_pretraining_decides_which_weights_are_named(cli, tmp_path):
     points, _ = dry("factorial", *models, "--strategy", "text")
     weights = {values(c, "--architecture")[0] for c in points}
     assert len(weights) == 4
-    assert len(points) == 4 * (1 + 1 + 3)  # untrained, linear, and three rates
+    assert len(points) == 4 * (1 + 3)  # untrained, and three rates
     points, _ = dry("factorial", "--architecture", "RN50", "ViT-B/16", "--strategy", "text")
     assert {values(c, "--architecture")[0] for c in points} == {"RN50", "ViT-B/16"}
 
@@ -177,7 +177,8 @@ def test_weights_by_name_are_open_clip_s(cli):
 
 def test_few_shots_and_shared_rates(cli, tmp_path):
     flags = ("--dry_run", "--runs", tmp_path, "--seeds", 0, "--strategy", "full", "lora")
-    _, out, _ = cli("ablate.py", "few_shot", *flags, "--splits_path", "coop.json")
+    with_linear = (*flags, "linear", "--splits_path", "coop.json")
+    _, out, _ = cli("ablate.py", "few_shot", *with_linear)
     points = commands(out)
     pairs = {(values(c, "--shots")[0], values(c, "--val_shots")[0]) for c in points}
     assert pairs == {("1", "1"), ("2", "2"), ("4", "4"), ("8", "4"), ("16", "4")}
@@ -185,6 +186,13 @@ def test_few_shots_and_shared_rates(cli, tmp_path):
     assert sum("--cross_modal" in c for c in points) == 5
     linear = [c for c in points if values(c, "--strategy") == ["linear"]]
     assert not any("--epochs" in c for c in linear)
+    # Strategies that are not asked for are in no block, and those that are in one of their own.
+    _, out, _ = cli("ablate.py", "few_shot", *flags)
+    assert {values(c, "--strategy")[0] for c in commands(out)} == {"full", "lora"}
+    _, out, _ = cli("ablate.py", "strategy", *flags)
+    assert {values(c, "--strategy")[0] for c in commands(out)} == {"full", "lora"}
+    _, out, _ = cli("ablate.py", "factorial", *flags, "linear", "--architecture", "RN50")
+    assert len(commands(out)) == len(set(names(out))) == 1 + 1 + 2 * 3
     assert sum(values(c, "--start_from") == ["zero_shot"] for c in points) == 10
     assert all(values(c, "--splits_path") == ["coop.json"] for c in points)
 
@@ -393,7 +401,7 @@ def test_kills_lose_no_finished_point_and_double_none(small, model, tmp_path):
 
 def test_the_study_chooses_on_val_and_touches_test_at_the_end(small, cli, tmp_path):
     flags = (
-        *("--architecture", "tiny", "--strategy", "text", "--data_root", small),
+        *("--architecture", "tiny", "--strategy", "text", "linear", "--data_root", small),
         *("--runs", tmp_path, "--times", 0.5, 2, *COMMON, *QUICK),
     )
     code, out, _ = cli("ablate.py", "final", *flags, "--dry_run")
