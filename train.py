@@ -39,6 +39,7 @@ from flowers import (
 )
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select
 from flowers.duplicates import write_duplicates
+from flowers.files import note
 from flowers.layouts import read_captions
 from flowers.losses import (
     LOSSES,
@@ -88,6 +89,27 @@ MAX_LOGIT_SCALE = 100.0
 RANDOM_LR = 5e-4
 RANDOM_EPOCHS = 19
 DEFAULT_EPOCHS = 5
+# What is said of steps, which a logistic regression has not.
+OF_STEPS = (
+    "batch_size",
+    "chunk_size",
+    "lr",
+    "tau_lr",
+    "learn_temperature",
+    "positives",
+    "wd",
+    "compile",
+    "eval_every",
+)
+WITH_STEPS = tuple(name for name in strategies.STRATEGIES if name != "linear")
+# Flag -> the strategies that use it. Grids of ablate.py give one flag to all their strategies, so
+# a flag that means nothing is noted and not refused.
+USED_BY = {
+    "blocks": ("last_blocks",),
+    "rank": ("lora",),
+    "context_tokens": ("prompt",),
+    "epochs": WITH_STEPS,
+} | dict.fromkeys(OF_STEPS, WITH_STEPS)
 # With --shots, as in CoOp and CLIP-LoRA: who has few images to train on has few to choose on.
 MAX_VAL_SHOTS = 4
 
@@ -436,6 +458,8 @@ class Config:
         settings = {"job": "train"} | asdict(self)
         # new_run adds the name; a run that is resumed is the same run.
         del settings["name"], settings["resume"]
+        if self.strategy == "linear":
+            settings |= dict.fromkeys(("loss", *OF_STEPS))  # None: it has no such thing
         return settings
 
 
@@ -448,6 +472,7 @@ def parse_arguments(processes: int) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if not args.resume:
+        note_unused(args, parser)
         return args
     folder = Path(args.resume)
     stored = runs.arguments_to_resume(folder, "train")
@@ -470,6 +495,15 @@ def parse_arguments(processes: int) -> argparse.Namespace:
     # These belong to this command, not to the run.
     own = [f"--resume={folder}", f"--wandb={args.wandb}", f"--device={args.device}"]
     return parser.parse_args([*runs.as_flags(known), *own])
+
+
+def note_unused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Print a note of each flag that the strategy has no use for."""
+    for key, users in USED_BY.items():
+        # 0 is the truth where nothing is trained by steps, and ablate.py gives it as --lr.
+        is_given = getattr(args, key) not in (parser.get_default(key), 0)
+        if is_given and args.strategy not in users:
+            note(f"--{key} has no meaning for --strategy {args.strategy}")
 
 
 def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
@@ -522,15 +556,16 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
     # A resumed run has its own: those of before --val_shots evaluated all images of val.
     if args.val_shots is None and args.holdout and args.shots and not args.resume:
         args.val_shots = min(args.shots, MAX_VAL_SHOTS)
-    at_least_zero = [args.epochs, args.lr, args.tau_lr, args.wd, args.chunk_size]
+    at_least_zero = [args.epochs, args.lr, args.tau_lr, args.wd, args.chunk_size, args.eval_every]
     above_zero = [args.views, args.batch_size - 1]
     optional = (args.temperature, args.shots, args.val_shots)
     above_zero += [value for value in optional if value is not None]
     # Comparisons with NaN are false, so it does not pass either.
     if not (all(v >= 0 for v in at_least_zero) and all(v > 0 for v in above_zero)):
         raise UserError(
-            "--epochs, --lr, --tau_lr, --wd and --chunk_size must be at least 0, --batch_size at "
-            "least 2, --views at least 1, --shots, --val_shots and --temperature above 0"
+            "--epochs, --lr, --tau_lr, --wd, --chunk_size and --eval_every must be at least 0, "
+            "--batch_size at least 2, --views at least 1, --shots, --val_shots and --temperature "
+            "above 0"
         )
     prompts_digest = evaluate.digest_of_prompts(args.prompts) if args.prompts else None
     return Config(
