@@ -155,7 +155,7 @@ def main():
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     objective = make_objective(model, encoders, trained, processes, config)
     average = copies(trained) if config.ema else {}
-    sizes = count_parameters(model, flowers, config)
+    sizes = count_parameters(model, data)
     optimizer = make_optimizer(model, trained, config)
     scaler = devices.gradient_scaler(processes.device)
     steps_per_epoch = len(train_index) // batch_size
@@ -1106,10 +1106,11 @@ def open_run_folder(
     return folder
 
 
-def count_parameters(model: CLIP, flowers: Flowers, config: Config) -> dict[str, int]:
+def count_parameters(model: CLIP, data: TrainingData) -> dict[str, int]:
     """Numbers of parameters, as result.json keeps them: trained ones of each part, and of all."""
-    n_classes = len(flowers.class_names)
-    counts = strategies.count_trainable(model, config.strategy, n_classes)
+    classes, _ = data.classes
+    config = data.config
+    counts = strategies.count_trainable(model, config.strategy, len(classes), config.start_from)
     sizes = {f"trainable_{part}": count for part, count in counts.items()}
     sizes["parameters"] = sum(p.numel() for p in model.parameters())
     return sizes
@@ -1302,7 +1303,7 @@ def fit_temperature(
 
 def loss_parameters(model: CLIP, config: Config) -> dict[str, float]:
     """The temperature tau at the end, which the probabilities have, and sigmoid's bias."""
-    if config.strategy == "linear":
+    if config.strategy == "linear" and config.start_from == "random":
         return {}  # its head has no temperature
     result = {"tau": math.exp(-model.logit_scale.item())}
     if config.loss == "sigmoid":

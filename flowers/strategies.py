@@ -102,14 +102,22 @@ def cut_points(strategy: str, blocks: int) -> tuple[Cut, int | None]:
     return cuts[strategy]
 
 
-def count_trainable(model: CLIP, strategy: str, n_classes: int) -> dict[str, int]:
-    """Numbers of trained parameters after `prepare`: of each tower, of the scale, and of a head."""
+def count_trainable(
+    model: CLIP, strategy: str, n_classes: int, start_from: str = "random"
+) -> dict[str, int]:
+    """Numbers of trained parameters after `prepare`: of each tower, of the scale, and of a head.
+
+    n_classes: those that are trained on. start_from: where the head of `linear` starts.
+    """
     counts = {}
     for name, parameters in towers(model).items():
         counts[name] = sum(p.numel() for p in parameters if p.requires_grad)
     embedding = model.text_projection.shape[1]
-    # A weight for each feature and a bias.
-    counts["head"] = n_classes * (embedding + 1) if strategy == "linear" else 0
+    counts["head"] = 0
+    if strategy == "linear":
+        # A weight for each feature, and a bias, which the pulled classifier has not.
+        biases = 0 if start_from == "zero_shot" else 1
+        counts["head"] = n_classes * (embedding + biases)
     return counts
 
 

@@ -149,6 +149,9 @@ def test_a_pulled_and_cross_modal_run(small, tmp_path, cli):
     assert pull in strategies.PULLS and result["chosen_on"] == "val"
     assert f"LAMBDA = {pull:g} (chosen on val)" in out
     assert result["start_from"] == "zero_shot" and result["cross_modal"] is True
+    # Three classes are trained on, without a bias, at the model's temperature.
+    assert result["trainable_head"] == 3 * 128
+    assert result["tau"] == pytest.approx(0.07, abs=1e-6)
     assert "fitted_C" not in result and result["prompts"] == "none (a linear head)"
     assert {"val/base_top1", "val/new_top1", "val/harmonic_mean"} <= result.keys()
 
@@ -187,6 +190,7 @@ def test_a_plain_cross_modal_run_is_scikit_learn_s_with_weights(small, tmp_path,
     code, _, err = train(cli, small, tmp_path, "run", "--cross_modal")
     assert code == 0, err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["trainable_head"] == 6 * (128 + 1) and "tau" not in result
     assert result["fitted_C"] == strategies.DEFAULT_C and result["chosen_on"] == "default"
 
     devices.seed_everything(0)
