@@ -328,6 +328,9 @@ def main():
         print(write_sweep(args.grid, common, levels, sys.argv[1:]))
         return
 
+    if args.only is not None:
+        check_only(args.only, args.grid, common, levels)
+
     # -----------------------------------------------------------------------------
     # run
     outcomes = []
@@ -502,6 +505,16 @@ def check_levels(grid: str, levels: dict[str, tuple], common: Common) -> None:
         files.note(line)
     if not settings_of(first_grid, levels, common):
         raise UserError("--pretraining: there are no such weights of any --architecture")
+
+
+def check_only(name: str, grid: str, common: Common, levels: dict[str, tuple]) -> None:
+    """Raise UserError if no point of the grid has this name, as far as they are known."""
+    for _, points in phases(grid, common, levels):
+        if any(point.name == name for point in points):
+            return
+    raise UserError(
+        f"--only {name}: {grid} has no point of this name with these flags; --dry_run lists them"
+    )
 
 
 def data_flags(data: dict[str, str | None]) -> tuple[str, ...]:
@@ -1107,6 +1120,11 @@ def write_sweep(grid: str, common: Common, levels: dict, arguments: list[str]) -
         raise UserError(
             f"{grid} chooses its settings from results: sweep factorial, "
             f"then run ablate.py {grid} where the runs are"
+        )
+    if grid == "forgetting":
+        raise UserError(
+            "forgetting evaluates runs of other points, which may be on another machine: run "
+            "ablate.py forgetting without --sweep"
         )
     rows = settings_of(grid, levels, common)
     names = [make_point(grid, row, common).name for row in rows]

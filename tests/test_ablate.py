@@ -295,6 +295,7 @@ def test_forgetting_asks_for_other_datasets_at_the_door(small, birds, cli, tmp_p
     template = ("--other_template", "a bird")
     assert "has no {}" in error("forgetting", "--others", birds, *template)
     assert "linear" in error("forgetting", "--others", birds, "--strategy", "linear")
+    assert "without --sweep" in error("forgetting", "--others", birds, "--sweep")
 
 
 def test_an_interrupted_evaluation_begins_anew(small, birds, model, cli, tmp_path):
@@ -473,6 +474,7 @@ def test_an_agent_of_a_sweep_is_given_points_of_the_grid(small, model, cli, tmp_
     assert values(point, "--shots") == ["4"], err
     assert names(out) == [name], err
     assert "sweep factorial" in error_line(cli("ablate.py", "study", "--sweep"))
+    assert "no point of this name" in error_line(cli("ablate.py", *arguments, "--only", "any"))
 
 
 def processes_writing(log, but):
