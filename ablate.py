@@ -333,6 +333,8 @@ def main():
 
     # -----------------------------------------------------------------------------
     # run
+    # tqdm reads it when it is imported, and a point is forked from a process that has done so.
+    os.environ["TQDM_MININTERVAL"] = "10"
     outcomes = []
     for grid, points in phases(args.grid, common, levels):
         if args.only is not None:
@@ -343,7 +345,7 @@ def main():
             for point in points:
                 print(shlex.join(["python", point.script, *all_arguments(point, common.runs)]))
         else:
-            environment = {"WANDB_RUN_GROUP": grid, "TQDM_MININTERVAL": "10"}
+            environment = {"WANDB_RUN_GROUP": grid}
             outcomes += run(points, common.runs, slots, environment, args.wandb)
     if args.dry_run:
         return

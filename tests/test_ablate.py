@@ -494,11 +494,19 @@ def test_a_killed_point_is_recorded_and_the_next_goes_on(small, model, tmp_path)
         *(*COMMON, *QUICK),
     )
     command = [sys.executable, ROOT / "ablate.py", *map(str, arguments)]
-    ablate = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    ablate = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "TQDM_MININTERVAL"},
+    )
     (first,) = wait_for(lambda: list(tmp_path.glob("*/args.json")), "point")
     log = (first.parent / "log.txt").resolve()
     (pid,) = wait_for(lambda: processes_writing(log, but=ablate.pid), "process")
     assert Path(f"/proc/{pid}/fd/0").readlink() == Path(os.devnull)
+    # What the process that it was forked from began with, before it imported tqdm.
+    assert b"TQDM_MININTERVAL=10" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     os.kill(pid, signal.SIGKILL)
 
     out, _ = ablate.communicate(timeout=PATIENCE_S)
