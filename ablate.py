@@ -11,11 +11,13 @@ resumed, and failed ones are recorded while the others go on.
 
 All choices are made on val: the grids run with --holdout. `final` (and the end of `study`) takes
 the best settings of each strategy, architecture and pretraining, trains on all training images, and
-evaluates on test once. The one-factor grids of `study` use the first architecture and strategy.
-`forgetting` fine-tunes each strategy, and evaluates start, end, the weights between and the mean of
-the seeds on val and on the test images of other datasets. An architecture with random weights (such
-as tiny) is first trained on the base classes, as a stand-in for pretraining. python report.py
---runs RUNS makes the report.
+evaluates on test once; a linear probe takes the penalty that its run in `factorial` chose. The
+one-factor grids of `study` use the first architecture and strategy. `shots` and `few_shot` train
+for 300 steps with any number of images: their --epochs replace one that is given. `forgetting`
+fine-tunes each strategy, and evaluates start, end, the weights between and the mean of the seeds on
+val and on the test images of other datasets. An architecture with random weights (such as tiny) is
+first trained on the base classes, as a stand-in for pretraining. python report.py --runs RUNS makes
+the report.
 """
 
 import argparse
@@ -43,6 +45,7 @@ from typing import IO
 
 from flowers import UserError, command, files, runs
 from flowers.choices import (
+    FEW_SHOT_EPOCHS,
     KEEPS_WEIGHTS,
     LEARNING_RATES,
     PRETRAINED,
@@ -102,6 +105,7 @@ TWO = ("openai", "laion2b", *STAND_INS, AS_GIVEN)
 #   a tuple: its levels, which the flag of that name (of `seed`, --seeds) may replace;
 #   a list: one level, a flag given several times;
 #   anything else: one fixed level, which no flag replaces.
+# Of the strategies that a block names, --strategy takes some; see axes_of.
 # `times` is the learning rate as a multiple of the strategy's default, `lr` the rate itself.
 # `pretraining` decides which weights --architecture names; see shared_pretrainings.
 DEFAULT_AXES = {
@@ -122,8 +126,10 @@ SHARED = MODELS | {"strategy": TUNED, "times": 1.0, "lr": (1e-5, 1e-4, 1e-3)}
 # The probe that starts from the text features, and the one that also trains on them.
 ZERO_SHOT = {"strategy": "linear", "times": 1.0, "start_from": "zero_shot"}
 CROSS_MODAL = ZERO_SHOT | {"cross_modal": True}
-# So many training images a class, and as many for validation, but at most 4, as CoOp has it.
-FEW_SHOTS = [{"shots": shots, "val_shots": min(shots, 4)} for shots in (1, 2, 4, 8, 16)]
+# So many training images a class, in as many steps.
+SHOTS = [{"shots": shots, "epochs": epochs} for shots, epochs in FEW_SHOT_EPOCHS.items()]
+# And as many for validation, but at most 4, as CoOp has it.
+FEW_SHOTS = [row | {"val_shots": min(row["shots"], 4)} for row in SHOTS]
 # With few shots train.py draws as few images of val, others for each seed. All of them can be
 # compared between levels and seeds.
 ALL_IMAGES = 10_000
@@ -150,7 +156,7 @@ GRIDS = {
     "prompt": [{"prompt_template": ([PROJECT], [OPENAI], [NAME_ALONE], ALL_TEMPLATES)}],
     "augment": [{"augment": ("none", "flip", "crop")}],
     "base_to_new": [{"strategy": STRATEGIES, "classes": "base"}],
-    "shots": [{"shots": (1, 2, 4, 8, 16), "val_shots": ALL_IMAGES}],
+    "shots": [row | {"val_shots": ALL_IMAGES} for row in SHOTS],
     "few_shot": [row | shots for row in FEW_SHOT_STRATEGIES for shots in FEW_SHOTS],
     "factorial": [UNTRAINED, LINEAR, CROSSED],
     # a linear head knows the classes that it was fitted to, and no others
@@ -159,6 +165,8 @@ GRIDS = {
 # These choose their settings from the results of `factorial`.
 CHOOSING = ("final", "study")
 CHOSEN_AXES = ("architecture", "pretraining", "strategy", "times")  # the last one is chosen
+# What a linear probe chooses on val itself, as its result.json calls it, and the flag that says it.
+FITTED = {"fitted_C": "inverse_penalty", "fitted_pull": "pull"}
 # What the study runs after the factorial, with everything else at the best settings.
 ONE_FACTOR = (
     "temperature",
@@ -180,7 +188,15 @@ MODEL_FLAGS = ("activation", "device", "precision")
 # Random weights need larger steps than pretrained ones: 1e-5 becomes 5e-4.
 RANDOM_LR_FACTOR = 50
 # These would make a name too long; the digest at its end tells them apart.
-NOT_IN_NAME = (*DEFAULT_AXES, "lr", "val_shots", "prompt_template", "chunk_size", "captions")
+NOT_IN_NAME = (
+    *DEFAULT_AXES,
+    *FITTED.values(),
+    "lr",
+    "val_shots",
+    "prompt_template",
+    "chunk_size",
+    "captions",
+)
 # Linux forks the processes of the points from one that has imported what train.py does. Other
 # systems' libraries do not stand that, so they start a Python for each point.
 FORKS = sys.platform == "linux"
@@ -312,8 +328,13 @@ def main():
         print(write_sweep(args.grid, common, levels, sys.argv[1:]))
         return
 
+    if args.only is not None:
+        check_only(args.only, args.grid, common, levels)
+
     # -----------------------------------------------------------------------------
     # run
+    # tqdm reads it when it is imported, and a point is forked from a process that has done so.
+    os.environ["TQDM_MININTERVAL"] = "10"
     outcomes = []
     for grid, points in phases(args.grid, common, levels):
         if args.only is not None:
@@ -324,7 +345,7 @@ def main():
             for point in points:
                 print(shlex.join(["python", point.script, *all_arguments(point, common.runs)]))
         else:
-            environment = {"WANDB_RUN_GROUP": grid, "TQDM_MININTERVAL": "10"}
+            environment = {"WANDB_RUN_GROUP": grid}
             outcomes += run(points, common.runs, slots, environment, args.wandb)
     if args.dry_run:
         return
@@ -486,6 +507,16 @@ def check_levels(grid: str, levels: dict[str, tuple], common: Common) -> None:
         files.note(line)
     if not settings_of(first_grid, levels, common):
         raise UserError("--pretraining: there are no such weights of any --architecture")
+
+
+def check_only(name: str, grid: str, common: Common, levels: dict[str, tuple]) -> None:
+    """Raise UserError if no point of the grid has this name, as far as they are known."""
+    for _, points in phases(grid, common, levels):
+        if any(point.name == name for point in points):
+            return
+    raise UserError(
+        f"--only {name}: {grid} has no point of this name with these flags; --dry_run lists them"
+    )
 
 
 def data_flags(data: dict[str, str | None]) -> tuple[str, ...]:
@@ -666,19 +697,29 @@ def settings_of(grid: str, levels: dict[str, tuple], common: Common) -> list[dic
             axes["pretraining"] = shared_pretrainings(wanted, architectures, common)
         for values in itertools.product(*axes.values()):
             row = dict(zip(axes, values))
+            if row["strategy"] == "linear":
+                row.pop("epochs", None)  # a logistic regression has none
             if row["pretraining"] in weights_of(row["architecture"], common):
                 rows.append(row)
     return rows
 
 
 def axes_of(block: dict, levels: dict[str, tuple]) -> dict[str, tuple]:
-    """The levels of each axis of a block, `levels` in place of its own where they are a tuple."""
+    """The levels of each axis of a block, `levels` in place of its own where they are a tuple.
+
+    Where the block names its strategies those that `levels` lacks are left out, perhaps all.
+    """
     axes = {}
     for axis, value in (DEFAULT_AXES | block).items():
         if not isinstance(value, tuple):
             axes[axis] = (value,)
         else:
             axes[axis] = levels.get(axis, value)
+    # An untrained model is there to compare with, whatever the strategies.
+    if "strategy" in block and block.get("epochs") != 0:
+        own = block["strategy"] if isinstance(block["strategy"], tuple) else (block["strategy"],)
+        asked = levels.get("strategy", own)
+        axes["strategy"] = tuple(strategy for strategy in asked if strategy in own)
     return axes
 
 
@@ -846,9 +887,10 @@ def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str, str], 
     """The best settings of each (architecture, pretraining, strategy).
 
     The best have the highest mean val/top1 over seeds. A setting that lacks a seed is not chosen.
-    Test results are never looked at.
+    The penalty of a linear probe is the one that it chose itself. Test results are never looked at.
     """
     val_top1_of = defaultdict(list)
+    fitted_of = {}
     for point in points:
         # The untrained model is there to compare with: there is nothing to choose.
         if point.settings.get("epochs") == 0:
@@ -859,6 +901,7 @@ def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str, str], 
         finished = (run_folder / "result.json").exists()
         val_top1 = runs.read_metrics(run_folder, "val")["top1"] if finished else math.nan
         val_top1_of[setting].append(val_top1)
+        fitted_of[setting] = fitted_penalty(run_folder) if finished else {}
 
     best = {}
     best_mean = {}
@@ -868,8 +911,17 @@ def choose(points: Sequence[Point], folder: Path) -> dict[tuple[str, str, str], 
         mean = sum(values) / len(values)
         if mean > best_mean.get(key, -1):  # false for nan
             best_mean[key] = mean
-            best[key] = dict(zip(CHOSEN_AXES, setting))
+            best[key] = dict(zip(CHOSEN_AXES, setting)) | fitted_of[setting]
     return best
+
+
+def fitted_penalty(run_folder: Path) -> dict[str, float]:
+    """The penalty that a finished linear probe chose on val, by the flag that says it.
+
+    Empty for other strategies, and for probes that do not say what they chose.
+    """
+    result = files.read_json(run_folder / "result.json")
+    return {flag: result[key] for key, flag in FITTED.items() if key in result}
 
 
 # -----------------------------------------------------------------------------
@@ -1070,6 +1122,11 @@ def write_sweep(grid: str, common: Common, levels: dict, arguments: list[str]) -
         raise UserError(
             f"{grid} chooses its settings from results: sweep factorial, "
             f"then run ablate.py {grid} where the runs are"
+        )
+    if grid == "forgetting":
+        raise UserError(
+            "forgetting evaluates runs of other points, which may be on another machine: run "
+            "ablate.py forgetting without --sweep"
         )
     rows = settings_of(grid, levels, common)
     names = [make_point(grid, row, common).name for row in rows]

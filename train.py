@@ -39,6 +39,7 @@ from flowers import (
 )
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select
 from flowers.duplicates import write_duplicates
+from flowers.files import note
 from flowers.layouts import read_captions
 from flowers.losses import (
     LOSSES,
@@ -88,6 +89,27 @@ MAX_LOGIT_SCALE = 100.0
 RANDOM_LR = 5e-4
 RANDOM_EPOCHS = 19
 DEFAULT_EPOCHS = 5
+# What is said of steps, which a logistic regression has not.
+OF_STEPS = (
+    "batch_size",
+    "chunk_size",
+    "lr",
+    "tau_lr",
+    "learn_temperature",
+    "positives",
+    "wd",
+    "compile",
+    "eval_every",
+)
+WITH_STEPS = tuple(name for name in strategies.STRATEGIES if name != "linear")
+# Flag -> the strategies that use it. Grids of ablate.py give one flag to all their strategies, so
+# a flag that means nothing is noted and not refused.
+USED_BY = {
+    "blocks": ("last_blocks",),
+    "rank": ("lora",),
+    "context_tokens": ("prompt",),
+    "epochs": WITH_STEPS,
+} | dict.fromkeys(OF_STEPS, WITH_STEPS)
 # With --shots, as in CoOp and CLIP-LoRA: who has few images to train on has few to choose on.
 MAX_VAL_SHOTS = 4
 
@@ -133,7 +155,7 @@ def main():
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     objective = make_objective(model, encoders, trained, processes, config)
     average = copies(trained) if config.ema else {}
-    sizes = count_parameters(model, flowers, config)
+    sizes = count_parameters(model, data)
     optimizer = make_optimizer(model, trained, config)
     scaler = devices.gradient_scaler(processes.device)
     steps_per_epoch = len(train_index) // batch_size
@@ -372,6 +394,7 @@ class Config:
     rank: int
     context_tokens: int
     start_from: str  # linear: random or zero_shot
+    inverse_penalty: float | None  # None: chosen on val, or a default
     cross_modal: bool
     classes: str
     shots: int | None  # None: all images
@@ -435,6 +458,8 @@ class Config:
         settings = {"job": "train"} | asdict(self)
         # new_run adds the name; a run that is resumed is the same run.
         del settings["name"], settings["resume"]
+        if self.strategy == "linear":
+            settings |= dict.fromkeys(("loss", *OF_STEPS))  # None: it has no such thing
         return settings
 
 
@@ -447,6 +472,7 @@ def parse_arguments(processes: int) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if not args.resume:
+        note_unused(args, parser)
         return args
     folder = Path(args.resume)
     stored = runs.arguments_to_resume(folder, "train")
@@ -469,6 +495,15 @@ def parse_arguments(processes: int) -> argparse.Namespace:
     # These belong to this command, not to the run.
     own = [f"--resume={folder}", f"--wandb={args.wandb}", f"--device={args.device}"]
     return parser.parse_args([*runs.as_flags(known), *own])
+
+
+def note_unused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Print a note of each flag that the strategy has no use for."""
+    for key, users in USED_BY.items():
+        # 0 is the truth where nothing is trained by steps, and ablate.py gives it as --lr.
+        is_given = getattr(args, key) not in (parser.get_default(key), 0)
+        if is_given and args.strategy not in users:
+            note(f"--{key} has no meaning for --strategy {args.strategy}")
 
 
 def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
@@ -512,6 +547,7 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
 
     if args.eval_every and not args.holdout:
         raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
+    check_probe(args)
     check_regularisers(args)
     if args.val_shots is not None and not args.holdout:
         raise UserError(
@@ -520,17 +556,17 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
     # A resumed run has its own: those of before --val_shots evaluated all images of val.
     if args.val_shots is None and args.holdout and args.shots and not args.resume:
         args.val_shots = min(args.shots, MAX_VAL_SHOTS)
-    at_least_zero = [args.epochs, args.lr, args.tau_lr, args.wd, args.chunk_size]
+    at_least_zero = [args.epochs, args.lr, args.tau_lr, args.wd, args.chunk_size, args.eval_every]
     above_zero = [args.views, args.batch_size - 1]
     optional = (args.temperature, args.shots, args.val_shots)
     above_zero += [value for value in optional if value is not None]
     # Comparisons with NaN are false, so it does not pass either.
     if not (all(v >= 0 for v in at_least_zero) and all(v > 0 for v in above_zero)):
         raise UserError(
-            "--epochs, --lr, --tau_lr, --wd and --chunk_size must be at least 0, --batch_size at "
-            "least 2, --views at least 1, --shots, --val_shots and --temperature above 0"
+            "--epochs, --lr, --tau_lr, --wd, --chunk_size and --eval_every must be at least 0, "
+            "--batch_size at least 2, --views at least 1, --shots, --val_shots and --temperature "
+            "above 0"
         )
-    check_probe(args)
     prompts_digest = evaluate.digest_of_prompts(args.prompts) if args.prompts else None
     return Config(
         **vars(args),
@@ -605,6 +641,14 @@ def check_probe(args: argparse.Namespace) -> None:
         raise UserError(
             "--pull has nothing to pull to: with --strategy linear it needs --start_from zero_shot"
         )
+    penalty = args.inverse_penalty
+    if penalty is not None and (is_pulled or not is_linear):
+        raise UserError(
+            "--inverse_penalty is of the logistic regression: it needs --strategy linear, and "
+            "--start_from random"
+        )
+    if penalty is not None and not 0 < penalty < math.inf:
+        raise UserError("--inverse_penalty must be a number above 0")
     # Without a pull there is no optimum where the training images can be told apart.
     if is_linear and args.pull is not None and not 0 < args.pull < math.inf:
         raise UserError("--pull must be a number above 0 with --strategy linear")
@@ -1062,10 +1106,11 @@ def open_run_folder(
     return folder
 
 
-def count_parameters(model: CLIP, flowers: Flowers, config: Config) -> dict[str, int]:
+def count_parameters(model: CLIP, data: TrainingData) -> dict[str, int]:
     """Numbers of parameters, as result.json keeps them: trained ones of each part, and of all."""
-    n_classes = len(flowers.class_names)
-    counts = strategies.count_trainable(model, config.strategy, n_classes)
+    classes, _ = data.classes
+    config = data.config
+    counts = strategies.count_trainable(model, config.strategy, len(classes), config.start_from)
     sizes = {f"trainable_{part}": count for part, count in counts.items()}
     sizes["parameters"] = sum(p.numel() for p in model.parameters())
     return sizes
@@ -1171,7 +1216,7 @@ def fit_head(
 ) -> tuple[evaluate.Head, dict, dict, float]:
     """The head of `linear`, the content of classifier.pt, how it was fitted, and the seconds.
 
-    With --holdout the penalty (C, or the pull) is chosen on val, unless --pull says it. Prints it.
+    With --holdout the penalty (C, or the pull) is chosen on val, unless a flag says it. Prints it.
     """
     config = data.config
     start = time.perf_counter()
@@ -1197,8 +1242,10 @@ def fit_head(
         )
         what, penalty = "classifier pulled to zero-shot with LAMBDA", "fitted_pull"
     else:
+        if config.inverse_penalty is not None:
+            chosen_on = "--inverse_penalty"
         head, strength, iterations = strategies.fit_linear(
-            features, labels, zero_shot, val, sample_weight
+            features, labels, zero_shot, config.inverse_penalty, val, sample_weight
         )
         what, penalty = "logistic regression with C", "fitted_C"
     choice = " (chosen on val)" if chosen_on == "val" else ""
@@ -1256,7 +1303,7 @@ def fit_temperature(
 
 def loss_parameters(model: CLIP, config: Config) -> dict[str, float]:
     """The temperature tau at the end, which the probabilities have, and sigmoid's bias."""
-    if config.strategy == "linear":
+    if config.strategy == "linear" and config.start_from == "random":
         return {}  # its head has no temperature
     result = {"tau": math.exp(-model.logit_scale.item())}
     if config.loss == "sigmoid":
@@ -1446,6 +1493,13 @@ def add_strategy_arguments(group) -> None:
         default="random",
         help="linear: a logistic regression, or a classifier that starts at the text classifier "
         "and is pulled towards it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--inverse_penalty",
+        type=float,
+        metavar="C",
+        help="linear from random: the inverse of the L2 penalty (default: chosen on val with "
+        f"--holdout, else {strategies.DEFAULT_C:g})",
     )
     add_switch(
         group,

@@ -79,6 +79,14 @@ LEARNING_RATES = {
 }
 
 # -----------------------------------------------------------------------------
+# few shots
+
+# Training images a class -> epochs. At one number of epochs 16 images would have 25 times the steps
+# of one. These are 300 steps each, as ProLIP takes (Fahes et al. 2024), for 102 classes in batches
+# of 64, whose last one is left out: 1, 3, 6, 12 and 25 steps an epoch.
+FEW_SHOT_EPOCHS = {1: 300, 2: 100, 4: 50, 8: 25, 16: 12}
+
+# -----------------------------------------------------------------------------
 # prompts
 
 # The default, of this project; CLIP's own is "a photo of a {}, a type of flower."

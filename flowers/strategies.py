@@ -102,14 +102,22 @@ def cut_points(strategy: str, blocks: int) -> tuple[Cut, int | None]:
     return cuts[strategy]
 
 
-def count_trainable(model: CLIP, strategy: str, n_classes: int) -> dict[str, int]:
-    """Numbers of trained parameters after `prepare`: of each tower, of the scale, and of a head."""
+def count_trainable(
+    model: CLIP, strategy: str, n_classes: int, start_from: str = "random"
+) -> dict[str, int]:
+    """Numbers of trained parameters after `prepare`: of each tower, of the scale, and of a head.
+
+    n_classes: those that are trained on. start_from: where the head of `linear` starts.
+    """
     counts = {}
     for name, parameters in towers(model).items():
         counts[name] = sum(p.numel() for p in parameters if p.requires_grad)
     embedding = model.text_projection.shape[1]
-    # A weight for each feature and a bias.
-    counts["head"] = n_classes * (embedding + 1) if strategy == "linear" else 0
+    counts["head"] = 0
+    if strategy == "linear":
+        # A weight for each feature, and a bias, which the pulled classifier has not.
+        biases = 0 if start_from == "zero_shot" else 1
+        counts["head"] = n_classes * (embedding + biases)
     return counts
 
 
@@ -258,6 +266,7 @@ def fit_linear(
     features: torch.Tensor,
     labels: torch.Tensor,
     zero_shot: tuple[torch.Tensor, torch.Tensor],
+    inverse_penalty: float | None = None,
     val: tuple[torch.Tensor, torch.Tensor] | None = None,
     sample_weight: np.ndarray | None = None,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], float, int]:
@@ -265,7 +274,8 @@ def fit_linear(
 
     zero_shot: weight (C, D) and bias (C,) of the frozen model's head, which stay for classes that
     `labels` lacks.
-    val: features and labels on which C is chosen; without them it is DEFAULT_C.
+    inverse_penalty: C. Without one it is chosen on val (features and labels); without val it is
+    DEFAULT_C.
     sample_weight: (N,), 1 for each by default.
     Returns the head (weight and bias), the C used, and the iterations of L-BFGS.
     """
@@ -273,6 +283,8 @@ def fit_linear(
     from sklearn.linear_model import LogisticRegression
 
     candidates = (DEFAULT_C,) if val is None else INVERSE_REGULARISATION
+    if inverse_penalty is not None:
+        candidates = (inverse_penalty,)
     best, best_score = None, -1.0
     for c in candidates:
         regression = LogisticRegression(C=c, max_iter=MAX_ITERATIONS)

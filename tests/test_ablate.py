@@ -74,7 +74,7 @@ def test_the_grids_are_what_they_say(cli, tmp_path):
         *("factorial", "--architecture", "ViT-B/32", "RN50"),
         *("--strategy", "full", "lora", "--seeds", 0, 1),
     )
-    assert len(factorial) == 2 + 2 + 2 * 2 * 3 * 2  # untrained, linear, and the grid
+    assert len(factorial) == 2 + 2 * 2 * 3 * 2  # untrained, and the grid
     lora = [c for c in factorial if values(c, "--strategy") == ["lora"]]
     assert {values(c, "--lr")[0] for c in lora} == {"4e-05", "0.0002", "0.001"}
     assert all("--holdout" in c for c in [*factorial, *temperature])
@@ -87,6 +87,12 @@ def test_the_grids_are_what_they_say(cli, tmp_path):
     three = dry("shots", "--seeds", 0, "--epochs", 3)
     four = dry("shots", "--seeds", 0, "--epochs", 4)
     assert three[0][:2] == ["--epochs", "3"]
+    # as many steps for any number of images: of 102 classes, in batches of 64
+    steps = []
+    for command in three:
+        epochs = int(values(command, "--epochs")[-1])  # the last one counts
+        steps.append(epochs * (102 * int(values(command, "--shots")[0]) // 64))
+    assert steps == [300] * 5
     three_names = {values(c, "--name")[0] for c in three}
     four_names = {values(c, "--name")[0] for c in four}
     assert not three_names & four_names
@@ -120,7 +126,7 @@ def test_pretraining_decides_which_weights_are_named(cli, tmp_path):
     points, _ = dry("factorial", *models, "--strategy", "text")
     weights = {values(c, "--architecture")[0] for c in points}
     assert len(weights) == 4
-    assert len(points) == 4 * (1 + 1 + 3)  # untrained, linear, and three rates
+    assert len(points) == 4 * (1 + 3)  # untrained, and three rates
     points, _ = dry("factorial", "--architecture", "RN50", "ViT-B/16", "--strategy", "text")
     assert {values(c, "--architecture")[0] for c in points} == {"RN50", "ViT-B/16"}
 
@@ -171,12 +177,22 @@ def test_weights_by_name_are_open_clip_s(cli):
 
 def test_few_shots_and_shared_rates(cli, tmp_path):
     flags = ("--dry_run", "--runs", tmp_path, "--seeds", 0, "--strategy", "full", "lora")
-    _, out, _ = cli("ablate.py", "few_shot", *flags, "--splits_path", "coop.json")
+    with_linear = (*flags, "linear", "--splits_path", "coop.json")
+    _, out, _ = cli("ablate.py", "few_shot", *with_linear)
     points = commands(out)
     pairs = {(values(c, "--shots")[0], values(c, "--val_shots")[0]) for c in points}
     assert pairs == {("1", "1"), ("2", "2"), ("4", "4"), ("8", "4"), ("16", "4")}
     assert len(points) == 5 * (2 + 3)  # the strategies, and three linear probes
     assert sum("--cross_modal" in c for c in points) == 5
+    linear = [c for c in points if values(c, "--strategy") == ["linear"]]
+    assert not any("--epochs" in c for c in linear)
+    # Strategies that are not asked for are in no block, and those that are in one of their own.
+    _, out, _ = cli("ablate.py", "few_shot", *flags)
+    assert {values(c, "--strategy")[0] for c in commands(out)} == {"full", "lora"}
+    _, out, _ = cli("ablate.py", "strategy", *flags)
+    assert {values(c, "--strategy")[0] for c in commands(out)} == {"full", "lora"}
+    _, out, _ = cli("ablate.py", "factorial", *flags, "linear", "--architecture", "RN50")
+    assert len(commands(out)) == len(set(names(out))) == 1 + 1 + 2 * 3
     assert sum(values(c, "--start_from") == ["zero_shot"] for c in points) == 10
     assert all(values(c, "--splits_path") == ["coop.json"] for c in points)
 
@@ -279,6 +295,7 @@ def test_forgetting_asks_for_other_datasets_at_the_door(small, birds, cli, tmp_p
     template = ("--other_template", "a bird")
     assert "has no {}" in error("forgetting", "--others", birds, *template)
     assert "linear" in error("forgetting", "--others", birds, "--strategy", "linear")
+    assert "without --sweep" in error("forgetting", "--others", birds, "--sweep")
 
 
 def test_an_interrupted_evaluation_begins_anew(small, birds, model, cli, tmp_path):
@@ -385,7 +402,7 @@ def test_kills_lose_no_finished_point_and_double_none(small, model, tmp_path):
 
 def test_the_study_chooses_on_val_and_touches_test_at_the_end(small, cli, tmp_path):
     flags = (
-        *("--architecture", "tiny", "--strategy", "text", "--data_root", small),
+        *("--architecture", "tiny", "--strategy", "text", "linear", "--data_root", small),
         *("--runs", tmp_path, "--times", 0.5, 2, *COMMON, *QUICK),
     )
     code, out, _ = cli("ablate.py", "final", *flags, "--dry_run")
@@ -402,6 +419,8 @@ def test_the_study_chooses_on_val_and_touches_test_at_the_end(small, cli, tmp_pa
             "val/top1": 90.0 if good else 50.0,
             "test/top1": 0.0 if good else 99.0,
         }
+        if values(point, "--strategy") == ["linear"]:
+            result["fitted_C"] = 10.0
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(result))
 
@@ -410,6 +429,8 @@ def test_the_study_chooses_on_val_and_touches_test_at_the_end(small, cli, tmp_pa
     chosen = [(values(c, "--strategy")[0], values(c, "--lr")[0]) for c in final]
     assert chosen == [("full", "0.0005"), ("linear", "0"), ("text", "0.001")]
     assert all("--holdout" not in c for c in final)
+    # the linear probe is fitted with the C that val chose
+    assert [values(c, "--inverse_penalty") for c in final] == [[], ["10.0"], []]
 
     code, out, _ = cli("ablate.py", "study", *flags, "--dry_run")
     parts = [line for line in out.splitlines() if line.startswith("#")]
@@ -453,6 +474,7 @@ def test_an_agent_of_a_sweep_is_given_points_of_the_grid(small, model, cli, tmp_
     assert values(point, "--shots") == ["4"], err
     assert names(out) == [name], err
     assert "sweep factorial" in error_line(cli("ablate.py", "study", "--sweep"))
+    assert "no point of this name" in error_line(cli("ablate.py", *arguments, "--only", "any"))
 
 
 def processes_writing(log, but):
@@ -472,11 +494,19 @@ def test_a_killed_point_is_recorded_and_the_next_goes_on(small, model, tmp_path)
         *(*COMMON, *QUICK),
     )
     command = [sys.executable, ROOT / "ablate.py", *map(str, arguments)]
-    ablate = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    ablate = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "TQDM_MININTERVAL"},
+    )
     (first,) = wait_for(lambda: list(tmp_path.glob("*/args.json")), "point")
     log = (first.parent / "log.txt").resolve()
     (pid,) = wait_for(lambda: processes_writing(log, but=ablate.pid), "process")
     assert Path(f"/proc/{pid}/fd/0").readlink() == Path(os.devnull)
+    # What the process that it was forked from began with, before it imported tqdm.
+    assert b"TQDM_MININTERVAL=10" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     os.kill(pid, signal.SIGKILL)
 
     out, _ = ablate.communicate(timeout=PATIENCE_S)

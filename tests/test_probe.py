@@ -149,6 +149,9 @@ def test_a_pulled_and_cross_modal_run(small, tmp_path, cli):
     assert pull in strategies.PULLS and result["chosen_on"] == "val"
     assert f"LAMBDA = {pull:g} (chosen on val)" in out
     assert result["start_from"] == "zero_shot" and result["cross_modal"] is True
+    # Three classes are trained on, without a bias, at the model's temperature.
+    assert result["trainable_head"] == 3 * 128
+    assert result["tau"] == pytest.approx(0.07, abs=1e-6)
     assert "fitted_C" not in result and result["prompts"] == "none (a linear head)"
     assert {"val/base_top1", "val/new_top1", "val/harmonic_mean"} <= result.keys()
 
@@ -187,6 +190,7 @@ def test_a_plain_cross_modal_run_is_scikit_learn_s_with_weights(small, tmp_path,
     code, _, err = train(cli, small, tmp_path, "run", "--cross_modal")
     assert code == 0, err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["trainable_head"] == 6 * (128 + 1) and "tau" not in result
     assert result["fitted_C"] == strategies.DEFAULT_C and result["chosen_on"] == "default"
 
     devices.seed_everything(0)
@@ -203,6 +207,20 @@ def test_a_plain_cross_modal_run_is_scikit_learn_s_with_weights(small, tmp_path,
     assert saved["weight"].numpy() == pytest.approx(regression.coef_, abs=5e-2)
 
 
+def test_a_penalty_that_is_said_is_not_chosen(samples, zero_shot, small, tmp_path, cli):
+    features, labels = samples
+    head, used, _ = strategies.fit_linear(features, labels, zero_shot, 0.3, val=samples)
+    assert used == 0.3
+    expected = LogisticRegression(C=0.3, max_iter=1000).fit(features.numpy(), labels.numpy())
+    assert head[0][[0, 1, 3, 4]].numpy() == pytest.approx(expected.coef_, abs=1e-3)
+
+    code, out, err = train(cli, small, tmp_path, "run", "--holdout", "--inverse_penalty", 0.3)
+    assert code == 0 and "C = 0.3," in out, err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["fitted_C"] == result["inverse_penalty"] == 0.3
+    assert result["chosen_on"] == "--inverse_penalty"
+
+
 def test_flags_of_the_probe_that_mean_nothing(small, tmp_path, cli):
     def error(*options):
         return error_line(train(cli, small, tmp_path, "run", *options))
@@ -211,6 +229,11 @@ def test_flags_of_the_probe_that_mean_nothing(small, tmp_path, cli):
     assert "need --strategy linear" in error(*full, "--start_from", "zero_shot")
     assert "need --strategy linear" in error(*full, "--cross_modal")
     assert "nothing to pull to" in error("--pull", 1)
+    assert "needs --strategy linear" in error(*full, "--inverse_penalty", 1)
+    pulled = ("--start_from", "zero_shot", "--inverse_penalty", 1)
+    assert "--start_from random" in error(*pulled)
+    for penalty in (0, -1, "nan", "inf"):
+        assert "a number above 0" in error(f"--inverse_penalty={penalty}")
     for pull in (0, -1, "nan", "inf"):
         line = error("--start_from", "zero_shot", f"--pull={pull}")
         assert "--pull must be a number above 0" in line

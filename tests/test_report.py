@@ -578,6 +578,14 @@ def test_near_duplicates_are_one_draw(tmp_path):
     )
 
 
+def test_few_shots_are_compared_at_the_same_number_of_steps(tmp_path):
+    for shots, epochs in ((1, 300), (4, 50), (16, 12), (2, 12)):
+        write_run(tmp_path, f"{shots}", 0.5, shots=shots, epochs=epochs)
+    groups = comparable.grouped(comparable.load(tmp_path)[0], without="shots")
+    compared = [sorted(run.settings["shots"] for run in group) for group in groups]
+    assert sorted(compared) == [[1, 4, 16], [2]]
+
+
 def test_a_seed_counts_once_and_an_evaluation_bears_its_run_s_name(tmp_path):
     evaluation = {"job": "eval", "strategy": None, "epochs": None}
     write_run(tmp_path, "a", 0.5)

@@ -294,6 +294,7 @@ def test_mistakes_end_with_one_line(small, tmp_path, cli):
     assert "finite" in error("--loss", "sigmoid", "--logit_bias", "nan")
     assert "leave out --loss" in error("--strategy", "linear", "--loss", "sigmoid")
     assert "--chunk_size" in error("--chunk_size", -5)
+    assert "--eval_every" in error("--holdout", "--eval_every", -3)
     for flag, value in (("--lr", "nan"), ("--wd", -5), ("--tau_lr", -1), ("--temperature", "nan")):
         assert "at least 0" in error(flag, value)
 
@@ -314,6 +315,36 @@ def test_mistakes_end_with_one_line(small, tmp_path, cli):
 
     assert "--lr" in error("--lr", 1e30, "--name", "diverged", "--epochs", 3)
     assert not any((tmp_path / "runs").glob("tiny*"))
+
+
+def test_what_a_strategy_does_not_use_is_said_and_not_recorded(tmp_path, train, cli):
+    in_vain = ("--epochs", 50, "--batch_size", 16, "--wd", 0.5, "--learn_temperature", "--rank", 4)
+    code, _, err = train("probe", "--strategy", "linear", *in_vain)
+    assert code == 0, err
+    notes = [line.split()[1] for line in err.splitlines() if "has no meaning for" in line]
+    assert sorted(notes) == [
+        "--batch_size",
+        "--epochs",
+        "--learn_temperature",
+        "--rank",
+        "--wd",
+    ]
+    args = read(tmp_path / "probe" / "args.json")
+    for key in ("loss", "positives", "learn_temperature", "tau_lr", "lr", "batch_size", "wd"):
+        assert args[key] is None, key
+    assert args["epochs"] == 0
+
+    # A probe of before recorded what it did not use, and goes on all the same, as does a new one.
+    before = {"loss": "info_nce", "positives": "class", "batch_size": 64, "lr": 5e-4, "wd": 0.1}
+    for stored in (args, args | before):
+        (tmp_path / "probe" / "args.json").write_text(json.dumps(stored))
+        result = read(tmp_path / "probe" / "result.json")
+        (tmp_path / "probe" / "result.json").unlink()
+        code, _, err = cli("train.py", "--resume", tmp_path / "probe", *NO_WANDB)
+        assert code == 0 and "no meaning" not in err, err
+        again = read(tmp_path / "probe" / "result.json")
+        assert again["test/top1"] == result["test/top1"]
+        assert again["batch_size"] is None
 
 
 def test_vit_b_32_of_random_weights(small, tmp_path, cli):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowers.choices import RANDOM, SHAPES
+from flowers.choices import FEW_SHOT_EPOCHS, RANDOM, SHAPES
 from flowers.files import checked, read_json
 from flowers.runs import read_predictions
 from flowers.study import statistics
@@ -466,10 +466,18 @@ def grouped(runs: Sequence[Run], without: str = "") -> list[Group]:
         learns_scale = run.settings.get("learn_temperature") or run.settings["loss"] == "sigmoid"
         if not learns_scale or without == "lr":
             ignored.add("tau_lr")
+        # Fewer images take more epochs for as many steps, where ablate.py says how many.
+        if without == "shots" and _takes_few_shot_epochs(run):
+            ignored.add("epochs")
         group = groups.setdefault(_configuration(run, ignored), {})
         member = json.dumps([run.settings.get(without), run.seed])
         group.setdefault(member, run)
     return [list(group.values()) for group in groups.values()]
+
+
+def _takes_few_shot_epochs(run: Run) -> bool:
+    epochs = run.settings.get("epochs")
+    return epochs is not None and epochs == FEW_SHOT_EPOCHS.get(run.settings.get("shots"))
 
 
 def _configuration(run: Run, ignored: set[str]) -> str:
