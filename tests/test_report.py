@@ -326,6 +326,34 @@ def test_losses_are_compared_and_one_seed_has_an_interval_over_images(tmp_path, 
     assert (low, high) == pytest.approx((result.low, result.high), abs=0.5)
 
 
+def test_a_gain_is_over_the_same_prompt(tmp_path, cli):
+    """A learned prompt and a linear head have none of their own: theirs is the usual one."""
+    runs = tmp_path / "runs"
+    other = {"prompt_template": ["b {}"]}
+    write_run(runs, "a-other", 0.5, epochs=0, **other)  # the first by name
+    write_run(runs, "b-usual", 0.3, epochs=0)
+    write_run(runs, "full", 0.7)
+    write_run(runs, "full-other", 0.9, strategy="text", **other)
+    write_run(runs, "learned", 0.6, strategy="prompt", prompt_template=["[V] {} flower"])
+    write_run(runs, "probe", 0.6, strategy="linear", epochs=0, prompt_template=["a photo {}"])
+    # No untrained model has seen these sentences.
+    sentences = {"prompts_digest": "abc", "prompt_template": None}
+    write_run(runs, "sentences", 0.6, strategy="image", **sentences)
+    # Nor were these trained from those weights.
+    write_run(runs, "start", 0.6)
+    write_run(runs, "later", 0.6, strategy="lora", architecture="x/start")
+
+    code, _, err = cli("report.py", "--runs", runs, "--output", tmp_path / "report")
+    assert code == 0, err
+    text = (tmp_path / "report" / "report.md").read_text()
+    rows = rows_of(text[text.index("## What fine-tuning gains") :], "### val")
+    found = {row["strategy"]: row["untrained"] for row in rows}
+    usual = f"{100 * correct_of(runs / 'b-usual').mean():.2f}"
+    expected = dict.fromkeys(("full", "prompt", "linear"), usual)
+    expected["text"] = f"{100 * correct_of(runs / 'a-other').mean():.2f}"
+    assert found == expected
+
+
 def test_what_was_forgotten(study, text):
     """Accuracy on flowers and elsewhere, computed again from the predictions."""
     rows = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowers.choices import RANDOM, SHAPES
+from flowers.choices import KEEPS_WEIGHTS, RANDOM, SHAPES
 from flowers.files import checked, read_json
 from flowers.runs import read_predictions
 from flowers.study import statistics
@@ -111,6 +111,7 @@ class Run:
     strategy: str = ""  # "none" if the model was not trained
     trained_on: str = "all"  # the classes that were trained on: all, base or new
     evaluated: str = ""  # of an evaluation: the name of the trained run
+    prompts: str = ""  # what tells the texts of the model at the start from others
 
     @property
     def seed(self) -> int:
@@ -125,6 +126,15 @@ class Run:
         if self.settings.get("cross_modal"):
             variant.append("cross_modal")
         return f"{self.strategy} ({', '.join(variant)})" if variant else self.strategy
+
+    @property
+    def start(self) -> tuple[str, str, str, str]:
+        """The model before training, with its prompts, and the images that it was evaluated on.
+
+        What training has changed is known only beside an untrained run with the same start.
+        """
+        weights = _run_name(self.settings.get("architecture"))
+        return self.model, weights, self.prompts, self.images
 
     @property
     def correct(self) -> np.ndarray:
@@ -287,7 +297,7 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
             trained_on="all" if strategy == "none" else trained_on,
         )
         resolved.append(run)
-    resolved = _with_model_names(resolved)
+    resolved = _with_prompts(_with_model_names(resolved))
     compared = [run for run in resolved if run.name not in start_names]
     starts = [run for run in resolved if run.name in start_names]
     return compared, starts
@@ -309,6 +319,36 @@ def _with_model_names(runs: Sequence[Run]) -> list[Run]:
         else:
             named.append(replace(run, model=f"{run.architecture} ({run.pretraining})"))
     return named
+
+
+def _with_prompts(runs: Sequence[Run]) -> list[Run]:
+    """Say of each run which texts its model had at the start.
+
+    An untrained model can't be asked by a linear head or a learned prompt: theirs are the texts of
+    most of the runs on the same images.
+    """
+    counts = defaultdict(Counter)
+    for run in runs:
+        if not _learns_texts(run):
+            counts[run.images][_texts(run)] += 1
+    named = []
+    for run in runs:
+        prompts = _texts(run)
+        others = counts[run.images]
+        if _learns_texts(run) and others:
+            # Of equals the first in the alphabet, in whatever order the runs come.
+            prompts = min(others, key=lambda texts: (-others[texts], texts))
+        named.append(replace(run, prompts=prompts))
+    return named
+
+
+def _learns_texts(run: Run) -> bool:
+    return run.strategy.removesuffix(SOUP) in KEEPS_WEIGHTS
+
+
+def _texts(run: Run) -> str:
+    """The templates of a run, or the digest of its file of sentences."""
+    return json.dumps([run.settings.get(key) for key in ("prompt_template", "prompts_digest")])
 
 
 def _parent(run: Run, by_name: dict[str, Run]) -> Run | None:
