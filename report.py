@@ -404,7 +404,8 @@ def answer(
     if division is None:
         needs = (
             "the answer to the question: it needs at least two strategies, two architectures and "
-            "two learning rates, and the untrained models on the same images"
+            "two learning rates, with their numbers of parameters, and the untrained models on the "
+            "same images with the same prompts"
         )
         missing.append(Missing(needs, ablate_command("factorial", by_protocol(runs)[0])))
         return f"{question()}\n\nNot answered: see what is missing."
@@ -442,17 +443,19 @@ def divide(runs: Sequence[Run], grid: Grid, rounds: int) -> Division | None:
     """Divide variance and gain among the factors of a grid.
 
     The reference is the smallest model, untrained, of the first pretraining, at the middle rate.
-    Returns None if the untrained model of an architecture and pretraining is not among the runs.
+    Returns None if the untrained model of an architecture and pretraining is not among the runs, or
+    if the size of an architecture is not known.
     """
     untrained = untrained_models(runs, grid)
     if len(untrained) < len(grid.architectures) * len(grid.pretrainings):
         return None
+    # Evaluations have not recorded it. These are of one strategy, which may add parameters.
+    sizes = {name: grid.any_run(name).result.get("parameters") for name in grid.architectures}
+    if None in sizes.values():
+        return None
 
-    def size(architecture: str) -> tuple:
-        model = untrained[architecture, grid.pretrainings[0]]
-        return model.result.get("parameters", 0), architecture
-
-    grid = replace(grid, architectures=sorted(grid.architectures, key=size))
+    architectures = sorted(grid.architectures, key=lambda name: (sizes[name], name))
+    grid = replace(grid, architectures=architectures)
     correct = correct_answers(grid, untrained)
     factors = ["strategy", "architecture", "pretraining", "learning rate"]
     reference = [0, 0, 0, grid.rates // 2]
@@ -466,18 +469,22 @@ def divide(runs: Sequence[Run], grid: Grid, rounds: int) -> Division | None:
 
 
 def untrained_models(runs: Sequence[Run], grid: Grid) -> dict[tuple[str, str], Run]:
-    """Return the untrained model of each architecture and pretraining of a grid."""
+    """Return the untrained model of each architecture and pretraining of a grid.
+
+    One is left out where the runs of the grid did not all start from it, with its prompts.
+    """
     # On other images or names it would be no baseline for the grid.
     protocol = grid.any_run().protocol
-    models = {}
-    for run in runs:
-        if run.strategy == "none" and run.protocol == protocol:
-            models[run.model] = run
+    models = untrained_by_start([run for run in runs if run.protocol == protocol])
     untrained = {}
     for architecture, pretraining in itertools.product(grid.architectures, grid.pretrainings):
-        model = grid.any_run(architecture, pretraining).model
-        if model in models:
-            untrained[architecture, pretraining] = models[model]
+        # A learned prompt says nothing about the prompts of the grid.
+        strategies = [name for name in grid.strategies if name not in KEEPS_WEIGHTS]
+        cells = [grid.cell(strategy, architecture, pretraining) for strategy in strategies]
+        starts = {run.start for cell in cells for seeds in cell for run in seeds}
+        start = starts.pop()
+        if not starts and start in models:
+            untrained[architecture, pretraining] = models[start]
     return untrained
 
 

@@ -758,6 +758,41 @@ def test_four_factors_whose_shares_are_known(tmp_path):
     assert rates[0]["gain, shared"].startswith("36%")
 
 
+def test_the_reference_of_the_answer_does_not_depend_on_names(tmp_path):
+    """The grid's own prompts and sizes count: evaluations with others come after them by name."""
+    write_four_factors(tmp_path, "factorial", {"full": 30, "text": 10})
+    divide = runpy.run_path(str(ROOT / "report.py"))["divide"]
+
+    def division():
+        compared = compared_runs(tmp_path)
+        divided = divide(compared, comparable.factorial(compared), 0)
+        return divided and (divided.grid.architectures, divided.shares)
+
+    expected = division()
+    assert expected[0] == ["tiny", "tiny-rn"]
+    for pretraining in ("prompts", "captions"):
+        model = {"architecture": f"x/start-tiny-rn-{pretraining}", "job": "eval", "epochs": None}
+        name = f"z-{pretraining}"
+        write_exact_run(tmp_path, name, 0, prompt_template=["z {}"], strategy=None, **model)
+        # As baseline_eval.py, which records no size; and the first by name.
+        evaluated = tmp_path / f"factorial-tiny-rn-{pretraining}-untrained" / "result.json"
+        result = json.loads(evaluated.read_text())
+        del result["parameters"]
+        evaluated.write_text(json.dumps(result))
+    assert division() == expected
+
+    # Without the grid's own prompt there is no reference, and without sizes no smallest model.
+    shutil.rmtree(tmp_path / "factorial-tiny-rn-captions-untrained")
+    assert division() is None
+    write_exact_run(tmp_path, "again", 50, architecture="x/start-tiny-rn-captions", epochs=0)
+    assert division() == expected
+    for path in tmp_path.glob("factorial-tiny-rn-prompts-full-*/result.json"):
+        result = json.loads(path.read_text())
+        del result["parameters"]
+        path.write_text(json.dumps(result))
+    assert division() is None
+
+
 def test_one_pretraining_is_no_factor(study, tmp_path):
     compared = compared_runs(study)
     grid = comparable.factorial(compared)
