@@ -869,6 +869,21 @@ def test_older_runs_have_today_s_defaults(tmp_path):
     assert {"old", "new", "few", "loss", "ce"} in names
 
 
+def test_a_sweep_over_the_loss_differs_in_nothing_else(tmp_path):
+    """By default the sigmoid's bias is learned at lr, and the others have nothing to learn so."""
+    write_run(tmp_path, "ce", 0.5, loss="cross_entropy", positives=None)
+    write_run(tmp_path, "nce", 0.5, loss="info_nce", tau_lr=0.3)
+    write_run(tmp_path, "sigmoid", 0.5, loss="sigmoid")
+    write_run(tmp_path, "sigmoid-fast", 0.5, loss="sigmoid", tau_lr=0.3)
+    write_run(tmp_path, "sigmoid-low", 0.5, loss="sigmoid", logit_bias=-10.0)
+    for name, tau_lr in (("learned", 1e-3), ("learned-fast", 0.3)):
+        write_run(tmp_path, name, 0.5, learn_temperature=True, tau_lr=tau_lr)
+    groups = comparable.grouped(compared_runs(tmp_path), without="loss")
+    names = sorted(sorted(run.name for run in group) for group in groups)
+    alone = ["learned", "learned-fast", "sigmoid-fast", "sigmoid-low"]
+    assert names == [["ce", "nce", "sigmoid"], *([name] for name in alone)]
+
+
 def test_probes_are_told_apart(tmp_path):
     probe = {"strategy": "linear", "epochs": 0}
     write_run(tmp_path, "plain", 0.5, **probe)

@@ -500,11 +500,8 @@ def grouped(runs: Sequence[Run], without: str = "") -> list[Group]:
     groups: dict[str, dict[str, Run]] = {}
     for run in sorted(runs, key=lambda run: (run.model, run.method, run.seed, run.name)):
         ignored = NOT_SETTINGS | {without}
-        # The learning rate of the temperature has no effect where the temperature is fixed.
         # Where only lr differs, tau_lr follows it.
-        # The bias of the sigmoid loss is learned at that rate, too.
-        learns_scale = run.settings.get("learn_temperature") or run.settings["loss"] == "sigmoid"
-        if not learns_scale or without == "lr":
+        if without == "lr":
             ignored.add("tau_lr")
         group = groups.setdefault(_configuration(run, ignored), {})
         member = json.dumps([run.settings.get(without), run.seed])
@@ -517,9 +514,21 @@ def _configuration(run: Run, ignored: set[str]) -> str:
     # Settings that older runs do not have are None in newer ones, where they are not used.
     settings = {}
     for key, value in run.settings.items():
-        if key not in ignored and value is not None:
+        if key not in ignored | _without_effect(run) and value is not None:
             settings[key] = value
     return json.dumps([run.protocol, settings], sort_keys=True)
+
+
+def _without_effect(run: Run) -> set[str]:
+    """The settings that do nothing in this run, or say again what another one says."""
+    settings = run.settings
+    keys = set()
+    # The rate at which the temperature is learned, and the bias of the sigmoid loss. By default it
+    # is lr, and so it is no difference between a loss that has a bias and one that has none.
+    learns_scale = settings.get("learn_temperature") or settings["loss"] == "sigmoid"
+    if not learns_scale or settings.get("tau_lr") == settings.get("lr"):
+        keys.add("tau_lr")
+    return keys
 
 
 def mean(group: Group, key: str = "top1") -> float:
