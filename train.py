@@ -37,6 +37,7 @@ from flowers import (
     runs,
     strategies,
 )
+from flowers.choices import MAX_VAL_SHOTS
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select
 from flowers.duplicates import write_duplicates
 from flowers.layouts import read_captions
@@ -88,8 +89,6 @@ MAX_LOGIT_SCALE = 100.0
 RANDOM_LR = 5e-4
 RANDOM_EPOCHS = 19
 DEFAULT_EPOCHS = 5
-# With --shots, as in CoOp and CLIP-LoRA: who has few images to train on has few to choose on.
-MAX_VAL_SHOTS = 4
 
 
 @command

@@ -895,6 +895,27 @@ def test_probes_are_told_apart(tmp_path):
     assert {group[0].strategy for group in groups} == {"linear"}
 
 
+def test_probes_that_chose_on_other_images_are_no_seeds_of_each_other(tmp_path):
+    """Evaluated on test, where nothing else tells that they saw other images of val."""
+    # C chosen on val, or the default one
+    for name, chosen_on in (("probe", "val"), ("default", "default"), ("full", None)):
+        strategy = "full" if name == "full" else "linear"
+        for val_shots in (4, 2, None):
+            run = f"{name}-{val_shots}"
+            setting = {"strategy": strategy, "val_shots": val_shots, "shots": 8}
+            write_run(tmp_path, run, 0.5, seed=val_shots or 0, **setting)
+            path = tmp_path / run / "result.json"
+            result = json.loads(path.read_text())
+            path.write_text(json.dumps(result | {"chosen_on": chosen_on}))
+            evaluation = {"job": "eval", "strategy": None, "architecture": f"x/{run}"}
+            write_run(tmp_path, f"test-{run}", 0.5, "test", **evaluation)
+    of_test = [run for run in compared_runs(tmp_path) if run.split == "test"]
+    groups = comparable.grouped(of_test)
+    names = {run.name for group in groups if len(group) == 1 for run in group}
+    assert names == {"test-probe-None", "test-probe-2", "test-probe-4"}
+    assert sorted(map(len, groups)) == [1, 1, 1, 3, 3]
+
+
 def test_a_calibrated_evaluation_is_not_averaged_with_the_plain_one(tmp_path):
     evaluation = {"job": "eval", "strategy": None, "epochs": None}
     for seed, accuracy in ((0, 0.3), (1, 0.6)):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flowers.choices import KEEPS_WEIGHTS, RANDOM, SHAPES
+from flowers.choices import KEEPS_WEIGHTS, MAX_VAL_SHOTS, RANDOM, SHAPES
 from flowers.files import checked, read_json
 from flowers.runs import read_predictions
 from flowers.study import statistics
@@ -41,7 +41,6 @@ NOT_SETTINGS = {
     "split",
     "allow_overlap",
     "start",  # random weights differ with the seed
-    "val_shots",  # which images are evaluated, and the protocol says that
 }
 
 # Settings that older runs lack, and what they did instead. Where a setting is not used its value is
@@ -201,6 +200,8 @@ def _load_run(folder: Path) -> Run | None:
     if settings.get("batch_size") and settings.get("processes"):
         # Four processes with 16 images each train as one with 64.
         settings["batch_size"] *= settings["processes"]
+    # Evaluations of the run take its settings, so that this is among them.
+    settings["chosen_on"] = result.get("chosen_on")
     soup = settings.get("soup")
     if soup and not (isinstance(soup, list) and all(isinstance(path, str) for path in soup)):
         raise ValueError("the soup in args.json is not a list of runs")
@@ -513,22 +514,30 @@ def _configuration(run: Run, ignored: set[str]) -> str:
     """A run's protocol and settings as a key, without those to ignore."""
     # Settings that older runs do not have are None in newer ones, where they are not used.
     settings = {}
-    for key, value in run.settings.items():
-        if key not in ignored | _without_effect(run) and value is not None:
+    for key, value in _effective_settings(run).items():
+        if key not in ignored and value is not None:
             settings[key] = value
     return json.dumps([run.protocol, settings], sort_keys=True)
 
 
-def _without_effect(run: Run) -> set[str]:
-    """The settings that do nothing in this run, or say again what another one says."""
-    settings = run.settings
-    keys = set()
+def _effective_settings(run: Run) -> dict:
+    """A run's settings, None where one does nothing, and in words where one follows another."""
+    settings = dict(run.settings)
     # The rate at which the temperature is learned, and the bias of the sigmoid loss. By default it
     # is lr, and so it is no difference between a loss that has a bias and one that has none.
     learns_scale = settings.get("learn_temperature") or settings["loss"] == "sigmoid"
     if not learns_scale or settings.get("tau_lr") == settings.get("lr"):
-        keys.add("tau_lr")
-    return keys
+        settings["tau_lr"] = None
+
+    # The protocol says which images are evaluated. But a probe chooses its penalty on images of
+    # val, and calibration its temperature; by default there are as many as to train on.
+    chooses = settings["chosen_on"] == "val" or settings.get("calibrated")
+    val_shots, shots = settings.get("val_shots"), settings.get("shots")
+    if not chooses:
+        settings["val_shots"] = None
+    elif val_shots and shots and val_shots == min(shots, MAX_VAL_SHOTS):
+        settings["val_shots"] = "by shots"
+    return settings
 
 
 def mean(group: Group, key: str = "top1") -> float:
