@@ -895,6 +895,19 @@ def test_probes_are_told_apart(tmp_path):
     assert {group[0].strategy for group in groups} == {"linear"}
 
 
+def test_a_default_pull_is_one_setting(tmp_path):
+    """projection is pulled by 1 / images a class: numbers of shots differ in nothing else."""
+    common = {"strategy": "projection", "val_shots": None}
+    for shots in (1, 4):
+        default = {"pull": 1 / shots, "pull_by_default": True}
+        write_run(tmp_path, f"default-{shots}", 0.5, shots=shots, **default, **common)
+        given = {"pull": 1 / shots, "pull_by_default": False}
+        write_run(tmp_path, f"given-{shots}", 0.5, shots=shots, **given, **common)
+    groups = comparable.grouped(compared_runs(tmp_path), without="shots")
+    names = sorted(sorted(run.name for run in group) for group in groups)
+    assert names == [["default-1", "default-4"], ["given-1"], ["given-4"]]
+
+
 def test_probes_that_chose_on_other_images_are_no_seeds_of_each_other(tmp_path):
     """Evaluated on test, where nothing else tells that they saw other images of val."""
     # C chosen on val, or the default one

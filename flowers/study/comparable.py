@@ -41,6 +41,7 @@ NOT_SETTINGS = {
     "split",
     "allow_overlap",
     "start",  # random weights differ with the seed
+    "pull_by_default",  # says of pull what it is
 }
 
 # Settings that older runs lack, and what they did instead. Where a setting is not used its value is
@@ -202,6 +203,8 @@ def _load_run(folder: Path) -> Run | None:
         settings["batch_size"] *= settings["processes"]
     # Evaluations of the run take its settings, so that this is among them.
     settings["chosen_on"] = result.get("chosen_on")
+    if settings.get("pull_by_default"):
+        settings["pull"] = "by images a class"  # one setting, whatever number it came to
     soup = settings.get("soup")
     if soup and not (isinstance(soup, list) and all(isinstance(path, str) for path in soup)):
         raise ValueError("the soup in args.json is not a list of runs")
