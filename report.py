@@ -800,6 +800,8 @@ def loss_of(run: Run) -> str:
     # A linear head is fitted to features by a loss of its own.
     if run.strategy.removesuffix(SOUP) == "linear":
         return "logistic regression"
+    if run.strategy.removesuffix(SOUP) == "unknown":
+        return "unknown"
     # Older runs knew only one.
     return run.settings.get("loss") or "info_nce"
 

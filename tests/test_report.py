@@ -960,3 +960,23 @@ def test_a_soup_is_no_seed_of_its_runs(tmp_path):
     assert found["other"][:2] == ("ViT-B/32", "unknown soup")
     assert found["base-0"] == ("ViT-B/32", "full", "base")
     assert [len(group) for group in comparable.grouped(list(runs.values()))].count(2) == 1
+
+
+def test_a_soup_of_different_runs_is_mixed(tmp_path):
+    loss_of = runpy.run_path(str(ROOT / "report.py"))["loss_of"]
+    write_run(tmp_path, "a", 0.5)
+    write_run(tmp_path, "a2", 0.5, seed=1)
+    write_run(tmp_path, "b", 0.5, strategy="text", lr=0.1)
+    write_run(tmp_path, "c", 0.5, loss="sigmoid")
+    soup = {"job": "eval", "strategy": None, "epochs": None, "lr": None}
+    for name in ("a a2", "a b", "a c", "a gone", "gone a"):
+        write_run(tmp_path, name, 0.6, soup=[f"x/{run}" for run in name.split()], **soup)
+    runs = [run for run in compared_runs(tmp_path) if run.settings.get("soup")]
+    found = {run.name: (run.strategy, loss_of(run), run.settings["lr"]) for run in runs}
+    assert found.pop("a a2") == ("full soup", "info_nce", 1e-3)
+    assert found.pop("a b") == ("mixed soup", "info_nce", "mixed")
+    assert found.pop("a c") == ("full soup", "mixed", 1e-3)
+    assert {key: value[:2] for key, value in found.items()} == {
+        "a gone": ("unknown soup", "unknown"),
+        "gone a": ("unknown soup", "unknown"),
+    }

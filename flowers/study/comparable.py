@@ -264,7 +264,8 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     An evaluation takes the settings of the run that it evaluates. If it repeats that run's own
     evaluation, on the same images with the same prompt, it is dropped, unless it holds a curve of
     WiSE-FT, is calibrated, or is of a soup. A soup, the mean of the weights of several runs, has
-    their architecture and classes, and their strategy with `SOUP` behind it.
+    their architecture and classes, and their strategy with `SOUP` behind it; settings that they do
+    not share are "mixed".
 
     Returns:
         The runs to compare, and apart from them the runs that others started from.
@@ -283,7 +284,7 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         evaluates = run.settings.get("job") == "eval" and parent is not None
         # A start stands in for pretraining: its evaluation is one of an untrained model.
         if evaluates and parent.name not in start_names:
-            trained = parent
+            trained = _as_one(run, parent, by_name)
             if _repeats(run, trained):
                 continue
             settings = dict(trained.settings)  # the seed among them
@@ -448,10 +449,28 @@ def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
     return architecture, strategy
 
 
+def _members(run: Run, by_name: dict[str, Run]) -> list[Run | None]:
+    """The runs that a soup is the mean of, None where one is not among those loaded."""
+    return [by_name.get(_run_name(path)) for path in run.settings.get("soup") or []]
+
+
+def _as_one(run: Run, trained: Run, by_name: dict[str, Run]) -> Run:
+    """The run that an evaluation is of; of a soup the first, with "mixed" where others differ."""
+    members = _members(run, by_name)
+    if None in members:
+        return replace(trained, settings=trained.settings | {"strategy": "unknown"})
+    mixed = {}
+    for member in members:
+        for key in trained.settings.keys() | member.settings.keys():
+            differs = trained.settings.get(key) != member.settings.get(key)
+            if differs and key not in NOT_SETTINGS:
+                mixed[key] = "mixed"
+    return replace(trained, settings=trained.settings | mixed)
+
+
 def _trained_on(run: Run, trained: Run, by_name: dict[str, Run]) -> str:
     """The classes that a model was trained on: all, base or new; of a soup those of its runs."""
-    members = [by_name.get(_run_name(path)) for path in run.settings.get("soup") or []]
-    members = [member for member in members if member is not None] or [trained]
+    members = [member for member in _members(run, by_name) if member is not None] or [trained]
     classes = {member.settings.get("classes") or "all" for member in members}
     return " and ".join(sorted(classes))
 
