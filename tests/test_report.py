@@ -606,6 +606,18 @@ def test_near_duplicates_are_one_draw(tmp_path):
     )
 
 
+def test_near_duplicates_of_one_run_are_those_of_all(tmp_path):
+    """The first has looked for none, and the others have found different ones."""
+    for name in ("a", "b", "c"):
+        write_run(tmp_path, name, 0.6, n=6, lr=len(name))
+    files = [f"val_{i:05d}.jpg" for i in range(6)]
+    for name, groups in (("b", [[1, 2], [3, 4]]), ("c", [[4, 5], [2, 1]])):
+        contents = {"groups": [[files[i] for i in group] for group in groups]}
+        (tmp_path / name / "duplicates.json").write_text(json.dumps(contents))
+    for run in compared_runs(tmp_path):
+        assert run.clusters.tolist() == [0, 1, 1, 2, 2, 2]
+
+
 def test_a_seed_counts_once_and_an_evaluation_bears_its_run_s_name(tmp_path):
     evaluation = {"job": "eval", "strategy": None, "epochs": None}
     write_run(tmp_path, "a", 0.5)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from flowers.choices import KEEPS_WEIGHTS, MAX_VAL_SHOTS, RANDOM, SHAPES
 from flowers.files import checked, read_json
@@ -103,7 +105,7 @@ class Run:
     labels: np.ndarray  # (N,) true class names
     predicted: np.ndarray  # (N,) predicted class names
     images: str  # digest of the file names and labels
-    clusters: np.ndarray  # (N,) int from 0: near-duplicates share one
+    clusters: np.ndarray  # (N,) int from 0: near-duplicates share one; `resolve` joins all runs'
     # The rest is filled in by `resolve`.
     architecture: str = ""  # that of the first run in the chain of starts
     pretraining: str = ""  # what that one's weights were trained on; "" if it is not known
@@ -302,7 +304,7 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
             trained_on="all" if strategy == "none" else trained_on,
         )
         resolved.append(run)
-    resolved = _with_prompts(_with_model_names(resolved))
+    resolved = _with_joined_clusters(_with_prompts(_with_model_names(resolved)))
     compared = [run for run in resolved if run.name not in start_names]
     starts = [run for run in resolved if run.name in start_names]
     return compared, starts
@@ -345,6 +347,25 @@ def _with_prompts(runs: Sequence[Run]) -> list[Run]:
             prompts = min(others, key=lambda texts: (-others[texts], texts))
         named.append(replace(run, prompts=prompts))
     return named
+
+
+def _with_joined_clusters(runs: Sequence[Run]) -> list[Run]:
+    """Give all runs on the same images the same clusters: near-duplicates in any are in all."""
+    clusterings = defaultdict(dict)  # images -> bytes -> clusters, as most runs have the same
+    for run in runs:
+        clusterings[run.images][run.clusters.tobytes()] = run.clusters
+    joined = {images: _joined(list(found.values())) for images, found in clusterings.items()}
+    return [replace(run, clusters=joined[run.images]) for run in runs]
+
+
+def _joined(clusterings: list[np.ndarray]) -> np.ndarray:
+    """The finest clusters (N,) in which all are together that are so in one of `clusterings`."""
+    n = len(clusterings[0])
+    # Each image has an edge to the first one of its cluster.
+    firsts = [np.unique(clusters, return_index=True)[1][clusters] for clusters in clusterings]
+    edges = np.tile(np.arange(n), len(clusterings)), np.concatenate(firsts)
+    graph = coo_array((np.ones(len(edges[0])), edges), shape=(n, n))
+    return connected_components(graph, directed=False)[1]
 
 
 def _learns_texts(run: Run) -> bool:
