@@ -849,6 +849,24 @@ def test_pretraining_is_read_from_the_first_run_of_a_chain(tmp_path):
     assert "tiny" in models
 
 
+def test_two_tags_of_a_family_are_two_pretrainings(tmp_path):
+    tags = {
+        "ViT-B-32": ("datacomp_m_s128m_b4k", "datacomp_xl_s13b_b90k", "laion2b_s34b_b79k"),
+        "ViT-B-16": ("datacomp_xl_s13b_b90k", "laion2b_s34b_b88k"),
+    }
+    for model, of_model in tags.items():
+        for tag in of_model:
+            write_run(tmp_path, f"{model}-{tag}", 0.5, architecture=f"open_clip:{model}/{tag}")
+    found = {run.name: run.pretraining for run in compared_runs(tmp_path)}
+    assert found == {
+        "ViT-B-32-datacomp_m_s128m_b4k": "datacomp_m_s128m_b4k",
+        "ViT-B-32-datacomp_xl_s13b_b90k": "datacomp_xl_s13b_b90k",
+        "ViT-B-16-datacomp_xl_s13b_b90k": "datacomp_xl_s13b_b90k",
+        "ViT-B-32-laion2b_s34b_b79k": "laion2b",
+        "ViT-B-16-laion2b_s34b_b88k": "laion2b",
+    }
+
+
 # -----------------------------------------------------------------------------
 # settings that older runs lack, calibration, soups
 

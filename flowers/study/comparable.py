@@ -304,10 +304,29 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
             trained_on="all" if strategy == "none" else trained_on,
         )
         resolved.append(run)
-    resolved = _with_joined_clusters(_with_prompts(_with_model_names(resolved)))
+    resolved = _with_prompts(_with_model_names(_with_families(resolved)))
+    resolved = _with_joined_clusters(resolved)
     compared = [run for run in resolved if run.name not in start_names]
     starts = [run for run in resolved if run.name in start_names]
     return compared, starts
+
+
+def _with_families(runs: Sequence[Run]) -> list[Run]:
+    """Name open_clip's weights by their family, unless an architecture has two tags of it.
+
+    Architectures have tags of their own, so that only families can be crossed with them. But
+    datacomp_m and datacomp_xl are two pretrainings of one architecture.
+    """
+    tags = defaultdict(set)
+    for run in runs:
+        tags[_family(run.pretraining), run.architecture].add(run.pretraining)
+    ambiguous = {family for (family, _), found in tags.items() if len(found) > 1}
+    named = []
+    for run in runs:
+        family = _family(run.pretraining)
+        pretraining = run.pretraining if family in ambiguous else family
+        named.append(replace(run, pretraining=pretraining))
+    return named
 
 
 def _with_model_names(runs: Sequence[Run]) -> list[Run]:
@@ -503,6 +522,17 @@ def split_architecture(name: str) -> tuple[str, str]:
     has one name: open_clip:ViT-B-32/laion2b_s34b_b79k is ViT-B/32 and laion2b. Of paths the
     pretraining is not known, and is "".
     """
+    architecture, tag = _split(name)
+    return architecture, _family(tag)
+
+
+def _family(tag: str) -> str:
+    """The family of a tag of open_clip; other pretrainings are their own."""
+    return next((family for family in FAMILIES if tag.startswith(family)), tag)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """As `split_architecture`, with open_clip's tag itself."""
     if name in SHAPES and name not in RANDOM:
         return name, "openai"
     if name.startswith("hf:"):
@@ -513,8 +543,7 @@ def split_architecture(name: str) -> tuple[str, str]:
     if not name.startswith("open_clip:") or not is_name:
         return name, ""
     model = model.removesuffix("-quickgelu")
-    family = next((family for family in FAMILIES if tag.startswith(family)), tag)
-    return OPEN_CLIP_NAMES.get(model, f"open_clip:{model}"), family
+    return OPEN_CLIP_NAMES.get(model, f"open_clip:{model}"), tag
 
 
 def _pretraining(origin: Run, is_start: bool) -> str:
@@ -523,7 +552,7 @@ def _pretraining(origin: Run, is_start: bool) -> str:
     if origin.settings.get("job") == "qwen_eval":
         return ""
     if architecture not in RANDOM:
-        return split_architecture(architecture)[1]
+        return _split(architecture)[1]
     if not is_start:
         return "random"
     return "captions" if origin.settings.get("captions") else "prompts"
