@@ -404,7 +404,8 @@ def answer(
     if division is None:
         needs = (
             "the answer to the question: it needs at least two strategies, two architectures and "
-            "two learning rates, and the untrained models on the same images"
+            "two learning rates, with their numbers of parameters, and the untrained models on the "
+            "same images with the same prompts"
         )
         missing.append(Missing(needs, ablate_command("factorial", by_protocol(runs)[0])))
         return f"{question()}\n\nNot answered: see what is missing."
@@ -442,17 +443,19 @@ def divide(runs: Sequence[Run], grid: Grid, rounds: int) -> Division | None:
     """Divide variance and gain among the factors of a grid.
 
     The reference is the smallest model, untrained, of the first pretraining, at the middle rate.
-    Returns None if the untrained model of an architecture and pretraining is not among the runs.
+    Returns None if the untrained model of an architecture and pretraining is not among the runs, or
+    if the size of an architecture is not known.
     """
     untrained = untrained_models(runs, grid)
     if len(untrained) < len(grid.architectures) * len(grid.pretrainings):
         return None
+    # Evaluations have not recorded it. These are of one strategy, which may add parameters.
+    sizes = {name: grid.any_run(name).result.get("parameters") for name in grid.architectures}
+    if None in sizes.values():
+        return None
 
-    def size(architecture: str) -> tuple:
-        model = untrained[architecture, grid.pretrainings[0]]
-        return model.result.get("parameters", 0), architecture
-
-    grid = replace(grid, architectures=sorted(grid.architectures, key=size))
+    architectures = sorted(grid.architectures, key=lambda name: (sizes[name], name))
+    grid = replace(grid, architectures=architectures)
     correct = correct_answers(grid, untrained)
     factors = ["strategy", "architecture", "pretraining", "learning rate"]
     reference = [0, 0, 0, grid.rates // 2]
@@ -466,18 +469,22 @@ def divide(runs: Sequence[Run], grid: Grid, rounds: int) -> Division | None:
 
 
 def untrained_models(runs: Sequence[Run], grid: Grid) -> dict[tuple[str, str], Run]:
-    """Return the untrained model of each architecture and pretraining of a grid."""
+    """Return the untrained model of each architecture and pretraining of a grid.
+
+    One is left out where the runs of the grid did not all start from it, with its prompts.
+    """
     # On other images or names it would be no baseline for the grid.
     protocol = grid.any_run().protocol
-    models = {}
-    for run in runs:
-        if run.strategy == "none" and run.protocol == protocol:
-            models[run.model] = run
+    models = untrained_by_start([run for run in runs if run.protocol == protocol])
     untrained = {}
     for architecture, pretraining in itertools.product(grid.architectures, grid.pretrainings):
-        model = grid.any_run(architecture, pretraining).model
-        if model in models:
-            untrained[architecture, pretraining] = models[model]
+        # A learned prompt says nothing about the prompts of the grid.
+        strategies = [name for name in grid.strategies if name not in KEEPS_WEIGHTS]
+        cells = [grid.cell(strategy, architecture, pretraining) for strategy in strategies]
+        starts = {run.start for cell in cells for seeds in cell for run in seeds}
+        start = starts.pop()
+        if not starts and start in models:
+            untrained[architecture, pretraining] = models[start]
     return untrained
 
 
@@ -771,11 +778,7 @@ def accuracies_figure(groups: list[Group], path: Path) -> str:
 # -----------------------------------------------------------------------------
 # the gain over the untrained model
 
-Start = tuple[str, str]  # model (architecture and pretraining), digest of the evaluated images
-
-
-def start_of(run: Run) -> Start:
-    return run.model, run.images
+Start = tuple[str, str, str, str]  # see comparable.Run.start
 
 
 def untrained_by_start(runs: Sequence[Run]) -> dict[Start, Run]:
@@ -783,7 +786,7 @@ def untrained_by_start(runs: Sequence[Run]) -> dict[Start, Run]:
     untrained: dict[Start, Run] = {}
     for run in sorted(runs, key=lambda run: run.name):
         if run.strategy == "none":
-            untrained.setdefault(start_of(run), run)
+            untrained.setdefault(run.start, run)
     return untrained
 
 
@@ -797,6 +800,8 @@ def loss_of(run: Run) -> str:
     # A linear head is fitted to features by a loss of its own.
     if run.strategy.removesuffix(SOUP) == "linear":
         return "logistic regression"
+    if run.strategy.removesuffix(SOUP) == "unknown":
+        return "unknown"
     # Older runs knew only one.
     return run.settings.get("loss") or "info_nce"
 
@@ -832,16 +837,16 @@ def gain_table(runs: Sequence[Run]) -> pd.DataFrame:
     best: dict[tuple, Group] = {}
     for group in grouped(runs):
         first = group[0]
-        if first.strategy == "none" or start_of(first) not in untrained:
+        if first.strategy == "none" or first.start not in untrained:
             continue
-        key = *start_of(first), first.method, loss_of(first)
+        key = *first.start, first.method, loss_of(first)
         if key not in best or mean(group) > mean(best[key]):
             best[key] = group
     rows = []
     for key in sorted(best):
         group = best[key]
         first = group[0]
-        before = untrained[start_of(first)]
+        before = untrained[first.start]
         middle, low, high = gain_of(before, group)
         row = {"architecture": first.architecture, "pretraining": first.pretraining}
         row["model"] = first.model
@@ -1100,8 +1105,10 @@ def forgetting_tables(
     dataset: str, others: Sequence[Run], curves: Sequence[Run], runs: Sequence[Run]
 ) -> list[pd.DataFrame]:
     """Return a table of one other dataset for each start, as `figures.forgetting` needs it."""
-    untrained = {(run.architecture, run.pretraining): run for run in others if is_untrained(run)}
+    untrained = untrained_by_start(others)
     tuned = best_elsewhere([run for run in others if not is_untrained(run)], runs)
+    # The prompts are named only where a model was asked by several.
+    models = Counter((before.architecture, before.pretraining) for before in untrained.values())
     tables = []
     for start, before in sorted(untrained.items()):
         rows = []
@@ -1111,10 +1118,13 @@ def forgetting_tables(
             rows += points_between(before, group, curves)
         if not rows:
             continue
-        home = untrained_by_start(runs).get(start_of(at_home[0]))
+        home = untrained_by_start(runs).get(at_home[0].start)
         if home is not None:
             rows.insert(0, model_point(before, [before], [home]))
-        panel = f"{before.architecture} {before.pretraining}".strip() + f", {dataset}"
+        model = before.architecture, before.pretraining
+        panel = " ".join(model).strip() + f", {dataset}"
+        if models[model] > 1:
+            panel += f", {templates_in_words(before.settings.get('prompt_template') or [])}"
         frame = pd.DataFrame(rows)
         tables.append(frame.assign(panel=panel, architecture=before.architecture, dataset=dataset))
     return tables
@@ -1126,12 +1136,12 @@ def is_untrained(run: Run) -> bool:
 
 def best_elsewhere(
     others: Sequence[Run], runs: Sequence[Run]
-) -> dict[tuple[str, str], dict[str, tuple[Group, Group]]]:
+) -> dict[Start, dict[str, tuple[Group, Group]]]:
     """Return start -> strategy -> the runs of the best setting elsewhere, and on flowers.
 
     The best is the one of highest mean top-1 on flowers: other datasets choose nothing.
     """
-    best: dict[tuple[str, str], dict[str, tuple[Group, Group]]] = {}
+    best: dict[Start, dict[str, tuple[Group, Group]]] = {}
     by_name = {run.name: run for run in runs}
     soups = {json.dumps(run.settings["soup"]): run for run in runs if run.settings.get("soup")}
     for group in grouped(others):
@@ -1143,7 +1153,7 @@ def best_elsewhere(
         # Without its accuracy on flowers, nothing is known to weigh the loss against.
         if None in at_home or len({run.images for run in at_home}) > 1:
             continue
-        of_start = best.setdefault((first.architecture, first.pretraining), {})
+        of_start = best.setdefault(first.start, {})
         known = of_start.get(first.strategy)
         if known is None or mean(at_home) > mean(known[1]):
             of_start[first.strategy] = group, at_home
@@ -1395,9 +1405,10 @@ def closer_look(runs: Sequence[Run], output: Path, missing: list[Missing]) -> st
     parts = [f"## A closer look: {title(runs[0])}"]
     if len(groups) > 1:
         parts.append(cost_figure(groups, output / "cost.png"))
-        parts.append(trained_figure(groups, output / "trained.png"))
+        parts.append(trained_figure(groups, runs, output / "trained.png"))
     parts.append(learning_figure(groups, output / "learning.png", missing))
-    parts.append(classes_figure(groups, best, accuracy, names, output / "classes.png", missing))
+    before = untrained_by_start(runs).get(groups[best][0].start)
+    parts.append(classes_figure(before, groups[best], names, output / "classes.png", missing))
     if len(groups) > 1:
         parts.append(worst_classes(groups, best, accuracy, names, output / "worst.png"))
     parts.append(confusions_figure(groups[best], output / "confusions.png"))
@@ -1437,13 +1448,16 @@ def cost_figure(groups: list[Group], path: Path) -> str:
     )
 
 
-def trained_figure(groups: list[Group], path: Path) -> str:
-    """Return the gain over the untrained model by the number of trained parameters."""
-    untrained = untrained_by_start([run for group in groups for run in group])
+def trained_figure(groups: list[Group], runs: Sequence[Run], path: Path) -> str:
+    """Return the gain over the untrained model by the number of trained parameters.
+
+    runs: all of the protocol, as the groups have each untrained model with its best prompt alone.
+    """
+    untrained = untrained_by_start(runs)
     rows = []
     for group in groups:
         first = group[0]
-        before = untrained.get(start_of(first))
+        before = untrained.get(first.start)
         parameters = trained_parameters(first)
         # An untrained model has none, and a log axis has no 0.
         if before is None or first.strategy == "none" or not parameters:
@@ -1515,29 +1529,27 @@ def learning_curve(run: Run, losses: np.ndarray) -> pd.DataFrame:
 
 
 def classes_figure(
-    groups: list[Group],
-    best: int,
-    accuracy: np.ndarray,
+    before: Run | None,
+    best: Group,
     names: Sequence[str],
     path: Path,
     missing: list[Missing],
 ) -> str:
-    """Return the change of each class from the untrained model to the best trained one."""
-    best_run = groups[best][0]
-    # The same model untrained, so that training is all that differs.
-    for i, group in enumerate(groups):
-        first = group[0]
-        if first.strategy == "none" and first.model == best_run.model and i != best:
-            before, after = label(first), label(best_run)
-            change = pd.DataFrame({"name": names, "before": accuracy[i], "after": accuracy[best]})
-            figure = figures.classes(change, (before, after), path)
-            return picture(figure, f"From {before} to {after}, means over seeds")
-    what = (
-        "the change of each class: "
-        "no untrained model beside the best trained one on the same images"
-    )
-    missing.append(Missing(what))
-    return ""
+    """Return the change of each class from the untrained model to the best trained one.
+
+    before: the same model untrained, with the same prompts, so that training is all that differs.
+    """
+    if before is None or best[0].strategy == "none":
+        what = (
+            "the change of each class: "
+            "no untrained model beside the best trained one on the same images"
+        )
+        missing.append(Missing(what))
+        return ""
+    accuracy = {"before": class_accuracy([before], names), "after": class_accuracy(best, names)}
+    labels = label(before), label(best[0])
+    figure = figures.classes(pd.DataFrame({"name": names} | accuracy), labels, path)
+    return picture(figure, f"From {labels[0]} to {labels[1]}, means over seeds")
 
 
 def worst_classes(

@@ -37,6 +37,7 @@ from flowers import (
     runs,
     strategies,
 )
+from flowers.choices import MAX_VAL_SHOTS
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select
 from flowers.duplicates import write_duplicates
 from flowers.files import note
@@ -110,8 +111,6 @@ USED_BY = {
     "context_tokens": ("prompt",),
     "epochs": WITH_STEPS,
 } | dict.fromkeys(OF_STEPS, WITH_STEPS)
-# With --shots, as in CoOp and CLIP-LoRA: who has few images to train on has few to choose on.
-MAX_VAL_SHOTS = 4
 
 
 @command
@@ -416,6 +415,7 @@ class Config:
     lr_decay: float
     wd: float
     pull: float | None  # None: not yet known; linear: chosen on val, or a default
+    pull_by_default: bool | None  # whether it is what the images say; None: not projection
     ema: float
     augment: str
     seed: int
@@ -572,6 +572,7 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
         **vars(args),
         processes=processes.world_size,
         prompts_digest=prompts_digest,
+        pull_by_default=None,
         start=None,
     )
 
@@ -716,14 +717,16 @@ def choose_images(flowers: Flowers, config: Config) -> tuple[torch.Tensor, np.nd
 
 def complete(config: Config, flowers: Flowers, train_index: torch.Tensor, model: CLIP) -> Config:
     """The settings with what only the dataset and the weights at the start say."""
-    pull = config.pull
-    if pull is None and config.strategy == "projection":
-        # 1 / (mean number of training images of a class): ProLIP's 1 / shots (Fahes et al. 2024),
-        # where every class has as many.
-        n_classes = len(np.unique(flowers.labels[train_index.numpy()]))
-        pull = n_classes / len(train_index)
-    start = digest_of_weights(model)
-    return replace(config, splits=flowers.convention, start=start, pull=pull)
+    config = replace(config, splits=flowers.convention, start=digest_of_weights(model))
+    if config.strategy != "projection":
+        return config
+    # 1 / (mean number of training images of a class): ProLIP's 1 / shots (Fahes et al. 2024), where
+    # every class has as many.
+    n_classes = len(np.unique(flowers.labels[train_index.numpy()]))
+    default = n_classes / len(train_index)
+    pull = default if config.pull is None else config.pull
+    # By the number, as a resumed run no longer knows that no flag was given.
+    return replace(config, pull=pull, pull_by_default=pull == default)
 
 
 def check_overlap(

@@ -62,6 +62,8 @@ STRATEGIES = (
 
 # These learn something beside the model, and leave its weights as they were.
 KEEPS_WEIGHTS = ("linear", "prompt")
+# With --shots, as in CoOp and CLIP-LoRA: who has few images to train on has few to choose on.
+MAX_VAL_SHOTS = 4
 
 # Peak learning rates for pretrained models: common values of the literature, for prompt that of
 # CoOp (Zhou et al. 2022), for projection that of ProLIP (Fahes et al. 2024), for norm that of Tent

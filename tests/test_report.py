@@ -326,6 +326,34 @@ def test_losses_are_compared_and_one_seed_has_an_interval_over_images(tmp_path, 
     assert (low, high) == pytest.approx((result.low, result.high), abs=0.5)
 
 
+def test_a_gain_is_over_the_same_prompt(tmp_path, cli):
+    """A learned prompt and a linear head have none of their own: theirs is the usual one."""
+    runs = tmp_path / "runs"
+    other = {"prompt_template": ["b {}"]}
+    write_run(runs, "a-other", 0.5, epochs=0, **other)  # the first by name
+    write_run(runs, "b-usual", 0.3, epochs=0)
+    write_run(runs, "full", 0.7)
+    write_run(runs, "full-other", 0.9, strategy="text", **other)
+    write_run(runs, "learned", 0.6, strategy="prompt", prompt_template=["[V] {} flower"])
+    write_run(runs, "probe", 0.6, strategy="linear", epochs=0, prompt_template=["a photo {}"])
+    # No untrained model has seen these sentences.
+    sentences = {"prompts_digest": "abc", "prompt_template": None}
+    write_run(runs, "sentences", 0.6, strategy="image", **sentences)
+    # Nor were these trained from those weights.
+    write_run(runs, "start", 0.6)
+    write_run(runs, "later", 0.6, strategy="lora", architecture="x/start")
+
+    code, _, err = cli("report.py", "--runs", runs, "--output", tmp_path / "report")
+    assert code == 0, err
+    text = (tmp_path / "report" / "report.md").read_text()
+    rows = rows_of(text[text.index("## What fine-tuning gains") :], "### val")
+    found = {row["strategy"]: row["untrained"] for row in rows}
+    usual = f"{100 * correct_of(runs / 'b-usual').mean():.2f}"
+    expected = dict.fromkeys(("full", "prompt", "linear"), usual)
+    expected["text"] = f"{100 * correct_of(runs / 'a-other').mean():.2f}"
+    assert found == expected
+
+
 def test_what_was_forgotten(study, text):
     """Accuracy on flowers and elsewhere, computed again from the predictions."""
     rows = {
@@ -586,6 +614,18 @@ def test_few_shots_are_compared_at_the_same_number_of_steps(tmp_path):
     assert sorted(compared) == [[1, 4, 16], [2]]
 
 
+def test_near_duplicates_of_one_run_are_those_of_all(tmp_path):
+    """The first has looked for none, and the others have found different ones."""
+    for name in ("a", "b", "c"):
+        write_run(tmp_path, name, 0.6, n=6, lr=len(name))
+    files = [f"val_{i:05d}.jpg" for i in range(6)]
+    for name, groups in (("b", [[1, 2], [3, 4]]), ("c", [[4, 5], [2, 1]])):
+        contents = {"groups": [[files[i] for i in group] for group in groups]}
+        (tmp_path / name / "duplicates.json").write_text(json.dumps(contents))
+    for run in compared_runs(tmp_path):
+        assert run.clusters.tolist() == [0, 1, 1, 2, 2, 2]
+
+
 def test_a_seed_counts_once_and_an_evaluation_bears_its_run_s_name(tmp_path):
     evaluation = {"job": "eval", "strategy": None, "epochs": None}
     write_run(tmp_path, "a", 0.5)
@@ -738,6 +778,41 @@ def test_four_factors_whose_shares_are_known(tmp_path):
     assert rates[0]["gain, shared"].startswith("36%")
 
 
+def test_the_reference_of_the_answer_does_not_depend_on_names(tmp_path):
+    """The grid's own prompts and sizes count: evaluations with others come after them by name."""
+    write_four_factors(tmp_path, "factorial", {"full": 30, "text": 10})
+    divide = runpy.run_path(str(ROOT / "report.py"))["divide"]
+
+    def division():
+        compared = compared_runs(tmp_path)
+        divided = divide(compared, comparable.factorial(compared), 0)
+        return divided and (divided.grid.architectures, divided.shares)
+
+    expected = division()
+    assert expected[0] == ["tiny", "tiny-rn"]
+    for pretraining in ("prompts", "captions"):
+        model = {"architecture": f"x/start-tiny-rn-{pretraining}", "job": "eval", "epochs": None}
+        name = f"z-{pretraining}"
+        write_exact_run(tmp_path, name, 0, prompt_template=["z {}"], strategy=None, **model)
+        # As baseline_eval.py, which records no size; and the first by name.
+        evaluated = tmp_path / f"factorial-tiny-rn-{pretraining}-untrained" / "result.json"
+        result = json.loads(evaluated.read_text())
+        del result["parameters"]
+        evaluated.write_text(json.dumps(result))
+    assert division() == expected
+
+    # Without the grid's own prompt there is no reference, and without sizes no smallest model.
+    shutil.rmtree(tmp_path / "factorial-tiny-rn-captions-untrained")
+    assert division() is None
+    write_exact_run(tmp_path, "again", 50, architecture="x/start-tiny-rn-captions", epochs=0)
+    assert division() == expected
+    for path in tmp_path.glob("factorial-tiny-rn-prompts-full-*/result.json"):
+        result = json.loads(path.read_text())
+        del result["parameters"]
+        path.write_text(json.dumps(result))
+    assert division() is None
+
+
 def test_one_pretraining_is_no_factor(study, tmp_path):
     compared = compared_runs(study)
     grid = comparable.factorial(compared)
@@ -782,6 +857,24 @@ def test_pretraining_is_read_from_the_first_run_of_a_chain(tmp_path):
     assert "tiny" in models
 
 
+def test_two_tags_of_a_family_are_two_pretrainings(tmp_path):
+    tags = {
+        "ViT-B-32": ("datacomp_m_s128m_b4k", "datacomp_xl_s13b_b90k", "laion2b_s34b_b79k"),
+        "ViT-B-16": ("datacomp_xl_s13b_b90k", "laion2b_s34b_b88k"),
+    }
+    for model, of_model in tags.items():
+        for tag in of_model:
+            write_run(tmp_path, f"{model}-{tag}", 0.5, architecture=f"open_clip:{model}/{tag}")
+    found = {run.name: run.pretraining for run in compared_runs(tmp_path)}
+    assert found == {
+        "ViT-B-32-datacomp_m_s128m_b4k": "datacomp_m_s128m_b4k",
+        "ViT-B-32-datacomp_xl_s13b_b90k": "datacomp_xl_s13b_b90k",
+        "ViT-B-16-datacomp_xl_s13b_b90k": "datacomp_xl_s13b_b90k",
+        "ViT-B-32-laion2b_s34b_b79k": "laion2b",
+        "ViT-B-16-laion2b_s34b_b88k": "laion2b",
+    }
+
+
 # -----------------------------------------------------------------------------
 # settings that older runs lack, calibration, soups
 
@@ -814,6 +907,21 @@ def test_older_runs_have_today_s_defaults(tmp_path):
     assert {"old", "new", "few", "loss", "ce"} in names
 
 
+def test_a_sweep_over_the_loss_differs_in_nothing_else(tmp_path):
+    """By default the sigmoid's bias is learned at lr, and the others have nothing to learn so."""
+    write_run(tmp_path, "ce", 0.5, loss="cross_entropy", positives=None)
+    write_run(tmp_path, "nce", 0.5, loss="info_nce", tau_lr=0.3)
+    write_run(tmp_path, "sigmoid", 0.5, loss="sigmoid")
+    write_run(tmp_path, "sigmoid-fast", 0.5, loss="sigmoid", tau_lr=0.3)
+    write_run(tmp_path, "sigmoid-low", 0.5, loss="sigmoid", logit_bias=-10.0)
+    for name, tau_lr in (("learned", 1e-3), ("learned-fast", 0.3)):
+        write_run(tmp_path, name, 0.5, learn_temperature=True, tau_lr=tau_lr)
+    groups = comparable.grouped(compared_runs(tmp_path), without="loss")
+    names = sorted(sorted(run.name for run in group) for group in groups)
+    alone = ["learned", "learned-fast", "sigmoid-fast", "sigmoid-low"]
+    assert names == [["ce", "nce", "sigmoid"], *([name] for name in alone)]
+
+
 def test_probes_are_told_apart(tmp_path):
     probe = {"strategy": "linear", "epochs": 0}
     write_run(tmp_path, "plain", 0.5, **probe)
@@ -823,6 +931,40 @@ def test_probes_are_told_apart(tmp_path):
     methods = [group[0].method for group in groups]
     assert methods == ["linear", "linear (zero_shot)", "linear (zero_shot, cross_modal)"]
     assert {group[0].strategy for group in groups} == {"linear"}
+
+
+def test_a_default_pull_is_one_setting(tmp_path):
+    """projection is pulled by 1 / images a class: numbers of shots differ in nothing else."""
+    common = {"strategy": "projection", "val_shots": None}
+    for shots in (1, 4):
+        default = {"pull": 1 / shots, "pull_by_default": True}
+        write_run(tmp_path, f"default-{shots}", 0.5, shots=shots, **default, **common)
+        given = {"pull": 1 / shots, "pull_by_default": False}
+        write_run(tmp_path, f"given-{shots}", 0.5, shots=shots, **given, **common)
+    groups = comparable.grouped(compared_runs(tmp_path), without="shots")
+    names = sorted(sorted(run.name for run in group) for group in groups)
+    assert names == [["default-1", "default-4"], ["given-1"], ["given-4"]]
+
+
+def test_probes_that_chose_on_other_images_are_no_seeds_of_each_other(tmp_path):
+    """Evaluated on test, where nothing else tells that they saw other images of val."""
+    # C chosen on val, or the default one
+    for name, chosen_on in (("probe", "val"), ("default", "default"), ("full", None)):
+        strategy = "full" if name == "full" else "linear"
+        for val_shots in (4, 2, None):
+            run = f"{name}-{val_shots}"
+            setting = {"strategy": strategy, "val_shots": val_shots, "shots": 8}
+            write_run(tmp_path, run, 0.5, seed=val_shots or 0, **setting)
+            path = tmp_path / run / "result.json"
+            result = json.loads(path.read_text())
+            path.write_text(json.dumps(result | {"chosen_on": chosen_on}))
+            evaluation = {"job": "eval", "strategy": None, "architecture": f"x/{run}"}
+            write_run(tmp_path, f"test-{run}", 0.5, "test", **evaluation)
+    of_test = [run for run in compared_runs(tmp_path) if run.split == "test"]
+    groups = comparable.grouped(of_test)
+    names = {run.name for group in groups if len(group) == 1 for run in group}
+    assert names == {"test-probe-None", "test-probe-2", "test-probe-4"}
+    assert sorted(map(len, groups)) == [1, 1, 1, 3, 3]
 
 
 def test_a_calibrated_evaluation_is_not_averaged_with_the_plain_one(tmp_path):
@@ -856,3 +998,23 @@ def test_a_soup_is_no_seed_of_its_runs(tmp_path):
     assert found["other"][:2] == ("ViT-B/32", "unknown soup")
     assert found["base-0"] == ("ViT-B/32", "full", "base")
     assert [len(group) for group in comparable.grouped(list(runs.values()))].count(2) == 1
+
+
+def test_a_soup_of_different_runs_is_mixed(tmp_path):
+    loss_of = runpy.run_path(str(ROOT / "report.py"))["loss_of"]
+    write_run(tmp_path, "a", 0.5)
+    write_run(tmp_path, "a2", 0.5, seed=1)
+    write_run(tmp_path, "b", 0.5, strategy="text", lr=0.1)
+    write_run(tmp_path, "c", 0.5, loss="sigmoid")
+    soup = {"job": "eval", "strategy": None, "epochs": None, "lr": None}
+    for name in ("a a2", "a b", "a c", "a gone", "gone a"):
+        write_run(tmp_path, name, 0.6, soup=[f"x/{run}" for run in name.split()], **soup)
+    runs = [run for run in compared_runs(tmp_path) if run.settings.get("soup")]
+    found = {run.name: (run.strategy, loss_of(run), run.settings["lr"]) for run in runs}
+    assert found.pop("a a2") == ("full soup", "info_nce", 1e-3)
+    assert found.pop("a b") == ("mixed soup", "info_nce", "mixed")
+    assert found.pop("a c") == ("full soup", "mixed", 1e-3)
+    assert {key: value[:2] for key, value in found.items()} == {
+        "a gone": ("unknown soup", "unknown"),
+        "gone a": ("unknown soup", "unknown"),
+    }

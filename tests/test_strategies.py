@@ -188,6 +188,7 @@ def test_each_strategy(strategy, start, tmp_path, train, evaluate_run):
         assert losses(tmp_path / "chunks") == pytest.approx(expected, abs=2e-4)
     if strategy == "projection":
         assert run["pull"] == pytest.approx(1 / 6), "six training images a class"
+        assert run["pull_by_default"] is True
         assert train("plain", *common, "--no_cache", "--chunk_size", 5)[0] == 0
         plain_losses, pulls = losses(tmp_path / "plain"), losses(tmp_path / "plain", "train/pull")
         assert plain_losses == pytest.approx(losses(tmp_path / "run"), abs=2e-4)

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from flowers.choices import FEW_SHOT_EPOCHS, RANDOM, SHAPES
+from flowers.choices import FEW_SHOT_EPOCHS, KEEPS_WEIGHTS, MAX_VAL_SHOTS, RANDOM, SHAPES
 from flowers.files import checked, read_json
 from flowers.runs import read_predictions
 from flowers.study import statistics
@@ -41,7 +43,7 @@ NOT_SETTINGS = {
     "split",
     "allow_overlap",
     "start",  # random weights differ with the seed
-    "val_shots",  # which images are evaluated, and the protocol says that
+    "pull_by_default",  # says of pull what it is
 }
 
 # Settings that older runs lack, and what they did instead. Where a setting is not used its value is
@@ -103,7 +105,7 @@ class Run:
     labels: np.ndarray  # (N,) true class names
     predicted: np.ndarray  # (N,) predicted class names
     images: str  # digest of the file names and labels
-    clusters: np.ndarray  # (N,) int from 0: near-duplicates share one
+    clusters: np.ndarray  # (N,) int from 0: near-duplicates share one; `resolve` joins all runs'
     # The rest is filled in by `resolve`.
     architecture: str = ""  # that of the first run in the chain of starts
     pretraining: str = ""  # what that one's weights were trained on; "" if it is not known
@@ -111,6 +113,7 @@ class Run:
     strategy: str = ""  # "none" if the model was not trained
     trained_on: str = "all"  # the classes that were trained on: all, base or new
     evaluated: str = ""  # of an evaluation: the name of the trained run
+    prompts: str = ""  # what tells the texts of the model at the start from others
 
     @property
     def seed(self) -> int:
@@ -125,6 +128,15 @@ class Run:
         if self.settings.get("cross_modal"):
             variant.append("cross_modal")
         return f"{self.strategy} ({', '.join(variant)})" if variant else self.strategy
+
+    @property
+    def start(self) -> tuple[str, str, str, str]:
+        """The model before training, with its prompts, and the images that it was evaluated on.
+
+        What training has changed is known only beside an untrained run with the same start.
+        """
+        weights = _run_name(self.settings.get("architecture"))
+        return self.model, weights, self.prompts, self.images
 
     @property
     def correct(self) -> np.ndarray:
@@ -191,6 +203,10 @@ def _load_run(folder: Path) -> Run | None:
     if settings.get("batch_size") and settings.get("processes"):
         # Four processes with 16 images each train as one with 64.
         settings["batch_size"] *= settings["processes"]
+    # Evaluations of the run take its settings, so that this is among them.
+    settings["chosen_on"] = result.get("chosen_on")
+    if settings.get("pull_by_default"):
+        settings["pull"] = "by images a class"  # one setting, whatever number it came to
     soup = settings.get("soup")
     if soup and not (isinstance(soup, list) and all(isinstance(path, str) for path in soup)):
         raise ValueError("the soup in args.json is not a list of runs")
@@ -250,7 +266,8 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     An evaluation takes the settings of the run that it evaluates. If it repeats that run's own
     evaluation, on the same images with the same prompt, it is dropped, unless it holds a curve of
     WiSE-FT, is calibrated, or is of a soup. A soup, the mean of the weights of several runs, has
-    their architecture and classes, and their strategy with `SOUP` behind it.
+    their architecture and classes, and their strategy with `SOUP` behind it; settings that they do
+    not share are "mixed".
 
     Returns:
         The runs to compare, and apart from them the runs that others started from.
@@ -269,7 +286,7 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
         evaluates = run.settings.get("job") == "eval" and parent is not None
         # A start stands in for pretraining: its evaluation is one of an untrained model.
         if evaluates and parent.name not in start_names:
-            trained = parent
+            trained = _as_one(run, parent, by_name)
             if _repeats(run, trained):
                 continue
             settings = dict(trained.settings)  # the seed among them
@@ -287,10 +304,29 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
             trained_on="all" if strategy == "none" else trained_on,
         )
         resolved.append(run)
-    resolved = _with_model_names(resolved)
+    resolved = _with_prompts(_with_model_names(_with_families(resolved)))
+    resolved = _with_joined_clusters(resolved)
     compared = [run for run in resolved if run.name not in start_names]
     starts = [run for run in resolved if run.name in start_names]
     return compared, starts
+
+
+def _with_families(runs: Sequence[Run]) -> list[Run]:
+    """Name open_clip's weights by their family, unless an architecture has two tags of it.
+
+    Architectures have tags of their own, so that only families can be crossed with them. But
+    datacomp_m and datacomp_xl are two pretrainings of one architecture.
+    """
+    tags = defaultdict(set)
+    for run in runs:
+        tags[_family(run.pretraining), run.architecture].add(run.pretraining)
+    ambiguous = {family for (family, _), found in tags.items() if len(found) > 1}
+    named = []
+    for run in runs:
+        family = _family(run.pretraining)
+        pretraining = run.pretraining if family in ambiguous else family
+        named.append(replace(run, pretraining=pretraining))
+    return named
 
 
 def _with_model_names(runs: Sequence[Run]) -> list[Run]:
@@ -309,6 +345,55 @@ def _with_model_names(runs: Sequence[Run]) -> list[Run]:
         else:
             named.append(replace(run, model=f"{run.architecture} ({run.pretraining})"))
     return named
+
+
+def _with_prompts(runs: Sequence[Run]) -> list[Run]:
+    """Say of each run which texts its model had at the start.
+
+    An untrained model can't be asked by a linear head or a learned prompt: theirs are the texts of
+    most of the runs on the same images.
+    """
+    counts = defaultdict(Counter)
+    for run in runs:
+        if not _learns_texts(run):
+            counts[run.images][_texts(run)] += 1
+    named = []
+    for run in runs:
+        prompts = _texts(run)
+        others = counts[run.images]
+        if _learns_texts(run) and others:
+            # Of equals the first in the alphabet, in whatever order the runs come.
+            prompts = min(others, key=lambda texts: (-others[texts], texts))
+        named.append(replace(run, prompts=prompts))
+    return named
+
+
+def _with_joined_clusters(runs: Sequence[Run]) -> list[Run]:
+    """Give all runs on the same images the same clusters: near-duplicates in any are in all."""
+    clusterings = defaultdict(dict)  # images -> bytes -> clusters, as most runs have the same
+    for run in runs:
+        clusterings[run.images][run.clusters.tobytes()] = run.clusters
+    joined = {images: _joined(list(found.values())) for images, found in clusterings.items()}
+    return [replace(run, clusters=joined[run.images]) for run in runs]
+
+
+def _joined(clusterings: list[np.ndarray]) -> np.ndarray:
+    """The finest clusters (N,) in which all are together that are so in one of `clusterings`."""
+    n = len(clusterings[0])
+    # Each image has an edge to the first one of its cluster.
+    firsts = [np.unique(clusters, return_index=True)[1][clusters] for clusters in clusterings]
+    edges = np.tile(np.arange(n), len(clusterings)), np.concatenate(firsts)
+    graph = coo_array((np.ones(len(edges[0])), edges), shape=(n, n))
+    return connected_components(graph, directed=False)[1]
+
+
+def _learns_texts(run: Run) -> bool:
+    return run.strategy.removesuffix(SOUP) in KEEPS_WEIGHTS
+
+
+def _texts(run: Run) -> str:
+    """The templates of a run, or the digest of its file of sentences."""
+    return json.dumps([run.settings.get(key) for key in ("prompt_template", "prompts_digest")])
 
 
 def _parent(run: Run, by_name: dict[str, Run]) -> Run | None:
@@ -404,10 +489,28 @@ def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
     return architecture, strategy
 
 
+def _members(run: Run, by_name: dict[str, Run]) -> list[Run | None]:
+    """The runs that a soup is the mean of, None where one is not among those loaded."""
+    return [by_name.get(_run_name(path)) for path in run.settings.get("soup") or []]
+
+
+def _as_one(run: Run, trained: Run, by_name: dict[str, Run]) -> Run:
+    """The run that an evaluation is of; of a soup the first, with "mixed" where others differ."""
+    members = _members(run, by_name)
+    if None in members:
+        return replace(trained, settings=trained.settings | {"strategy": "unknown"})
+    mixed = {}
+    for member in members:
+        for key in trained.settings.keys() | member.settings.keys():
+            differs = trained.settings.get(key) != member.settings.get(key)
+            if differs and key not in NOT_SETTINGS:
+                mixed[key] = "mixed"
+    return replace(trained, settings=trained.settings | mixed)
+
+
 def _trained_on(run: Run, trained: Run, by_name: dict[str, Run]) -> str:
     """The classes that a model was trained on: all, base or new; of a soup those of its runs."""
-    members = [by_name.get(_run_name(path)) for path in run.settings.get("soup") or []]
-    members = [member for member in members if member is not None] or [trained]
+    members = [member for member in _members(run, by_name) if member is not None] or [trained]
     classes = {member.settings.get("classes") or "all" for member in members}
     return " and ".join(sorted(classes))
 
@@ -419,6 +522,17 @@ def split_architecture(name: str) -> tuple[str, str]:
     has one name: open_clip:ViT-B-32/laion2b_s34b_b79k is ViT-B/32 and laion2b. Of paths the
     pretraining is not known, and is "".
     """
+    architecture, tag = _split(name)
+    return architecture, _family(tag)
+
+
+def _family(tag: str) -> str:
+    """The family of a tag of open_clip; other pretrainings are their own."""
+    return next((family for family in FAMILIES if tag.startswith(family)), tag)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """As `split_architecture`, with open_clip's tag itself."""
     if name in SHAPES and name not in RANDOM:
         return name, "openai"
     if name.startswith("hf:"):
@@ -429,8 +543,7 @@ def split_architecture(name: str) -> tuple[str, str]:
     if not name.startswith("open_clip:") or not is_name:
         return name, ""
     model = model.removesuffix("-quickgelu")
-    family = next((family for family in FAMILIES if tag.startswith(family)), tag)
-    return OPEN_CLIP_NAMES.get(model, f"open_clip:{model}"), family
+    return OPEN_CLIP_NAMES.get(model, f"open_clip:{model}"), tag
 
 
 def _pretraining(origin: Run, is_start: bool) -> str:
@@ -439,7 +552,7 @@ def _pretraining(origin: Run, is_start: bool) -> str:
     if origin.settings.get("job") == "qwen_eval":
         return ""
     if architecture not in RANDOM:
-        return split_architecture(architecture)[1]
+        return _split(architecture)[1]
     if not is_start:
         return "random"
     return "captions" if origin.settings.get("captions") else "prompts"
@@ -460,11 +573,8 @@ def grouped(runs: Sequence[Run], without: str = "") -> list[Group]:
     groups: dict[str, dict[str, Run]] = {}
     for run in sorted(runs, key=lambda run: (run.model, run.method, run.seed, run.name)):
         ignored = NOT_SETTINGS | {without}
-        # The learning rate of the temperature has no effect where the temperature is fixed.
         # Where only lr differs, tau_lr follows it.
-        # The bias of the sigmoid loss is learned at that rate, too.
-        learns_scale = run.settings.get("learn_temperature") or run.settings["loss"] == "sigmoid"
-        if not learns_scale or without == "lr":
+        if without == "lr":
             ignored.add("tau_lr")
         # Fewer images take more epochs for as many steps, where ablate.py says how many.
         if without == "shots" and _takes_few_shot_epochs(run):
@@ -484,10 +594,30 @@ def _configuration(run: Run, ignored: set[str]) -> str:
     """A run's protocol and settings as a key, without those to ignore."""
     # Settings that older runs do not have are None in newer ones, where they are not used.
     settings = {}
-    for key, value in run.settings.items():
+    for key, value in _effective_settings(run).items():
         if key not in ignored and value is not None:
             settings[key] = value
     return json.dumps([run.protocol, settings], sort_keys=True)
+
+
+def _effective_settings(run: Run) -> dict:
+    """A run's settings, None where one does nothing, and in words where one follows another."""
+    settings = dict(run.settings)
+    # The rate at which the temperature is learned, and the bias of the sigmoid loss. By default it
+    # is lr, and so it is no difference between a loss that has a bias and one that has none.
+    learns_scale = settings.get("learn_temperature") or settings["loss"] == "sigmoid"
+    if not learns_scale or settings.get("tau_lr") == settings.get("lr"):
+        settings["tau_lr"] = None
+
+    # The protocol says which images are evaluated. But a probe chooses its penalty on images of
+    # val, and calibration its temperature; by default there are as many as to train on.
+    chooses = settings["chosen_on"] == "val" or settings.get("calibrated")
+    val_shots, shots = settings.get("val_shots"), settings.get("shots")
+    if not chooses:
+        settings["val_shots"] = None
+    elif val_shots and shots and val_shots == min(shots, MAX_VAL_SHOTS):
+        settings["val_shots"] = "by shots"
+    return settings
 
 
 def mean(group: Group, key: str = "top1") -> float:
