@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 from conftest import ROOT, error_line
 
-from flowers.study import comparable, statistics
+from flowers.study import comparable, figures, statistics
 
 NAMES = [f"kind {c:02d}" for c in range(12)]
 BIRDS = [f"bird {c:02d}" for c in range(6)]  # of another dataset
@@ -848,3 +848,38 @@ def test_a_soup_is_no_seed_of_its_runs(tmp_path):
     assert found["other"][:2] == ("ViT-B/32", "unknown soup")
     assert found["base-0"] == ("ViT-B/32", "full", "base")
     assert [len(group) for group in comparable.grouped(list(runs.values()))].count(2) == 1
+
+
+# -----------------------------------------------------------------------------
+# figures, looked at through matplotlib
+
+
+def drawn(monkeypatch, draw, *args):
+    """The figure that a function of `figures` would have saved."""
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, path, pdf: kept.append(figure))
+    draw(*args, None)
+    (figure,) = kept
+    return figure
+
+
+def test_methods_of_one_strategy_have_its_colour_and_a_look_of_their_own(monkeypatch):
+    methods = ["full", "full soup", "linear", "linear (zero_shot)", "linear (cross_modal)"]
+    row = {"architecture": "tiny", "parameters": 10, "gain": 5, "low": 4, "high": 6}
+    table = pd.DataFrame([row | {"strategy": method} for method in methods])
+    figure = drawn(monkeypatch, figures.trained_parameters, table)
+    points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    colours = [line.get_color() for line in points]
+    assert colours == 2 * [figures.STRATEGY_COLOURS["full"]] + 3 * [
+        figures.STRATEGY_COLOURS["linear"]
+    ]
+    looks = {(line.get_color(), line.get_fillstyle()) for line in points}
+    assert len(looks) == len(methods)
+    keys = figure.legends[0].legend_handles
+    assert {(key.get_color(), key.get_fillstyle()) for key in keys[:5]} == looks
+
+    bins = pd.DataFrame({"probability": [10, 90], "accuracy": [10, 90]})
+    lines = {"tiny": dict.fromkeys(methods, bins)}
+    figure = drawn(monkeypatch, figures.reliability, lines)
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines[1:]}
+    assert len(looks) == len(methods)

@@ -5,6 +5,7 @@ distributions, heat maps. Its bar and point plots estimate their own intervals, 
 the values whose interval is given (Student, Wilson, bootstrap).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from flowers.figures import PALETTE, plt, save
+from flowers.study.comparable import SOUP
 
 COLUMN, PAGE = 3.3, 7.0  # widths in inches
 
@@ -32,10 +34,12 @@ STRATEGY_COLOURS = {
     "norm": "#882255",
     "projection": "#999933",
 }
-OTHER_COLOUR = "#8c510a"  # brown: strategies of Qwen-VL, or from elsewhere
+OTHER_COLOUR = "#8c510a"  # brown: zero-shot answers of Qwen-VL, or strategies from elsewhere
 # Of the architectures, by their order in a figure. All markers are filled: seaborn mixes no kinds.
 MARKERS = "os^Dv<>Ph*X"
 DASHES = ("-", "--", ":", "-.")
+# Of the methods of one strategy, which share its colour: markers are filled in part.
+FILLS = ("full", "left", "bottom", "right", "top")
 STYLE = {
     "font.size": 7,
     "axes.titlesize": 7.5,
@@ -121,28 +125,29 @@ def cost(table: pd.DataFrame, path: Path) -> Path:
         "gflops": "image tower (GFLOPs an image)",
         "seconds": "training time (s)",
     }
-    architectures = table["architecture"].unique()
+    architectures = list(table["architecture"].unique())
     strategies = table["strategy"].unique()
-    markers = {name: _marker(i) for i, name in enumerate(architectures)}
+    variants = _variants(strategies)
     figure, axes = _figure(PAGE, 2.3, columns=3, sharey=True)
     for axis, (column, label) in zip(axes[0], panels.items()):
-        known = table[table[column] > 0]  # a log axis has no 0
-        sns.scatterplot(
-            data=known,
-            x=column,
-            y="top1",
-            hue="strategy",
-            palette=_palette(strategies),
-            style="architecture",
-            markers=markers,
-            s=25,
-            edgecolor="white",  # tells points apart that overlap
-            linewidth=0.3,
-            legend=False,
-            ax=axis,
-        )
+        measured = table[table[column] > 0]  # a log axis has no 0
+        # A row at a time, as a point has a colour, a marker and a filling of its own.
+        for row in measured.itertuples():
+            variant = variants[row.strategy]
+            fill = _colour(row.strategy)
+            axis.plot(
+                getattr(row, column),
+                row.top1,
+                marker=_marker(architectures.index(row.architecture)),
+                markersize=5,
+                color=fill,
+                fillstyle=_fill(variant),
+                # A white edge tells points apart that overlap; half a marker needs its outline.
+                markeredgecolor=fill if variant else "white",
+                markeredgewidth=0.5 if variant else 0.3,
+            )
         axis.set(xlabel=label, ylabel="top-1 accuracy (%)")
-        _log_where_wide(axis, known[column])
+        _log_where_wide(axis, measured[column])
         axis.grid(linewidth=0.3)
     _legend(figure, strategies, architectures, lines=False)
     return save(figure, path, pdf=True)
@@ -194,18 +199,20 @@ def trained_parameters(table: pd.DataFrame, path: Path) -> Path:
     each model.
     """
     architectures = list(table["architecture"].unique())
+    variants = _variants(table["strategy"])
     figure, axes = _figure(COLUMN, 2.9)
     axis = axes[0, 0]
     for row in table.itertuples():
         index = architectures.index(row.architecture)
-        _gain_point(axis, row, row.parameters, row.gain, index, along="y")
+        point = _gain_point(axis, row, row.parameters, row.gain, index, along="y")
+        point.set_fillstyle(_fill(variants[row.strategy]))
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(xlabel="trained parameters", ylabel="gain (points), 95% interval")
     _log_where_wide(axis, table["parameters"])
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
     axis.grid(linewidth=0.3)
     strategies = table["strategy"].unique()
-    _legend(figure, strategies, architectures, lines=False, in_a_row=4)
+    _legend(figure, strategies, architectures, lines=False)
     return save(figure, path, pdf=True)
 
 
@@ -282,17 +289,19 @@ def reliability(panels: dict[str, dict[str, pd.DataFrame]], path: Path) -> Path:
     # "none", the untrained model, is a line of all panels, and the first key.
     names = {name for lines in panels.values() for name in lines}
     strategies = sorted(names, key=lambda name: (name != "none", name))
+    variants = _variants(strategies)
     # A panel is a square.
     width = COLUMN if len(panels) == 1 else 2.3 * len(panels)
     options = {"columns": len(panels), "sharex": True, "sharey": True}
-    figure, axes = _figure(width, 0.4 + (2.6 if len(panels) == 1 else 2.2), **options)
+    figure, axes = _figure(width, 0.6 + (2.6 if len(panels) == 1 else 2.2), **options)
     for axis, (architecture, lines) in zip(axes[0], panels.items()):
         axis.plot([0, 100], [0, 100], color="black", linewidth=0.6, linestyle=":")
         for strategy, bins in lines.items():
-            axis.plot("probability", "accuracy", data=bins, marker=".", color=_colour(strategy))
+            style = {"color": _colour(strategy), "linestyle": _dash(variants[strategy])}
+            axis.plot("probability", "accuracy", data=bins, marker=".", **style)
         axis.set(title=architecture, xlabel="probability (%)", ylabel="accuracy (%)")
         axis.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
-    _legend(figure, strategies, [], lines=True, in_a_row=4 if len(panels) == 1 else 8)
+    _legend(figure, strategies, [], lines=True)
     return save(figure, path, pdf=True)
 
 
@@ -305,6 +314,7 @@ def temperatures(table: pd.DataFrame, path: Path) -> Path:
     panels = {"nll": "NLL (nats)", "ece": "ECE (%)", "top1": "top-1 accuracy (%)"}
     architectures = list(table["architecture"].unique())
     strategies = table["strategy"].unique()
+    variants = _variants(strategies)
     figure, axes = _figure(PAGE, 2.3, columns=3)
     for axis, (column, label) in zip(axes[0], panels.items()):
         # Drawn one by one: two lines may have the same architecture and strategy.
@@ -321,6 +331,7 @@ def temperatures(table: pd.DataFrame, path: Path) -> Path:
                 color=fill,
                 linestyle=_dash(index),
                 marker=_marker(index),
+                fillstyle=_fill(variants[first["strategy"]]),
                 # Hollow markers where the temperature is only where training starts.
                 markerfacecolor="white" if first["learned"] else fill,
                 markeredgecolor=fill,
@@ -346,6 +357,7 @@ def factor_curves(table: pd.DataFrame, path: Path) -> Path:
     """
     architectures = list(table["architecture"].unique())
     strategies = table["strategy"].unique()
+    variants = _variants(strategies)
     figure, axes = _panels(table["factor"].nunique(), 0.5)
     for axis, (factor, panel) in zip(axes, table.groupby("factor", sort=False)):
         # Two lines may have the same architecture and strategy, as other settings differ: hue and
@@ -363,6 +375,7 @@ def factor_curves(table: pd.DataFrame, path: Path) -> Path:
                 color=fill,
                 linestyle=_dash(index),
                 marker=_marker(index),
+                fillstyle=_fill(variants[first["strategy"]]),
                 # Hollow markers where the factor is only where training starts.
                 markerfacecolor="white" if first["note"] else fill,
                 markeredgecolor=fill,
@@ -387,19 +400,20 @@ def learning_curves(table: pd.DataFrame, path: Path) -> Path:
     Columns: architecture, strategy, seed, epoch, loss; a row for each seed and step.
     """
     strategies = table["strategy"].unique()
+    variants = _variants(strategies)
     figure, axes = _panels(table["architecture"].nunique(), 0.5, sharey=True)
     for axis, (architecture, curves) in zip(axes, table.groupby("architecture", sort=False)):
-        sns.lineplot(
-            data=curves,
-            x="epoch",
-            y="loss",
-            hue="strategy",
-            palette=_palette(strategies),
-            errorbar=ALL_SEEDS,
-            err_kws={"linewidth": 0},
-            legend=False,
-            ax=axis,
-        )
+        for strategy, curve in curves.groupby("strategy", sort=False):
+            sns.lineplot(
+                data=curve,
+                x="epoch",
+                y="loss",
+                errorbar=ALL_SEEDS,
+                err_kws={"linewidth": 0},
+                color=_colour(strategy),
+                linestyle=_dash(variants[strategy]),
+                ax=axis,
+            )
         axis.set(xlabel="epoch", ylabel="InfoNCE loss (nats)", title=architecture)
     _legend(figure, strategies, [], lines=True)
     return save(figure, path, pdf=True)
@@ -574,17 +588,30 @@ def _panels(count: int, margin: float, **options):
     return figure, axes.flat[:count]
 
 
-def _colour(strategy: str) -> str:
-    # The mean of several runs has the colour of their strategy: see comparable.SOUP.
-    return STRATEGY_COLOURS.get(strategy.removesuffix(" soup"), OTHER_COLOUR)
+def _colour(method: str) -> str:
+    """The colour of a method's strategy: that of linear for "linear (zero_shot)"."""
+    strategy, _, _ = method.partition(" (")
+    # The mean of several runs has the colour of their strategy.
+    return STRATEGY_COLOURS.get(strategy.removesuffix(SOUP), OTHER_COLOUR)
 
 
-def _palette(strategies: Iterable[str]) -> dict[str, str]:
-    return {strategy: _colour(strategy) for strategy in strategies}
+def _variants(methods: Iterable[str]) -> dict[str, int]:
+    """The position of each method among those of its colour, which it is told apart by."""
+    counts: Counter = Counter()
+    positions = {}
+    for method in dict.fromkeys(methods):
+        fill = _colour(method)
+        positions[method] = counts[fill]
+        counts[fill] += 1
+    return positions
 
 
 def _marker(index: int) -> str:
     return MARKERS[index % len(MARKERS)]
+
+
+def _fill(variant: int) -> str:
+    return FILLS[variant % len(FILLS)]
 
 
 def _lengths(middle: float, low: float, high: float) -> list[list[float]]:
@@ -592,14 +619,15 @@ def _lengths(middle: float, low: float, high: float) -> list[list[float]]:
     return [[np.nan_to_num(max(middle - low, 0))], [np.nan_to_num(max(high - middle, 0))]]
 
 
-def _gain_point(axis, row, x: float, y: float, index: int, along: str) -> None:
+def _gain_point(axis, row, x: float, y: float, index: int, along: str) -> Line2D:
     """The gain of a model as a point, with its interval along x or y; index: of its marker.
 
     row: strategy, gain, low and high.
     """
     lengths = {f"{along}err": _lengths(row.gain, row.low, row.high)}
     style = {"marker": _marker(index), "color": _colour(row.strategy)}
-    axis.errorbar(x, y, **lengths, **style, elinewidth=0.8, capsize=1.5, alpha=0.9)
+    point, *_ = axis.errorbar(x, y, **lengths, **style, elinewidth=0.8, capsize=1.5, alpha=0.9)
+    return point
 
 
 def _dash(index: int) -> str:
@@ -611,24 +639,32 @@ def _legend(
     strategies: Sequence[str],
     architectures: Sequence[str],
     lines: bool,
-    in_a_row: int = 8,
 ) -> None:
     """One legend below all panels: a strategy is a colour, an architecture a marker.
 
-    With `lines` a strategy's key is a line and an architecture has a line style, too. A column's
-    width takes four keys in a row, a page's eight.
+    With `lines` a strategy's key is a line and an architecture has a line style, too. Methods of
+    one strategy differ in the filling of the marker, or in the dash where no architecture has it.
     """
-    strategy_style = {"linestyle": "-"} if lines else {"linestyle": "", "marker": "o"}
     handles = []
-    for strategy in strategies:
-        handle = Line2D([], [], color=_colour(strategy), label=strategy, **strategy_style)
+    for strategy, variant in _variants(strategies).items():
+        handle = Line2D([], [], color=_colour(strategy), label=strategy)
+        if lines and not len(architectures):
+            handle.set_linestyle(_dash(variant))
+        elif variant or not lines:
+            handle.set(marker="o", fillstyle=_fill(variant))
+            handle.set_linestyle("-" if lines else "")
         handles.append(handle)
     for index, architecture in enumerate(architectures):
         handle = Line2D([], [], color="black", label=architecture, marker=_marker(index))
         handle.set_linestyle(_dash(index) if lines else "")
         handles.append(handle)
+    # As many in a row as the longest takes: 0.05 inches a letter, 0.35 for what stands before it.
+    longest = max(len(handle.get_label()) for handle in handles)
+    in_a_row = max(2, int(figure.get_figwidth() / (0.35 + 0.05 * longest)))
     # Rows of equal length.
     rows = -(-len(handles) // in_a_row)
+    # The figures have room for two; more of them must not press the panels flat.
+    figure.set_figheight(figure.get_figheight() + 0.15 * max(0, rows - 2))
     figure.legend(
         handles=handles,
         loc="outside lower center",
