@@ -1252,7 +1252,7 @@ def probability_row(group: Group) -> dict:
     """Return the cells of the lowest seed of a group; what it has not recorded stays empty."""
     run = group[0]
     calibrated = " calibrated" if is_calibrated(run) else ""
-    row = {"architecture": run.architecture, "strategy": run.strategy + calibrated}
+    row = {"architecture": run.model, "strategy": run.method + calibrated}
     row["top-1"] = f"{run.top1:.2f}"
     for column, key, digits in (("NLL", "nll", 3), ("Brier", "brier", 3), ("ECE", "ece", 1)):
         row[column] = with_interval(run, key, digits)
@@ -1278,17 +1278,17 @@ def with_interval(run: Run, key: str, digits: int) -> str:
 
 
 def reliability_figure(groups: list[Group], path: Path) -> str:
-    """Return the untrained model and the three best strategies of up to three architectures."""
+    """Return the untrained model and the three best methods of up to three models."""
     panels: dict[str, dict[str, pd.DataFrame]] = {}
     for group in sorted(groups, key=mean, reverse=True):
         first = group[0]
         bins = reliability_bins(first)
         if bins is None:
             continue
-        lines = panels.setdefault(first.architecture, {})
+        lines = panels.setdefault(first.model, {})
         # The best come first; the untrained model is always one of them.
         if first.strategy == "none" or len(lines.keys() - {"none"}) < 3:
-            lines[first.strategy] = bins
+            lines[first.method] = bins
     if not panels:
         return ""
     best = dict(list(panels.items())[:3])
@@ -1357,8 +1357,8 @@ def temperature_row(members: Group) -> dict:
     note = sweep_note(first)
     temperature = f"{first.settings['temperature']:g}"
     return {
-        "architecture": first.architecture,
-        "strategy": first.strategy,
+        "architecture": first.model,
+        "strategy": first.method,
         "temperature": f"{temperature} ({note})" if note else temperature,
         "seeds": len(members),
         "NLL": f"{mean(members, 'nll'):.3f}",
@@ -1371,8 +1371,8 @@ def temperature_point(run: Run, group: int) -> dict:
     """Return the row of a run, as `figures.temperatures` needs it."""
     return {
         "group": group,
-        "architecture": run.architecture,
-        "strategy": run.strategy,
+        "architecture": run.model,
+        "strategy": run.method,
         "learned": bool(sweep_note(run)),
         "temperature": float(run.settings["temperature"]),
         "top1": run.top1,
@@ -1449,7 +1449,7 @@ def trained_figure(groups: list[Group], path: Path) -> str:
         if before is None or first.strategy == "none" or not parameters:
             continue
         middle, low, high = gain_of(before, group)
-        row = {"architecture": first.architecture, "strategy": first.strategy}
+        row = {"architecture": first.model, "strategy": first.method}
         rows.append(row | {"parameters": parameters, "gain": middle, "low": low, "high": high})
     if not rows:
         return ""

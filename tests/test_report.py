@@ -883,3 +883,36 @@ def test_methods_of_one_strategy_have_its_colour_and_a_look_of_their_own(monkeyp
     figure = drawn(monkeypatch, figures.reliability, lines)
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines[1:]}
     assert len(looks) == len(methods)
+
+
+def test_pretrainings_and_methods_have_lines_and_rows_of_their_own(tmp_path, monkeypatch):
+    """Of two pretrainings the worse one does not stand in the place of the better one."""
+    names = {"ViT-B/32": 0.6, "open_clip:ViT-B-32-quickgelu/metaclip_fullcc": 0.4}
+    for i, (architecture, accuracy) in enumerate(names.items()):
+        model = {"architecture": architecture, "trainable_image": 10}
+        write_run(tmp_path, f"none-{i}", accuracy / 2, epochs=0, **model)
+        for start_from in ("random", "zero_shot"):
+            probe = model | {"strategy": "linear", "start_from": start_from}
+            write_run(tmp_path, f"{start_from}-{i}", accuracy, **probe)
+    groups = comparable.best_by_strategy(compared_runs(tmp_path))
+    report = runpy.run_path(str(ROOT / "report.py"))
+    models = {"ViT-B/32 (openai)", "ViT-B/32 (metaclip)"}
+    methods = {"none", "linear", "linear (zero_shot)"}
+
+    shown = {}
+    monkeypatch.setattr(figures, "reliability", lambda panels, path: shown.update(panels) or path)
+    report["reliability_figure"](groups, tmp_path / "x.png")
+    assert shown.keys() == models
+    assert all(lines.keys() == methods for lines in shown.values())
+
+    rows = [report["probability_row"](group) for group in groups]
+    assert {(row["architecture"], row["strategy"]) for row in rows} == {
+        (model, method) for model in models for method in methods
+    }
+    tables = []
+    monkeypatch.setattr(
+        figures, "trained_parameters", lambda table, path: tables.append(table) or path
+    )
+    report["trained_figure"](groups, tmp_path / "x.png")
+    assert set(tables[0]["architecture"]) == models
+    assert set(tables[0]["strategy"]) == methods - {"none"}

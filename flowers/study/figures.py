@@ -280,10 +280,10 @@ def _draw_forgetting(axis, rows: pd.DataFrame, fill: str) -> None:
 
 
 def reliability(panels: dict[str, dict[str, pd.DataFrame]], path: Path) -> Path:
-    """Draw accuracy against the probability of the best class, a panel for each architecture.
+    """Draw accuracy against the probability of the best class, a panel for each model.
 
     Args:
-        panels: architecture -> strategy -> bins by rising probability; columns: probability and
+        panels: model -> method -> bins by rising probability; columns: probability and
             accuracy, the means of a bin in percent.
     """
     # "none", the untrained model, is a line of all panels, and the first key.
@@ -294,12 +294,12 @@ def reliability(panels: dict[str, dict[str, pd.DataFrame]], path: Path) -> Path:
     width = COLUMN if len(panels) == 1 else 2.3 * len(panels)
     options = {"columns": len(panels), "sharex": True, "sharey": True}
     figure, axes = _figure(width, 0.6 + (2.6 if len(panels) == 1 else 2.2), **options)
-    for axis, (architecture, lines) in zip(axes[0], panels.items()):
+    for axis, (model, lines) in zip(axes[0], panels.items()):
         axis.plot([0, 100], [0, 100], color="black", linewidth=0.6, linestyle=":")
         for strategy, bins in lines.items():
             style = {"color": _colour(strategy), "linestyle": _dash(variants[strategy])}
             axis.plot("probability", "accuracy", data=bins, marker=".", **style)
-        axis.set(title=architecture, xlabel="probability (%)", ylabel="accuracy (%)")
+        axis.set(title=model, xlabel="probability (%)", ylabel="accuracy (%)")
         axis.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
     _legend(figure, strategies, [], lines=True)
     return save(figure, path, pdf=True)
