@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from flowers import UserError, command
+from flowers import UserError, calibration, command
 from flowers.choices import KEEPS_WEIGHTS, SHAPES, templates_in_words
 from flowers.files import atomic, read_lines, user_path, write_csv
 from flowers.runs import read_predictions
@@ -98,7 +98,6 @@ FILE_STEMS = (
 # Those of --pretraining of ablate.py that need no file; a stand-in is trained with prompts anyway.
 PRETRAININGS = ("openai", "laion2b", "datacomp", "dfn", "metaclip")
 RUNS_FOLDER = '"$RUNS"'  # stands for it in commands, as a shell takes it
-BINS = 15  # of the reliability figure; each has as many images, as in the ECE of evaluation
 MOST_MODELS = 14  # of the overlap of worst classes: more do not fit on a page
 
 
@@ -1231,7 +1230,7 @@ def probabilities(protocols: list[list[Run]], output: Path, missing: list[Missin
         parts.append(reliability_figure(groups, output / "reliability.png"))
         caption = (
             "Negative log-likelihood in nats, Brier score (0 to 2) and expected calibration error "
-            f"in percent ({BINS} bins of as many images), each with its 95% bootstrap interval "
+            f"in percent ({calibration.BINS} bins of as many images), each with its 95% bootstrap interval "
             "over images; the lowest seed of the best settings; calibrated: after division of the "
             "logits by the temperature T, which is best on val"
         )
@@ -1294,7 +1293,7 @@ def reliability_figure(groups: list[Group], path: Path) -> str:
     best = dict(list(panels.items())[:3])
     figure = figures.reliability(best, path)
     caption = (
-        f"Accuracy by probability of the best class, {BINS} bins of as many images; on the dotted "
+        f"Accuracy by probability of the best class, {calibration.BINS} bins of as many images; on the dotted "
         "line a probability is what it says, below it the model is too sure"
     )
     return picture(figure, caption)
@@ -1308,13 +1307,10 @@ def reliability_bins(run: Run) -> pd.DataFrame | None:
     scores = pd.to_numeric(predictions["score1"], errors="coerce").to_numpy()  # (N,)
     if np.isnan(scores).any():
         return None
-    right = (predictions["label"] == predictions["top1"]).to_numpy()
-    order = np.argsort(scores, kind="stable")
-    rows = []
-    for members in np.array_split(order, min(BINS, len(order))):
-        probability = 100 * scores[members].mean()
-        rows.append({"probability": probability, "accuracy": 100 * right[members].mean()})
-    return pd.DataFrame(rows)
+    right = predictions["label"] == predictions["top1"]
+    percent_of = pd.DataFrame({"probability": 100 * scores, "accuracy": 100.0 * right})
+    # The bins of the ECE, in which images of equal probability are together.
+    return percent_of.groupby(calibration.assign_bins(scores)).mean()
 
 
 def temperature_section(

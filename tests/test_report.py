@@ -916,3 +916,18 @@ def test_pretrainings_and_methods_have_lines_and_rows_of_their_own(tmp_path, mon
     report["trained_figure"](groups, tmp_path / "x.png")
     assert set(tables[0]["architecture"]) == models
     assert set(tables[0]["strategy"]) == methods - {"none"}
+
+
+def test_reliability_bins_are_those_of_the_ece(tmp_path):
+    """Two probabilities alone are two bins, whatever the order of the files."""
+    write_run(tmp_path, "a", 0.5, n=200)
+    path = tmp_path / "a" / "predictions.csv"
+    frame = pd.read_csv(path)
+    frame["score1"] = np.where(np.arange(200) % 3 == 0, 0.25, 0.75)
+    frame.to_csv(path, index=False)
+    (run,) = compared_runs(tmp_path)
+    bins = runpy.run_path(str(ROOT / "report.py"))["reliability_bins"](run)
+    assert bins["probability"].tolist() == [25, 75]
+    right = frame["label"] == frame["top1"]
+    accuracy = 100 * right.groupby(frame["score1"]).mean()
+    np.testing.assert_allclose(bins["accuracy"], accuracy)
