@@ -312,8 +312,7 @@ def ablate_command(grid: str, runs: Sequence[Run]) -> str:
     """The command that runs a grid on the data and architectures of these runs."""
     first = runs[0]
     words = ["python", "ablate.py", grid]
-    known = dict.fromkeys(run.architecture for run in runs if run.architecture in SHAPES)
-    architectures = sorted(known)
+    architectures = sorted({run.architecture for run in runs if run.architecture in SHAPES})
     # The factorial needs two architectures; the other grids are of one.
     if grid != "factorial":
         architectures = architectures[:1]
@@ -323,9 +322,9 @@ def ablate_command(grid: str, runs: Sequence[Run]) -> str:
         words += ["--architecture", *architectures]
     # ablate.py begins with OpenAI's weights, or with a stand-in that is trained with prompts.
     available = {run.pretraining for run in runs if run.architecture in architectures}
-    known = [pretraining for pretraining in PRETRAININGS if pretraining in available]
-    if known not in ([], ["openai"]):
-        words += ["--pretraining", *known]
+    pretrainings = [name for name in PRETRAININGS if name in available]
+    if pretrainings not in ([], ["openai"]):
+        words += ["--pretraining", *pretrainings]
     # The new runs must have the protocol of these, or they could not be compared.
     for key in ("data_root", "splits_path", "splits", "class_names"):
         if first.settings.get(key):
@@ -370,8 +369,8 @@ def table(output: Path, name: str, rows: list[dict], caption: str) -> str:
 
 def without_empty(rows: list[dict]) -> list[dict]:
     """Leave out the columns that are empty in all rows."""
-    known = [key for key in rows[0] if any(row[key] != "" for row in rows)]
-    return [{key: row[key] for key in known} for row in rows]
+    filled = [key for key in rows[0] if any(row[key] != "" for row in rows)]
+    return [{key: row[key] for key in filled} for row in rows]
 
 
 def escape_cell(cell: str) -> str:
@@ -1230,13 +1229,15 @@ def probabilities(protocols: list[list[Run]], output: Path, missing: list[Missin
         parts.append(reliability_figure(groups, output / "reliability.png"))
         caption = (
             "Negative log-likelihood in nats, Brier score (0 to 2) and expected calibration error "
-            f"in percent ({calibration.BINS} bins of as many images), each with its 95% bootstrap interval "
-            "over images; the lowest seed of the best settings; calibrated: after division of the "
-            "logits by the temperature T, which is best on val"
+            f"in percent ({calibration.BINS} bins of as many images), each with its 95% bootstrap "
+            "interval over images; the lowest seed of the best settings; calibrated: after "
+            "division of the logits by the temperature T, which is best on val"
         )
         # An evaluation with --calibrated is a row of its own below that of its model.
         calibrated = best_by_strategy([run for run in shown if is_calibrated(run)])
         rows = without_empty([probability_row(group) for group in [*groups, *calibrated]])
+        if shown[0].split == "val" and "T" in rows[0]:
+            caption += "; here T was fitted to these very images: calibrated is flattering"
         parts.append(table(output, "probabilities", rows, caption))
     else:
         what = "whether the probabilities are right: no run has recorded its NLL and ECE"
@@ -1293,8 +1294,8 @@ def reliability_figure(groups: list[Group], path: Path) -> str:
     best = dict(list(panels.items())[:3])
     figure = figures.reliability(best, path)
     caption = (
-        f"Accuracy by probability of the best class, {calibration.BINS} bins of as many images; on the dotted "
-        "line a probability is what it says, below it the model is too sure"
+        f"Accuracy by probability of the best class, {calibration.BINS} bins of as many images; "
+        "on the dotted line a probability is what it says, below it the model is too sure"
     )
     return picture(figure, caption)
 
@@ -1324,12 +1325,12 @@ def temperature_section(
     Of the first protocol that varies it. measured: the runs of each protocol with NLL and ECE.
     """
     for runs in measured:
-        found = sweeps(runs, "temperature")
-        if not found:
+        by_temperature = sweeps(runs, "temperature")
+        if not by_temperature:
             continue
         table_rows = []
         curve_rows = []
-        for i, sweep in enumerate(found):
+        for i, sweep in enumerate(by_temperature):
             for members in sweep:
                 table_rows.append(temperature_row(members))
                 curve_rows += [temperature_point(run, i) for run in members]
@@ -1507,7 +1508,7 @@ def learning_curve(run: Run, losses: np.ndarray) -> pd.DataFrame:
     shown = np.linspace(0, len(epochs) - 1, min(len(epochs), 200)).round().astype(int)
     curve = pd.DataFrame(np.transpose(smooth)[shown], index=pd.Index(epochs[shown], name="epoch"))
     curve = curve.melt(var_name="seed", value_name="loss", ignore_index=False).reset_index()
-    return curve.assign(architecture=run.model, strategy=run.method)
+    return curve.assign(architecture=run.model, strategy=run.method, kind=loss_of(run))
 
 
 def classes_figure(
@@ -1616,8 +1617,8 @@ def confusions_figure(group: Group, path: Path) -> str:
     frequent = sorted(mistakes, key=lambda pair: (-mistakes[pair], pair))[:12]
     rows = []
     for true, predicted in frequent:
-        share = 100 * mistakes[true, predicted] / images[true]
-        rows.append({"true": true, "predicted": predicted, "percent": share})
+        of_class = 100 * mistakes[true, predicted] / images[true]
+        rows.append({"true": true, "predicted": predicted, "percent": of_class})
     if not rows:
         return ""
     name = label(group[0])

@@ -385,6 +385,8 @@ def test_temperature_after_training(tmp_path, cli):
     text = (tmp_path / "report" / "report.md").read_text()
     (row,) = rows_of(text[text.index("## Are the prob") :], "### val")
     assert (row["T"], row["NLL calibrated"]) == ("1.37", "0.988")
+    # On val the temperature has seen the images.
+    assert "T was fitted to these very images" in text
 
 
 def test_reliability_bins_hold_equal_numbers_of_images(study):
@@ -931,3 +933,16 @@ def test_reliability_bins_are_those_of_the_ece(tmp_path):
     right = frame["label"] == frame["top1"]
     accuracy = 100 * right.groupby(frame["score1"]).mean()
     np.testing.assert_allclose(bins["accuracy"], accuracy)
+
+
+def test_learning_curves_of_two_losses_have_two_panels(tmp_path, monkeypatch):
+    write_run(tmp_path, "full", 0.5)
+    write_run(tmp_path, "text", 0.5, strategy="text", loss="sigmoid")
+    groups = comparable.best_by_strategy(compared_runs(tmp_path))
+    report = runpy.run_path(str(ROOT / "report.py"))
+    curves = [report["learning_curve"](run, np.ones((1, 40))) for (run,) in groups]
+    figure = drawn(monkeypatch, figures.learning_curves, pd.concat(curves))
+    titles = [axis.get_title() for axis in figure.axes if axis.lines]
+    assert titles == ["tiny, info_nce", "tiny, sigmoid"]
+    assert all("InfoNCE" not in axis.get_ylabel() for axis in figure.axes)
+    assert not figure.axes[0].get_shared_y_axes().joined(*figure.axes[:2])

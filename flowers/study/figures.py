@@ -395,14 +395,17 @@ def factor_curves(table: pd.DataFrame, path: Path) -> Path:
 
 
 def learning_curves(table: pd.DataFrame, path: Path) -> Path:
-    """Draw training loss by epoch, a panel for each architecture; band: all seeds.
+    """Draw training loss by epoch, a panel for each model and kind of loss; band: all seeds.
 
-    Columns: architecture, strategy, seed, epoch, loss; a row for each seed and step.
+    Columns: architecture, kind (of loss), strategy, seed, epoch, loss (nats); a row for each seed
+    and step.
     """
     strategies = table["strategy"].unique()
     variants = _variants(strategies)
-    figure, axes = _panels(table["architecture"].nunique(), 0.5, sharey=True)
-    for axis, (architecture, curves) in zip(axes, table.groupby("architecture", sort=False)):
+    panels = table.groupby(["architecture", "kind"], sort=False)
+    # Losses of two kinds have no common scale.
+    figure, axes = _panels(panels.ngroups, 0.5, sharey=table["kind"].nunique() == 1)
+    for axis, ((architecture, kind), curves) in zip(axes, panels):
         for strategy, curve in curves.groupby("strategy", sort=False):
             sns.lineplot(
                 data=curve,
@@ -414,7 +417,8 @@ def learning_curves(table: pd.DataFrame, path: Path) -> Path:
                 linestyle=_dash(variants[strategy]),
                 ax=axis,
             )
-        axis.set(xlabel="epoch", ylabel="InfoNCE loss (nats)", title=architecture)
+        # All three are negative log-likelihoods.
+        axis.set(xlabel="epoch", ylabel="training loss (nats)", title=f"{architecture}, {kind}")
     _legend(figure, strategies, [], lines=True)
     return save(figure, path, pdf=True)
 
