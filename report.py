@@ -1106,7 +1106,7 @@ def forgetting_tables(
         for strategy in sorted(tuned.get(start, {})):
             group, at_home = tuned[start][strategy]
             rows.append(model_point(before, group, at_home))
-            rows += points_between(before, group, curves)
+            rows += points_between(before, group, at_home, curves)
         if not rows:
             continue
         home = untrained_by_start(runs).get(start_of(at_home[0]))
@@ -1131,7 +1131,12 @@ def best_elsewhere(
     """
     best: dict[tuple[str, str], dict[str, tuple[Group, Group]]] = {}
     by_name = {run.name: run for run in runs}
-    soups = {json.dumps(run.settings["soup"]): run for run in runs if run.settings.get("soup")}
+    # A soup may be evaluated on several splits: the one of the runs that it is the mean of counts.
+    soups = {}
+    for run in runs:
+        if run.settings.get("soup") and run.evaluated in by_name:
+            if run.images == by_name[run.evaluated].images:
+                soups[json.dumps(run.settings["soup"])] = run
     for group in grouped(others):
         first = group[0]
         if first.settings.get("soup"):
@@ -1142,9 +1147,9 @@ def best_elsewhere(
         if None in at_home or len({run.images for run in at_home}) > 1:
             continue
         of_start = best.setdefault((first.architecture, first.pretraining), {})
-        known = of_start.get(first.strategy)
-        if known is None or mean(at_home) > mean(known[1]):
-            of_start[first.strategy] = group, at_home
+        if first.strategy in of_start and mean(at_home) <= mean(of_start[first.strategy][1]):
+            continue
+        of_start[first.strategy] = group, at_home
     return best
 
 
@@ -1171,9 +1176,14 @@ def model_point(before: Run, group: Group, at_home: Group) -> dict:
     }
 
 
-def points_between(before: Run, group: Group, curves: Sequence[Run]) -> list[dict]:
-    """Return the rows between the start and the fine-tuned weights, means over seeds."""
-    curve_of = {run.evaluated: run for run in curves}
+def points_between(before: Run, group: Group, at_home: Group, curves: Sequence[Run]) -> list[dict]:
+    """Return the rows between the start and the fine-tuned weights, means over seeds.
+
+    group, at_home: the same models elsewhere and on flowers.
+    """
+    # A curve of another split or prompt would not end at the point of its model.
+    asked = {(run.name, *question_of(run)) for run in at_home}
+    curve_of = {run.evaluated: run for run in curves if (run.evaluated, *question_of(run)) in asked}
     rows = []
     for run in group:
         if not run.settings.get("wise_ft") or run.evaluated not in curve_of:
@@ -1190,6 +1200,12 @@ def points_between(before: Run, group: Group, curves: Sequence[Run]) -> list[dic
     means = by_alpha.mean()[by_alpha.size() == len(group)].reset_index()
     means = means.assign(lost=before.top1 - means["elsewhere"], seeds=len(group))
     return means.assign(strategy=group[0].strategy, weights="between").to_dict("records")
+
+
+def question_of(run: Run) -> tuple[str, str]:
+    """What a run was asked: digest of its images, and its prompts."""
+    prompts = [run.settings.get(key) for key in ("prompt_template", "prompts_digest")]
+    return run.images, json.dumps(prompts)
 
 
 def forgetting_row(row) -> dict:

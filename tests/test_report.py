@@ -946,3 +946,24 @@ def test_learning_curves_of_two_losses_have_two_panels(tmp_path, monkeypatch):
     assert titles == ["tiny, info_nce", "tiny, sigmoid"]
     assert all("InfoNCE" not in axis.get_ylabel() for axis in figure.axes)
     assert not figure.axes[0].get_shared_y_axes().joined(*figure.axes[:2])
+
+
+def test_a_curve_on_flowers_is_of_the_images_and_prompts_of_its_model(tmp_path):
+    """Curves on test and with another prompt, last by name, stand beside a point on val."""
+    report = runpy.run_path(str(ROOT / "report.py"))
+    write_run(tmp_path, "before", 0.3, epochs=0)
+    write_run(tmp_path, "trained", 0.6)
+    model = {"job": "eval", "architecture": "x/trained", "wise_ft": [1, 0.5, 0]}
+    other_prompt = model | {"prompt_template": ["{}"]}
+    birds = model | {"n": 90, "names": BIRDS, "data_root": "birds"}
+    evaluations = [("a", "val", model, 70), ("b", "test", model, 10), ("c", "val", other_prompt, 5)]
+    evaluations.append(("birds", "test", birds, 40))
+    for name, split, settings, top1 in evaluations:
+        write_run(tmp_path, name, 0.5, split, **settings)
+        write_curve(tmp_path / name, split, [top1 + 2, top1, top1 - 2])
+    runs = {run.name: run for run in compared_runs(tmp_path)}
+    curves = [runs["a"], runs["b"], runs["c"]]
+    ends = [runs["before"], [runs["birds"]], [runs["trained"]]]
+    rows = report["points_between"](*ends, curves)
+    assert [row["top1"] for row in rows] == [68, 70, 72]
+    assert not report["points_between"](*ends, curves[1:])
