@@ -665,17 +665,23 @@ def results(runs: Sequence[Run], output: Path, name: str) -> str:
     heading = f"### {title(runs[0])}"
     parts = [heading, protocol_note(runs), table(output, name, rows, caption)]
     # With several learning rates or prompts, the table itself is a choice.
-    configurations = len(grouped(runs))
-    if configurations > len(groups):
-        parts.append(
-            f"The best of {configurations} configurations by architecture and strategy, chosen on "
-            "these very images: flattering."
-        )
+    parts.append(choice_note(runs, len(groups)))
     if len(groups) > 1:
         labels = [label(group[0]) for group in groups]
         write_pairs(output / f"{name}-pairs.csv", pairs, labels)
         parts.append(accuracies_figure(groups, output / f"{name}.png"))
     return paragraphs(parts)
+
+
+def choice_note(runs: Sequence[Run], rows: int) -> str:
+    """The sentence that says how many configurations so many rows are the best of; "" if all."""
+    configurations = len(grouped(runs))
+    if configurations <= rows:
+        return ""
+    return (
+        f"The best {rows} of {configurations} configurations, one for each row, chosen on these "
+        "very images: flattering."
+    )
 
 
 def compare_pairs(groups: list[Group]) -> pd.DataFrame:
@@ -817,6 +823,9 @@ def gains(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> s
             figure = figures.gains(frame, output / f"{name}.png")
             parts.append(picture(figure, "Gain over the untrained model, by strategy and loss"))
         parts.append(table(output, name, rows, caption))
+        starts = untrained_by_start(runs)
+        trained = [run for run in runs if run.strategy != "none" and start_of(run) in starts]
+        parts.append(choice_note(trained, len(rows)))
     if not parts:
         what = "the gain of fine-tuning: no untrained model beside a trained one on the same images"
         missing.append(Missing(what, ablate_command("factorial", protocols[0])))
@@ -825,14 +834,16 @@ def gains(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> s
 
 
 def gain_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return a row for each start, strategy and loss, as `figures.gains` needs it."""
+    """Return a row for each start, strategy, number of shots and loss, for `figures.gains`."""
     untrained = untrained_by_start(runs)
     best: dict[tuple, Group] = {}
     for group in grouped(runs):
         first = group[0]
         if first.strategy == "none" or start_of(first) not in untrained:
             continue
-        key = *start_of(first), first.method, loss_of(first)
+        # All images come first: 0 stands for them.
+        shots = first.settings.get("shots") or 0
+        key = *start_of(first), first.method, shots, loss_of(first)
         if key not in best or mean(group) > mean(best[key]):
             best[key] = group
     rows = []
@@ -843,7 +854,10 @@ def gain_table(runs: Sequence[Run]) -> pd.DataFrame:
         middle, low, high = gain_of(before, group)
         row = {"architecture": first.architecture, "pretraining": first.pretraining}
         row["model"] = first.model
-        row |= {"strategy": first.method, "loss": loss_of(first), "seeds": len(group)}
+        shots = first.settings.get("shots") or ""
+        row |= {"strategy": first.method, "shots": shots, "loss": loss_of(first)}
+        row["label"] = f"{first.method}, shots: {shots}" if shots else first.method
+        row["seeds"] = len(group)
         row |= {"before": before.top1, "after": mean(group)}
         rows.append(row | {"gain": middle, "low": low, "high": high})
     return pd.DataFrame(rows)
@@ -855,6 +869,7 @@ def gain_row(row) -> dict:
         "architecture": row.architecture,
         "pretraining": row.pretraining,
         "strategy": row.strategy,
+        "shots": row.shots,
         "loss": row.loss,
         "seeds": row.seeds,
         "untrained": f"{row.before:.2f}",
@@ -992,6 +1007,7 @@ def base_to_new(protocols: list[list[Run]], output: Path, missing: list[Missing]
             caption = "Top-1 in percent among the base and among the new classes"
             parts.append(f"### {title(runs[0])}")
             parts.append(table(output, name, rows, caption))
+            parts.append(choice_note(runs, len(rows)))
     if not parts:
         what = "base to new classes: no run trained on base classes alone"
         missing.append(Missing(what, ablate_command("base_to_new", protocols[0])))
@@ -1405,7 +1421,7 @@ def closer_look(runs: Sequence[Run], output: Path, missing: list[Missing]) -> st
     # Classes without images in this split have no accuracy.
     names = sorted(set(runs[0].labels.tolist()))
     accuracy = np.array([class_accuracy(group, names) for group in groups])  # (models, classes)
-    parts = [f"## A closer look: {title(runs[0])}"]
+    parts = [f"## A closer look: {title(runs[0])}", choice_note(runs, len(groups))]
     if len(groups) > 1:
         parts.append(cost_figure(groups, output / "cost.png"))
         parts.append(trained_figure(groups, output / "trained.png"))

@@ -967,3 +967,26 @@ def test_a_curve_on_flowers_is_of_the_images_and_prompts_of_its_model(tmp_path):
     rows = report["points_between"](*ends, curves)
     assert [row["top1"] for row in rows] == [68, 70, 72]
     assert not report["points_between"](*ends, curves[1:])
+
+
+def test_shots_have_rows_of_their_own_and_a_choice_is_said(tmp_path):
+    report = runpy.run_path(str(ROOT / "report.py"))
+    write_run(tmp_path, "before", 0.3, epochs=0)
+    for shots in (1, 16):
+        write_run(tmp_path, f"shots-{shots}", 0.3 + shots / 50, shots=shots)
+    text = report["gains"]([compared_runs(tmp_path)], tmp_path, [])
+    assert [row["shots"] for row in rows_of("\n" + text, "### val")] == ["1", "16"]
+    assert "flattering" not in text
+
+    for lr in (1e-4, 1e-2):
+        write_run(tmp_path, f"lr-{lr}", 0.5, lr=lr)
+    runs = compared_runs(tmp_path)
+    text = report["gains"]([runs], tmp_path, [])
+    assert [row["shots"] for row in rows_of("\n" + text, "### val")] == ["", "1", "16"]
+    assert "The best 3 of 4 configurations" in text
+    assert "flattering" in report["closer_look"](runs, tmp_path, [])
+
+    for lr in (1e-4, 1e-2):
+        write_run(tmp_path, f"base-{lr}", 0.5, lr=lr, classes="base")
+    of_base = [run for run in compared_runs(tmp_path) if run.trained_on == "base"]
+    assert "The best 1 of 2 configurations" in report["base_to_new"]([of_base], tmp_path, [])

@@ -156,15 +156,16 @@ def cost(table: pd.DataFrame, path: Path) -> Path:
 def gains(table: pd.DataFrame, path: Path) -> Path:
     """Draw the gain over the untrained model with its interval, a panel for each model.
 
-    Columns: model (title of the panel), strategy, loss, gain, low, high, in points; a row for each
-    trained model. A loss is a marker; those of one strategy stand below each other.
+    Columns: model (title of the panel), label (of the line), strategy, loss, gain, low, high, in
+    points; a row for each trained model. A loss is a marker; those of one line stand below each
+    other.
     """
     losses = list(table["loss"].unique())
-    strategies = list(table["strategy"].unique())
+    labels = list(table["label"].unique())
     models = table["model"].nunique()
     columns = min(3, models)
     rows = -(-models // columns)  # rounded up
-    height = 0.6 + rows * (0.45 + 0.17 * len(strategies))
+    height = 0.6 + rows * (0.45 + 0.17 * len(labels))
     figure, axes = _figure(
         PAGE if columns > 1 else COLUMN, height, rows, columns, sharex=True, sharey=True
     )
@@ -174,14 +175,14 @@ def gains(table: pd.DataFrame, path: Path) -> Path:
         # A row at a time, as errorbar takes one colour for all of its points.
         for row in panel.itertuples():
             index = losses.index(row.loss)
-            # Losses of one strategy share the height of its line.
+            # The losses share the height of a line.
             shift = 0.6 * ((index + 0.5) / len(losses) - 0.5)
-            y = strategies.index(row.strategy) + shift
+            y = labels.index(row.label) + shift
             _gain_point(axis, row, row.gain, y, index, along="x")
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set(title=model, xlabel="gain (points), 95% interval")
-        axis.set(yticks=range(len(strategies)), yticklabels=strategies)
-        axis.set_ylim(len(strategies) - 0.5, -0.5)  # the first row on top
+        axis.set(yticks=range(len(labels)), yticklabels=labels)
+        axis.set_ylim(len(labels) - 0.5, -0.5)  # the first row on top
         axis.grid(axis="x", linewidth=0.3)
     if len(losses) > 1:
         handles = []
