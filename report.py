@@ -1034,19 +1034,22 @@ def wise_ft_command(runs: Sequence[Run]) -> str:
 def wise_ft(
     curves: Sequence[Run], runs: Sequence[Run], output: Path, missing: list[Missing]
 ) -> str:
-    """Return the accuracy between the start and the fine-tuned weights, a panel for each run."""
-    panels = {}
-    for run in curves:
-        rows = curve_rows(run)
-        if rows:
-            panels[f"{label(run)} ({run.split})"] = rows
+    """Return the accuracy between start and fine-tuned weights, a panel for each configuration."""
+    panels: list[tuple[str, list[list[dict]]]] = []  # of each its title, and the curve of each seed
+    for group in grouped(curves):
+        seeds = [rows for rows in map(curve_rows, group) if rows]
+        if seeds:
+            first = group[0]
+            rate = f", lr {first.settings['lr']:g}" if first.settings.get("lr") else ""
+            panels.append((f"{label(first)}{rate} ({first.split})", seeds))
     if not panels:
         what = "WiSE-FT: no evaluation between start and fine-tuned weights"
         missing.append(Missing(what, wise_ft_command(runs)))
         return ""
     figure = figures.wise_ft(panels, output / "wise-ft.png")
+    caption = "WiSE-FT, means over seeds; band: all seeds, of one seed 95% over images"
     heading = "## Between the start and the fine-tuned weights"
-    return paragraphs([heading, picture(figure, "WiSE-FT; band: 95% over images")])
+    return paragraphs([heading, picture(figure, caption)])
 
 
 def curve_rows(run: Run) -> list[dict]:

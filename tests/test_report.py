@@ -990,3 +990,24 @@ def test_shots_have_rows_of_their_own_and_a_choice_is_said(tmp_path):
         write_run(tmp_path, f"base-{lr}", 0.5, lr=lr, classes="base")
     of_base = [run for run in compared_runs(tmp_path) if run.trained_on == "base"]
     assert "The best 1 of 2 configurations" in report["base_to_new"]([of_base], tmp_path, [])
+
+
+def test_between_two_weights_seeds_are_one_panel_and_rates_several(tmp_path, monkeypatch):
+    report = runpy.run_path(str(ROOT / "report.py"))
+    model = {"job": "eval", "wise_ft": [1, 0.5, 0]}
+    for lr, seed, top1 in ((1e-3, 0, 50), (1e-3, 1, 60), (1e-2, 0, 20)):
+        name = f"{lr}-{seed}"
+        write_run(tmp_path, name, 0.5, lr=lr, seed=seed)
+        write_run(tmp_path, f"curve-{name}", 0.5, architecture=f"x/{name}", **model)
+        write_curve(tmp_path / f"curve-{name}", "val", [top1 + 2, top1, top1 - 2])
+    curves = [run for run in compared_runs(tmp_path) if run.settings.get("wise_ft")]
+    draw = figures.wise_ft
+    shown = []
+    monkeypatch.setattr(figures, "wise_ft", lambda panels, path: shown.append(panels) or path)
+    report["wise_ft"](curves, [], tmp_path, [])
+    figure = drawn(monkeypatch, draw, *shown)
+    lines = {axis.get_title(): list(axis.lines[0].get_ydata()) for axis in figure.axes[:2]}
+    one, two = "tiny full, lr 0.001 (val)", "tiny full, lr 0.01 (val)"
+    assert lines == {one: [53, 55, 57], two: [18, 20, 22]}
+    bands = [axis.collections[0].get_datalim(axis.transData).intervaly for axis in figure.axes]
+    assert [tuple(band) for band in bands] == [(48, 62), (13, 27)]

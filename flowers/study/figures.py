@@ -424,12 +424,15 @@ def learning_curves(table: pd.DataFrame, path: Path) -> Path:
     return save(figure, path, pdf=True)
 
 
-def wise_ft(panels: dict[str, list[dict]], path: Path) -> Path:
-    """Draw top-1 between the weights at the start and the fine-tuned ones; band: 95% over images.
+def wise_ft(panels: Sequence[tuple[str, list[list[dict]]]], path: Path) -> Path:
+    """Draw top-1 between the weights at the start and the fine-tuned ones, means over seeds.
+
+    The band is from the lowest to the highest seed, or the 95% interval over images of one seed.
 
     Args:
-        panels: model -> rows by rising alpha, the share of the fine-tuned weights. Each row has
-            alpha, top1, top1_low, top1_high and, if known, base_top1 and new_top1.
+        panels: of each the title and the curve of each seed: rows by rising alpha, the share of the
+            fine-tuned weights. Each row has alpha, top1, top1_low, top1_high and, if known,
+            base_top1 and new_top1.
     """
     lines = [
         ("top1", "all classes", "o", PALETTE[0]),
@@ -437,16 +440,22 @@ def wise_ft(panels: dict[str, list[dict]], path: Path) -> Path:
         ("new_top1", "new among new", "^", PALETTE[2]),
     ]
     figure, axes = _panels(len(panels), 0.4, sharey=True)
-    for axis, (name, rows) in zip(axes, panels.items()):
-        table = pd.DataFrame(rows)
-        low, high = table["top1_low"], table["top1_high"]
-        axis.fill_between(table["alpha"], low, high, color=PALETTE[0], alpha=0.2, linewidth=0)
+    for axis, (title, seeds) in zip(axes, panels):
+        by_alpha = pd.concat([pd.DataFrame(rows) for rows in seeds]).groupby("alpha")
+        # A seed that lacks an alpha would bend the line.
+        complete = by_alpha.size() == len(seeds)
+        means = by_alpha.mean()[complete]
+        if len(seeds) > 1:
+            low, high = by_alpha["top1"].min()[complete], by_alpha["top1"].max()[complete]
+        else:
+            low, high = means["top1_low"], means["top1_high"]
+        axis.fill_between(means.index, low, high, color=PALETTE[0], alpha=0.2, linewidth=0)
         # Accuracies among base and new classes are known after training on base classes only.
         for column, label, marker, fill in lines:
-            if column in table and table[column].notna().all():
-                axis.plot("alpha", column, data=table, marker=marker, color=fill, label=label)
+            if column in means and means[column].notna().all():
+                axis.plot(means.index, means[column], marker=marker, color=fill, label=label)
         axis.set(xlabel="share of the fine-tuned weights (alpha)", ylabel="top-1 accuracy (%)")
-        axis.set_title(name)
+        axis.set_title(title)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return save(figure, path, pdf=True)
 
