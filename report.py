@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from flowers import UserError, command
+from flowers import UserError, calibration, command
 from flowers.choices import KEEPS_WEIGHTS, SHAPES, templates_in_words
 from flowers.files import atomic, read_lines, user_path, write_csv
 from flowers.runs import read_predictions
@@ -98,7 +98,6 @@ FILE_STEMS = (
 # Those of --pretraining of ablate.py that need no file; a stand-in is trained with prompts anyway.
 PRETRAININGS = ("openai", "laion2b", "datacomp", "dfn", "metaclip")
 RUNS_FOLDER = '"$RUNS"'  # stands for it in commands, as a shell takes it
-BINS = 15  # of the reliability figure; each has as many images, as in the ECE of evaluation
 MOST_MODELS = 14  # of the overlap of worst classes: more do not fit on a page
 
 
@@ -313,8 +312,7 @@ def ablate_command(grid: str, runs: Sequence[Run]) -> str:
     """The command that runs a grid on the data and architectures of these runs."""
     first = runs[0]
     words = ["python", "ablate.py", grid]
-    known = dict.fromkeys(run.architecture for run in runs if run.architecture in SHAPES)
-    architectures = sorted(known)
+    architectures = sorted({run.architecture for run in runs if run.architecture in SHAPES})
     # The factorial needs two architectures; the other grids are of one.
     if grid != "factorial":
         architectures = architectures[:1]
@@ -324,9 +322,9 @@ def ablate_command(grid: str, runs: Sequence[Run]) -> str:
         words += ["--architecture", *architectures]
     # ablate.py begins with OpenAI's weights, or with a stand-in that is trained with prompts.
     available = {run.pretraining for run in runs if run.architecture in architectures}
-    known = [pretraining for pretraining in PRETRAININGS if pretraining in available]
-    if known not in ([], ["openai"]):
-        words += ["--pretraining", *known]
+    pretrainings = [name for name in PRETRAININGS if name in available]
+    if pretrainings not in ([], ["openai"]):
+        words += ["--pretraining", *pretrainings]
     # The new runs must have the protocol of these, or they could not be compared.
     for key in ("data_root", "splits_path", "splits", "class_names"):
         if first.settings.get(key):
@@ -371,8 +369,8 @@ def table(output: Path, name: str, rows: list[dict], caption: str) -> str:
 
 def without_empty(rows: list[dict]) -> list[dict]:
     """Leave out the columns that are empty in all rows."""
-    known = [key for key in rows[0] if any(row[key] != "" for row in rows)]
-    return [{key: row[key] for key in known} for row in rows]
+    filled = [key for key in rows[0] if any(row[key] != "" for row in rows)]
+    return [{key: row[key] for key in filled} for row in rows]
 
 
 def escape_cell(cell: str) -> str:
@@ -674,17 +672,23 @@ def results(runs: Sequence[Run], output: Path, name: str) -> str:
     heading = f"### {title(runs[0])}"
     parts = [heading, protocol_note(runs), table(output, name, rows, caption)]
     # With several learning rates or prompts, the table itself is a choice.
-    configurations = len(grouped(runs))
-    if configurations > len(groups):
-        parts.append(
-            f"The best of {configurations} configurations by architecture and strategy, chosen on "
-            "these very images: flattering."
-        )
+    parts.append(choice_note(runs, len(groups)))
     if len(groups) > 1:
         labels = [label(group[0]) for group in groups]
         write_pairs(output / f"{name}-pairs.csv", pairs, labels)
         parts.append(accuracies_figure(groups, output / f"{name}.png"))
     return paragraphs(parts)
+
+
+def choice_note(runs: Sequence[Run], rows: int) -> str:
+    """The sentence that says how many configurations so many rows are the best of; "" if all."""
+    configurations = len(grouped(runs))
+    if configurations <= rows:
+        return ""
+    return (
+        f"The best {rows} of {configurations} configurations, one for each row, chosen on these "
+        "very images: flattering."
+    )
 
 
 def compare_pairs(groups: list[Group]) -> pd.DataFrame:
@@ -824,6 +828,9 @@ def gains(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> s
             figure = figures.gains(frame, output / f"{name}.png")
             parts.append(picture(figure, "Gain over the untrained model, by strategy and loss"))
         parts.append(table(output, name, rows, caption))
+        starts = untrained_by_start(runs)
+        trained = [run for run in runs if run.strategy != "none" and start_of(run) in starts]
+        parts.append(choice_note(trained, len(rows)))
     if not parts:
         what = "the gain of fine-tuning: no untrained model beside a trained one on the same images"
         missing.append(Missing(what, ablate_command("factorial", protocols[0])))
@@ -832,14 +839,16 @@ def gains(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> s
 
 
 def gain_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return a row for each start, strategy and loss, as `figures.gains` needs it."""
+    """Return a row for each start, strategy, number of shots and loss, for `figures.gains`."""
     untrained = untrained_by_start(runs)
     best: dict[tuple, Group] = {}
     for group in grouped(runs):
         first = group[0]
         if first.strategy == "none" or first.start not in untrained:
             continue
-        key = *first.start, first.method, loss_of(first)
+        # All images come first: 0 stands for them.
+        shots = first.settings.get("shots") or 0
+        key = *first.start, first.method, shots, loss_of(first)
         if key not in best or mean(group) > mean(best[key]):
             best[key] = group
     rows = []
@@ -850,7 +859,10 @@ def gain_table(runs: Sequence[Run]) -> pd.DataFrame:
         middle, low, high = gain_of(before, group)
         row = {"architecture": first.architecture, "pretraining": first.pretraining}
         row["model"] = first.model
-        row |= {"strategy": first.method, "loss": loss_of(first), "seeds": len(group)}
+        shots = first.settings.get("shots") or ""
+        row |= {"strategy": first.method, "shots": shots, "loss": loss_of(first)}
+        row["label"] = f"{first.method}, shots: {shots}" if shots else first.method
+        row["seeds"] = len(group)
         row |= {"before": before.top1, "after": mean(group)}
         rows.append(row | {"gain": middle, "low": low, "high": high})
     return pd.DataFrame(rows)
@@ -862,6 +874,7 @@ def gain_row(row) -> dict:
         "architecture": row.architecture,
         "pretraining": row.pretraining,
         "strategy": row.strategy,
+        "shots": row.shots,
         "loss": row.loss,
         "seeds": row.seeds,
         "untrained": f"{row.before:.2f}",
@@ -999,6 +1012,7 @@ def base_to_new(protocols: list[list[Run]], output: Path, missing: list[Missing]
             caption = "Top-1 in percent among the base and among the new classes"
             parts.append(f"### {title(runs[0])}")
             parts.append(table(output, name, rows, caption))
+            parts.append(choice_note(runs, len(rows)))
     if not parts:
         what = "base to new classes: no run trained on base classes alone"
         missing.append(Missing(what, ablate_command("base_to_new", protocols[0])))
@@ -1025,19 +1039,22 @@ def wise_ft_command(runs: Sequence[Run]) -> str:
 def wise_ft(
     curves: Sequence[Run], runs: Sequence[Run], output: Path, missing: list[Missing]
 ) -> str:
-    """Return the accuracy between the start and the fine-tuned weights, a panel for each run."""
-    panels = {}
-    for run in curves:
-        rows = curve_rows(run)
-        if rows:
-            panels[f"{label(run)} ({run.split})"] = rows
+    """Return the accuracy between start and fine-tuned weights, a panel for each configuration."""
+    panels: list[tuple[str, list[list[dict]]]] = []  # of each its title, and the curve of each seed
+    for group in grouped(curves):
+        seeds = [rows for rows in map(curve_rows, group) if rows]
+        if seeds:
+            first = group[0]
+            rate = f", lr {first.settings['lr']:g}" if first.settings.get("lr") else ""
+            panels.append((f"{label(first)}{rate} ({first.split})", seeds))
     if not panels:
         what = "WiSE-FT: no evaluation between start and fine-tuned weights"
         missing.append(Missing(what, wise_ft_command(runs)))
         return ""
     figure = figures.wise_ft(panels, output / "wise-ft.png")
+    caption = "WiSE-FT, means over seeds; band: all seeds, of one seed 95% over images"
     heading = "## Between the start and the fine-tuned weights"
-    return paragraphs([heading, picture(figure, "WiSE-FT; band: 95% over images")])
+    return paragraphs([heading, picture(figure, caption)])
 
 
 def curve_rows(run: Run) -> list[dict]:
@@ -1115,7 +1132,7 @@ def forgetting_tables(
         for strategy in sorted(tuned.get(start, {})):
             group, at_home = tuned[start][strategy]
             rows.append(model_point(before, group, at_home))
-            rows += points_between(before, group, curves)
+            rows += points_between(before, group, at_home, curves)
         if not rows:
             continue
         home = untrained_by_start(runs).get(at_home[0].start)
@@ -1143,7 +1160,12 @@ def best_elsewhere(
     """
     best: dict[Start, dict[str, tuple[Group, Group]]] = {}
     by_name = {run.name: run for run in runs}
-    soups = {json.dumps(run.settings["soup"]): run for run in runs if run.settings.get("soup")}
+    # A soup may be evaluated on several splits: the one of the runs that it is the mean of counts.
+    soups = {}
+    for run in runs:
+        if run.settings.get("soup") and run.evaluated in by_name:
+            if run.images == by_name[run.evaluated].images:
+                soups[json.dumps(run.settings["soup"])] = run
     for group in grouped(others):
         first = group[0]
         if first.settings.get("soup"):
@@ -1154,9 +1176,9 @@ def best_elsewhere(
         if None in at_home or len({run.images for run in at_home}) > 1:
             continue
         of_start = best.setdefault(first.start, {})
-        known = of_start.get(first.strategy)
-        if known is None or mean(at_home) > mean(known[1]):
-            of_start[first.strategy] = group, at_home
+        if first.strategy in of_start and mean(at_home) <= mean(of_start[first.strategy][1]):
+            continue
+        of_start[first.strategy] = group, at_home
     return best
 
 
@@ -1183,9 +1205,14 @@ def model_point(before: Run, group: Group, at_home: Group) -> dict:
     }
 
 
-def points_between(before: Run, group: Group, curves: Sequence[Run]) -> list[dict]:
-    """Return the rows between the start and the fine-tuned weights, means over seeds."""
-    curve_of = {run.evaluated: run for run in curves}
+def points_between(before: Run, group: Group, at_home: Group, curves: Sequence[Run]) -> list[dict]:
+    """Return the rows between the start and the fine-tuned weights, means over seeds.
+
+    group, at_home: the same models elsewhere and on flowers.
+    """
+    # A curve of another split or prompt would not end at the point of its model.
+    asked = {(run.name, *question_of(run)) for run in at_home}
+    curve_of = {run.evaluated: run for run in curves if (run.evaluated, *question_of(run)) in asked}
     rows = []
     for run in group:
         if not run.settings.get("wise_ft") or run.evaluated not in curve_of:
@@ -1202,6 +1229,12 @@ def points_between(before: Run, group: Group, curves: Sequence[Run]) -> list[dic
     means = by_alpha.mean()[by_alpha.size() == len(group)].reset_index()
     means = means.assign(lost=before.top1 - means["elsewhere"], seeds=len(group))
     return means.assign(strategy=group[0].strategy, weights="between").to_dict("records")
+
+
+def question_of(run: Run) -> tuple[str, str]:
+    """What a run was asked: digest of its images, and its prompts."""
+    prompts = [run.settings.get(key) for key in ("prompt_template", "prompts_digest")]
+    return run.images, json.dumps(prompts)
 
 
 def forgetting_row(row) -> dict:
@@ -1241,13 +1274,15 @@ def probabilities(protocols: list[list[Run]], output: Path, missing: list[Missin
         parts.append(reliability_figure(groups, output / "reliability.png"))
         caption = (
             "Negative log-likelihood in nats, Brier score (0 to 2) and expected calibration error "
-            f"in percent ({BINS} bins of as many images), each with its 95% bootstrap interval "
-            "over images; the lowest seed of the best settings; calibrated: after division of the "
-            "logits by the temperature T, which is best on val"
+            f"in percent ({calibration.BINS} bins of as many images), each with its 95% bootstrap "
+            "interval over images; the lowest seed of the best settings; calibrated: after "
+            "division of the logits by the temperature T, which is best on val"
         )
         # An evaluation with --calibrated is a row of its own below that of its model.
         calibrated = best_by_strategy([run for run in shown if is_calibrated(run)])
         rows = without_empty([probability_row(group) for group in [*groups, *calibrated]])
+        if shown[0].split == "val" and "T" in rows[0]:
+            caption += "; here T was fitted to these very images: calibrated is flattering"
         parts.append(table(output, "probabilities", rows, caption))
     else:
         what = "whether the probabilities are right: no run has recorded its NLL and ECE"
@@ -1262,7 +1297,7 @@ def probability_row(group: Group) -> dict:
     """Return the cells of the lowest seed of a group; what it has not recorded stays empty."""
     run = group[0]
     calibrated = " calibrated" if is_calibrated(run) else ""
-    row = {"architecture": run.architecture, "strategy": run.strategy + calibrated}
+    row = {"architecture": run.model, "strategy": run.method + calibrated}
     row["top-1"] = f"{run.top1:.2f}"
     for column, key, digits in (("NLL", "nll", 3), ("Brier", "brier", 3), ("ECE", "ece", 1)):
         row[column] = with_interval(run, key, digits)
@@ -1288,24 +1323,24 @@ def with_interval(run: Run, key: str, digits: int) -> str:
 
 
 def reliability_figure(groups: list[Group], path: Path) -> str:
-    """Return the untrained model and the three best strategies of up to three architectures."""
+    """Return the untrained model and the three best methods of up to three models."""
     panels: dict[str, dict[str, pd.DataFrame]] = {}
     for group in sorted(groups, key=mean, reverse=True):
         first = group[0]
         bins = reliability_bins(first)
         if bins is None:
             continue
-        lines = panels.setdefault(first.architecture, {})
+        lines = panels.setdefault(first.model, {})
         # The best come first; the untrained model is always one of them.
         if first.strategy == "none" or len(lines.keys() - {"none"}) < 3:
-            lines[first.strategy] = bins
+            lines[first.method] = bins
     if not panels:
         return ""
     best = dict(list(panels.items())[:3])
     figure = figures.reliability(best, path)
     caption = (
-        f"Accuracy by probability of the best class, {BINS} bins of as many images; on the dotted "
-        "line a probability is what it says, below it the model is too sure"
+        f"Accuracy by probability of the best class, {calibration.BINS} bins of as many images; "
+        "on the dotted line a probability is what it says, below it the model is too sure"
     )
     return picture(figure, caption)
 
@@ -1318,13 +1353,10 @@ def reliability_bins(run: Run) -> pd.DataFrame | None:
     scores = pd.to_numeric(predictions["score1"], errors="coerce").to_numpy()  # (N,)
     if np.isnan(scores).any():
         return None
-    right = (predictions["label"] == predictions["top1"]).to_numpy()
-    order = np.argsort(scores, kind="stable")
-    rows = []
-    for members in np.array_split(order, min(BINS, len(order))):
-        probability = 100 * scores[members].mean()
-        rows.append({"probability": probability, "accuracy": 100 * right[members].mean()})
-    return pd.DataFrame(rows)
+    right = predictions["label"] == predictions["top1"]
+    percent_of = pd.DataFrame({"probability": 100 * scores, "accuracy": 100.0 * right})
+    # The bins of the ECE, in which images of equal probability are together.
+    return percent_of.groupby(calibration.assign_bins(scores)).mean()
 
 
 def temperature_section(
@@ -1338,12 +1370,12 @@ def temperature_section(
     Of the first protocol that varies it. measured: the runs of each protocol with NLL and ECE.
     """
     for runs in measured:
-        found = sweeps(runs, "temperature")
-        if not found:
+        by_temperature = sweeps(runs, "temperature")
+        if not by_temperature:
             continue
         table_rows = []
         curve_rows = []
-        for i, sweep in enumerate(found):
+        for i, sweep in enumerate(by_temperature):
             for members in sweep:
                 table_rows.append(temperature_row(members))
                 curve_rows += [temperature_point(run, i) for run in members]
@@ -1367,8 +1399,8 @@ def temperature_row(members: Group) -> dict:
     note = sweep_note(first)
     temperature = f"{first.settings['temperature']:g}"
     return {
-        "architecture": first.architecture,
-        "strategy": first.strategy,
+        "architecture": first.model,
+        "strategy": first.method,
         "temperature": f"{temperature} ({note})" if note else temperature,
         "seeds": len(members),
         "NLL": f"{mean(members, 'nll'):.3f}",
@@ -1381,8 +1413,8 @@ def temperature_point(run: Run, group: int) -> dict:
     """Return the row of a run, as `figures.temperatures` needs it."""
     return {
         "group": group,
-        "architecture": run.architecture,
-        "strategy": run.strategy,
+        "architecture": run.model,
+        "strategy": run.method,
         "learned": bool(sweep_note(run)),
         "temperature": float(run.settings["temperature"]),
         "top1": run.top1,
@@ -1402,7 +1434,7 @@ def closer_look(runs: Sequence[Run], output: Path, missing: list[Missing]) -> st
     # Classes without images in this split have no accuracy.
     names = sorted(set(runs[0].labels.tolist()))
     accuracy = np.array([class_accuracy(group, names) for group in groups])  # (models, classes)
-    parts = [f"## A closer look: {title(runs[0])}"]
+    parts = [f"## A closer look: {title(runs[0])}", choice_note(runs, len(groups))]
     if len(groups) > 1:
         parts.append(cost_figure(groups, output / "cost.png"))
         parts.append(trained_figure(groups, runs, output / "trained.png"))
@@ -1463,7 +1495,7 @@ def trained_figure(groups: list[Group], runs: Sequence[Run], path: Path) -> str:
         if before is None or first.strategy == "none" or not parameters:
             continue
         middle, low, high = gain_of(before, group)
-        row = {"architecture": first.architecture, "strategy": first.strategy}
+        row = {"architecture": first.model, "strategy": first.method}
         rows.append(row | {"parameters": parameters, "gain": middle, "low": low, "high": high})
     if not rows:
         return ""
@@ -1525,7 +1557,7 @@ def learning_curve(run: Run, losses: np.ndarray) -> pd.DataFrame:
     shown = np.linspace(0, len(epochs) - 1, min(len(epochs), 200)).round().astype(int)
     curve = pd.DataFrame(np.transpose(smooth)[shown], index=pd.Index(epochs[shown], name="epoch"))
     curve = curve.melt(var_name="seed", value_name="loss", ignore_index=False).reset_index()
-    return curve.assign(architecture=run.model, strategy=run.method)
+    return curve.assign(architecture=run.model, strategy=run.method, kind=loss_of(run))
 
 
 def classes_figure(
@@ -1632,8 +1664,8 @@ def confusions_figure(group: Group, path: Path) -> str:
     frequent = sorted(mistakes, key=lambda pair: (-mistakes[pair], pair))[:12]
     rows = []
     for true, predicted in frequent:
-        share = 100 * mistakes[true, predicted] / images[true]
-        rows.append({"true": true, "predicted": predicted, "percent": share})
+        of_class = 100 * mistakes[true, predicted] / images[true]
+        rows.append({"true": true, "predicted": predicted, "percent": of_class})
     if not rows:
         return ""
     name = label(group[0])

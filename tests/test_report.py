@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 from conftest import ROOT, error_line
 
-from flowers.study import comparable, statistics
+from flowers.study import comparable, figures, statistics
 
 NAMES = [f"kind {c:02d}" for c in range(12)]
 BIRDS = [f"bird {c:02d}" for c in range(6)]  # of another dataset
@@ -413,6 +413,8 @@ def test_temperature_after_training(tmp_path, cli):
     text = (tmp_path / "report" / "report.md").read_text()
     (row,) = rows_of(text[text.index("## Are the prob") :], "### val")
     assert (row["T"], row["NLL calibrated"]) == ("1.37", "0.988")
+    # On val the temperature has seen the images.
+    assert "T was fitted to these very images" in text
 
 
 def test_reliability_bins_hold_equal_numbers_of_images(study):
@@ -1018,3 +1020,164 @@ def test_a_soup_of_different_runs_is_mixed(tmp_path):
         "a gone": ("unknown soup", "unknown"),
         "gone a": ("unknown soup", "unknown"),
     }
+
+
+# -----------------------------------------------------------------------------
+# figures, looked at through matplotlib
+
+
+def drawn(monkeypatch, draw, *args):
+    """The figure that a function of `figures` would have saved."""
+    kept = []
+    monkeypatch.setattr(figures, "save", lambda figure, path, pdf: kept.append(figure))
+    draw(*args, None)
+    (figure,) = kept
+    return figure
+
+
+def test_methods_of_one_strategy_have_its_colour_and_a_look_of_their_own(monkeypatch):
+    methods = ["full", "full soup", "linear", "linear (zero_shot)", "linear (cross_modal)"]
+    row = {"architecture": "tiny", "parameters": 10, "gain": 5, "low": 4, "high": 6}
+    table = pd.DataFrame([row | {"strategy": method} for method in methods])
+    figure = drawn(monkeypatch, figures.trained_parameters, table)
+    points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    colours = [line.get_color() for line in points]
+    assert colours == 2 * [figures.STRATEGY_COLOURS["full"]] + 3 * [
+        figures.STRATEGY_COLOURS["linear"]
+    ]
+    looks = {(line.get_color(), line.get_fillstyle()) for line in points}
+    assert len(looks) == len(methods)
+    keys = figure.legends[0].legend_handles
+    assert {(key.get_color(), key.get_fillstyle()) for key in keys[:5]} == looks
+
+    bins = pd.DataFrame({"probability": [10, 90], "accuracy": [10, 90]})
+    lines = {"tiny": dict.fromkeys(methods, bins)}
+    figure = drawn(monkeypatch, figures.reliability, lines)
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines[1:]}
+    assert len(looks) == len(methods)
+
+
+def test_pretrainings_and_methods_have_lines_and_rows_of_their_own(tmp_path, monkeypatch):
+    """Of two pretrainings the worse one does not stand in the place of the better one."""
+    names = {"ViT-B/32": 0.6, "open_clip:ViT-B-32-quickgelu/metaclip_fullcc": 0.4}
+    for i, (architecture, accuracy) in enumerate(names.items()):
+        model = {"architecture": architecture, "trainable_image": 10}
+        write_run(tmp_path, f"none-{i}", accuracy / 2, epochs=0, **model)
+        for start_from in ("random", "zero_shot"):
+            probe = model | {"strategy": "linear", "start_from": start_from}
+            write_run(tmp_path, f"{start_from}-{i}", accuracy, **probe)
+    groups = comparable.best_by_strategy(compared_runs(tmp_path))
+    report = runpy.run_path(str(ROOT / "report.py"))
+    models = {"ViT-B/32 (openai)", "ViT-B/32 (metaclip)"}
+    methods = {"none", "linear", "linear (zero_shot)"}
+
+    shown = {}
+    monkeypatch.setattr(figures, "reliability", lambda panels, path: shown.update(panels) or path)
+    report["reliability_figure"](groups, tmp_path / "x.png")
+    assert shown.keys() == models
+    assert all(lines.keys() == methods for lines in shown.values())
+
+    rows = [report["probability_row"](group) for group in groups]
+    assert {(row["architecture"], row["strategy"]) for row in rows} == {
+        (model, method) for model in models for method in methods
+    }
+    tables = []
+    monkeypatch.setattr(
+        figures, "trained_parameters", lambda table, path: tables.append(table) or path
+    )
+    report["trained_figure"](groups, tmp_path / "x.png")
+    assert set(tables[0]["architecture"]) == models
+    assert set(tables[0]["strategy"]) == methods - {"none"}
+
+
+def test_reliability_bins_are_those_of_the_ece(tmp_path):
+    """Two probabilities alone are two bins, whatever the order of the files."""
+    write_run(tmp_path, "a", 0.5, n=200)
+    path = tmp_path / "a" / "predictions.csv"
+    frame = pd.read_csv(path)
+    frame["score1"] = np.where(np.arange(200) % 3 == 0, 0.25, 0.75)
+    frame.to_csv(path, index=False)
+    (run,) = compared_runs(tmp_path)
+    bins = runpy.run_path(str(ROOT / "report.py"))["reliability_bins"](run)
+    assert bins["probability"].tolist() == [25, 75]
+    right = frame["label"] == frame["top1"]
+    accuracy = 100 * right.groupby(frame["score1"]).mean()
+    np.testing.assert_allclose(bins["accuracy"], accuracy)
+
+
+def test_learning_curves_of_two_losses_have_two_panels(tmp_path, monkeypatch):
+    write_run(tmp_path, "full", 0.5)
+    write_run(tmp_path, "text", 0.5, strategy="text", loss="sigmoid")
+    groups = comparable.best_by_strategy(compared_runs(tmp_path))
+    report = runpy.run_path(str(ROOT / "report.py"))
+    curves = [report["learning_curve"](run, np.ones((1, 40))) for (run,) in groups]
+    figure = drawn(monkeypatch, figures.learning_curves, pd.concat(curves))
+    titles = [axis.get_title() for axis in figure.axes if axis.lines]
+    assert titles == ["tiny, info_nce", "tiny, sigmoid"]
+    assert all("InfoNCE" not in axis.get_ylabel() for axis in figure.axes)
+    assert not figure.axes[0].get_shared_y_axes().joined(*figure.axes[:2])
+
+
+def test_a_curve_on_flowers_is_of_the_images_and_prompts_of_its_model(tmp_path):
+    """Curves on test and with another prompt, last by name, stand beside a point on val."""
+    report = runpy.run_path(str(ROOT / "report.py"))
+    write_run(tmp_path, "before", 0.3, epochs=0)
+    write_run(tmp_path, "trained", 0.6)
+    model = {"job": "eval", "architecture": "x/trained", "wise_ft": [1, 0.5, 0]}
+    other_prompt = model | {"prompt_template": ["{}"]}
+    birds = model | {"n": 90, "names": BIRDS, "data_root": "birds"}
+    evaluations = [("a", "val", model, 70), ("b", "test", model, 10), ("c", "val", other_prompt, 5)]
+    evaluations.append(("birds", "test", birds, 40))
+    for name, split, settings, top1 in evaluations:
+        write_run(tmp_path, name, 0.5, split, **settings)
+        write_curve(tmp_path / name, split, [top1 + 2, top1, top1 - 2])
+    runs = {run.name: run for run in compared_runs(tmp_path)}
+    curves = [runs["a"], runs["b"], runs["c"]]
+    ends = [runs["before"], [runs["birds"]], [runs["trained"]]]
+    rows = report["points_between"](*ends, curves)
+    assert [row["top1"] for row in rows] == [68, 70, 72]
+    assert not report["points_between"](*ends, curves[1:])
+
+
+def test_shots_have_rows_of_their_own_and_a_choice_is_said(tmp_path):
+    report = runpy.run_path(str(ROOT / "report.py"))
+    write_run(tmp_path, "before", 0.3, epochs=0)
+    for shots in (1, 16):
+        write_run(tmp_path, f"shots-{shots}", 0.3 + shots / 50, shots=shots)
+    text = report["gains"]([compared_runs(tmp_path)], tmp_path, [])
+    assert [row["shots"] for row in rows_of("\n" + text, "### val")] == ["1", "16"]
+    assert "flattering" not in text
+
+    for lr in (1e-4, 1e-2):
+        write_run(tmp_path, f"lr-{lr}", 0.5, lr=lr)
+    runs = compared_runs(tmp_path)
+    text = report["gains"]([runs], tmp_path, [])
+    assert [row["shots"] for row in rows_of("\n" + text, "### val")] == ["", "1", "16"]
+    assert "The best 3 of 4 configurations" in text
+    assert "flattering" in report["closer_look"](runs, tmp_path, [])
+
+    for lr in (1e-4, 1e-2):
+        write_run(tmp_path, f"base-{lr}", 0.5, lr=lr, classes="base")
+    of_base = [run for run in compared_runs(tmp_path) if run.trained_on == "base"]
+    assert "The best 1 of 2 configurations" in report["base_to_new"]([of_base], tmp_path, [])
+
+
+def test_between_two_weights_seeds_are_one_panel_and_rates_several(tmp_path, monkeypatch):
+    report = runpy.run_path(str(ROOT / "report.py"))
+    model = {"job": "eval", "wise_ft": [1, 0.5, 0]}
+    for lr, seed, top1 in ((1e-3, 0, 50), (1e-3, 1, 60), (1e-2, 0, 20)):
+        name = f"{lr}-{seed}"
+        write_run(tmp_path, name, 0.5, lr=lr, seed=seed)
+        write_run(tmp_path, f"curve-{name}", 0.5, architecture=f"x/{name}", **model)
+        write_curve(tmp_path / f"curve-{name}", "val", [top1 + 2, top1, top1 - 2])
+    curves = [run for run in compared_runs(tmp_path) if run.settings.get("wise_ft")]
+    draw = figures.wise_ft
+    shown = []
+    monkeypatch.setattr(figures, "wise_ft", lambda panels, path: shown.append(panels) or path)
+    report["wise_ft"](curves, [], tmp_path, [])
+    figure = drawn(monkeypatch, draw, *shown)
+    lines = {axis.get_title(): list(axis.lines[0].get_ydata()) for axis in figure.axes[:2]}
+    one, two = "tiny full, lr 0.001 (val)", "tiny full, lr 0.01 (val)"
+    assert lines == {one: [53, 55, 57], two: [18, 20, 22]}
+    bands = [axis.collections[0].get_datalim(axis.transData).intervaly for axis in figure.axes]
+    assert [tuple(band) for band in bands] == [(48, 62), (13, 27)]

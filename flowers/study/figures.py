@@ -5,6 +5,7 @@ distributions, heat maps. Its bar and point plots estimate their own intervals, 
 the values whose interval is given (Student, Wilson, bootstrap).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from flowers.figures import PALETTE, plt, save
+from flowers.study.comparable import SOUP
 
 COLUMN, PAGE = 3.3, 7.0  # widths in inches
 
@@ -32,10 +34,12 @@ STRATEGY_COLOURS = {
     "norm": "#882255",
     "projection": "#999933",
 }
-OTHER_COLOUR = "#8c510a"  # brown: strategies of Qwen-VL, or from elsewhere
+OTHER_COLOUR = "#8c510a"  # brown: zero-shot answers of Qwen-VL, or strategies from elsewhere
 # Of the architectures, by their order in a figure. All markers are filled: seaborn mixes no kinds.
 MARKERS = "os^Dv<>Ph*X"
 DASHES = ("-", "--", ":", "-.")
+# Of the methods of one strategy, which share its colour: markers are filled in part.
+FILLS = ("full", "left", "bottom", "right", "top")
 STYLE = {
     "font.size": 7,
     "axes.titlesize": 7.5,
@@ -121,28 +125,29 @@ def cost(table: pd.DataFrame, path: Path) -> Path:
         "gflops": "image tower (GFLOPs an image)",
         "seconds": "training time (s)",
     }
-    architectures = table["architecture"].unique()
+    architectures = list(table["architecture"].unique())
     strategies = table["strategy"].unique()
-    markers = {name: _marker(i) for i, name in enumerate(architectures)}
+    variants = _variants(strategies)
     figure, axes = _figure(PAGE, 2.3, columns=3, sharey=True)
     for axis, (column, label) in zip(axes[0], panels.items()):
-        known = table[table[column] > 0]  # a log axis has no 0
-        sns.scatterplot(
-            data=known,
-            x=column,
-            y="top1",
-            hue="strategy",
-            palette=_palette(strategies),
-            style="architecture",
-            markers=markers,
-            s=25,
-            edgecolor="white",  # tells points apart that overlap
-            linewidth=0.3,
-            legend=False,
-            ax=axis,
-        )
+        measured = table[table[column] > 0]  # a log axis has no 0
+        # A row at a time, as a point has a colour, a marker and a filling of its own.
+        for row in measured.itertuples():
+            variant = variants[row.strategy]
+            fill = _colour(row.strategy)
+            axis.plot(
+                getattr(row, column),
+                row.top1,
+                marker=_marker(architectures.index(row.architecture)),
+                markersize=5,
+                color=fill,
+                fillstyle=_fill(variant),
+                # A white edge tells points apart that overlap; half a marker needs its outline.
+                markeredgecolor=fill if variant else "white",
+                markeredgewidth=0.5 if variant else 0.3,
+            )
         axis.set(xlabel=label, ylabel="top-1 accuracy (%)")
-        _log_where_wide(axis, known[column])
+        _log_where_wide(axis, measured[column])
         axis.grid(linewidth=0.3)
     _legend(figure, strategies, architectures, lines=False)
     return save(figure, path, pdf=True)
@@ -151,15 +156,16 @@ def cost(table: pd.DataFrame, path: Path) -> Path:
 def gains(table: pd.DataFrame, path: Path) -> Path:
     """Draw the gain over the untrained model with its interval, a panel for each model.
 
-    Columns: model (title of the panel), strategy, loss, gain, low, high, in points; a row for each
-    trained model. A loss is a marker; those of one strategy stand below each other.
+    Columns: model (title of the panel), label (of the line), strategy, loss, gain, low, high, in
+    points; a row for each trained model. A loss is a marker; those of one line stand below each
+    other.
     """
     losses = list(table["loss"].unique())
-    strategies = list(table["strategy"].unique())
+    labels = list(table["label"].unique())
     models = table["model"].nunique()
     columns = min(3, models)
     rows = -(-models // columns)  # rounded up
-    height = 0.6 + rows * (0.45 + 0.17 * len(strategies))
+    height = 0.6 + rows * (0.45 + 0.17 * len(labels))
     figure, axes = _figure(
         PAGE if columns > 1 else COLUMN, height, rows, columns, sharex=True, sharey=True
     )
@@ -169,14 +175,14 @@ def gains(table: pd.DataFrame, path: Path) -> Path:
         # A row at a time, as errorbar takes one colour for all of its points.
         for row in panel.itertuples():
             index = losses.index(row.loss)
-            # Losses of one strategy share the height of its line.
+            # The losses share the height of a line.
             shift = 0.6 * ((index + 0.5) / len(losses) - 0.5)
-            y = strategies.index(row.strategy) + shift
+            y = labels.index(row.label) + shift
             _gain_point(axis, row, row.gain, y, index, along="x")
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set(title=model, xlabel="gain (points), 95% interval")
-        axis.set(yticks=range(len(strategies)), yticklabels=strategies)
-        axis.set_ylim(len(strategies) - 0.5, -0.5)  # the first row on top
+        axis.set(yticks=range(len(labels)), yticklabels=labels)
+        axis.set_ylim(len(labels) - 0.5, -0.5)  # the first row on top
         axis.grid(axis="x", linewidth=0.3)
     if len(losses) > 1:
         handles = []
@@ -194,18 +200,20 @@ def trained_parameters(table: pd.DataFrame, path: Path) -> Path:
     each model.
     """
     architectures = list(table["architecture"].unique())
+    variants = _variants(table["strategy"])
     figure, axes = _figure(COLUMN, 2.9)
     axis = axes[0, 0]
     for row in table.itertuples():
         index = architectures.index(row.architecture)
-        _gain_point(axis, row, row.parameters, row.gain, index, along="y")
+        point = _gain_point(axis, row, row.parameters, row.gain, index, along="y")
+        point.set_fillstyle(_fill(variants[row.strategy]))
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(xlabel="trained parameters", ylabel="gain (points), 95% interval")
     _log_where_wide(axis, table["parameters"])
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
     axis.grid(linewidth=0.3)
     strategies = table["strategy"].unique()
-    _legend(figure, strategies, architectures, lines=False, in_a_row=4)
+    _legend(figure, strategies, architectures, lines=False)
     return save(figure, path, pdf=True)
 
 
@@ -273,26 +281,28 @@ def _draw_forgetting(axis, rows: pd.DataFrame, fill: str) -> None:
 
 
 def reliability(panels: dict[str, dict[str, pd.DataFrame]], path: Path) -> Path:
-    """Draw accuracy against the probability of the best class, a panel for each architecture.
+    """Draw accuracy against the probability of the best class, a panel for each model.
 
     Args:
-        panels: architecture -> strategy -> bins by rising probability; columns: probability and
+        panels: model -> method -> bins by rising probability; columns: probability and
             accuracy, the means of a bin in percent.
     """
     # "none", the untrained model, is a line of all panels, and the first key.
     names = {name for lines in panels.values() for name in lines}
     strategies = sorted(names, key=lambda name: (name != "none", name))
+    variants = _variants(strategies)
     # A panel is a square.
     width = COLUMN if len(panels) == 1 else 2.3 * len(panels)
     options = {"columns": len(panels), "sharex": True, "sharey": True}
-    figure, axes = _figure(width, 0.4 + (2.6 if len(panels) == 1 else 2.2), **options)
-    for axis, (architecture, lines) in zip(axes[0], panels.items()):
+    figure, axes = _figure(width, 0.6 + (2.6 if len(panels) == 1 else 2.2), **options)
+    for axis, (model, lines) in zip(axes[0], panels.items()):
         axis.plot([0, 100], [0, 100], color="black", linewidth=0.6, linestyle=":")
         for strategy, bins in lines.items():
-            axis.plot("probability", "accuracy", data=bins, marker=".", color=_colour(strategy))
-        axis.set(title=architecture, xlabel="probability (%)", ylabel="accuracy (%)")
+            style = {"color": _colour(strategy), "linestyle": _dash(variants[strategy])}
+            axis.plot("probability", "accuracy", data=bins, marker=".", **style)
+        axis.set(title=model, xlabel="probability (%)", ylabel="accuracy (%)")
         axis.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
-    _legend(figure, strategies, [], lines=True, in_a_row=4 if len(panels) == 1 else 8)
+    _legend(figure, strategies, [], lines=True)
     return save(figure, path, pdf=True)
 
 
@@ -305,6 +315,7 @@ def temperatures(table: pd.DataFrame, path: Path) -> Path:
     panels = {"nll": "NLL (nats)", "ece": "ECE (%)", "top1": "top-1 accuracy (%)"}
     architectures = list(table["architecture"].unique())
     strategies = table["strategy"].unique()
+    variants = _variants(strategies)
     figure, axes = _figure(PAGE, 2.3, columns=3)
     for axis, (column, label) in zip(axes[0], panels.items()):
         # Drawn one by one: two lines may have the same architecture and strategy.
@@ -321,6 +332,7 @@ def temperatures(table: pd.DataFrame, path: Path) -> Path:
                 color=fill,
                 linestyle=_dash(index),
                 marker=_marker(index),
+                fillstyle=_fill(variants[first["strategy"]]),
                 # Hollow markers where the temperature is only where training starts.
                 markerfacecolor="white" if first["learned"] else fill,
                 markeredgecolor=fill,
@@ -346,6 +358,7 @@ def factor_curves(table: pd.DataFrame, path: Path) -> Path:
     """
     architectures = list(table["architecture"].unique())
     strategies = table["strategy"].unique()
+    variants = _variants(strategies)
     figure, axes = _panels(table["factor"].nunique(), 0.5)
     for axis, (factor, panel) in zip(axes, table.groupby("factor", sort=False)):
         # Two lines may have the same architecture and strategy, as other settings differ: hue and
@@ -363,6 +376,7 @@ def factor_curves(table: pd.DataFrame, path: Path) -> Path:
                 color=fill,
                 linestyle=_dash(index),
                 marker=_marker(index),
+                fillstyle=_fill(variants[first["strategy"]]),
                 # Hollow markers where the factor is only where training starts.
                 markerfacecolor="white" if first["note"] else fill,
                 markeredgecolor=fill,
@@ -382,35 +396,43 @@ def factor_curves(table: pd.DataFrame, path: Path) -> Path:
 
 
 def learning_curves(table: pd.DataFrame, path: Path) -> Path:
-    """Draw training loss by epoch, a panel for each architecture; band: all seeds.
+    """Draw training loss by epoch, a panel for each model and kind of loss; band: all seeds.
 
-    Columns: architecture, strategy, seed, epoch, loss; a row for each seed and step.
+    Columns: architecture, kind (of loss), strategy, seed, epoch, loss (nats); a row for each seed
+    and step.
     """
     strategies = table["strategy"].unique()
-    figure, axes = _panels(table["architecture"].nunique(), 0.5, sharey=True)
-    for axis, (architecture, curves) in zip(axes, table.groupby("architecture", sort=False)):
-        sns.lineplot(
-            data=curves,
-            x="epoch",
-            y="loss",
-            hue="strategy",
-            palette=_palette(strategies),
-            errorbar=ALL_SEEDS,
-            err_kws={"linewidth": 0},
-            legend=False,
-            ax=axis,
-        )
-        axis.set(xlabel="epoch", ylabel="InfoNCE loss (nats)", title=architecture)
+    variants = _variants(strategies)
+    panels = table.groupby(["architecture", "kind"], sort=False)
+    # Losses of two kinds have no common scale.
+    figure, axes = _panels(panels.ngroups, 0.5, sharey=table["kind"].nunique() == 1)
+    for axis, ((architecture, kind), curves) in zip(axes, panels):
+        for strategy, curve in curves.groupby("strategy", sort=False):
+            sns.lineplot(
+                data=curve,
+                x="epoch",
+                y="loss",
+                errorbar=ALL_SEEDS,
+                err_kws={"linewidth": 0},
+                color=_colour(strategy),
+                linestyle=_dash(variants[strategy]),
+                ax=axis,
+            )
+        # All three are negative log-likelihoods.
+        axis.set(xlabel="epoch", ylabel="training loss (nats)", title=f"{architecture}, {kind}")
     _legend(figure, strategies, [], lines=True)
     return save(figure, path, pdf=True)
 
 
-def wise_ft(panels: dict[str, list[dict]], path: Path) -> Path:
-    """Draw top-1 between the weights at the start and the fine-tuned ones; band: 95% over images.
+def wise_ft(panels: Sequence[tuple[str, list[list[dict]]]], path: Path) -> Path:
+    """Draw top-1 between the weights at the start and the fine-tuned ones, means over seeds.
+
+    The band is from the lowest to the highest seed, or the 95% interval over images of one seed.
 
     Args:
-        panels: model -> rows by rising alpha, the share of the fine-tuned weights. Each row has
-            alpha, top1, top1_low, top1_high and, if known, base_top1 and new_top1.
+        panels: of each the title and the curve of each seed: rows by rising alpha, the share of the
+            fine-tuned weights. Each row has alpha, top1, top1_low, top1_high and, if known,
+            base_top1 and new_top1.
     """
     lines = [
         ("top1", "all classes", "o", PALETTE[0]),
@@ -418,16 +440,22 @@ def wise_ft(panels: dict[str, list[dict]], path: Path) -> Path:
         ("new_top1", "new among new", "^", PALETTE[2]),
     ]
     figure, axes = _panels(len(panels), 0.4, sharey=True)
-    for axis, (name, rows) in zip(axes, panels.items()):
-        table = pd.DataFrame(rows)
-        low, high = table["top1_low"], table["top1_high"]
-        axis.fill_between(table["alpha"], low, high, color=PALETTE[0], alpha=0.2, linewidth=0)
+    for axis, (title, seeds) in zip(axes, panels):
+        by_alpha = pd.concat([pd.DataFrame(rows) for rows in seeds]).groupby("alpha")
+        # A seed that lacks an alpha would bend the line.
+        complete = by_alpha.size() == len(seeds)
+        means = by_alpha.mean()[complete]
+        if len(seeds) > 1:
+            low, high = by_alpha["top1"].min()[complete], by_alpha["top1"].max()[complete]
+        else:
+            low, high = means["top1_low"], means["top1_high"]
+        axis.fill_between(means.index, low, high, color=PALETTE[0], alpha=0.2, linewidth=0)
         # Accuracies among base and new classes are known after training on base classes only.
         for column, label, marker, fill in lines:
-            if column in table and table[column].notna().all():
-                axis.plot("alpha", column, data=table, marker=marker, color=fill, label=label)
+            if column in means and means[column].notna().all():
+                axis.plot(means.index, means[column], marker=marker, color=fill, label=label)
         axis.set(xlabel="share of the fine-tuned weights (alpha)", ylabel="top-1 accuracy (%)")
-        axis.set_title(name)
+        axis.set_title(title)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return save(figure, path, pdf=True)
 
@@ -574,17 +602,30 @@ def _panels(count: int, margin: float, **options):
     return figure, axes.flat[:count]
 
 
-def _colour(strategy: str) -> str:
-    # The mean of several runs has the colour of their strategy: see comparable.SOUP.
-    return STRATEGY_COLOURS.get(strategy.removesuffix(" soup"), OTHER_COLOUR)
+def _colour(method: str) -> str:
+    """The colour of a method's strategy: that of linear for "linear (zero_shot)"."""
+    strategy, _, _ = method.partition(" (")
+    # The mean of several runs has the colour of their strategy.
+    return STRATEGY_COLOURS.get(strategy.removesuffix(SOUP), OTHER_COLOUR)
 
 
-def _palette(strategies: Iterable[str]) -> dict[str, str]:
-    return {strategy: _colour(strategy) for strategy in strategies}
+def _variants(methods: Iterable[str]) -> dict[str, int]:
+    """The position of each method among those of its colour, which it is told apart by."""
+    counts: Counter = Counter()
+    positions = {}
+    for method in dict.fromkeys(methods):
+        fill = _colour(method)
+        positions[method] = counts[fill]
+        counts[fill] += 1
+    return positions
 
 
 def _marker(index: int) -> str:
     return MARKERS[index % len(MARKERS)]
+
+
+def _fill(variant: int) -> str:
+    return FILLS[variant % len(FILLS)]
 
 
 def _lengths(middle: float, low: float, high: float) -> list[list[float]]:
@@ -592,14 +633,15 @@ def _lengths(middle: float, low: float, high: float) -> list[list[float]]:
     return [[np.nan_to_num(max(middle - low, 0))], [np.nan_to_num(max(high - middle, 0))]]
 
 
-def _gain_point(axis, row, x: float, y: float, index: int, along: str) -> None:
+def _gain_point(axis, row, x: float, y: float, index: int, along: str) -> Line2D:
     """The gain of a model as a point, with its interval along x or y; index: of its marker.
 
     row: strategy, gain, low and high.
     """
     lengths = {f"{along}err": _lengths(row.gain, row.low, row.high)}
     style = {"marker": _marker(index), "color": _colour(row.strategy)}
-    axis.errorbar(x, y, **lengths, **style, elinewidth=0.8, capsize=1.5, alpha=0.9)
+    point, *_ = axis.errorbar(x, y, **lengths, **style, elinewidth=0.8, capsize=1.5, alpha=0.9)
+    return point
 
 
 def _dash(index: int) -> str:
@@ -611,24 +653,32 @@ def _legend(
     strategies: Sequence[str],
     architectures: Sequence[str],
     lines: bool,
-    in_a_row: int = 8,
 ) -> None:
     """One legend below all panels: a strategy is a colour, an architecture a marker.
 
-    With `lines` a strategy's key is a line and an architecture has a line style, too. A column's
-    width takes four keys in a row, a page's eight.
+    With `lines` a strategy's key is a line and an architecture has a line style, too. Methods of
+    one strategy differ in the filling of the marker, or in the dash where no architecture has it.
     """
-    strategy_style = {"linestyle": "-"} if lines else {"linestyle": "", "marker": "o"}
     handles = []
-    for strategy in strategies:
-        handle = Line2D([], [], color=_colour(strategy), label=strategy, **strategy_style)
+    for strategy, variant in _variants(strategies).items():
+        handle = Line2D([], [], color=_colour(strategy), label=strategy)
+        if lines and not len(architectures):
+            handle.set_linestyle(_dash(variant))
+        elif variant or not lines:
+            handle.set(marker="o", fillstyle=_fill(variant))
+            handle.set_linestyle("-" if lines else "")
         handles.append(handle)
     for index, architecture in enumerate(architectures):
         handle = Line2D([], [], color="black", label=architecture, marker=_marker(index))
         handle.set_linestyle(_dash(index) if lines else "")
         handles.append(handle)
+    # As many in a row as the longest takes: 0.05 inches a letter, 0.35 for what stands before it.
+    longest = max(len(handle.get_label()) for handle in handles)
+    in_a_row = max(2, int(figure.get_figwidth() / (0.35 + 0.05 * longest)))
     # Rows of equal length.
     rows = -(-len(handles) // in_a_row)
+    # The figures have room for two; more of them must not press the panels flat.
+    figure.set_figheight(figure.get_figheight() + 0.15 * max(0, rows - 2))
     figure.legend(
         handles=handles,
         loc="outside lower center",
