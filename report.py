@@ -829,7 +829,7 @@ def gains(protocols: list[list[Run]], output: Path, missing: list[Missing]) -> s
             parts.append(picture(figure, "Gain over the untrained model, by strategy and loss"))
         parts.append(table(output, name, rows, caption))
         starts = untrained_by_start(runs)
-        trained = [run for run in runs if run.strategy != "none" and start_of(run) in starts]
+        trained = [run for run in runs if run.strategy != "none" and run.start in starts]
         parts.append(choice_note(trained, len(rows)))
     if not parts:
         what = "the gain of fine-tuning: no untrained model beside a trained one on the same images"
