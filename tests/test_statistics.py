@@ -319,6 +319,21 @@ def test_decompose_keeps_clusters_together():
     assert width["blind"] < 0.85 * width["once"]
 
 
+def test_decompose_has_the_whole_spread_of_few_seeds():
+    """Where only seeds vary: unscaled, the ends were the least and the best seed themselves."""
+    clusters = np.repeat([0, 1], 100)  # a cluster in each half: images are no draw
+    for right in ([64, 70], [60, 65, 76]):
+        seeds = len(right)
+        percent = np.array([[50] * seeds, right])  # the untrained model, the trained one
+        correct = np.tile(np.arange(100), 2) < percent[..., None]
+        result = statistics.decompose(correct, ["strategy"], [0], 1000, clusters=clusters)
+        mean = np.mean(right)
+        # All draws of one seed: 1 of 4 with two of them, 1 of 27 with three, more than 2.5%.
+        scale = math.sqrt(seeds / (seeds - 1))
+        least, best = (mean + scale * (end - mean) for end in (min(right), max(right)))
+        assert result["gain"]["total"] == pytest.approx((mean - 50, least - 50, best - 50))
+
+
 def test_decompose_without_any_difference_has_no_share():
     correct = np.ones((2, 2, 2, 2, 50), bool)
     result = statistics.decompose(correct, FACTORS, [0, 0, 0], rounds=5)

@@ -320,7 +320,10 @@ def decompose(
     """Divide variance and gain among the factors of a grid, with 95% bootstrap intervals.
 
     The bootstrap (Efron 1979, percentile intervals) draws images anew, within each of the two
-    halves between which choosing and measuring alternate, and seeds anew within each cell.
+    halves between which choosing and measuring alternate, and seeds anew within each cell. n drawn
+    seeds vary less than n new ones would, by (n - 1) / n: what is drawn is each seed's deviation
+    from the mean of its cell times sqrt(n / (n - 1)). Percentiles of two or three seeds are too
+    narrow all the same (docs/study.md).
 
     Args:
         correct: (levels of factor 1, ..., levels of factor k, seeds, images) bool. Level 0 of
@@ -346,24 +349,30 @@ def decompose(
     in_first[rng.permutation(n_clusters)[: n_clusters // 2]] = True
     first_half = in_first[clusters]  # (images,)
 
-    def estimate(weights: np.ndarray, seed_index: np.ndarray) -> Division:
-        """All divisions, with images (images,) weighted and seeds (levels ..., seeds) chosen."""
+    def estimate(weights: np.ndarray, seed_index: np.ndarray, scale: float = 1.0) -> Division:
+        """All divisions, with images (images,) weighted and seeds (levels ..., seeds) chosen.
+
+        scale: of the deviations of the seeds from the mean of their cell.
+        """
         accuracy = []
         for half in (first_half, ~first_half):
             half_weights = weights * half
             mean = percent @ half_weights / half_weights.sum()  # (cells * seeds,)
-            mean = mean.reshape(*levels, seeds)
-            accuracy.append(np.take_along_axis(mean, seed_index, axis=-1))
+            of_seeds = mean.reshape(*levels, seeds)
+            of_cells = of_seeds.mean(axis=-1, keepdims=True)
+            scaled = of_cells + scale * (of_seeds - of_cells)
+            accuracy.append(np.take_along_axis(scaled, seed_index, axis=-1))
         return _divide(*accuracy, first_half.mean(), factors, reference)
 
     # The estimate itself takes each image and each seed once.
     each_seed = np.broadcast_to(np.arange(seeds), (*levels, seeds))
     estimates = estimate(np.ones(images), each_seed)
+    scale = math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
     resampled = []
     for _ in range(rounds):
         weights = _draw_clusters(in_first, rng)[clusters]
         seed_index = rng.integers(seeds, size=(*levels, seeds))
-        resampled.append(estimate(weights, seed_index))
+        resampled.append(estimate(weights, seed_index, scale))
     return _with_intervals(estimates, resampled)
 
 
