@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flowers.duplicates import near_duplicates, write_duplicates
+from flowers.duplicates import _descriptors, near_duplicates, write_duplicates
 
 
 def draw_images(n: int, resolution: int) -> torch.Tensor:
@@ -26,6 +26,33 @@ def test_near_duplicates_are_found_and_nothing_else():
         clusters = near_duplicates(pixels, np.arange(40))
         groups = [np.flatnonzero(clusters == c).tolist() for c in np.unique(clusters)]
         assert [group for group in groups if len(group) > 1] == [[3, 7, 9], [20, 21]]
+
+
+def test_the_resolution_does_not_change_the_groups():
+    """Every third pixel of 224 was compared: of fine texture, that is another picture."""
+    generator = torch.Generator().manual_seed(0)
+    texture = 50 * torch.randn(6, 1, 448, 448, generator=generator)
+    large = (draw_images(6, 448) + texture).clamp(0, 255)
+    large[1] = large[0]
+    large[3] = (0.4 * large[2] + 0.6 * large[4]).floor()
+    described = []
+    for resolution in (64, 224, 448):
+        pixels = F.interpolate(large, (resolution, resolution), mode="bicubic", antialias=True)
+        pixels = pixels.clamp(0, 255).byte()
+        assert near_duplicates(pixels, np.arange(6)).tolist() == [0, 0, 1, 2, 3, 4]
+        described.append(torch.cat(_descriptors(pixels, torch.arange(6)), dim=1))
+    for other in described[1:]:
+        assert ((described[0] * other).sum(1) / 3).min() > 0.99
+
+
+def test_one_shape_in_two_colours_is_no_near_duplicate():
+    """Drawn flowers of one shape, and orchids before a dark wall, were joined by their outlines."""
+    grey = draw_images(4, 64).float().mean(1, keepdim=True).expand(-1, 3, -1, -1).clone()
+    grey[1] = grey[0]  # without any colour, and twice
+    grey[3] = grey[2]
+    tint = torch.tensor([[1.0, 0.5, 0.1], [0.1, 0.5, 1.0]])
+    grey[2:] *= tint[:, :, None, None]  # red and blue
+    assert near_duplicates(grey.byte(), np.arange(4)).tolist() == [0, 0, 1, 2]
 
 
 def test_what_is_written_is_about_the_evaluated_images(tmp_path):

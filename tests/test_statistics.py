@@ -57,15 +57,45 @@ def test_variances_are_those_of_an_analysis_of_variance():
         for i in range(images)
     ) / (n - 1)
     seeds = sum((of_seed - mean) ** 2) / (n - 1)
-    of_images, of_seeds = statistics._variances(correct, np.arange(images), chance=0.5)
+    of_images, of_seeds = statistics._variances(correct, np.arange(images))
     assert of_images == pytest.approx(sum((of_image - mean) ** 2) / images**2)
-    assert of_seeds == pytest.approx(max(0, seeds - residual / images**2 / 2) / n)
+    assert of_seeds == pytest.approx(max(0, seeds - residual / images**2 / 2))
 
 
 def test_seeds_that_agree_have_the_interval_of_their_images():
     """Two seeds of 12.1% had Student's interval [12.1, 12.1]."""
     correct = np.tile(np.arange(240) < 29, (2, 1))
     assert statistics.mean_interval(correct) == pytest.approx((29 / 2.4, *wilson(29, 240)))
+
+
+def test_the_interval_of_two_seeds_grows_smoothly_with_what_they_differ_by():
+    """600 of 1,000 images right against 642 gave a half-width of 5 points, against 643 24."""
+    image = np.arange(1000)
+    widths = []
+    for right in range(601, 660):
+        _, low, high = statistics.mean_interval(np.stack([image < 600, image < right]))
+        widths.append(high - low)
+    steps = np.diff(widths)
+    assert (steps >= 0).all()
+    assert steps.max() < 0.5
+    assert widths[-1] > 2 * widths[0]
+
+
+def test_the_spread_of_seeds_is_moderated_as_in_smyth_2004():
+    """Three seeds of 50, 50 and 59%, by hand; all images are one draw, and so without chance."""
+    correct = np.arange(100) < np.array([[50], [50], [59]])
+    clusters = np.arange(100) // 100
+    p = 0.53
+    s0_squared = 0.01**2 * p * (1 - p) / 0.25
+    s_squared = np.var([0.5, 0.5, 0.59], ddof=1)
+    moderated = (1 * s0_squared + 2 * s_squared) / (1 + 2)
+    t = 3.182446  # of a printed table: 3 degrees of freedom
+    half_width = statistics._seed_half_width(correct, clusters)
+    assert half_width == pytest.approx(t * math.sqrt(moderated / 3), rel=1e-6)
+
+    # A difference has that of each of its models.
+    _, low, high = statistics.difference_interval(correct, correct[:1], clusters)
+    assert (high - low) / 200 == pytest.approx(math.hypot(half_width, 1.959964 / 100), rel=1e-6)
 
 
 def test_intervals_do_not_depend_on_the_order_and_a_cluster_is_one_draw():
@@ -287,6 +317,21 @@ def test_decompose_keeps_clusters_together():
         width[name] = high - low
     assert width["clustered"] == pytest.approx(width["once"], rel=1e-6)
     assert width["blind"] < 0.85 * width["once"]
+
+
+def test_decompose_has_the_whole_spread_of_few_seeds():
+    """Where only seeds vary: unscaled, the ends were the least and the best seed themselves."""
+    clusters = np.repeat([0, 1], 100)  # a cluster in each half: images are no draw
+    for right in ([64, 70], [60, 65, 76]):
+        seeds = len(right)
+        percent = np.array([[50] * seeds, right])  # the untrained model, the trained one
+        correct = np.tile(np.arange(100), 2) < percent[..., None]
+        result = statistics.decompose(correct, ["strategy"], [0], 1000, clusters=clusters)
+        mean = np.mean(right)
+        # All draws of one seed: 1 of 4 with two of them, 1 of 27 with three, more than 2.5%.
+        scale = math.sqrt(seeds / (seeds - 1))
+        least, best = (mean + scale * (end - mean) for end in (min(right), max(right)))
+        assert result["gain"]["total"] == pytest.approx((mean - 50, least - 50, best - 50))
 
 
 def test_decompose_without_any_difference_has_no_share():

@@ -17,8 +17,11 @@ Interval = tuple[float, float, float]  # estimate, lower end, upper end
 Division = dict[str, dict[str, float]]  # variance, gain or share -> factor -> value
 
 Z = float(stats.norm.ppf(0.975))
-# Standard deviation of the accuracy over seeds, as a fraction: see `_squared_half_width`.
-MOST_SEED_SPREAD = 0.03
+# What is assumed of seeds before any is seen: the standard deviation of the accuracy over them is
+# about one point at 50%, and in proportion to sqrt(p (1 - p)) elsewhere: 0.6 points at 90%. It
+# counts as much as one more seed. See `_seed_half_width`.
+SEED_SPREAD = 0.01
+SEED_FREEDOM = 1
 
 
 # -----------------------------------------------------------------------------
@@ -30,12 +33,15 @@ def mean_interval(correct: np.ndarray, clusters: np.ndarray | None = None) -> In
 
     What the interval is about is the mean over all seeds and all images that might have been
     drawn. The half-width is that of two independent sources: its square is (1.96 s_images)^2 +
-    (t s_seeds)^2, with Student's t of n - 1 degrees of freedom for the n seeds (the squares of
-    half-widths add up, as in Zou and Donner 2008; the variances are those of a crossed design, see
-    `_variances`). The ends are Wilson's (1927), of as many images as would give that half-width;
-    so they stay within 0 and 100, and with one seed and no near-duplicates they are Wilson's.
+    (t s_seeds)^2 / n (the squares of half-widths add up, as in Zou and Donner 2008; the variances
+    are those of a crossed design, see `_variances`). Two or three seeds say little about their
+    spread, so it is moderated by what is assumed of seeds, as in Smyth (2004): see
+    `_seed_half_width`. The ends are Wilson's (1927), of as many images as would give that
+    half-width; so they stay within 0 and 100, and with one seed and no near-duplicates they are
+    Wilson's.
 
-    With one seed the interval is over images alone and says nothing about other seeds.
+    With one seed the interval is over images alone and says nothing about other seeds. Seeds that
+    agree on every image count as one: so do those of `linear`, which does not depend on them.
     benchmarks/coverage.py measures how often it holds the truth.
 
     Args:
@@ -46,9 +52,8 @@ def mean_interval(correct: np.ndarray, clusters: np.ndarray | None = None) -> In
     if clusters is None:
         clusters = np.arange(n_images)
     mean = float(correct.mean())
-    # Half of what chance gives: less all of it, few seeds would seem to agree too well.
-    variances = _variances(correct, clusters, chance=0.5)
-    squared = _squared_half_width(*variances, len(correct))
+    of_images, _ = _variances(correct, clusters)
+    squared = Z**2 * of_images + _seed_half_width(correct, clusters) ** 2
 
     spread = mean * (1 - mean)
     if spread == 0:  # all right or all wrong: as many trials as there are clusters
@@ -84,27 +89,24 @@ def difference_interval(
     of_images, _ = _variances(difference[None], clusters)
     squared = Z**2 * (of_images + 1 / n_images**2)
     for correct in (a, b):
-        _, of_seeds = _variances(correct, clusters)
-        squared += _squared_half_width(0.0, of_seeds, len(correct))
+        squared += _seed_half_width(correct, clusters) ** 2
     estimate = float(difference.mean())
     low = max(estimate - math.sqrt(squared), -1.0)
     high = min(estimate + math.sqrt(squared), 1.0)
     return 100 * estimate, 100 * low, 100 * high
 
 
-def _variances(
-    values: np.ndarray, clusters: np.ndarray, chance: float = 1.0
-) -> tuple[float, float]:
-    """Divide the variance of the mean of values (seeds, images) between images and seeds.
+def _variances(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """Return the variance of the mean of values (seeds, images) over images, and that of one seed.
 
     A crossed design: each seed sees the same images. The part of the images is the sum of squares
     of what each cluster adds to the mean. The seeds' means vary for two reasons: one seed is better
-    than another everywhere, or on these images by chance. The part of the seeds is the variance of
-    their mean less what chance alone would give, times `chance`: with 1 it is unbiased but for the
-    bound at 0.
+    than another everywhere, or on these images by chance. The variance between seeds is that of
+    their means less half of what chance alone would give: less all of it, few seeds would seem to
+    agree too well.
 
     Returns:
-        The two parts, in the unit of values squared. With one seed its own part is 0.
+        The two variances, in the unit of values squared. With one seed the second is 0.
     """
     n_seeds, n_images = values.shape
     deviations = values - values.mean(axis=1, keepdims=True)
@@ -116,21 +118,32 @@ def _variances(
         return of_images, 0.0
     between_seeds = values.mean(axis=1).var(ddof=1)
     by_chance = ((added - mean_added) ** 2).sum() / (n_seeds - 1)
-    return of_images, max(float(between_seeds - chance * by_chance), 0.0) / n_seeds
+    return of_images, max(float(between_seeds - by_chance / 2), 0.0)
 
 
-def _squared_half_width(of_images: float, of_seeds: float, n_seeds: int) -> float:
-    """The square of the half-width of the 95% interval of a mean with these two variances."""
-    if n_seeds == 1:
-        return Z**2 * of_images
-    t = stats.t.ppf(0.975, n_seeds - 1)
-    from_seeds = t**2 * of_seeds
-    # Two seeds alone can't bound their spread (t = 12.7): while they differ by no more than
-    # MOST_SEED_SPREAD, the spread of all seeds is taken to be no more than that either.
-    most = MOST_SEED_SPREAD**2 / n_seeds
-    if of_seeds <= most:
-        from_seeds = min(from_seeds, Z**2 * most)
-    return Z**2 * of_images + from_seeds
+def _seed_half_width(correct: np.ndarray, clusters: np.ndarray) -> float:
+    """The half-width of the 95% interval of the accuracy over seeds, as a fraction.
+
+    The moderated variance of Smyth (2004): with s the standard deviation over n seeds,
+
+        s_moderated^2 = (d0 s0^2 + (n - 1) s^2) / (d0 + n - 1)
+
+    and t of d0 + n - 1 degrees of freedom. The assumption, s0 with its weight of d0 degrees, is
+    fixed, not estimated from the other runs: SEED_SPREAD and SEED_FREEDOM. s0^2 is in proportion to
+    p (1 - p), as the variance of a share of images is: where few mistakes are left, seeds can't
+    differ by much.
+
+    With one seed, or several that agree on every image, 0.
+    """
+    n_seeds = len(correct)
+    if (correct == correct[0]).all():
+        return 0.0
+    mean = correct.mean()
+    assumed = SEED_SPREAD**2 * 4 * mean * (1 - mean)
+    _, observed = _variances(correct, clusters)
+    freedom = SEED_FREEDOM + n_seeds - 1
+    moderated = (SEED_FREEDOM * assumed + (n_seeds - 1) * observed) / freedom
+    return float(stats.t.ppf(0.975, freedom) * math.sqrt(moderated / n_seeds))
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
@@ -307,7 +320,10 @@ def decompose(
     """Divide variance and gain among the factors of a grid, with 95% bootstrap intervals.
 
     The bootstrap (Efron 1979, percentile intervals) draws images anew, within each of the two
-    halves between which choosing and measuring alternate, and seeds anew within each cell.
+    halves between which choosing and measuring alternate, and seeds anew within each cell. n drawn
+    seeds vary less than n new ones would, by (n - 1) / n: what is drawn is each seed's deviation
+    from the mean of its cell times sqrt(n / (n - 1)). Percentiles of two or three seeds are too
+    narrow all the same (docs/study.md).
 
     Args:
         correct: (levels of factor 1, ..., levels of factor k, seeds, images) bool. Level 0 of
@@ -333,24 +349,30 @@ def decompose(
     in_first[rng.permutation(n_clusters)[: n_clusters // 2]] = True
     first_half = in_first[clusters]  # (images,)
 
-    def estimate(weights: np.ndarray, seed_index: np.ndarray) -> Division:
-        """All divisions, with images (images,) weighted and seeds (levels ..., seeds) chosen."""
+    def estimate(weights: np.ndarray, seed_index: np.ndarray, scale: float = 1.0) -> Division:
+        """All divisions, with images (images,) weighted and seeds (levels ..., seeds) chosen.
+
+        scale: of the deviations of the seeds from the mean of their cell.
+        """
         accuracy = []
         for half in (first_half, ~first_half):
             half_weights = weights * half
             mean = percent @ half_weights / half_weights.sum()  # (cells * seeds,)
-            mean = mean.reshape(*levels, seeds)
-            accuracy.append(np.take_along_axis(mean, seed_index, axis=-1))
+            of_seeds = mean.reshape(*levels, seeds)
+            of_cells = of_seeds.mean(axis=-1, keepdims=True)
+            scaled = of_cells + scale * (of_seeds - of_cells)
+            accuracy.append(np.take_along_axis(scaled, seed_index, axis=-1))
         return _divide(*accuracy, first_half.mean(), factors, reference)
 
     # The estimate itself takes each image and each seed once.
     each_seed = np.broadcast_to(np.arange(seeds), (*levels, seeds))
     estimates = estimate(np.ones(images), each_seed)
+    scale = math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
     resampled = []
     for _ in range(rounds):
         weights = _draw_clusters(in_first, rng)[clusters]
         seed_index = rng.integers(seeds, size=(*levels, seeds))
-        resampled.append(estimate(weights, seed_index))
+        resampled.append(estimate(weights, seed_index, scale))
     return _with_intervals(estimates, resampled)
 
 
