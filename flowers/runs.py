@@ -8,6 +8,7 @@ runs/<name>/checkpoint.pt    to resume from
 runs/<name>/model.pt         a state dict that clip.load opens
 runs/<name>/predictions.csv  file, label, five best names with their probabilities
 runs/<name>/calibration.json the temperature of least NLL on val, with --holdout
+runs/<name>/duplicates.json  groups of near-duplicates among the evaluated images
 runs/<name>/report.csv       precision, recall, F1 of each class
 runs/<name>/result.json      all results, flat; the same line is appended to runs/results.jsonl
 

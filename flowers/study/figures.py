@@ -2,7 +2,7 @@
 
 Numbers in, pictures out. seaborn draws what it can compute from the runs: curves with their bands,
 distributions, heat maps. Its bar and point plots estimate their own intervals, so matplotlib draws
-the values whose interval is given (Student, Wilson, bootstrap).
+the values whose interval is given (over images and seeds, bootstrap).
 """
 
 from collections import Counter
