@@ -387,6 +387,7 @@ class Config:
     prompts_digest: str | None  # of that file
     start: str | None  # fingerprint of the weights before training; None: not yet loaded
     captions: str | None  # None: prompts
+    captions_digest: str | None  # of that file
     # what is trained
     strategy: str
     blocks: int
@@ -483,12 +484,15 @@ def parse_arguments(processes: int) -> argparse.Namespace:
             f"{folder} was begun with {stored.get('processes')} processes: go on with as many, "
             "for the same result"
         )
-    prompts = stored.get("prompts")
-    if prompts and stored.get("prompts_digest") != evaluate.digest_of_prompts(str(prompts)):
-        raise UserError(
-            f"{prompts} has changed since {folder} was begun: go on with the same "
-            "sentences, for the same result"
-        )
+    for what in ("prompts", "captions"):
+        path, digest = stored.get(what), stored.get(f"{what}_digest")
+        # Older runs have no digest of their captions.
+        is_known = digest is not None or what == "prompts"
+        if path and is_known and digest != evaluate.digest_of_prompts(str(path), what):
+            raise UserError(
+                f"{path} has changed since {folder} was begun: go on with the same "
+                "sentences, for the same result"
+            )
     # What the file holds is checked as what a user types.
     known = {key: value for key, value in stored.items() if key in vars(args)}
     known["allow_overlap"] = known.get("allow_overlap") or args.allow_overlap
@@ -567,11 +571,13 @@ def resolve(args: argparse.Namespace, processes: devices.Processes) -> Config:
             "--batch_size at least 2, --views at least 1, --shots, --val_shots and --temperature "
             "above 0"
         )
-    prompts_digest = evaluate.digest_of_prompts(args.prompts) if args.prompts else None
+    digests = {}
+    for what, path in (("prompts", args.prompts), ("captions", args.captions)):
+        digests[f"{what}_digest"] = evaluate.digest_of_prompts(path, what) if path else None
     return Config(
         **vars(args),
         processes=processes.world_size,
-        prompts_digest=prompts_digest,
+        **digests,
         pull_by_default=None,
         start=None,
     )

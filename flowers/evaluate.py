@@ -220,16 +220,14 @@ def describe_prompts(path: str | Path, prompts: Prompts) -> str:
     return f"{Path(path).name} ({n_sentences:,} sentences)"
 
 
-def digest_of_prompts(path: str | Path) -> str:
-    """The first 16 hex digits of the SHA-256 of a prompts file, to see whether it has changed.
+def digest_of_prompts(path: str | Path, what: str = "prompts") -> str:
+    """The first 16 hex digits of the SHA-256 of a file of texts, to see whether it has changed.
 
-    Raises UserError if it is missing.
+    what: the texts, in words. Raises UserError if it is missing.
     """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"no prompts at {path}") from None
-    return hashlib.sha256(data).hexdigest()[:16]
+    if not Path(path).is_file():
+        raise UserError(f"no {what} at {path}")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def warn_of_changed_prompts(architecture: str, path: str | Path) -> None:

@@ -156,7 +156,7 @@ def test_holdout_evaluates_val_and_leaves_test_alone(tmp_path, train):
     assert evaluations[-1]["val/top1"] == result["val/top1"]
 
 
-def test_options_of_the_loss(small, tmp_path, train):
+def test_options_of_the_loss(small, tmp_path, train, cli):
     def losses_and_tau(name, *options):
         code, _, err = train(name, "--epochs", 1, *options)
         assert code == 0, err
@@ -191,6 +191,15 @@ def test_options_of_the_loss(small, tmp_path, train):
     with_captions, _ = losses_and_tau("captions", "--captions", captions)
     assert with_captions != plain
     assert any("caption_t2i_R@1" in key for key in read(tmp_path / "captions" / "result.json"))
+    # It can be resumed with the same captions only; a run of before has no digest of them.
+    (tmp_path / "captions" / "result.json").unlink()
+    captions.write_text(captions.read_text().replace("red", "blue"))
+    resume = ("train.py", "--resume", tmp_path / "captions", *NO_WANDB)
+    assert "has changed" in error_line(cli(*resume))
+    args = read(tmp_path / "captions" / "args.json")
+    del args["captions_digest"]
+    (tmp_path / "captions" / "args.json").write_text(json.dumps(args))
+    assert cli(*resume)[0] == 0
     flipped, _ = losses_and_tau("flip", "--augment", "flip")
     assert flipped != plain
 
