@@ -189,7 +189,7 @@ def main():
             checked = trained.values() if i == steps_per_epoch - 1 else []
             check_finite(losses["train/loss"], checked, step, checkpoint_file)
             row = {"epoch": epoch + 1, "step": step + 1, **losses, "train/lr": config.lr * factor}
-            row |= scale_and_bias(model)
+            row |= evaluate.with_split("train", loss_parameters(model))
             row["train/images_per_s"] = batch_size / (time.perf_counter() - step_start)
             step_start = time.perf_counter()
             rows.append(row)
@@ -233,7 +233,7 @@ def main():
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = evaluate.with_split(config.eval_split, metrics)
-    result |= fitted | calibrated | loss_parameters(model, config) | sizes
+    result |= fitted | calibrated | final_loss_parameters(model, config) | sizes
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device)
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
     write_duplicates(folder, pixels, eval_index, flowers.file_names)
@@ -356,12 +356,12 @@ def gather_pairs(
     return images, texts
 
 
-def scale_and_bias(model: CLIP) -> dict[str, float]:
-    """What the loss has learned beside the towers, under its names in metrics.jsonl."""
-    row = {"train/tau": math.exp(-model.logit_scale.item())}
+def loss_parameters(model: CLIP) -> dict[str, float]:
+    """The temperature tau, which the probabilities have, and sigmoid's bias."""
+    values = {"tau": math.exp(-model.logit_scale.item())}
     if hasattr(model, "logit_bias"):
-        row["train/logit_bias"] = model.logit_bias.item()
-    return row
+        values["logit_bias"] = model.logit_bias.item()
+    return values
 
 
 # -----------------------------------------------------------------------------
@@ -1310,14 +1310,12 @@ def fit_temperature(
     return {"calibration_temperature": temperature, "val/nll_calibrated": nll}
 
 
-def loss_parameters(model: CLIP, config: Config) -> dict[str, float]:
-    """The temperature tau at the end, which the probabilities have, and sigmoid's bias."""
+def final_loss_parameters(model: CLIP, config: Config) -> dict[str, float]:
+    """Those at the end, under their names in result.json."""
     if config.strategy == "linear" and config.start_from == "random":
         return {}  # its head has no temperature
-    result = {"tau": math.exp(-model.logit_scale.item())}
-    if config.loss == "sigmoid":
-        result["final_logit_bias"] = model.logit_bias.item()
-    return result
+    names = {"tau": "tau", "logit_bias": "final_logit_bias"}
+    return {names[key]: value for key, value in loss_parameters(model).items()}
 
 
 def save_outputs(
