@@ -909,6 +909,17 @@ def test_older_runs_have_today_s_defaults(tmp_path):
     assert {"old", "new", "few", "loss", "ce"} in names
 
 
+def test_an_older_linear_probe_is_one_of_today_s(tmp_path):
+    """It has no steps, and older runs have recorded what was said of them."""
+    steps = {"lr": 0.0, "tau_lr": 0.0, "batch_size": 64, "wd": 0.1, "learn_temperature": False}
+    linear = {"strategy": "linear", "epochs": 0, "augment": "none"}
+    write_run(tmp_path, "old", 0.5, **linear, **steps, positives="class", loss="info_nce")
+    none = dict.fromkeys((*steps, "positives", "loss"))
+    write_run(tmp_path, "new", 0.5, seed=1, **linear, **none)
+    (group,) = comparable.grouped(compared_runs(tmp_path))
+    assert [run.name for run in group] == ["old", "new"]
+
+
 def test_a_sweep_over_the_loss_differs_in_nothing_else(tmp_path):
     """By default the sigmoid's bias is learned at lr, and the others have nothing to learn so."""
     write_run(tmp_path, "ce", 0.5, loss="cross_entropy", positives=None)

@@ -64,6 +64,9 @@ OLDER_DEFAULTS = {
 GRID_SETTINGS = {"lr", "tau_lr", "architecture", "strategy", "augment", "prompt_template", "pull"}
 STRATEGY_DEFAULTS = ("augment", "prompt_template", "pull")
 
+# What is said of steps.
+OF_STEPS = ("batch_size", "lr", "tau_lr", "learn_temperature", "positives", "wd")
+
 SOUP = " soup"  # behind the strategy of runs of which a model is the mean
 
 # Settings of an evaluation that replace those of the run that it evaluates.
@@ -603,6 +606,9 @@ def _configuration(run: Run, ignored: set[str]) -> str:
 def _effective_settings(run: Run) -> dict:
     """A run's settings, None where one does nothing, and in words where one follows another."""
     settings = dict(run.settings)
+    # A logistic regression has no steps. Older runs have recorded the flags all the same.
+    if run.settings.get("strategy") == "linear":
+        settings |= dict.fromkeys(OF_STEPS)
     # The rate at which the temperature is learned, and the bias of the sigmoid loss. By default it
     # is lr, and so it is no difference between a loss that has a bias and one that has none.
     learns_scale = settings.get("learn_temperature") or settings["loss"] == "sigmoid"
