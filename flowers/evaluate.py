@@ -510,8 +510,9 @@ def classification(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, floa
     n, n_classes = scores.shape
     y = labels.numpy()
     predicted = _top1(scores)
-    correct = {1: n, 3: n, 5: n}  # of few classes, each is among the best
-    for k in correct:
+    # Of few classes, each is among the best.
+    correct = {1: int((predicted == y).sum()), 3: n, 5: n}
+    for k in (3, 5):
         if k < n_classes:
             correct[k] = top_k_accuracy_score(
                 y, scores.double().numpy(), k=k, labels=np.arange(n_classes), normalize=False

@@ -64,6 +64,14 @@ def test_wilson_is_the_closed_form():
         assert evaluate.wilson(correct, n) == pytest.approx(expected, abs=1e-9)
 
 
+def test_two_classes_have_a_top_1():
+    metrics = evaluate.classification(
+        torch.tensor([[2.0, 1], [0, 1], [1, 0]]), torch.tensor([0, 1, 1])
+    )
+    assert metrics["top1"] == pytest.approx(200 / 3)
+    assert metrics["top3"] == 100
+
+
 def test_few_classes_have_no_top_5():
     scores = torch.eye(3)[[0, 1, 2, 2]]
     metrics = evaluate.classification(scores, torch.tensor([0, 1, 1, 2]))

@@ -317,6 +317,12 @@ def test_mistakes_end_with_one_line(small, tmp_path, cli):
     (tmp_path / "no_val.json").write_text(json.dumps(no_val))
     assert "no image for val" in error("--splits_path", tmp_path / "no_val.json", "--holdout")
 
+    labels = scipy.io.loadmat(small / "imagelabels.mat")["labels"].ravel()
+    of_one = [i for i in ids["tstid"] if labels[i - 1] == labels[ids["tstid"][0] - 1]]
+    (tmp_path / "one.json").write_text(json.dumps(no_val | {"tstid": of_one}))
+    one_class = ("--splits_path", tmp_path / "one.json", "--splits_base", 1, "--strategy", "linear")
+    assert "of one class" in error(*one_class)
+
     assert "args.json" in error_line(cli("train.py", "--resume", tmp_path))
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "args.json").write_text('{"job": "eval"}')
