@@ -163,7 +163,8 @@ def write_curve(
     # --wise_ft may be given in any order; the figure joins the points from left to right.
     points = [{"alpha": alpha, **metrics} for alpha, metrics in curve]
     points.sort(key=lambda point: point["alpha"])
-    study_figures.wise_ft({f"{folder.name} ({split})": points}, folder / "wise_ft.png")
+    panel = f"{folder.name} ({split})", [points]  # the curve of one seed
+    study_figures.wise_ft([panel], folder / "wise_ft.png")
 
 
 def open_model(

@@ -312,7 +312,7 @@ def test_the_bias_starts_where_it_is_told_to(small):
 
 def test_the_bias_learns_at_the_rate_of_the_temperature_without_decay(small):
     model, _, data = training_data(small, "sigmoid")
-    config = SimpleNamespace(lr=1e-3, wd=0.1, tau_lr=0.5)
+    config = SimpleNamespace(lr=1e-3, lr_decay=1.0, wd=0.1, tau_lr=0.5)
     optimizer = train.make_optimizer(model, dict(model.named_parameters()), config)
     groups = [g for g in optimizer.param_groups if any(p is model.logit_bias for p in g["params"])]
     assert [(g["peak"], g["weight_decay"], len(g["params"])) for g in groups] == [(0.5, 0.0, 2)]

@@ -1096,7 +1096,7 @@ def test_pretrainings_and_methods_have_lines_and_rows_of_their_own(tmp_path, mon
     monkeypatch.setattr(
         figures, "trained_parameters", lambda table, path: tables.append(table) or path
     )
-    report["trained_figure"](groups, tmp_path / "x.png")
+    report["trained_figure"](groups, compared_runs(tmp_path), tmp_path / "x.png")
     assert set(tables[0]["architecture"]) == models
     assert set(tables[0]["strategy"]) == methods - {"none"}
 
