@@ -541,16 +541,18 @@ def smallest_model(grid: Grid) -> str:
 def answer_caveat(starts: Sequence[Run], grid: Grid) -> str:
     """Return what stands in for pretrained models, or "" if nothing does."""
     # The reader must not take small models trained here for the published ones.
-    pretraining = []
+    models_of = {}  # a training -> the models that it made; a start may be in several folders
     for run in starts:
         if run.architecture in grid.architectures:
             epochs = run.settings.get("epochs")
             classes = run.settings.get("classes") or "all"
-            pretraining.append(f"{run.model}: {epochs} epochs on the {classes} classes")
-    if not pretraining:
+            training = f"{epochs} epochs on the {classes} classes"
+            models_of.setdefault(training, {})[run.model] = True
+    if not models_of:
         return ""
+    pretraining = [f"{training}: {', '.join(models)}" for training, models in models_of.items()]
     return (
-        f"{' and '.join(grid.architectures)} stand in for CLIP's nine architectures, and training "
+        f"{', '.join(grid.architectures)} stand in for CLIP's nine architectures, and training "
         f"from random weights ({'; '.join(pretraining)}) for CLIP's pretraining: the sentence is "
         "about these small models on these images, and says nothing about CLIP."
     )

@@ -230,7 +230,8 @@ def test_allowed_overlap_is_said_everywhere(official, evaluate_run, cli, tmp_pat
     code, out, err = cli("report.py", "--runs", tmp_path, "--output", tmp_path / "report")
     assert code == 0, err
     text = (tmp_path / "report" / "report.md").read_text()
-    headings = [line for line in text.splitlines() if line.startswith("### test")]
+    results = text.partition("## Results")[2].partition("\n## ")[0]
+    headings = [line for line in results.splitlines() if line.startswith("### test")]
     assert len(headings) == 2
     assert ["TRAINED ON" in heading for heading in headings] == [False, True]
     assert f"eval {expected}" in text
