@@ -263,7 +263,7 @@ def main():
     if args.calibrated:
         protocol["probabilities"] = evaluate.temperature_in_words(temperature)
         if args.split == "val":
-            protocol["probabilities"] += ", found on these same images"
+            protocol["probabilities"] += ", found on images of this split"
     # args.json keeps what decides the result, as resolved here, and not how the command was called.
     config = {"job": "eval", **vars(args), "prompts_digest": prompts_digest}
     # None if it is off, as in the runs from before there was this flag.

@@ -710,12 +710,12 @@ def choose_images(flowers: Flowers, config: Config) -> tuple[torch.Tensor, np.nd
             f"{len(train_index)} training images are left by --classes {config.classes}: training "
             "needs two for each process"
         )
-    # With one class there is nothing to tell apart.
-    is_classifier = config.strategy == "linear" or config.loss == "cross_entropy"
-    if is_classifier and len(np.unique(flowers.labels[train_index])) < 2:
+    # Captions tell images of one class apart; prompts do not.
+    learns_classes = config.trains and not config.captions
+    if learns_classes and len(np.unique(flowers.labels[train_index])) < 2:
         raise UserError(
-            "the training images are of one class: --strategy linear and --loss cross_entropy need "
-            "two, so give another --classes, or more images"
+            "the training images are of one class, so there is nothing to tell apart: give another "
+            "--classes, or more images"
         )
     # Not by --classes: what was learned of one half is measured on both.
     eval_index = flowers.splits[config.eval_split]

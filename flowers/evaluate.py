@@ -5,7 +5,6 @@ Metrics take tensors and return dicts, in percent. N images, C classes, D dimens
 
 import difflib
 import hashlib
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -315,6 +314,8 @@ def load_head(
     # The user's own prompts come before anything learned.
     if sentences is not None:
         return zero_shot_head(model, class_names, None, sentences), None
+    if templates is None:
+        _check_classifier_is_there(architecture)
     if templates is not None or not source.exists() or not classifier_file.exists():
         templates = templates or [default]
         return zero_shot_head(model, class_names, templates), templates
@@ -332,6 +333,19 @@ def load_head(
         f"{classifier_file} is damaged, or a classifier of other classes: "
         "give --prompt_template to evaluate by prompts instead"
     )
+
+
+def _check_classifier_is_there(architecture: str) -> None:
+    """Raise UserError for a run that has lost what it learned: it would pass for its start."""
+    folder = runs.run_folder(architecture)
+    if folder is None or (folder / "classifier.pt").exists():
+        return
+    strategy = runs.read_arguments(folder).get("strategy")
+    if strategy in strategies.KEEPS_WEIGHTS:
+        raise UserError(
+            f"{folder} was trained with --strategy {strategy} and lacks its classifier.pt: copy "
+            "the whole folder, or give --prompt_template to evaluate its start by prompts"
+        )
 
 
 def _holds_context(learned: dict, model: CLIP) -> bool:
@@ -385,10 +399,10 @@ def read_temperature(run: Path) -> float | None:
             f"{path} can't be read ({error}): remove it, or train the run again"
         ) from None
     is_number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    if not is_number or not 0 < temperature < math.inf:
+    if not is_number or not 1 / calibration.MOST <= temperature <= calibration.MOST:
         raise UserError(
-            f"{path} is damaged: its temperature is {temperature!r}, and no number above 0; remove "
-            "it, or train the run again"
+            f"{path} is damaged: its temperature is {temperature!r}, and no number that a fit "
+            "gives; remove it, or train the run again"
         )
     return float(temperature)
 

@@ -254,7 +254,9 @@ CHECK_OF_KEY = {
 def _is_plausible(key: str, value) -> bool:
     """Whether a value is of the kind that its key stands for. Unknown keys hold anything."""
     if "/" in key:  # a metric of a split, such as test/top1
-        is_percentage = not (key.startswith("train/") or key.endswith("/n"))
+        # The NLL is in nats and has no upper end.
+        is_nll = key.partition("/")[2].startswith("nll")
+        is_percentage = not (key.startswith("train/") or key.endswith("/n") or is_nll)
         return _is_percentage(value) if is_percentage else _is_number(value)
     if key.startswith("trainable_"):
         return _is_number(value)

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowers import UserError, reason
-from flowers.choices import SHAPES
+from flowers.choices import KEEPS_WEIGHTS, SHAPES
 from flowers.data import OXFORD_ID, Flowers, image_ids, open_from_flags, select, subset
 from flowers.files import append_line, checked, note, read_json, read_lines, user_path, write_json
 from flowers.layouts import correct_name
@@ -351,8 +351,9 @@ def inherited_arguments(model: str | Path) -> dict:
         return {}
     stored = read_arguments(folder)
     arguments = {key: stored[key] for key in INHERITED if key in stored}
-    if (folder / "classifier.pt").exists():
-        # The run has a prompt or head of its own. Templates would replace it.
+    has_classifier = (folder / "classifier.pt").exists()
+    if has_classifier or stored.get("strategy") in KEEPS_WEIGHTS:
+        # The run has a prompt or head of its own, or has lost it. Templates would replace it.
         arguments.pop("prompt_template", None)
         arguments.pop("prompts", None)
     return arguments

@@ -185,6 +185,11 @@ def test_a_pulled_and_cross_modal_run(small, tmp_path, cli):
     predictions = (tmp_path / "run" / "predictions.csv").read_bytes()
     assert (tmp_path / "eval" / "predictions.csv").read_bytes() == predictions
 
+    # Without its head it would be evaluated as its start.
+    (tmp_path / "run" / "classifier.pt").unlink()
+    command = ("baseline_eval.py", "--architecture", tmp_path / "run", *NO_WANDB)
+    assert "lacks its classifier.pt" in error_line(cli(*command, "--runs", tmp_path))
+
 
 def test_a_plain_cross_modal_run_is_scikit_learn_s_with_weights(small, tmp_path, cli):
     code, _, err = train(cli, small, tmp_path, "run", "--cross_modal")

@@ -42,6 +42,14 @@ def test_atomic_removes_what_a_killed_process_left(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([of_living, of_other_host, "a.json"])
 
 
+def test_a_high_nll_is_no_damage():
+    row = {"val/nll": 104.6, "val/nll_high": 120.0, "val/nll_calibrated": 101.0, "val/top1": 3.0}
+    assert files.checked(row) == row
+    for damaged in ({"val/nll": "x"}, {"val/top1": 104.6}):
+        with pytest.raises(ValueError):
+            files.checked(damaged)
+
+
 def test_append_after_a_line_that_was_cut_off(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": ')
