@@ -1093,7 +1093,7 @@ def forgotten(
     tables = []
     for key in sorted(datasets):
         members = datasets[key]
-        tables += forgetting_tables(key[0], members, curves, runs)
+        tables += forgetting_tables(key[0], members, curves, runs, missing)
     if not tables:
         what = "what was forgotten: no model evaluated on another dataset before and after"
         command = ablate_command("forgetting", by_protocol(runs)[0])
@@ -1121,11 +1121,15 @@ def forgotten(
 
 
 def forgetting_tables(
-    dataset: str, others: Sequence[Run], curves: Sequence[Run], runs: Sequence[Run]
+    dataset: str,
+    others: Sequence[Run],
+    curves: Sequence[Run],
+    runs: Sequence[Run],
+    missing: list[Missing],
 ) -> list[pd.DataFrame]:
     """Return a table of one other dataset for each start, as `figures.forgetting` needs it."""
     untrained = untrained_by_start(others)
-    tuned = best_elsewhere([run for run in others if not is_untrained(run)], runs)
+    tuned = best_elsewhere([run for run in others if not is_untrained(run)], runs, missing)
     # The prompts are named only where a model was asked by several.
     models = Counter((before.architecture, before.pretraining) for before in untrained.values())
     tables = []
@@ -1154,7 +1158,7 @@ def is_untrained(run: Run) -> bool:
 
 
 def best_elsewhere(
-    others: Sequence[Run], runs: Sequence[Run]
+    others: Sequence[Run], runs: Sequence[Run], missing: list[Missing]
 ) -> dict[Start, dict[str, tuple[Group, Group]]]:
     """Return start -> strategy -> the runs of the best setting elsewhere, and on flowers.
 
@@ -1176,6 +1180,8 @@ def best_elsewhere(
             at_home = [by_name.get(run.evaluated) for run in group]
         # Without its accuracy on flowers, nothing is known to weigh the loss against.
         if None in at_home or len({run.images for run in at_home}) > 1:
+            what = f"what {label(first)} forgot: its accuracy on flowers is not known on the same "
+            missing.append(Missing(f"{what}images for each seed"))
             continue
         of_start = best.setdefault(first.start, {})
         if first.strategy in of_start and mean(at_home) <= mean(of_start[first.strategy][1]):
