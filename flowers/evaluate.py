@@ -337,7 +337,10 @@ def load_head(
 
 def _check_classifier_is_there(architecture: str) -> None:
     """Raise UserError for a run that has lost what it learned: it would pass for its start."""
-    folder = runs.run_folder(architecture)
+    try:
+        folder = runs.run_folder(architecture)
+    except UserError:  # damaged arguments: the scripts have refused it, and the page searches by it
+        return
     if folder is None or (folder / "classifier.pt").exists():
         return
     strategy = runs.read_arguments(folder).get("strategy")

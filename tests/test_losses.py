@@ -243,6 +243,8 @@ def training_data(small, loss, classes="all", logit_bias=None):
         augment="crop",
         seed=0,
         chunk_size=5,
+        trains=True,
+        captions=None,
         compile=False,
         eval_split="test",
         classes=classes,

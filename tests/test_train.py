@@ -258,6 +258,7 @@ def test_which_val_images_are_drawn(small):
 
     def choose(shots, val_shots, seed=0):
         config = SimpleNamespace(shots=shots, val_shots=val_shots, seed=seed, **common)
+        config.trains, config.captions = True, None
         train_index, val_index = train_script.choose_images(flowers, config)
         return train_index.tolist(), set(val_index.tolist())
 
