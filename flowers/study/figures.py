@@ -321,24 +321,9 @@ def temperatures(table: pd.DataFrame, path: Path) -> Path:
         # Drawn one by one: two lines may have the same architecture and strategy.
         for _, line in table.groupby("group", sort=False):
             first = line.iloc[0]
-            fill = _colour(first["strategy"])
             index = architectures.index(first["architecture"])
-            sns.lineplot(
-                data=line,
-                x="temperature",
-                y=column,
-                errorbar=ALL_SEEDS,
-                err_kws={"alpha": 0.15, "linewidth": 0},
-                color=fill,
-                linestyle=_dash(index),
-                marker=_marker(index),
-                fillstyle=_fill(variants[first["strategy"]]),
-                # Hollow markers where the temperature is only where training starts.
-                markerfacecolor="white" if first["learned"] else fill,
-                markeredgecolor=fill,
-                markeredgewidth=1,
-                ax=axis,
-            )
+            variant = variants[first["strategy"]]
+            _draw_curve(axis, line, "temperature", column, index, variant, first["learned"])
         axis.set(xlabel="temperature of the loss", ylabel=label)
         _log_where_wide(axis, table["temperature"])
         axis.grid(linewidth=0.3)
@@ -365,24 +350,9 @@ def factor_curves(table: pd.DataFrame, path: Path) -> Path:
         # style would draw them as one, so each group is drawn by itself.
         for _, line in panel.groupby("group", sort=False):
             first = line.iloc[0]
-            fill = _colour(first["strategy"])
             index = architectures.index(first["architecture"])
-            sns.lineplot(
-                data=line,
-                x="level",
-                y="top1",
-                errorbar=ALL_SEEDS,
-                err_kws={"alpha": 0.15, "linewidth": 0},
-                color=fill,
-                linestyle=_dash(index),
-                marker=_marker(index),
-                fillstyle=_fill(variants[first["strategy"]]),
-                # Hollow markers where the factor is only where training starts.
-                markerfacecolor="white" if first["note"] else fill,
-                markeredgecolor=fill,
-                markeredgewidth=1,
-                ax=axis,
-            )
+            variant = variants[first["strategy"]]
+            _draw_curve(axis, line, "level", "top1", index, variant, bool(first["note"]))
             if first["note"]:
                 mean = line.groupby("level")["top1"].mean()
                 end = (mean.index[-1], mean.iloc[-1])
@@ -600,6 +570,32 @@ def _panels(count: int, margin: float, **options):
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, axes.flat[:count]
+
+
+def _draw_curve(
+    axis, line: pd.DataFrame, x: str, y: str, architecture: int, variant: int, is_start: bool
+) -> None:
+    """Draw the mean of the runs of one line, with a band of all seeds.
+
+    architecture, variant: their places in the legend. is_start: x is only where training starts,
+    so the markers are hollow.
+    """
+    colour = _colour(line["strategy"].iloc[0])
+    sns.lineplot(
+        data=line,
+        x=x,
+        y=y,
+        errorbar=ALL_SEEDS,
+        err_kws={"alpha": 0.15, "linewidth": 0},
+        color=colour,
+        linestyle=_dash(architecture),
+        marker=_marker(architecture),
+        fillstyle=_fill(variant),
+        markerfacecolor="white" if is_start else colour,
+        markeredgecolor=colour,
+        markeredgewidth=1,
+        ax=axis,
+    )
 
 
 def _colour(method: str) -> str:
