@@ -33,6 +33,13 @@ NAMES = ["rose", "lotus", "ball moss", "tree mallow", "mallow", "globe-flower"]
 TALLY = []
 
 
+def call(script, *arguments):
+    """Run a script as the `cli` fixture does, for the fixtures that outlive a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
 @pytest.fixture(scope="session")
 def real():
     """The folder of real images. Tests that need it are skipped, saying so, where it is missing."""

@@ -3,17 +3,15 @@ was trained on, the protocol beside every number, and the commands that the scri
 
 import hashlib
 import json
-import runpy
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import ROOT, error_line, write_dataset
+from conftest import ROOT, call, error_line, write_dataset
 from sklearn.metrics import balanced_accuracy_score
 
 from flowers import UserError, runs, tracking
@@ -27,13 +25,6 @@ TEMPLATE = "a photo of a {}, a type of flower."
 OFFICIAL = ["--splits", "official", "--class_names", "openai", "--prompt_template", TEMPLATE]
 QUICK = ["--architecture", "tiny", "--epochs", 1, "--shots", 3, "--batch_size", 12]
 NO_WANDB = ["--wandb", "disabled"]
-
-
-def call(script, *arguments):
-    """Run a script as the `cli` fixture does, for the fixtures that outlive a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,18 @@
 """Soups: the mean of the weights of runs from one start, kept as a model with a known past."""
 
 import json
-import runpy
 import shutil
-import sys
 
 import clip
 import pytest
 import torch
-from conftest import ROOT, error_line
+from conftest import call, error_line
 
 from flowers import UserError, evaluate, models, runs, strategies
 from flowers.data import image_ids, open_flowers
 from flowers.files import load_tensors, read_json, write_json
 
 NO_WANDB = ["--wandb", "disabled"]
-
-
-def call(script, *arguments):
-    """Run a script as the `cli` fixture does, for the fixtures that outlive a test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
