@@ -499,10 +499,10 @@ def rank_after(
     # Without an image, a description that says nothing comes before the name.
     if image is None and task.config.answer == "described":
         prefixes = ["\n"] * len(questions[0])
+    on_device = None if image is None else move(image, task.device)
     sums = []
     for texts in questions:
         prompts = move(encode(task.processor, texts, grids, prefixes), task.device)
-        on_device = None if image is None else move(image, task.device)
         with autocast(task.device):
             sums.append(rank(task.model, task.tree, prompts, on_device).cpu())
     mean = torch.stack(sums).mean(0)
