@@ -42,7 +42,8 @@ from flowers.qwen.prompts import (
     open_images,
     patches,
     prefetch,
-    question_of,
+    questions_of,
+    with_names,
 )
 from flowers.qwen.ranking import NameTree, rank, scores
 from flowers.tracking import log_mistakes, start_wandb
@@ -536,7 +537,9 @@ def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task
     )
     model, processor = models.load_model(config.model, device, config.adapter, config.max_pixels)
 
-    question = question_of(config.answer, class_names if config.list_names else None)
+    [question] = questions_of(config.answer)
+    if config.list_names:
+        question = with_names(question, class_names)
     if config.describe:
         question = DESCRIBE
     # The same for all images, so it is made once.

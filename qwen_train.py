@@ -35,7 +35,7 @@ from flowers.qwen.prompts import (
     open_images,
     patches,
     prefetch,
-    question_of,
+    questions_of,
 )
 from flowers.tracking import start_wandb
 
@@ -454,7 +454,7 @@ def main():
     sizes = (chunk_size, config.max_pixels, text_tokens, config.rank)
     print(memory_line(config.model, *sizes, config.precision))
     model, processor, features = prepare_model(config, training_set, device)
-    question = question_of(config.answer)
+    [question] = questions_of(config.answer)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
     n_trained, n_frozen = count_parameters(model)

@@ -69,7 +69,7 @@ def main():
 
     # -----------------------------------------------------------------------------
     # ranking
-    short = prompts.question_of("brief")
+    short = prompts.QUESTIONS["brief"]
     patches = prompts.patches(processor, images[:1])
     longer = short
     while prompt_length(processor, longer, patches) < LONG:

@@ -5,6 +5,8 @@ of the vision tower (features.py) can take their place. Prompts are padded on th
 follows the last position of each.
 """
 
+import hashlib
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
-from flowers import UserError
+from flowers import UserError, add_switch, devices
 
 END = "<|im_end|>"  # ends every turn, and so every answer
 IMAGE = "<|image_pad|>"  # stands where one token of an image goes
@@ -26,46 +28,169 @@ QUESTIONS = {
 }
 DESCRIBE = "Describe the flower's colours, petals and centre in one sentence, without naming it."
 
+LIST_ORDERS = ("given", "drawn")
+NAME_CASES = ("given", "lower", "title")
+
+
+# -----------------------------------------------------------------------------
+# flags
+
+
+def add_question_arguments(group, inherits: bool = False) -> None:
+    """Add --question, --list_names, --list_order and --name_case to a parser, or a group of it.
+
+    inherits: a flag that is left out is None, for the value that the adapter was trained with.
+    """
+
+    def default_of(value: str) -> str:
+        return f"the adapter's, else {value}" if inherits else value
+
+    group.add_argument(
+        "--question",
+        nargs="+",
+        # Repeated flags add up, so that runs.as_flags can write the list back.
+        action="extend",
+        metavar="TEXT",
+        help="what is asked, in your own words. Of several texts, training draws one for each "
+        "image, and evaluation takes the mean log-likelihood "
+        f"(default: {default_of('the question of --answer')})",
+    )
+    add_switch(
+        group,
+        "--list_names",
+        help=f"name all classes in the question (default: {default_of('false')})",
+        default=None if inherits else False,
+    )
+    group.add_argument(
+        "--list_order",
+        choices=LIST_ORDERS,
+        default=None if inherits else "given",
+        help="order of the listed names: that of the classes, or drawn anew for each image "
+        f"(default: {default_of('given')})",
+    )
+    # The best of the spellings is chosen on val, by the evaluation.
+    cases = (*NAME_CASES, "best") if inherits else NAME_CASES
+    choice = "; best: what is best on val, with --holdout" if inherits else ""
+    group.add_argument(
+        "--name_case",
+        choices=cases,
+        default=None if inherits else "given",
+        help="spelling of the names, in the list and as answers: as the dataset has them, in lower "
+        f"case, or Each Word With A Capital{choice} (default: {default_of('given')})",
+    )
+
+
+def check_questions(question: Sequence[str] | None, list_names: bool, list_order: str) -> None:
+    """Raise UserError for flags of `add_question_arguments` that mean nothing, or too much."""
+    for text in question or ():
+        if not text.strip():
+            raise UserError("--question: there are no words in it")
+        # The tokenizer would take it for an end of the turn, or for one more image.
+        if "<|" in text:
+            raise UserError(f"--question {text!r}: <| begins a special token: leave it out")
+        if question.count(text) > 1:
+            raise UserError(f"--question {text!r}: it is given twice")
+    if list_order == "drawn" and not list_names:
+        raise UserError("--list_order drawn: it is for the names of --list_names: give both")
+
 
 # -----------------------------------------------------------------------------
 # questions
 
 
-def question_of(answer: str, class_names: Sequence[str] | None = None) -> str:
-    """Return the question for a `brief` or `described` answer.
+def questions_of(answer: str, own: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Return the texts that are asked for a `brief` or `described` answer: the user's own, if any.
 
-    class_names: are listed in the question, to choose from.
+    own: the value of --question.
     """
-    question = QUESTIONS[answer]
-    if class_names:
-        question += f" Choose from: {', '.join(class_names)}."
-    return question
+    return tuple(own) if own else (QUESTIONS[answer],)
+
+
+def with_names(question: str, class_names: Sequence[str]) -> str:
+    """Return a question with the names that are to be chosen from, in their order."""
+    return f"{question} Choose from: {', '.join(class_names)}."
+
+
+def shuffle(class_names: Sequence[str], generator: torch.Generator) -> list[str]:
+    """Return the names in an order that is drawn: --list_order drawn."""
+    order = torch.randperm(len(class_names), generator=generator).tolist()
+    return [class_names[c] for c in order]
+
+
+def generator_of_file(seed: int, file_name: str) -> torch.Generator:
+    """Return a generator for one image, whatever else is evaluated, and in which batches."""
+    digest = hashlib.sha256(file_name.encode()).digest()
+    return devices.generator(seed, int.from_bytes(digest[:8], "big"))
+
+
+def draw_question(
+    questions: Sequence[str],
+    class_names: Sequence[str] | None,
+    list_order: str,
+    generator: torch.Generator,
+) -> str:
+    """Return what is asked about one image in training: one of the questions, and the names.
+
+    class_names: to list; None for none. Where nothing is to be drawn, the generator stays as it is.
+    """
+    question = questions[0]
+    if len(questions) > 1:
+        question = questions[int(torch.randint(len(questions), (), generator=generator))]
+    if class_names is None:
+        return question
+    if list_order == "drawn":
+        class_names = shuffle(class_names, generator)
+    return with_names(question, class_names)
+
+
+def spell_names(class_names: Sequence[str], case: str) -> tuple[str, ...]:
+    """Return the names as --name_case spells them: one of NAME_CASES.
+
+    Raises UserError if two names that differ would become the same.
+    """
+    spelled = tuple(_spell(name, case) for name in class_names)
+    if len(set(spelled)) < len(set(class_names)):
+        raise UserError(f"--name_case {case}: two classes would have the same name")
+    return spelled
+
+
+def _spell(name: str, case: str) -> str:
+    if case == "lower":
+        return name.lower()
+    if case == "title":
+        # Not str.title, which makes "Colt'S Foot" of colt's foot.
+        return re.sub(r"(^|[\s/-])(\w)", lambda found: found[1] + found[2].upper(), name)
+    return name
 
 
 def encode(
-    processor, question: str, grids: torch.Tensor | None, prefixes: Sequence[str] | None = None
+    processor,
+    question: str | Sequence[str],
+    grids: torch.Tensor | None,
+    prefixes: Sequence[str] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Tokenise the conversation up to the answer, once for each image.
 
-    grids: (B, 3), the `image_grid_thw` of `patches`; None for the question without an image, B = 1.
+    question: one for all images, or B of them.
+    grids: (B, 3), the `image_grid_thw` of `patches`; None for B questions without an image.
     prefixes: B texts that the answers begin with (default: none).
     Returns input_ids, attention_mask and mm_token_type_ids (1 at image tokens), each (B, L).
     """
-    content = [{"type": "text", "text": question}]
-    image_tokens = [0]
+    is_one = isinstance(question, str)
+    questions = [question] if is_one else list(question)
+    image_tokens = [0] * len(questions)
     if grids is not None:
-        content.insert(0, {"type": "image"})
         # The vision tower merges merge_size x merge_size patches into one token.
         patches_per_token = processor.image_processor.merge_size**2
         image_tokens = (grids.prod(1) // patches_per_token).tolist()
-    prefixes = prefixes or [""] * len(image_tokens)
+        questions = questions * len(grids) if is_one else questions
+    prefixes = prefixes or [""] * len(questions)
 
-    turn = {"role": "user", "content": content}
-    chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    chat_of = {text: _chat(processor, text, grids is not None) for text in set(questions)}
     tokenizer = processor.tokenizer
     prompts = []
-    for count, prefix in zip(image_tokens, prefixes):
-        ids = tokenizer(chat.replace(IMAGE, IMAGE * count))["input_ids"]
+    for text, count, prefix in zip(questions, image_tokens, prefixes):
+        ids = tokenizer(chat_of[text].replace(IMAGE, IMAGE * count))["input_ids"]
         # By itself, as answers are in training. In one text, the line end before an empty line
         # would become one token with it, which no model has seen there.
         ids = ids + tokenizer(prefix, add_special_tokens=False)["input_ids"]
@@ -79,6 +204,15 @@ def encode(
         "attention_mask": pad_sequence([torch.ones_like(ids) for ids in prompts], **left),
         "mm_token_type_ids": is_image.long(),
     }
+
+
+def _chat(processor, question: str, has_image: bool) -> str:
+    """Return the conversation as text, with one IMAGE for the image."""
+    content = [{"type": "text", "text": question}]
+    if has_image:
+        content.insert(0, {"type": "image"})
+    turn = {"role": "user", "content": content}
+    return processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
 
 # -----------------------------------------------------------------------------
