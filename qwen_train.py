@@ -756,7 +756,8 @@ def export_merged(folder: Path) -> None:
     dtype = devices.DTYPES[devices.set_precision(settings.get("precision", "auto"), "cpu")]
     model, processor = models.load_model(name, "cpu", folder, settings["max_pixels"])
     model = model.merge_and_unload().to(dtype)
-    # A head or an embedding that was trained by itself is no longer the other's.
+    # A head or an embedding that was trained by itself is no longer the other's. The latest peft
+    # knows that, the oldest that works does not.
     if model.lm_head.weight is not model.get_input_embeddings().weight:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from flowers import UserError, devices, files, runs, training
 from flowers.data import image_ids, open_flowers, select
+from flowers.qwen.adapters import add_adapter
 from flowers.qwen.answers import answer_length, answer_loss
 from flowers.qwen.models import load_model
 from flowers.qwen.prompts import (
@@ -175,6 +176,46 @@ def test_a_batch_is_the_same_however_it_is_cut_up(script, small, tmp_path, optio
         assert sum((part[1] for part in parts), []) == questions
         assert sum((part[2] for part in parts), []) == answers
         assert all(part[3] == all_answers for part in parts)
+
+
+class Separate(devices.Processes):
+    """One of two processes that does not wait for the other."""
+
+    def average_gradients(self, parameters):
+        pass
+
+    def sum(self, values):
+        return values
+
+
+def test_the_mean_of_the_processes_gradients_is_that_of_the_whole_batch(script, small, monkeypatch):
+    """Of answers of different length, before Adam, which does not see a factor."""
+    model, processor = load_model("tiny", "cpu")
+    model = add_adapter(model, 4, 8.0, ["visual"]).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    gradients = []
+
+    def keep(optimizer, parameters, scaler):
+        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        gradients.append(flat)
+        model.zero_grad()
+
+    monkeypatch.setattr(training, "update", keep)
+    losses = []
+    for processes, batch_size in (
+        (ALONE, 6),
+        (Separate(0, 2, ALONE.device), 3),
+        (Separate(1, 2, ALONE.device), 3),
+    ):
+        data = open_data(script, small, "--batch_size", batch_size, processes=processes)
+        batch = data.batch(1, processor, None)
+        losses.append(
+            script["train_step"](model, processor, batch, None, scaler, parameters, processes)
+        )
+    assert losses[0] == pytest.approx(losses[1] + losses[2], rel=1e-5)
+    whole, first, second = gradients
+    assert (whole - (first + second) / 2).norm() < 1e-4 * whole.norm()
 
 
 # -----------------------------------------------------------------------------
