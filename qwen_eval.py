@@ -3,6 +3,7 @@
     python qwen_eval.py                                   # Qwen2-VL-2B ranks the 102 names, 6 GB
     python qwen_eval.py --adapter runs/NAME               # what qwen_train.py made
     python qwen_eval.py --protocol generate --list_names  # its own words, matched exactly
+    python qwen_eval.py --question "Which flower is it?" "What is this?" --list_names
     python qwen_eval.py --describe --split train          # sentences, for qwen_train.py --captions
     python qwen_eval.py --data_root sample --model tiny   # any machine, offline, seconds
     python qwen_eval.py --resume runs/NAME                # goes on after a kill
@@ -12,14 +13,17 @@ Takes the same images and names as baseline_eval.py, and leaves the same files i
 rank: the log-likelihood of every class name as the answer. Names are compared by its sum, its mean
 a token, or the sum less that without the image (pmi, pointwise mutual information). With --holdout
 the val images decide which of the three is reported; without, it is the sum. All three are in
-scores.npz and result.json.
+scores.npz and result.json. Of several questions, the mean log-likelihood counts.
+
+Base and new classes are told apart as in CLIP's evaluation, each among its own half. Where names
+are listed in the question, --classes base asks once more, with the names of the image's half.
 """
 
 import argparse
 import dataclasses
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,41 +33,80 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from flowers import UserError, add_switch, command, devices, evaluate, figures, files, runs
-from flowers.data import Flowers, add_data_arguments, open_from_flags, split_index, subset
+from flowers.choices import templates_in_words
+from flowers.data import (
+    Flowers,
+    add_data_arguments,
+    base_classes,
+    open_from_flags,
+    select,
+    split_index,
+    subset,
+)
 from flowers.devices import autocast
+from flowers.intervals import wilson
 from flowers.qwen import adapters, models
-from flowers.qwen.answers import first_line, generate, match, one_line
+from flowers.qwen.answers import contained, first_line, generate, match, one_line
 from flowers.qwen.memory import memory_line
 from flowers.qwen.prompts import (
     DESCRIBE,
+    LIST_ORDERS,
+    NAME_CASES,
     QUESTIONS,
+    add_question_arguments,
+    check_questions,
     encode,
+    generator_of_file,
     move,
     open_images,
     patches,
     prefetch,
     questions_of,
+    shuffle,
+    spell_names,
     with_names,
 )
 from flowers.qwen.ranking import NameTree, rank, scores
-from flowers.tracking import log_mistakes, start_wandb
+from flowers.tracking import Tracker, log_mistakes, start_wandb
 
 OUTSIDE = "(outside the list)"  # the class of the answers that are no class name
 SCORES = ("sum", "token", "pmi")
+# The names that a question lists, where it lists any: those of all classes, or of the image's own
+# half. These begin the keys of a record.
+ALL, OWN = "", "own_"
 OLD_PMI = "calibrated"  # what the flag and older runs call pmi
+CLASSES = ("all", "base", "new")
 # Of flags that are left out, where the adapter does not say more.
 DEFAULTS = {"model": models.DEFAULT, "max_pixels": 512 * 512, "answer": "brief"}
+# The same, of flags that older runs of qwen_train.py did not have: these are what they did.
+NEW_DEFAULTS = {
+    "question": None,
+    "list_names": False,
+    "list_order": "given",
+    "name_case": "given",
+    "classes": "all",
+    "val_shots": None,
+    "seed": 0,
+}
+# What the args.json of an adapter may say of a flag.
+CHOICES = {
+    "answer": tuple(QUESTIONS),
+    "list_order": LIST_ORDERS,
+    "name_case": NAME_CASES,
+    "classes": CLASSES,
+}
 
 
 # -----------------------------------------------------------------------------
 # settings
 
 
-def add_question_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     # model and question
     group = parser.add_argument_group("model and question")
     group.add_argument(
         "--model",
+        "--architecture",
         type=files.user_path,
         help="a name on the hub, a folder, tiny or random-2b (random weights) "
         f"(default: the adapter's, else {models.DEFAULT})",
@@ -84,7 +127,8 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=["rank", "generate"],
         default="rank",
-        help="rank the class names by their likelihood, or answer freely and be matched exactly "
+        help="rank the class names by their likelihood, or answer freely and be matched exactly; "
+        "answers that contain just one name are counted apart "
         "(default: %(default)s)",
     )
     group.add_argument(
@@ -100,7 +144,14 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
         help="described: a line about the flower comes before the name "
         "(default: the adapter's, else brief)",
     )
-    add_switch(group, "--list_names", help="name all classes in the question")
+    add_question_arguments(group, inherits=True)
+    group.add_argument(
+        "--classes",
+        choices=CLASSES,
+        help="what the adapter was trained on; base or new: val images of these alone decide, and "
+        "with --list_names the question is asked once more, with the names of the image's own "
+        "half, for base_top1, new_top1 and harmonic_mean (default: the adapter's, else all)",
+    )
     group.add_argument(
         "--most_tokens",
         type=int,
@@ -129,10 +180,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images", type=int, default=0, help="so many of them, drawn with seed 0 (default: 0, all)"
     )
-    add_question_arguments(parser)
+    parser.add_argument(
+        "--val_shots",
+        type=int,
+        help="with --holdout: at most so many val images a class decide, drawn by --seed "
+        "(default: the adapter's, else all)",
+    )
+    add_model_arguments(parser)
     devices.add_device_arguments(parser.add_argument_group("machine"))
     # run
     group = parser.add_argument_group("run")
+    group.add_argument(
+        "--seed",
+        type=int,
+        help="of --list_order drawn and --val_shots (default: the adapter's, else 0)",
+    )
     group.add_argument(
         "--batch_size", type=int, default=8, help="images at a time (default: %(default)s)"
     )
@@ -154,7 +216,10 @@ def parse_arguments() -> argparse.Namespace:
     stored = runs.arguments_to_resume(Path(args.resume), "qwen_eval")
     if stored is None:
         raise SystemExit  # it is finished, which was printed
-    return runs.parse_stored(parser, args, stored)
+    args = runs.parse_stored(parser, args, stored)
+    # As a flag, false is left out, which must not stand for the adapter's.
+    args.list_names = bool(args.list_names)
+    return args
 
 
 @dataclass(frozen=True)
@@ -177,23 +242,40 @@ class Config:
     protocol: str
     score: str
     answer: str
+    question: list[str] | None  # None: that of `answer`
     list_names: bool
+    list_order: str
+    name_case: str
+    classes: str
+    val_shots: int | None  # None: all images
     most_tokens: int
     describe: bool
     # machine
     device: str
     precision: str
     # run
+    seed: int
     batch_size: int
     allow_overlap: bool
     runs: str
     wandb: str
 
     @property
-    def chooses_score(self) -> bool:
-        """Whether the val images, if there are any, decide which score is reported."""
+    def candidates(self) -> tuple[str, ...]:
+        """The scores that may be reported."""
+        return SCORES if self.score == "auto" else (self.score,)
+
+    @property
+    def asks_val(self) -> bool:
+        """Whether the val images, if there are any, decide which score or spelling is reported."""
         ranks = self.protocol == "rank" and not self.describe
-        return ranks and self.score == "auto" and self.split == "test"
+        has_choice = self.score == "auto" or self.name_case == "best"
+        return ranks and has_choice and self.split == "test"
+
+    @property
+    def lists(self) -> tuple[str, ...]:
+        """What names the question lists: ALL, and where base and new are told apart, OWN."""
+        return (ALL, OWN) if self.list_names and self.classes != "all" else (ALL,)
 
 
 def fill_in_from_adapter(args: argparse.Namespace) -> None:
@@ -207,7 +289,7 @@ def fill_in_from_adapter(args: argparse.Namespace) -> None:
         recorded = adapters.model_of_adapter(Path(args.adapter))
         # None where adapter/ was copied out of its run.
         folder = runs.run_folder(args.adapter)
-        trained = runs.read_arguments(folder) if folder else {}
+        trained = NEW_DEFAULTS | runs.read_arguments(folder) if folder else {}
         if recorded:
             trained.setdefault("model", recorded)
         if args.model is None and "model" not in trained:
@@ -221,19 +303,66 @@ def fill_in_from_adapter(args: argparse.Namespace) -> None:
                 f"{args.adapter} was trained on the val images: "
                 "--holdout needs an adapter that was trained with --holdout"
             )
-    for flag, default in DEFAULTS.items():
+    for flag, default in (DEFAULTS | NEW_DEFAULTS).items():
         value = getattr(args, flag)
         found = trained.get(flag, default)
-        is_sound = type(found) is type(default) and (flag != "answer" or found in QUESTIONS)
-        if not is_sound:
+        if not is_sound(flag, found, default):
             raise UserError(f"args.json of {args.adapter} is damaged ({flag} is {found!r})")
+        if not has_part(flag, args):
+            found = default
+        elif value is not None and flag in trained and found != value:
+            files.note(
+                f"--{flag} {in_words(value)}: {args.adapter} was trained with {in_words(found)}"
+            )
         if value is None:
             setattr(args, flag, found)
-        elif flag in trained and found != value:
-            files.note(f"--{flag} {value}: {args.adapter} was trained with {found}")
-    # Training always asks the question alone.
-    if trained.get("answer") and args.list_names and not args.describe:
-        files.note(f"--list_names: {args.adapter} was trained on the question without the names")
+
+
+def has_part(flag: str, args: argparse.Namespace) -> bool:
+    """Whether a flag can mean something beside those that stand before it in NEW_DEFAULTS."""
+    # A description is asked for with a question of its own.
+    if args.describe and flag in NEW_DEFAULTS:
+        return False
+    if flag == "list_order":
+        return args.list_names
+    return flag != "val_shots" or args.holdout
+
+
+def is_sound(flag: str, value, default) -> bool:
+    """Whether a value of args.json is one that the flag can have."""
+    if flag == "question" and value is not None:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if flag == "val_shots" and value is not None:
+        return type(value) is int and value >= 1
+    has_type = type(value) is type(default)
+    return has_type and value in CHOICES.get(flag, (value,))
+
+
+def in_words(value) -> str:
+    """The value of a flag, as it is said to the user."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return templates_in_words(value) if isinstance(value, list) else str(value)
+
+
+def check_protocol(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that mean nothing together; all have their values."""
+    check_questions(args.question, args.list_names, args.list_order)
+    if len(args.question or ()) > 1 and (args.protocol == "generate" or args.answer == "described"):
+        raise UserError(
+            "--protocol generate and --answer described take one question, as there is one answer: "
+            "give --question one text"
+        )
+    if args.name_case == "best":
+        if args.protocol != "rank" or args.split != "test" or not args.holdout:
+            raise UserError(
+                "--name_case best is chosen on val, for --protocol rank of the test images: "
+                "give --holdout, or another --name_case"
+            )
+    if args.val_shots is not None and not (args.val_shots >= 1 and args.holdout):
+        raise UserError("--val_shots must be at least 1, and needs --holdout")
 
 
 def resolve(args: argparse.Namespace) -> Config:
@@ -244,7 +373,13 @@ def resolve(args: argparse.Namespace) -> Config:
     if args.score == OLD_PMI:
         files.note(f"--score {OLD_PMI} is now called pmi")
         args.score = "pmi"
+    # One that is resumed has passed, or is older than this.
+    if args.describe and not args.resume:
+        typed = [flag for flag in NEW_DEFAULTS if getattr(args, flag) not in (None, False)]
+        if typed:
+            raise UserError(f"--describe has a question of its own: leave out --{typed[0]}")
     fill_in_from_adapter(args)
+    check_protocol(args)
     if min(args.batch_size, args.most_tokens) < 1 or args.images < 0:
         raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
     models.check_max_pixels(args.model, args.max_pixels)
@@ -261,79 +396,179 @@ def resolve(args: argparse.Namespace) -> Config:
 
 @dataclass(frozen=True)
 class Task:
-    """The model and what it is asked."""
+    """The model and what it is asked about the images of a dataset.
+
+    texts: the questions. class_names: C, in their spelling; `tree` is theirs.
+    """
 
     model: torch.nn.Module
     processor: object
-    question: str
+    texts: tuple[str, ...]
+    class_names: tuple[str, ...]
     tree: NameTree
+    flowers: Flowers
     config: Config
     device: torch.device
 
-    def generate(self, image: dict[str, torch.Tensor]) -> list[str]:
-        """Return the model's answer to the question about each image."""
-        prompts = move(encode(self.processor, self.question, image["image_grid_thw"]), self.device)
+    def questions(self, i: int, listed: str = ALL) -> tuple[str, ...]:
+        """Return the Q questions about image i of the dataset, the names in them where listed."""
+        if not self.config.list_names:
+            return self.texts
+        names = self.class_names
+        if listed == OWN:
+            n_base = base_classes(len(names))
+            is_base = self.flowers.labels[i] < n_base
+            names = names[:n_base] if is_base else names[n_base:]
+        if self.config.list_order == "drawn":
+            names = shuffle(names, generator_of_file(self.config.seed, self.flowers.file_names[i]))
+        return tuple(with_names(text, names) for text in self.texts)
+
+    def generate(self, questions: Sequence[str], image: dict[str, torch.Tensor]) -> list[str]:
+        """Return the model's answers to B questions, one about each image."""
+        prompts = move(encode(self.processor, questions, image["image_grid_thw"]), self.device)
         image = move(image, self.device)
         return generate(self.model, self.processor, prompts, image, self.config.most_tokens)
 
+    def answers(self, batch: Sequence[int], image: dict, listed: str = ALL) -> list[str]:
+        """Return the model's answer about each image of a batch, which is asked one question."""
+        questions = [self.questions(i, listed)[0] for i in batch]
+        return self.generate(questions, image)
 
-def describe_images(task: Task, image: dict[str, torch.Tensor]) -> list[dict]:
+
+def respell(task: Task, case: str) -> Task:
+    """Return the task with another spelling of the names."""
+    class_names = spell_names(task.flowers.class_names, case)
+    tree = NameTree(task.processor, class_names)
+    return dataclasses.replace(task, class_names=class_names, tree=tree)
+
+
+def describe_images(task: Task, image: dict[str, torch.Tensor], batch: Sequence[int]) -> list[dict]:
     """A generated sentence for each image, as `read_captions` reads it."""
-    return [{"captions": [one_line(text)]} for text in task.generate(image)]
+    return [{"captions": [one_line(text)]} for text in task.answers(batch, image)]
 
 
-def answer_freely(task: Task, image: dict[str, torch.Tensor]) -> list[dict]:
-    """The model's own words for each image."""
-    return [{"answer": text} for text in task.generate(image)]
+def answer_freely(task: Task, image: dict[str, torch.Tensor], batch: Sequence[int]) -> list[dict]:
+    """The model's own words for each image: `answer`, and `own_answer` where half is listed."""
+    records = [{} for _ in batch]
+    for listed in task.config.lists:
+        for record, text in zip(records, task.answers(batch, image, listed)):
+            record[f"{listed}answer"] = text
+    return records
 
 
-def rank_names(task: Task, image: dict[str, torch.Tensor]) -> list[dict]:
-    """The log-likelihood of every class name for each image.
+def rank_names(task: Task, image: dict[str, torch.Tensor], batch: Sequence[int]) -> list[dict]:
+    """The log-likelihood of every class name for each image: `sum`, and `own_sum`.
 
-    Under --answer described the names are ranked after the model's own description. Raises
-    UserError for a model that gives no finite numbers.
+    Their mean over the questions. `prior` is that without the image, where each image is asked with
+    an order of names of its own. Under --answer described the names are ranked after the model's
+    own description.
     """
-    records = [{} for _ in image["image_grid_thw"]]
-    prefixes = None
-    if task.config.answer == "described":
-        descriptions = [first_line(text) for text in task.generate(image)]
-        records = [{"description": description} for description in descriptions]
-        prefixes = [description + "\n" for description in descriptions]
-    prompts = encode(task.processor, task.question, image["image_grid_thw"], prefixes)
-    prompts = move(prompts, task.device)
-    image = move(image, task.device)
-    sums = rank(task.model, task.tree, prompts, image).cpu()  # (B, C)
-    if not sums.isfinite().all():
+    records = [{} for _ in batch]
+    for listed in task.config.lists:
+        prefixes = None
+        if task.config.answer == "described":
+            descriptions = [first_line(text) for text in task.answers(batch, image, listed)]
+            prefixes = [description + "\n" for description in descriptions]
+            for record, description in zip(records, descriptions):
+                record[f"{listed}description"] = description
+        # From B lists of Q questions to Q lists of B.
+        questions = list(zip(*(task.questions(i, listed) for i in batch)))
+        values = {"sum": rank_after(task, questions, image, prefixes)}
+        if task.config.list_order == "drawn":
+            values["prior"] = rank_after(task, questions, None)
+        for key, rows in values.items():
+            # One line of JSON an image: 102 numbers of five decimals are a kilobyte.
+            for record, row in zip(records, rows.tolist()):
+                record[listed + key] = [round(value, 5) for value in row]
+    return records
+
+
+@torch.inference_mode()
+def rank_after(
+    task: Task,
+    questions: Sequence[Sequence[str]],
+    image: dict[str, torch.Tensor] | None,
+    prefixes: Sequence[str] | None = None,
+) -> torch.Tensor:
+    """Return the mean log-likelihoods (B, C) of the names over Q questions about each of B images.
+
+    questions: Q sequences of B texts. image: None for the questions alone. prefixes: B texts
+    between question and name. Raises UserError for a model that gives no finite numbers.
+    """
+    grids = None if image is None else image["image_grid_thw"]
+    # Without an image, a description that says nothing comes before the name.
+    if image is None and task.config.answer == "described":
+        prefixes = ["\n"] * len(questions[0])
+    sums = []
+    for texts in questions:
+        prompts = move(encode(task.processor, texts, grids, prefixes), task.device)
+        on_device = None if image is None else move(image, task.device)
+        with autocast(task.device):
+            sums.append(rank(task.model, task.tree, prompts, on_device).cpu())
+    mean = torch.stack(sums).mean(0)
+    if not mean.isfinite().all():
         raise UserError(
             f"{task.config.model} gives no finite log-likelihoods: "
             "its weights are damaged, or made for another precision"
         )
-    # One line of JSON an image: 102 numbers of five decimals are a kilobyte.
-    sums_of_image = [[round(value, 5) for value in row] for row in sums.tolist()]
-    return [{"sum": row} | record for row, record in zip(sums_of_image, records)]
+    return mean
 
 
-@torch.inference_mode()
-def rank_without_image(task: Task) -> torch.Tensor:
-    """Return the log-likelihoods (1, C) of the names after the question alone."""
-    # A description that says nothing comes before the name.
-    prefixes = ["\n"] if task.config.answer == "described" else None
-    prompt = encode(task.processor, task.question, None, prefixes)
-    with autocast(task.device):
-        return rank(task.model, task.tree, move(prompt, task.device)).cpu()
+def is_right(task: Task, i: int, record: dict) -> bool | None:
+    """Whether the record of image i names its class, by the sum or exactly; None of a sentence."""
+    if "sum" in record:
+        predicted = int(np.argmax(record["sum"]))
+    elif "answer" in record:
+        predicted = match(record["answer"], task.class_names)
+    else:
+        return None
+    return predicted == task.flowers.labels[i]
+
+
+class Progress:
+    """How many images are done, and their top-1 accuracy so far, for W&B while a run is at work.
+
+    A row every `interval` images. It depends on the records before it alone, so that a resumed run
+    gives the same rows. evaluated: the images that count; those of val are asked as well.
+    """
+
+    def __init__(self, tracker: Tracker, interval: int, evaluated: np.ndarray):
+        self.tracker = tracker
+        self.interval = interval
+        self.evaluated = set(evaluated.tolist())
+        self.n_images = 0
+        self.right = []
+        self.row = {}
+
+    def add(self, task: Task, i: int, record: dict) -> None:
+        """Count image i of the dataset."""
+        self.n_images += 1
+        right = is_right(task, i, record)
+        if i in self.evaluated and right is not None:
+            self.right.append(right)
+        self.row = {"progress/images": self.n_images}
+        if self.right:
+            self.row["progress/top1"] = 100 * float(np.mean(self.right))
+        if self.n_images % self.interval == 0:
+            self.tracker.log_row(self.row)
 
 
 def record_images(
-    task: Task, protocol: Callable, flowers: Flowers, index: list[int], path: Path
+    task: Task, protocol: Callable, index: Sequence[int], path: Path, progress: Progress
 ) -> tuple[dict[str, dict], dict[str, float]]:
     """Apply a protocol to the images at `index`, and append a line to `path` for each.
 
     Lines that are there already stay, so that a run that was killed goes on where it was.
     Returns the records by file name, and the time that the new ones took.
     """
+    flowers = task.flowers
     rows = files.read_lines(path, "file")
     files.write_lines(path, rows)  # without the line that a kill cut off
     record_of = {row["file"]: row for row in rows}
+    index_of = {flowers.file_names[i]: i for i in index}
+    for name, record in record_of.items():
+        if name in index_of:
+            progress.add(task, index_of[name], record)
     remaining = [i for i in index if flowers.file_names[i] not in record_of]
     batch_size = task.config.batch_size
     batches = [remaining[i : i + batch_size] for i in range(0, len(remaining), batch_size)]
@@ -347,11 +582,14 @@ def record_images(
         for image, batch in zip(prefetch(load, batches), batches):
             # Written batch by batch, so that a kill costs no more than one.
             with autocast(task.device):
-                records = protocol(task, image)
+                records = protocol(task, image, batch)
             for i, record in zip(batch, records):
                 row = {"file": flowers.file_names[i]} | record
                 record_of[row["file"]] = row
                 files.append_line(path, row)
+                progress.add(task, i, row)
+            if progress.right:
+                bar.set_postfix(top1=f"{progress.row['progress/top1']:.1f}%", refresh=False)
             bar.update(len(batch))
     seconds = time.perf_counter() - start
     timing = {
@@ -377,19 +615,29 @@ class Evaluation:
     extra: dict  # enters the result as it is
 
 
-def evaluate_answers(record_of: dict[str, dict], flowers: Flowers, index: np.ndarray) -> Evaluation:
+def evaluate_answers(task: Task, record_of: dict[str, dict], index: np.ndarray) -> Evaluation:
     """Match free answers with the class names: each is one of them or none, with no second best."""
-    answers = [record_of[flowers.file_names[i]]["answer"] for i in index]
-    matches = [match(answer, flowers.class_names) for answer in answers]
+    flowers = task.flowers
+    labels = flowers.labels[index]
+    records = [record_of[flowers.file_names[i]] for i in index]
+    answers = [record["answer"] for record in records]
+    matches = [match(answer, task.class_names) for answer in answers]
     # The answers that are no name are a class of their own, the last.
     outside = len(flowers.class_names)
     flowers = dataclasses.replace(flowers, class_names=(*flowers.class_names, OUTSIDE))
     predicted = torch.tensor([outside if c is None else c for c in matches])
     probabilities = F.one_hot(predicted, outside + 1).float()  # (N, C + 1)
 
-    metrics = evaluate.classification(probabilities, torch.from_numpy(flowers.labels[index]))
+    metrics = evaluate.classification(probabilities, torch.from_numpy(labels))
     del metrics["top3"], metrics["top5"]
     metrics["outside_list"] = 100 * matches.count(None) / len(matches)
+    metrics |= contained_metrics(answers, task.class_names, labels)
+    if tells_halves_apart(task.config):
+        listed = task.config.lists[-1]
+        own = [match(record[f"{listed}answer"], task.class_names) for record in records]
+        # A name of the other half is as wrong as any: it takes no right answer's place.
+        correct = np.array([c == label for c, label in zip(own, labels)])
+        metrics |= evaluate.accuracy_of_halves(correct, labels < base_classes(outside))
     predictions = evaluate.predictions(probabilities, flowers, index)
     for row in predictions:
         for column in row:
@@ -398,10 +646,35 @@ def evaluate_answers(record_of: dict[str, dict], flowers: Flowers, index: np.nda
     return Evaluation(metrics, probabilities, flowers.class_names, predictions, answers, {})
 
 
+def contained_metrics(
+    answers: Sequence[str], class_names: Sequence[str], labels: np.ndarray
+) -> dict[str, float]:
+    """Top-1 of the answers (N,) that contain just one class name, with its Wilson 95% interval.
+
+    And the share of those that contain none or several, which count as wrong; all in percent.
+    """
+    names = [contained(answer, class_names) for answer in answers]
+    n_right = sum(c == label for c, label in zip(names, labels))
+    low, high = wilson(n_right, len(names))
+    return {
+        "contains_top1": 100 * n_right / len(names),
+        "contains_top1_low": low,
+        "contains_top1_high": high,
+        "contains_not_one": 100 * names.count(None) / len(names),
+    }
+
+
+def tells_halves_apart(config: Config) -> bool:
+    """Whether base and new images compete among their own half only.
+
+    A list of all names in the question would offer the other half, too.
+    """
+    return not config.list_names or OWN in config.lists
+
+
 def evaluate_ranking(
     task: Task,
     record_of: dict[str, dict],
-    flowers: Flowers,
     index: np.ndarray,
     val: np.ndarray,
     folder: Path,
@@ -410,36 +683,83 @@ def evaluate_ranking(
 
     Leaves all scores in scores.npz.
     """
-    lengths = task.tree.lengths
-    without_image = rank_without_image(task)  # (1, C): what the names alone are worth
-    by_score = scores(sums_of(record_of, flowers, index), lengths, without_image)
-    save_scores(folder / "scores.npz", by_score, flowers, index)
+    flowers = task.flowers
+    all_scores = {listed: scores_of(task, record_of, index, listed) for listed in task.config.lists}
+    by_score = all_scores[ALL]
+    save_scores(folder / "scores.npz", all_scores, flowers, index)
 
     # Test labels never choose: it is the val images that say which score is reported.
     extra = {}
-    score = "sum" if task.config.score == "auto" else task.config.score
+    score = task.config.candidates[0]
     if len(val):
-        on_val = scores(sums_of(record_of, flowers, val), lengths, without_image)
-        val_top1 = top1_of(on_val, flowers.labels[val])
+        val_top1 = top1_on_val(task, record_of, val)
         score = max(val_top1, key=val_top1.get)
         extra |= {f"val/{name}_top1": top1 for name, top1 in val_top1.items()}
         table = ", ".join(f"{name} {top1:.2f}%" for name, top1 in val_top1.items())
         print(f"top-1 on val: {table}; {score} is reported")
     extra["reported_score"] = score
 
-    labels = flowers.labels[index]
-    metrics = evaluate.classification(by_score[score], torch.from_numpy(labels))
-    metrics |= evaluate.probability_scores(by_score[score], torch.from_numpy(labels))
-    metrics |= {f"{name}_top1": top1 for name, top1 in top1_of(by_score, labels).items()}
+    labels = torch.from_numpy(flowers.labels[index])
+    metrics = evaluate.classification(by_score[score], labels)
+    metrics |= evaluate.probability_scores(by_score[score], labels)
+    if tells_halves_apart(task.config):
+        metrics |= evaluate.base_to_new(all_scores[task.config.lists[-1]][score], labels)
+    metrics |= {f"{name}_top1": top1 for name, top1 in top1_of(by_score, labels.numpy()).items()}
     probabilities = by_score[score].softmax(1)
     predictions = evaluate.predictions(probabilities, flowers, index)
     answers = [row["top1"] for row in predictions]
     return Evaluation(metrics, probabilities, flowers.class_names, predictions, answers, extra)
 
 
-def sums_of(record_of: dict[str, dict], flowers: Flowers, index: np.ndarray) -> torch.Tensor:
-    """Return the recorded log-likelihoods (N, C) of the images at `index`."""
-    return torch.tensor([record_of[flowers.file_names[i]]["sum"] for i in index])
+def scores_of(
+    task: Task, record_of: dict[str, dict], index: np.ndarray, listed: str = ALL
+) -> dict[str, torch.Tensor]:
+    """Return each of SCORES (N, C) of the images at `index`, from their records."""
+    records = [record_of[task.flowers.file_names[i]] for i in index]
+    sums = torch.tensor([record[f"{listed}sum"] for record in records])  # (N, C)
+    if task.config.list_order == "drawn":
+        without_image = torch.tensor([record[f"{listed}prior"] for record in records])  # (N, C)
+    else:
+        # Images differ in their half at most, so few questions are asked.
+        questions = [task.questions(i, listed) for i in index]
+        prior_of = {texts: rank_alone(task, texts) for texts in dict.fromkeys(questions)}
+        without_image = torch.cat([prior_of[texts] for texts in questions])  # (N, C)
+    return scores(sums, task.tree.lengths, without_image)
+
+
+def rank_alone(task: Task, questions: Sequence[str]) -> torch.Tensor:
+    """Return the mean log-likelihoods (1, C) of the names after Q questions without an image."""
+    return rank_after(task, [[text] for text in questions], None)
+
+
+def top1_on_val(task: Task, record_of: dict[str, dict], val: np.ndarray) -> dict[str, float]:
+    """Return the top-1 accuracy on the val images, in percent, by each score that is allowed."""
+    by_score = scores_of(task, record_of, val)
+    top1 = top1_of(by_score, task.flowers.labels[val])
+    return {score: top1[score] for score in task.config.candidates}
+
+
+def choose_spelling(
+    task: Task, val: np.ndarray, folder: Path, progress: Progress
+) -> tuple[Task, dict[str, dict], dict[str, object]]:
+    """Ask about the val images with each spelling of the names, and keep the best one.
+
+    Of each spelling the best score counts. Returns the task with that spelling, its records of the
+    val images, and what enters the result.
+    """
+    tasks = {case: respell(task, case) for case in NAME_CASES}
+    records = {}
+    top1 = {}
+    for case, spelled in tasks.items():
+        path = folder / f"val-{case}.jsonl"
+        records[case], _ = record_images(spelled, rank_names, val, path, progress)
+        top1[case] = max(top1_on_val(spelled, records[case], val).values())
+    best = max(top1, key=top1.get)  # the first of equals
+    table = ", ".join(f"{case} {value:.2f}%" for case, value in top1.items())
+    print(f"top-1 on val: {table}; names are spelled as in {best}")
+    extra = {"reported_name_case": best}
+    extra |= {f"val/name_case_{case}_top1": value for case, value in top1.items()}
+    return tasks[best], records[best], extra
 
 
 def top1_of(by_score: dict[str, torch.Tensor], labels: np.ndarray) -> dict[str, float]:
@@ -451,11 +771,15 @@ def top1_of(by_score: dict[str, torch.Tensor], labels: np.ndarray) -> dict[str, 
 
 
 def save_scores(
-    path: Path, by_score: dict[str, torch.Tensor], flowers: Flowers, index: np.ndarray
+    path: Path, all_scores: dict[str, dict[str, torch.Tensor]], flowers: Flowers, index: np.ndarray
 ) -> None:
-    """Write an .npz with an array (N, C) for each score, the N files and the C class names."""
+    """Write an .npz with an array (N, C) for each score, the N files and the C class names.
+
+    all_scores: by the names that the question listed, ALL and OWN, which begin an array's name.
+    """
     arrays = {"files": [flowers.file_names[i] for i in index], "class_names": flowers.class_names}
-    arrays |= {name: values.numpy() for name, values in by_score.items()}
+    for listed, by_score in all_scores.items():
+        arrays |= {listed + name: values.numpy() for name, values in by_score.items()}
     with files.atomic(path) as file:
         np.savez_compressed(file, **arrays)
 
@@ -505,10 +829,37 @@ def check_overlap(
     return runs.check_overlap([config.adapter], flowers, index, config.split, allowed)
 
 
+def images_of_val(config: Config, flowers: Flowers) -> np.ndarray:
+    """The val images that are asked about as well: none where they decide nothing.
+
+    Those that train.py evaluates with the same --val_shots and --seed. Where an adapter was trained
+    on half of the classes, the labels of the other half choose nothing. Raises UserError if
+    --name_case best has no images to be chosen on.
+    """
+    val = flowers.splits["val"]
+    if not config.asks_val:
+        return val[:0]
+    n_classes = len(flowers.class_names)
+    if config.val_shots:
+        val = select(val, flowers.labels, n_classes, shots=config.val_shots, seed=config.seed)
+    val = select(val, flowers.labels, n_classes, config.classes)
+    if config.name_case == "best" and not len(val):
+        raise UserError("--name_case best: there are no val images to choose it on")
+    return subset(val, config.images, seed=0)
+
+
 def describe_protocol(config: Config, flowers: Flowers, n: int) -> dict:
     """What the accuracy is the accuracy of: dataset, split, names, question and weights."""
-    names = ", the names listed" if config.list_names else ""
-    question = f"{config.protocol} after the {config.answer} question{names}"
+    asked = f"the {config.answer} question"
+    if config.question:
+        asked = templates_in_words(config.question)
+    question = f"{config.protocol} after {asked}"
+    if config.list_names:
+        question += ", the names listed"
+    if config.list_order == "drawn":
+        question += " in an order drawn for each image"
+    if config.name_case != "given":
+        question += f", {config.name_case} case"
     adapter = f" with {config.adapter}" if config.adapter else ""
     weights = config.model + adapter
     return evaluate.protocol(flowers, config.split, n, config.class_names, question, weights)
@@ -537,14 +888,13 @@ def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task
     )
     model, processor = models.load_model(config.model, device, config.adapter, config.max_pixels)
 
-    [question] = questions_of(config.answer)
-    if config.list_names:
-        question = with_names(question, class_names)
-    if config.describe:
-        question = DESCRIBE
+    texts = (DESCRIBE,) if config.describe else questions_of(config.answer, config.question)
+    # `best` is chosen later.
+    case = "given" if config.name_case == "best" else config.name_case
+    spelled = spell_names(class_names, case)
     # The same for all images, so it is made once.
-    tree = NameTree(processor, class_names)
-    return Task(model, processor, question, tree, config, device)
+    tree = NameTree(processor, spelled)
+    return Task(model, processor, texts, spelled, tree, flowers, config, device)
 
 
 @command
@@ -553,7 +903,7 @@ def main():
     config = resolve(args)
     metrics_of_run = {Path(run).name: runs.read_metrics(run, config.split) for run in args.compare}
     device = torch.device(config.device)
-    devices.seed_everything(0, device)
+    devices.seed_everything(config.seed, device)
     protocols = {
         Path(run).name: evaluate.recorded_protocol(run, config.split) for run in args.compare
     }
@@ -563,10 +913,7 @@ def main():
     flowers = open_from_flags(dataclasses.asdict(config))
     config = dataclasses.replace(config, splits=flowers.convention)
     index = subset(split_index(flowers, config.split), config.images, seed=0)
-    # The val images are asked about as well, but only where they decide something.
-    val = index[:0]
-    if config.chooses_score:
-        val = subset(flowers.splits["val"], config.images, seed=0)
+    val = images_of_val(config, flowers)
     overlap = check_overlap(config, flowers, index, val)
     task = prepare_task(config, flowers, device)
 
@@ -579,19 +926,27 @@ def main():
         folder = Path(args.resume)
     else:
         folder = runs.new_run(config.runs, args.name, settings, flowers.splits)
+    tracker = start_wandb(config.wandb, folder, settings, resume=bool(args.resume))
+    progress = Progress(tracker, config.batch_size, index)
 
     # -----------------------------------------------------------------------------
     # records
+    val_records, extra = {}, {}
+    if config.name_case == "best":
+        task, val_records, extra = choose_spelling(task, val, folder, progress)
     if config.describe:
         protocol, records_file = describe_images, folder / "descriptions.jsonl"
     elif config.protocol == "generate":
         protocol, records_file = answer_freely, folder / "answers.jsonl"
     else:
         protocol, records_file = rank_names, folder / "answers.jsonl"
-    record_of, result = record_images(task, protocol, flowers, [*index, *val], records_file)
+    asked = index if val_records else np.concatenate([index, val])
+    record_of, result = record_images(task, protocol, asked.tolist(), records_file, progress)
+    record_of |= val_records
     result["peak_memory_mb"] = devices.peak_memory_mb(device)
     if config.describe:
         runs.finish(folder, {"name": folder.name} | result | settings)
+        tracker.finish()
         print(f"{records_file}: a sentence for each of {len(index):,} {config.split} images")
         if config.split == "train":
             print(f"next: {command_after_descriptions(config, records_file)}")
@@ -600,11 +955,11 @@ def main():
     # -----------------------------------------------------------------------------
     # metrics
     if config.protocol == "generate":
-        evaluation = evaluate_answers(record_of, flowers, index)
+        evaluation = evaluate_answers(task, record_of, index)
     else:
-        evaluation = evaluate_ranking(task, record_of, flowers, index, val, folder)
+        evaluation = evaluate_ranking(task, record_of, index, val, folder)
     metrics = {f"{config.split}/{key}": value for key, value in evaluation.metrics.items()}
-    result = metrics | result | evaluation.extra
+    result = metrics | result | evaluation.extra | extra
 
     # -----------------------------------------------------------------------------
     # results
@@ -618,7 +973,6 @@ def main():
     if overlap is not None:
         protocol["overlap"] = overlap
     runs.finish(folder, {"name": folder.name} | result | settings | protocol)
-    tracker = start_wandb(config.wandb, folder, settings)
     tracker.log(result)
     tracker.summarise(protocol)
     log_mistakes(tracker, figures.mistakes(evaluation.probabilities.numpy(), flowers, index))

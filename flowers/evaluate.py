@@ -573,16 +573,28 @@ def base_to_new(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
         return {}
 
     # Each image competes among the classes of its own half only.
-    halves = {
-        "base": (scores[is_base, :n_base], labels[is_base]),
-        "new": (scores[~is_base, n_base:], labels[~is_base] - n_base),
-    }
+    base_top1 = _top1(scores[is_base, :n_base])
+    new_top1 = n_base + _top1(scores[~is_base, n_base:])
+    predicted = np.empty(len(labels), dtype=np.int64)
+    predicted[is_base] = base_top1
+    predicted[~is_base] = new_top1
+    correct = predicted == labels.numpy()
+    return accuracy_of_halves(correct, is_base.numpy())
+
+
+def accuracy_of_halves(correct: np.ndarray, is_base: np.ndarray) -> dict[str, float]:
+    """Accuracy of the base and of the new classes, and the harmonic mean, in percent.
+
+    correct, is_base: (N,) bool, where each image was compared with its own half. With Wilson 95%
+    intervals. Empty if either half has no image.
+    """
+    if is_base.all() or not is_base.any():
+        return {}
     metrics = {}
-    for name, (half_scores, half_labels) in halves.items():
-        n = len(half_labels)
-        correct = int((_top1(half_scores) == half_labels.numpy()).sum())
-        metrics[f"{name}_top1"] = 100 * correct / n
-        metrics[f"{name}_top1_low"], metrics[f"{name}_top1_high"] = wilson(correct, n)
+    for name, half in (("base", is_base), ("new", ~is_base)):
+        n_correct, n = int(correct[half].sum()), int(half.sum())
+        metrics[f"{name}_top1"] = 100 * n_correct / n
+        metrics[f"{name}_top1_low"], metrics[f"{name}_top1_high"] = wilson(n_correct, n)
 
     # Harmonic, as in CoCoOp: a model that gains on base classes and forgets new ones scores low.
     base, new = metrics["base_top1"], metrics["new_top1"]

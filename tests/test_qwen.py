@@ -1029,7 +1029,7 @@ def test_a_question_that_training_did_not_ask_is_said(trained, capfd):
     assert config.answer == "described" and config.max_pixels == 512
     lines = capfd.readouterr().err.splitlines()
     said = [line.split()[1] for line in lines if line.startswith("note: ")]
-    assert said == ["--max_pixels", "--answer", "--list_names:"]
+    assert said == ["--max_pixels", "--answer", "--list_names"]
     eval_arguments("--adapter", trained, "--answer", "brief")
     assert "note: " not in capfd.readouterr().err
 

@@ -80,6 +80,32 @@ def match(answer: str, class_names: Sequence[str]) -> int | None:
     return class_of.get(normalise(last_line))
 
 
+def contained(answer: str, class_names: Sequence[str]) -> int | None:
+    """Return the class whose name an answer contains, if it is the only one; else None.
+
+    Words are compared whole, after `normalise`: roses is no rose. Of names within one another the
+    longest counts: lenten rose is no rose, either.
+    """
+    words = _words(answer)
+    class_of = {tuple(_words(name)): c for c, name in enumerate(class_names)}
+    class_of.pop((), None)  # of a name without letters
+    spans = []
+    # Longest first, so that what lies within a longer one is seen.
+    for name in sorted(class_of, key=len, reverse=True):
+        for start in range(len(words) - len(name) + 1):
+            end = start + len(name)
+            is_within = any(first <= start and end <= last for first, last, _ in spans)
+            if tuple(words[start:end]) == name and not is_within:
+                spans.append((start, end, class_of[name]))
+    classes = {c for _, _, c in spans}
+    return classes.pop() if len(classes) == 1 else None
+
+
+def _words(text: str) -> list[str]:
+    # Within a word an apostrophe is a part of it, around it a quotation mark.
+    return [word.strip("'") for word in normalise(text).split()]
+
+
 # -----------------------------------------------------------------------------
 # training
 
