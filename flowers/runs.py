@@ -36,7 +36,16 @@ import numpy as np
 from flowers import UserError, reason
 from flowers.choices import KEEPS_WEIGHTS, SHAPES
 from flowers.data import OXFORD_ID, Flowers, image_ids, open_from_flags, select, subset
-from flowers.files import append_line, checked, note, read_json, read_lines, user_path, write_json
+from flowers.files import (
+    append_line,
+    checked,
+    note,
+    read_json,
+    read_lines,
+    say,
+    user_path,
+    write_json,
+)
 from flowers.layouts import correct_name
 
 if TYPE_CHECKING:
@@ -392,7 +401,7 @@ def parse_inheriting(
     flags = as_flags(taken)
     if not flags:
         return args
-    print(f"taken over from {run_folder(model)}: {shlex.join(flags)}")
+    say(f"taken over from {run_folder(model)}: {shlex.join(flags)}")
     # What the file holds is checked as what a user types. Typed flags come last, so they win.
     return parser.parse_args([*flags, *sys.argv[1:]])
 

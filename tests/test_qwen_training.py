@@ -144,6 +144,46 @@ def test_a_run_goes_on_with_as_many_processes(of_two, tmp_path, cli):
     assert "begun with 2 processes: go on with as many" in error_line(outcome)
 
 
+def test_two_processes_evaluate_as_one(of_two, cli):
+    """A base-trained model: each image is asked twice, with all names and those of its half."""
+    folder, _ = of_two
+    arguments = ["--adapter", folder / "two", "--runs", folder, "--batch_size", 3, *NO_WANDB]
+    done = torchrun(ROOT / "qwen_eval.py", *arguments, "--name", "eval-two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in ("taken over from", "GB for ", "is reported", "images/s; results"):
+        assert done.stdout.count(line) == 1, line
+    code, _, err = cli("qwen_eval.py", *arguments, "--name", "eval-one")
+    assert code == 0, err
+    one, two = folder / "eval-one", folder / "eval-two"
+    expected, found = np.load(one / "scores.npz"), np.load(two / "scores.npz")
+    assert expected["files"].tolist() == found["files"].tolist()
+    for key in ("sum", "own_sum", "pmi"):
+        np.testing.assert_allclose(found[key], expected[key], atol=1e-3)
+    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
+    for key in ("test/top1", "test/base_top1", "test/new_top1", "val/sum_top1", "overlap"):
+        assert results[0][key] == results[1][key], key
+    assert len(files.read_lines(two / "answers.jsonl")) == 12 + 6  # and val
+    assert sorted(path.name for path in one.iterdir()) == sorted(
+        path.name for path in two.iterdir()
+    )
+
+
+def test_what_each_of_two_killed_processes_wrote_is_kept(of_two, tmp_path, cli):
+    """Whatever number of processes goes on: here it is one."""
+    run = shutil.copytree(of_two[0] / "eval-two", tmp_path / "eval")
+    (run / "result.json").unlink()
+    lines = (run / "answers.jsonl").read_text().splitlines(keepends=True)
+    marked = json.loads(lines[4])
+    marked["sum"][0] += 1000
+    (run / "answers.jsonl").write_text("".join(lines[:4]))
+    (run / "answers.1.jsonl").write_text(json.dumps(marked) + "\n" + lines[5] + lines[6][:20])
+    code, _, err = cli("qwen_eval.py", "--resume", run, *NO_WANDB)
+    assert code == 0 and "6/18" in err, err
+    rows = files.read_lines(run / "answers.jsonl")
+    assert len(rows) == 18 and rows[4] == marked
+    assert not (run / "answers.1.jsonl").exists()
+
+
 @pytest.mark.parametrize("options", [(), ("--augment", "crop"), ("--augment", "flip")])
 def test_a_batch_is_the_same_however_it_is_cut_up(script, small, tmp_path, options):
     """Over processes and chunks: the same images, questions, answers and views."""
@@ -498,3 +538,21 @@ def test_a_merged_model_knows_what_it_was_trained_on(merged, small, tmp_path):
     runs.write_trained_on(tmp_path, ["another"], copied)
     images = json.loads((tmp_path / "trained_on.json").read_text())["images"]
     assert set(images) == expected | {"another"}
+
+
+def test_a_merged_model_is_evaluated_as_its_adapter_is(merged, tmp_path, cli):
+    copied = shutil.copytree(merged, tmp_path / "copied")
+    place = ["--runs", tmp_path, *NO_WANDB]
+    outcome = cli("qwen_eval.py", "--model", copied, "--splits", "official", *place)
+    assert "were trained on by" in error_line(outcome)
+    outcome = cli("qwen_eval.py", "--model", copied, "--holdout", *place)
+    assert f"{copied} was trained on the val images" in error_line(outcome)
+
+    for name, flags in (("merged", ["--model", copied]), ("lora", ["--adapter", merged.parent])):
+        code, out, err = cli("qwen_eval.py", *flags, *place, "--name", name)
+        assert code == 0 and "taken over from" in out and "note: " not in err, err
+    scores, expected = (np.load(tmp_path / name / "scores.npz") for name in ("merged", "lora"))
+    np.testing.assert_allclose(scores["sum"], expected["sum"], atol=1e-3)
+    settings = read_arguments(tmp_path / "merged")
+    assert settings["model"] == str(copied) and settings["max_pixels"] == 64 * 64
+    assert json.loads((tmp_path / "merged" / "result.json").read_text())["overlap"] == 0
