@@ -5,10 +5,12 @@ halves and choices with a few lines of numpy.
 """
 
 import csv
+import dataclasses
 import json
 import os
 import runpy
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -265,6 +267,20 @@ def test_an_adapter_brings_what_it_was_asked_in_training(script, base_run, capfd
     assert not described.list_names and described.question is None and described.classes == "all"
 
 
+def test_what_was_switched_off_stays_off_in_a_resumed_run(script, base_run, tmp_path, monkeypatch):
+    """A switch that is off is no flag, and must not become the adapter's once more."""
+    config = config_of(
+        script, "--adapter", base_run, "--list_names=false", "--question=-a", "--question", "b"
+    )
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    stored = {"job": "qwen_eval"} | dataclasses.asdict(config)
+    files.write_json(folder / "args.json", stored)
+    monkeypatch.setattr(sys, "argv", ["qwen_eval.py", "--resume", str(folder)])
+    resumed = script["resolve"](script["parse_arguments"]())
+    assert dataclasses.replace(resumed, runs=config.runs) == config
+
+
 def test_flags_that_mean_nothing_together_are_refused(script, base_run, tmp_path):
     tiny = ["--model", "tiny"]
     assert config_of(script, "--architecture", "tiny").model == "tiny"
@@ -474,7 +490,9 @@ def test_the_spelling_is_chosen_on_val(base_run, small, cli):
 # free answers
 
 
-def test_free_answers_are_counted_in_three_ways(base_run, small, cli, monkeypatch):
+def test_free_answers_are_counted_whole_by_what_they_contain_and_in_halves(
+    base_run, small, cli, monkeypatch
+):
     """Whole, as the only name that is contained, and in halves after the own half's list."""
     prompts = []
 
