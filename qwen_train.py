@@ -815,7 +815,10 @@ def restore(
     """
     progress = training.load_checkpoint(path, trained, optimizer)
     training.restore_scaler(path, scaler, progress)
-    return int(progress["step"]), float(progress["seconds"])
+    try:
+        return int(progress["step"]), float(progress["seconds"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise UserError(f"{path} is damaged: it does not say how far the run came") from None
 
 
 @command
