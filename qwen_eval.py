@@ -2,6 +2,8 @@
 
     python qwen_eval.py                                   # Qwen2-VL-2B ranks the 102 names, 6 GB
     python qwen_eval.py --adapter runs/NAME               # what qwen_train.py made
+    python qwen_eval.py --model runs/NAME/merged          # the same as one model, by its --merge
+    torchrun --nproc_per_node=4 qwen_eval.py              # four GPUs, the images shared out
     python qwen_eval.py --protocol generate --list_names  # its own words, matched exactly
     python qwen_eval.py --question "Which flower is it?" "What is this?" --list_names
     python qwen_eval.py --describe --split train          # sentences, for qwen_train.py --captions
@@ -43,7 +45,7 @@ from flowers.data import (
     split_index,
     subset,
 )
-from flowers.devices import autocast
+from flowers.devices import Processes, autocast
 from flowers.intervals import wilson
 from flowers.qwen import adapters, models
 from flowers.qwen.answers import contained, first_line, generate, match, one_line
@@ -212,7 +214,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if not args.resume:
-        return runs.parse_inheriting(parser, "adapter")
+        # A merged model is one of a run, too.
+        return runs.parse_inheriting(parser, "adapter" if args.adapter else "model")
     stored = runs.arguments_to_resume(Path(args.resume), "qwen_eval")
     if stored is None:
         raise SystemExit  # it is finished, which was printed
@@ -284,12 +287,12 @@ def fill_in_from_adapter(args: argparse.Namespace) -> None:
     Says which model that is, and where flags that were typed ask for something else.
     Raises UserError if there is no adapter, if it names no model, or has seen the val images.
     """
-    trained = {}
+    source = args.adapter or args.model
+    # None where adapter/ was copied out of its run, and for a model that no run made.
+    folder = runs.run_folder(source) if source else None
+    trained = NEW_DEFAULTS | runs.read_arguments(folder) if folder else {}
     if args.adapter:
         recorded = adapters.model_of_adapter(Path(args.adapter))
-        # None where adapter/ was copied out of its run.
-        folder = runs.run_folder(args.adapter)
-        trained = NEW_DEFAULTS | runs.read_arguments(folder) if folder else {}
         if recorded:
             trained.setdefault("model", recorded)
         if args.model is None and "model" not in trained:
@@ -297,23 +300,23 @@ def fill_in_from_adapter(args: argparse.Namespace) -> None:
                 f"{args.adapter} does not say which model it was made for: give --model"
             )
         if args.model is None:
-            print(f"--model {trained['model']}, which {args.adapter} was made for")
-        if args.holdout and folder and not trained.get("holdout"):
-            raise UserError(
-                f"{args.adapter} was trained on the val images: "
-                "--holdout needs an adapter that was trained with --holdout"
-            )
+            files.say(f"--model {trained['model']}, which {args.adapter} was made for")
+    elif folder:
+        trained["model"] = args.model  # merged: not the one that it started from
+    if args.holdout and folder and not trained.get("holdout"):
+        raise UserError(
+            f"{source} was trained on the val images: "
+            "--holdout needs an adapter that was trained with --holdout"
+        )
     for flag, default in (DEFAULTS | NEW_DEFAULTS).items():
         value = getattr(args, flag)
         found = trained.get(flag, default)
         if not is_sound(flag, found, default):
-            raise UserError(f"args.json of {args.adapter} is damaged ({flag} is {found!r})")
+            raise UserError(f"args.json of {source} is damaged ({flag} is {found!r})")
         if not has_part(flag, args):
             found = default
         elif value is not None and flag in trained and found != value:
-            files.note(
-                f"--{flag} {in_words(value)}: {args.adapter} was trained with {in_words(found)}"
-            )
+            files.note(f"--{flag} {in_words(value)}: {source} was trained with {in_words(found)}")
         if value is None:
             setattr(args, flag, found)
 
@@ -408,7 +411,11 @@ class Task:
     tree: NameTree
     flowers: Flowers
     config: Config
-    device: torch.device
+    processes: Processes
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
 
     def questions(self, i: int, listed: str = ALL) -> tuple[str, ...]:
         """Return the Q questions about image i of the dataset, the names in them where listed."""
@@ -556,47 +563,72 @@ class Progress:
 def record_images(
     task: Task, protocol: Callable, index: Sequence[int], path: Path, progress: Progress
 ) -> tuple[dict[str, dict], dict[str, float]]:
-    """Apply a protocol to the images at `index`, and append a line to `path` for each.
+    """Apply a protocol to the images at `index`, and write a line into `path` for each.
 
-    Lines that are there already stay, so that a run that was killed goes on where it was.
-    Returns the records by file name, and the time that the new ones took.
+    Lines that are there already stay, so that a run that was killed goes on where it was. Several
+    processes share out the rest. Returns the records by file name, and the time that the new ones
+    took.
     """
-    flowers = task.flowers
-    rows = files.read_lines(path, "file")
-    files.write_lines(path, rows)  # without the line that a kill cut off
-    record_of = {row["file"]: row for row in rows}
+    flowers, processes = task.flowers, task.processes
+    record_of = collect(path, processes)
     index_of = {flowers.file_names[i]: i for i in index}
     for name, record in record_of.items():
         if name in index_of:
             progress.add(task, index_of[name], record)
     remaining = [i for i in index if flowers.file_names[i] not in record_of]
+    # By the place among all images: other processes may be at work already, and have written some.
+    shared_out = set(list(index)[processes.rank :: processes.world_size])
+    own = [i for i in remaining if i in shared_out]
+    own_path = path_of_process(path, processes)
     batch_size = task.config.batch_size
-    batches = [remaining[i : i + batch_size] for i in range(0, len(remaining), batch_size)]
+    batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
 
     def load(batch: list[int]) -> dict[str, torch.Tensor]:
         return patches(task.processor, open_images([flowers.files[i] for i in batch]))
 
     title = "describing" if task.config.describe else task.config.protocol
     start = time.perf_counter()
-    with tqdm(total=len(index), initial=len(record_of), unit="img", desc=title) as bar:
+    done = len(record_of)
+    options = {"unit": "img", "desc": title, "disable": not processes.is_main}
+    with tqdm(total=done + len(own), initial=done, **options) as bar:
         for image, batch in zip(prefetch(load, batches), batches):
             # Written batch by batch, so that a kill costs no more than one.
             with autocast(task.device):
                 records = protocol(task, image, batch)
             for i, record in zip(batch, records):
                 row = {"file": flowers.file_names[i]} | record
-                record_of[row["file"]] = row
-                files.append_line(path, row)
+                files.append_line(own_path, row)
                 progress.add(task, i, row)
             if progress.right:
                 bar.set_postfix(top1=f"{progress.row['progress/top1']:.1f}%", refresh=False)
             bar.update(len(batch))
+    processes.wait()
     seconds = time.perf_counter() - start
     timing = {
         "eval_seconds": round(seconds, 3),
         "eval_images_per_s": round(len(remaining) / seconds, 2),
     }
-    return record_of, timing
+    return collect(path, processes), timing
+
+
+def path_of_process(path: Path, processes: Processes) -> Path:
+    """The file that a process appends its records to: answers.jsonl, answers.1.jsonl, ..."""
+    return path if processes.is_main else path.with_suffix(f".{processes.rank}{path.suffix}")
+
+
+def collect(path: Path, processes: Processes) -> dict[str, dict]:
+    """Return all records so far by file name; those of several processes are joined in `path`.
+
+    Also those that a killed run of another number of processes has left.
+    """
+    with processes.main_first():
+        if processes.is_main:
+            parts = sorted(path.parent.glob(f"{path.stem}.[0-9]*{path.suffix}"))
+            rows = [row for file in (path, *parts) for row in files.read_lines(file, "file")]
+            files.write_lines(path, rows)  # without the lines that a kill cut off
+            for part in parts:
+                part.unlink()
+        return {row["file"]: row for row in files.read_lines(path, "file")}
 
 
 # -----------------------------------------------------------------------------
@@ -756,7 +788,7 @@ def choose_spelling(
         top1[case] = max(top1_on_val(spelled, records[case], val).values())
     best = max(top1, key=top1.get)  # the first of equals
     table = ", ".join(f"{case} {value:.2f}%" for case, value in top1.items())
-    print(f"top-1 on val: {table}; names are spelled as in {best}")
+    files.say(f"top-1 on val: {table}; names are spelled as in {best}")
     extra = {"reported_name_case": best}
     extra |= {f"val/name_case_{case}_top1": value for case, value in top1.items()}
     return tasks[best], records[best], extra
@@ -815,18 +847,20 @@ def answer_sheet(
 def check_overlap(
     config: Config, flowers: Flowers, index: np.ndarray, val: np.ndarray
 ) -> int | str | None:
-    """How many images at `index` the adapter was trained on; None without one.
+    """How many images at `index` the model was trained on here; None if no run made it.
 
-    val: images that decide what is reported: the adapter must not have been trained on them
+    val: images that decide what is reported: the model must not have been trained on them
     either. Raises UserError if there are such images, unless they are asked for.
     """
+    sources = (config.adapter, config.model)
+    trained = [source for source in sources if source and runs.run_folder(source)]
     # A description is no evaluation, and it is training images that are described.
-    if config.describe or not config.adapter:
+    if config.describe or not trained:
         return None
     allowed = config.allow_overlap or config.split == "train"
     if len(val):
-        runs.check_overlap([config.adapter], flowers, val, "val", config.allow_overlap)
-    return runs.check_overlap([config.adapter], flowers, index, config.split, allowed)
+        runs.check_overlap(trained, flowers, val, "val", config.allow_overlap)
+    return runs.check_overlap(trained, flowers, index, config.split, allowed)
 
 
 def images_of_val(config: Config, flowers: Flowers) -> np.ndarray:
@@ -874,19 +908,18 @@ def command_after_descriptions(config: Config, records_file: Path) -> str:
     return runs.command_line("qwen_train.py", flags)
 
 
-def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task:
+def prepare_task(config: Config, flowers: Flowers, processes: Processes) -> Task:
     """Load the model, saying before how much memory it takes, and put the question together."""
     class_names = flowers.class_names
     name_tokens = 8 * len(class_names)  # about; a name has four tokens
     text_tokens = 50 + (name_tokens if config.protocol == "rank" else config.most_tokens)
     if config.list_names:
         text_tokens += name_tokens
-    print(
-        memory_line(
-            config.model, config.batch_size, config.max_pixels, text_tokens, 0, config.precision
-        )
+    sizes = (config.batch_size, config.max_pixels, text_tokens)
+    files.say(memory_line(config.model, *sizes, 0, config.precision))
+    model, processor = models.load_model(
+        config.model, processes.device, config.adapter, config.max_pixels
     )
-    model, processor = models.load_model(config.model, device, config.adapter, config.max_pixels)
 
     texts = (DESCRIBE,) if config.describe else questions_of(config.answer, config.question)
     # `best` is chosen later.
@@ -894,39 +927,49 @@ def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task
     spelled = spell_names(class_names, case)
     # The same for all images, so it is made once.
     tree = NameTree(processor, spelled)
-    return Task(model, processor, texts, spelled, tree, flowers, config, device)
+    return Task(model, processor, texts, spelled, tree, flowers, config, processes)
+
+
+def open_run_folder(
+    args: argparse.Namespace, settings: dict, flowers: Flowers, processes: Processes
+) -> Path:
+    """The folder of the run, which the main process makes unless the run is resumed."""
+    folder = args.resume
+    if not folder and processes.is_main:
+        folder = runs.new_run(args.runs, args.name, settings, flowers.splits)
+    return Path(processes.from_main(str(folder)))
 
 
 @command
 def main():
     args = parse_arguments()
+    processes = devices.start_processes(args.device)  # one, unless torchrun started more
+    args.device = str(processes.device)
     config = resolve(args)
     metrics_of_run = {Path(run).name: runs.read_metrics(run, config.split) for run in args.compare}
-    device = torch.device(config.device)
-    devices.seed_everything(config.seed, device)
+    devices.seed_everything(config.seed, processes.device)
     protocols = {
         Path(run).name: evaluate.recorded_protocol(run, config.split) for run in args.compare
     }
 
     # -----------------------------------------------------------------------------
     # data and model
-    flowers = open_from_flags(dataclasses.asdict(config))
-    config = dataclasses.replace(config, splits=flowers.convention)
-    index = subset(split_index(flowers, config.split), config.images, seed=0)
-    val = images_of_val(config, flowers)
-    overlap = check_overlap(config, flowers, index, val)
-    task = prepare_task(config, flowers, device)
+    with processes.main_first():
+        flowers = open_from_flags(dataclasses.asdict(config))
+        config = dataclasses.replace(config, splits=flowers.convention)
+        index = subset(split_index(flowers, config.split), config.images, seed=0)
+        val = images_of_val(config, flowers)
+        overlap = check_overlap(config, flowers, index, val) if processes.is_main else None
+        task = prepare_task(config, flowers, processes)
 
     # -----------------------------------------------------------------------------
     # run folder
     # `architecture` is what other scripts call the model.
     settings = {"job": "qwen_eval", "architecture": config.model}
     settings |= dataclasses.asdict(config) | models.versions()
-    if args.resume:
-        folder = Path(args.resume)
-    else:
-        folder = runs.new_run(config.runs, args.name, settings, flowers.splits)
-    tracker = start_wandb(config.wandb, folder, settings, resume=bool(args.resume))
+    folder = open_run_folder(args, settings, flowers, processes)
+    mode = config.wandb if processes.is_main else "disabled"
+    tracker = start_wandb(mode, folder, settings, resume=bool(args.resume))
     progress = Progress(tracker, config.batch_size, index)
 
     # -----------------------------------------------------------------------------
@@ -942,8 +985,10 @@ def main():
         protocol, records_file = rank_names, folder / "answers.jsonl"
     asked = index if val_records else np.concatenate([index, val])
     record_of, result = record_images(task, protocol, asked.tolist(), records_file, progress)
+    if not processes.is_main:
+        return  # the main process evaluates
     record_of |= val_records
-    result["peak_memory_mb"] = devices.peak_memory_mb(device)
+    result["peak_memory_mb"] = devices.peak_memory_mb(processes.device)
     if config.describe:
         runs.finish(folder, {"name": folder.name} | result | settings)
         tracker.finish()

@@ -1,18 +1,25 @@
 """Fine-tune Qwen2-VL with LoRA to name flowers; the loss is on the answer alone.
 
     python qwen_train.py                                   # Qwen2-VL-2B, one GPU with about 8 GB
+    python qwen_train.py --shots 16 --list_names           # few images, the names in the question
+    python qwen_train.py --holdout --eval_every 1          # to choose settings: on val, not test
     python qwen_train.py --answer described --captions captions.jsonl.gz     # describe, then name
+    torchrun --nproc_per_node=4 qwen_train.py              # four GPUs, --batch_size images each
     python qwen_train.py --data_root sample --model tiny   # any machine, offline, two minutes
     python qwen_train.py --resume runs/NAME                # goes on after a kill
+    python qwen_train.py --resume runs/NAME --merge        # a finished run as a model folder
 
-Leaves runs/NAME/adapter/, which `python qwen_eval.py --adapter runs/NAME` evaluates. The vision
-tower is frozen, and its features are computed once, unless --also_train names it. tiny has random
-weights: LoRA on a frozen random model learns little, so its vision tower is trained whole.
+Leaves runs/NAME/adapter/, which `python qwen_eval.py --adapter runs/NAME` evaluates; with --merge
+runs/NAME/merged/, too, a model by itself. The vision tower is frozen, and its features are computed
+once, unless --also_train names it. tiny has random weights: LoRA on a frozen random model learns
+little, so its vision tower is trained whole.
 """
 
 import argparse
 import dataclasses
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,26 +28,39 @@ import torch
 from tqdm import tqdm
 
 from flowers import UserError, add_switch, command, devices, figures, files, runs, training
-from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, subset
-from flowers.devices import autocast
+from flowers.choices import MAX_VAL_SHOTS
+from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select, subset
+from flowers.devices import Processes, autocast
 from flowers.layouts import read_captions
 from flowers.qwen import adapters, models
-from flowers.qwen.answers import answer_length, answer_loss, one_line
+from flowers.qwen.answers import answer_length, answer_loss, first_line, generate, one_line
 from flowers.qwen.features import ImageFeatures, image_features
 from flowers.qwen.memory import memory_line
 from flowers.qwen.prompts import (
     QUESTIONS,
+    add_question_arguments,
+    check_questions,
+    draw_question,
+    draw_views,
     encode,
+    generator_of_file,
     move,
     open_images,
     patches,
     prefetch,
     questions_of,
+    shuffle,
+    spell_names,
+    with_names,
 )
-from flowers.tracking import start_wandb
+from flowers.qwen.ranking import NameTree, rank
+from flowers.tracking import Tracker, start_wandb
 
 # Share of the steps. train.py warms up twice as long; the results of Qwen were measured with this.
 WARMUP = 0.05
+# Of --val_images, and the longest description that is ranked after, in tokens.
+VAL_IMAGES = 200
+DESCRIPTION_TOKENS = 80
 # Of flags that are left out.
 DEFAULTS = {"rank": 8, "also_train": [], "epochs": 3, "batch_size": 16, "lr": 1e-4}
 TINY_DEFAULTS = {
@@ -61,6 +81,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and answer")
     group.add_argument(
         "--model",
+        "--architecture",
         type=files.user_path,
         default=models.DEFAULT,
         help="a name on the hub, a folder, tiny or random-2b (random weights) "
@@ -86,6 +107,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="captions.jsonl[.gz] with sentences about the training images; each epoch takes one "
         "of an image's, at random",
     )
+    add_question_arguments(group)
 
     # LoRA
     group = parser.add_argument_group("LoRA")
@@ -100,11 +122,55 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("images")
+    # Which of the training images, as in train.py: a seed draws the same ones.
+    group.add_argument(
+        "--classes",
+        choices=["base", "new", "all"],
+        default="all",
+        help="train on the first half of the classes, the second, or all; only these are listed, "
+        "and ranked between epochs (default: %(default)s)",
+    )
+    group.add_argument(
+        "--shots",
+        type=int,
+        help="train on at most so many images a class, drawn by --seed (default: all)",
+    )
+    group.add_argument(
+        "--images",
+        type=int,
+        default=0,
+        help="train on so many of them, drawn by --seed (default: 0, all)",
+    )
+    # Val, between epochs.
+    group.add_argument(
+        "--eval_every",
+        type=int,
+        default=0,
+        help="rank val images every so many epochs; needs --holdout (default: 0, never)",
+    )
+    group.add_argument(
+        "--val_images",
+        type=int,
+        help=f"so many val images, drawn by --seed; 0 for all (default: {VAL_IMAGES})",
+    )
+    group.add_argument(
+        "--val_shots",
+        type=int,
+        help="instead of --val_images at most so many a class, drawn by --seed (default: with "
+        f"--holdout as many as --shots, at most {MAX_VAL_SHOTS})",
+    )
+    runs.add_overlap_argument(group)
+
+
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     # optimisation
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, help="passes over the images (default: 3; tiny: 12)")
-    group.add_argument("--batch_size", type=int, help="images a step (default: 16; tiny: 32)")
+    group.add_argument(
+        "--batch_size", type=int, help="images a step, of each process (default: 16; tiny: 32)"
+    )
     group.add_argument(
         "--chunk_size",
         type=int,
@@ -121,9 +187,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--wd", type=float, default=0.0, help="weight decay (default: %(default)s)")
     group.add_argument(
         "--augment",
-        choices=["none", "crop"],
-        help="crop: crop and mirror at random, so that the vision tower runs in every step "
-        "(default: none; crop if the vision tower is trained)",
+        choices=["none", "flip", "crop"],
+        help="none, mirror, or mirror and random crop, for which the vision tower runs in every "
+        "step (default: none; crop if the vision tower is trained)",
     )
     group.add_argument(
         "--seed",
@@ -142,6 +208,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         default=100,
         help="steps from checkpoint to checkpoint (default: %(default)s)",
     )
+    add_switch(
+        group,
+        "--merge",
+        help="export merged/, a model folder for transformers and for --model; with --resume also "
+        "of a finished run",
+    )
     runs.add_run_arguments(group, resume=True)
 
 
@@ -149,23 +221,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    # data
     add_data_arguments(parser)
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=0,
-        help="train on so many, drawn with --seed (default: 0, all)",
-    )
+    add_image_arguments(parser)
     add_model_arguments(parser)
     add_training_arguments(parser)
     return parser
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(processes: int) -> argparse.Namespace:
     """The flags of the command line, or with --resume those that the run was started with.
 
-    Ends the program if that run is finished. Raises UserError if there is no run to resume.
+    Ends the program if that run is finished, and has been merged where that is asked for. Raises
+    UserError if there is no run to resume, or if it was started with another number of processes.
     """
     parser = make_parser()
     args = parser.parse_args()
@@ -174,7 +241,18 @@ def parse_arguments() -> argparse.Namespace:
     folder = Path(args.resume)
     stored = runs.arguments_to_resume(folder, "qwen_train")
     if stored is None:
-        raise SystemExit  # it is finished, which was printed
+        # It is finished, which was printed.
+        if args.merge:
+            export_merged(folder)
+        raise SystemExit
+    # Older runs had one.
+    begun_with = stored.get("processes", 1)
+    if begun_with != processes:
+        raise UserError(
+            f"{folder} was begun with {begun_with} processes: go on with as many, for the same "
+            "result"
+        )
+    stored["merge"] = stored.get("merge") or args.merge
     # One flag with several values, or none.
     also_train = stored.pop("also_train", None)
     args = runs.parse_stored(parser, args, stored)
@@ -196,19 +274,30 @@ class Config:
     class_names: str
     splits: str | None
     holdout: bool
+    # images
+    classes: str
+    shots: int | None  # None: all images
     images: int
+    eval_every: int
+    val_images: int | None  # None: val_shots
+    val_shots: int | None  # None: val_images
+    allow_overlap: bool
     # model and answer
     model: str
     max_pixels: int
     answer: str
     captions: str | None
+    question: list[str] | None  # None: that of the answer
+    list_names: bool
+    list_order: str
+    name_case: str
     # LoRA
     rank: int
     alpha: float
     also_train: list[str]
     # optimisation
     epochs: int
-    batch_size: int
+    batch_size: int  # of each process
     chunk_size: int
     keep_activations: bool
     lr: float
@@ -216,15 +305,23 @@ class Config:
     augment: str
     seed: int
     # machine
-    device: str
+    device: str  # of the main process
     precision: str
     # run
     save_every: int
+    merge: bool
     runs: str
     wandb: str
+    processes: int
+
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether val is ranked after an epoch (counted from 1)."""
+        if self.eval_every == 0:
+            return False
+        return epoch % self.eval_every == 0 or epoch == self.epochs
 
 
-def resolve(args: argparse.Namespace) -> Config:
+def resolve(args: argparse.Namespace, processes: Processes) -> Config:
     """Return the settings that the flags mean. Raises UserError if they contradict one another."""
     defaults = TINY_DEFAULTS if args.model == "tiny" else DEFAULTS
     for flag, value in defaults.items():
@@ -246,138 +343,335 @@ def resolve(args: argparse.Namespace) -> Config:
             "--answer described and --captions go together: descriptions are written by "
             "python qwen_eval.py --describe, or by people"
         )
+    if args.answer == "described" and len(args.question or ()) > 1:
+        raise UserError(
+            "--answer described takes one question: qwen_eval.py ranks after one answer"
+        )
+    check_images(args)
+    check_questions(args.question, args.list_names, args.list_order)
     models.check_max_pixels(args.model, args.max_pixels)
     skeleton = models.load_skeleton(args.model) if args.also_train else None
     if args.augment is None:
         crops = skeleton is not None and adapters.trains_vision(skeleton, args.also_train)
         args.augment = "crop" if crops else "none"
-    # After all checks: the device becomes torch's own.
-    device = devices.choose_device(args.device)
-    args.device = str(device)
-    args.precision = devices.set_precision(args.precision, device)
+    args.device = str(processes.device)
+    args.precision = devices.set_precision(args.precision, processes.device)
+    args.processes = processes.world_size
     return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
 
 
+def check_images(args: argparse.Namespace) -> None:
+    """Fill in which val images are ranked; raise UserError for flags that can't be meant."""
+    if args.eval_every and not args.holdout:
+        raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
+    if args.val_shots is not None and not args.holdout:
+        raise UserError("--val_shots needs --holdout: without it no val is set apart")
+    if args.val_shots is not None and args.val_images is not None:
+        raise UserError("--val_shots and --val_images both say which val images: give one of them")
+    if args.val_images is not None and not args.eval_every:
+        raise UserError("--val_images is for --eval_every: give both")
+    # A resumed run has its own.
+    if args.val_images is None and args.val_shots is None and not args.resume:
+        if args.holdout and args.shots:
+            args.val_shots = min(args.shots, MAX_VAL_SHOTS)
+        elif args.eval_every:
+            args.val_images = VAL_IMAGES
+    shots = [value for value in (args.shots, args.val_shots) if value is not None]
+    if min([args.eval_every, args.val_images or 0]) < 0 or min(shots, default=1) < 1:
+        raise UserError(
+            "--eval_every and --val_images must not be below 0, --shots and --val_shots at least 1"
+        )
+
+
 # -----------------------------------------------------------------------------
-# batches
+# images, questions and answers
 
 
 @dataclass(frozen=True)
-class TrainingSet:
-    """The N training images, and the batches that are made of them.
+class Batch:
+    """A step's images of this process, in chunks, and the answers of all processes.
 
-    index: (N,) positions in flowers.files. captions: N lists of sentences, or None.
+    chunks: of b images each: the images, as `hidden_states` takes them, b questions, b answers.
+    """
+
+    chunks: list[tuple[dict[str, torch.Tensor], list[str], list[str]]]
+    answers: list[str]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The N training images and the M val images, and the batches that are made of them.
+
+    index: (N,), val: (M,) positions in flowers.files. captions: N lists of sentences, or None.
+    names: of all classes, as they are spelled. classes: (K,) those that are trained on.
     """
 
     config: Config
+    processes: Processes
     flowers: Flowers
     index: np.ndarray
+    val: np.ndarray
     captions: list[list[str]] | None
+    names: tuple[str, ...]
+    classes: np.ndarray
 
     @property
     def batch_size(self) -> int:
-        return min(self.config.batch_size, len(self.index))
+        """Images a step, of all processes together: as many in each."""
+        n_processes = self.processes.world_size
+        return n_processes * min(self.config.batch_size, len(self.index) // n_processes)
 
     @property
     def chunk_size(self) -> int:
-        return min(self.config.chunk_size or self.batch_size, self.batch_size)
+        """Images in memory at a time, in each process."""
+        in_each = self.batch_size // self.processes.world_size
+        return min(self.config.chunk_size or in_each, in_each)
 
     @property
     def steps_per_epoch(self) -> int:
         # Images that fill no batch are left out; which ones they are changes with the epoch.
         return len(self.index) // self.batch_size
 
-    def batch(self, step: int, processor, features: ImageFeatures | None) -> list[tuple]:
-        """Return the chunks of a step's batch: images, as `hidden_states` takes them, and answers.
+    @property
+    def trained_names(self) -> list[str]:
+        return [self.names[c] for c in self.classes]
 
-        They depend on seed and step alone, so that a resumed run sees what an unbroken one sees.
-        features: of all N images; None if the vision tower runs in each step.
+    @property
+    def listed_names(self) -> list[str] | None:
+        """The names that stand in the question, if any."""
+        return self.trained_names if self.config.list_names else None
+
+    def batch(self, step: int, processor, features: ImageFeatures | None) -> Batch:
+        """Return this process's part of a step's batch.
+
+        Called in threads, where the tokenizer, which remembers how it pads, must not be used.
+        It depends on seed and step alone, so that a resumed run sees what an unbroken one sees.
+        features: of the N images, and others behind them; None if the vision tower runs in each
+        step.
         """
+        config = self.config
         epoch, i = divmod(step, self.steps_per_epoch)
-        seed = self.config.seed
-        order = torch.randperm(len(self.index), generator=devices.generator(seed, epoch))
+        order = torch.randperm(len(self.index), generator=devices.generator(config.seed, epoch))
         positions = order[i * self.batch_size : (i + 1) * self.batch_size].tolist()
-        generator = devices.generator(seed, epoch, i)
-        chunks = []
-        for start in range(0, self.batch_size, self.chunk_size):
-            chunk = positions[start : start + self.chunk_size]  # the last may be shorter
-            if features is None:
-                image = self._patches(chunk, processor, generator)
-            else:
-                image = features.batch(chunk)
-            answers = [self._answer(j, generator) for j in chunk]
-            chunks.append((image, answers))
-        return chunks
 
-    def _patches(self, chunk: list[int], processor, generator) -> dict[str, torch.Tensor]:
-        image_files = [self.flowers.files[self.index[j]] for j in chunk]
-        # Without a generator, images stay as they are.
-        crops = generator if self.config.augment == "crop" else None
-        return patches(processor, open_images(image_files, crops))
+        # Drawn for the whole batch, so that each image has the same however the batch is cut up.
+        generator = devices.generator(config.seed, epoch, i)
+        views = draw_views(config.augment, len(positions), generator)
+        answers = [self._answer(j, generator) for j in positions]
+        asked = questions_of(config.answer, config.question)
+        questions = []
+        for _ in positions:
+            listed = self.listed_names
+            questions.append(draw_question(asked, listed, config.list_order, generator))
+
+        chunks = []
+        part = self.processes.part(positions)  # a slice
+        for start in range(part.start, part.stop, self.chunk_size):
+            # The last chunk may be shorter.
+            rows = slice(start, min(start + self.chunk_size, part.stop))
+            if features is None:
+                image_files = [self.flowers.files[self.index[j]] for j in positions[rows]]
+                image = patches(processor, open_images(image_files, views and views[rows]))
+            else:
+                image = features.batch(positions[rows])
+            chunks.append((image, questions[rows], answers[rows]))
+        return Batch(chunks, answers)
 
     def _answer(self, j: int, generator: torch.Generator) -> str:
         """Return the class name of image j, under `described` after one of its captions."""
-        name = self.flowers.class_names[self.flowers.labels[self.index[j]]]
+        name = self.names[self.flowers.labels[self.index[j]]]
         if self.captions is None:
             return name
         choice = int(torch.randint(len(self.captions[j]), (), generator=generator))
         return f"{one_line(self.captions[j][choice])}\n{name}"
 
+    def val_batches(self, processor, features: ImageFeatures | None) -> Iterator[tuple]:
+        """Yield this process's val images in batches of b: the images, the questions, the labels.
 
-def open_training_set(config: Config) -> TrainingSet:
+        questions: for each text that is asked, b of them. labels: (b,) int64, positions in
+        `classes`.
+        """
+        asked = questions_of(self.config.answer, self.config.question)
+        own = np.arange(len(self.val))[self.processes.rank :: self.processes.world_size]
+        for start in range(0, len(own), self.chunk_size):
+            batch = own[start : start + self.chunk_size]
+            index = self.val[batch]
+            if features is None:
+                image = patches(processor, open_images([self.flowers.files[i] for i in index]))
+            else:
+                image = features.batch((len(self.index) + batch).tolist())
+            questions = [[self._val_question(text, i) for i in index] for text in asked]
+            labels = np.searchsorted(self.classes, self.flowers.labels[index])
+            yield image, questions, torch.from_numpy(labels)
+
+    def _val_question(self, text: str, i: int) -> str:
+        """Return what is asked about image i: the same after every epoch."""
+        names = self.listed_names
+        if names is None:
+            return text
+        if self.config.list_order == "drawn":
+            generator = generator_of_file(self.config.seed, self.flowers.file_names[i])
+            names = shuffle(names, generator)
+        return with_names(text, names)
+
+
+def open_data(config: Config, processes: Processes) -> Data:
     """Open the dataset and the captions. Raises UserError for what is missing or damaged."""
     flowers = open_from_flags(dataclasses.asdict(config))
     config = dataclasses.replace(config, splits=flowers.convention)
-    index = subset(flowers.splits["train"], config.images, config.seed)
+    names = spell_names(flowers.class_names, config.name_case)
+    # The halves are those of the class numbers, whatever images there are.
+    labels = np.arange(len(names))
+    classes = select(labels, labels, len(names), config.classes)
+
+    choice = (flowers.labels, len(names), config.classes, config.shots, config.seed)
+    index = select(flowers.splits["train"], *choice)
+    index = subset(index, config.images, config.seed)
+    if len(index) < processes.world_size:
+        raise UserError(
+            f"{len(index)} training images are left by --classes {config.classes}: training needs "
+            "one for each process"
+        )
     captions = None
     if config.captions:
         captions = read_captions(config.captions, tuple(flowers.files[i] for i in index))
-    return TrainingSet(config, flowers, index, captions)
+    val = choose_val(flowers, config)
+    return Data(config, processes, flowers, index, val, captions, names, classes)
+
+
+def choose_val(flowers: Flowers, config: Config) -> np.ndarray:
+    """The val images that are ranked between epochs, those of the trained classes; none without.
+
+    With --val_shots they are drawn as train.py draws them. Raises UserError if val has none.
+    """
+    val = flowers.splits["val"]
+    if not config.eval_every:
+        return val[:0]
+    n_classes = len(flowers.class_names)
+    if config.val_shots:
+        shots = config.val_shots
+        val = select(val, flowers.labels, n_classes, shots=shots, seed=config.seed)
+    val = select(val, flowers.labels, n_classes, config.classes)
+    val = subset(val, config.val_images or 0, config.seed)
+    if len(val) == 0:
+        raise UserError("the splits list no image for val: --holdout has nothing to hold out")
+    return val
+
+
+def check_overlap(data: Data) -> None:
+    """Raise UserError if val holds images that are trained on, or that the start was trained on.
+
+    Unless --allow_overlap is given.
+    """
+    if not len(data.val):
+        return
+    config = data.config
+    runs.check_overlap([config.model], data.flowers, data.val, "val", config.allow_overlap)
+    trained_on = set(image_ids(data.flowers, data.index))
+    doubles = runs.count_overlap(trained_on, image_ids(data.flowers, data.val))
+    if doubles and not config.allow_overlap:
+        raise UserError(
+            f"{doubles:,} of the {len(data.val):,} val images are training images, too: the same "
+            "pictures under two names; remove them from the splits, or --allow_overlap ranks them "
+            "all the same"
+        )
 
 
 # -----------------------------------------------------------------------------
 # model and step
 
 
-def prepare_model(config: Config, training_set: TrainingSet, device: torch.device):
-    """Return the model with a new adapter, its processor, and the features that are kept, or None.
+def keep_features(model, processor, data: Data) -> ImageFeatures | None:
+    """What the vision tower makes of the N training and M val images; None if that changes.
 
-    Raises UserError for a model that can't be loaded, or modules that it does not have.
+    Before the adapter, which leaves the vision tower as it is.
     """
-    model, processor = models.load_model(config.model, device, max_pixels=config.max_pixels)
-    features = None
+    config = data.config
     # Whether the vision tower makes the same of an image in every step.
     keeps = config.augment == "none" and not adapters.trains_vision(model, config.also_train)
-    # Before the adapter, which leaves the vision tower as it is.
-    if keeps and models.has_separate_features(model):
-        digest = models.vision_digest(model)
-        features = image_features(
-            model, processor, training_set.flowers, training_set.index, digest
-        )
-    recompute = device.type == "cuda" and not config.keep_activations
-    model = adapters.add_adapter(model, config.rank, config.alpha, config.also_train, recompute)
-    return model, processor, features
+    if not (keeps and models.has_separate_features(model)):
+        return None
+    digest = models.vision_digest(model)
+    index = np.concatenate([data.index, data.val])
+    processes = data.processes
+    if processes.world_size > 1:
+        # Each computes its part, and finds the others' in the cache.
+        part = index[processes.rank :: processes.world_size]
+        image_features(model, processor, data.flowers, part, digest)
+        processes.wait()
+    return image_features(model, processor, data.flowers, index, digest)
 
 
 def train_step(
-    model, processor, question: str, batch: list, optimizer, scaler, parameters: list, device
+    model, processor, batch: Batch, optimizer, scaler, parameters: list, processes: Processes
 ) -> float:
     """Update the adapter once. Returns the loss: the mean over all answer tokens, in nats."""
-    # Counted before the first chunk, so that the gradient is the same however the batch is cut.
-    n_tokens = 0
-    for _, answers in batch:
-        n_tokens += sum(answer_length(processor, answer) for answer in answers)
-
-    batch_loss = 0.0
-    for image, answers in batch:
-        inputs = move(encode(processor, question, image["image_grid_thw"]), device)
+    device = processes.device
+    # Of the whole batch, so that the gradient is the same however the batch is cut up.
+    n_tokens = sum(answer_length(processor, answer) for answer in batch.answers)
+    own_loss = 0.0
+    for image, questions, answers in batch.chunks:
+        inputs = move(encode(processor, questions, image["image_grid_thw"]), device)
         image = move(image, device)
         with autocast(device):
             loss_sum, _ = answer_loss(model, processor, inputs, image, answers)
-        scaler.scale(loss_sum / n_tokens).backward()
-        batch_loss += loss_sum.item() / n_tokens
+        # The mean of the processes' gradients is then that of one process with all images.
+        loss = loss_sum * processes.world_size / n_tokens
+        scaler.scale(loss).backward()
+        own_loss += loss_sum.item() / n_tokens
+    processes.average_gradients(parameters)
     training.update(optimizer, parameters, scaler)
+    [batch_loss] = processes.sum([own_loss])
     return batch_loss
+
+
+# -----------------------------------------------------------------------------
+# val between epochs
+
+
+@torch.inference_mode()
+def evaluate_val(model, processor, data: Data, features: ImageFeatures | None) -> dict[str, float]:
+    """Rank the names of the trained classes for each val image, and go back to training.
+
+    Returns val/top1 in percent, by the summed log-likelihood, and val/loss: the mean of an answer
+    token of the right names, in nats.
+    """
+    model.eval()
+    tree = NameTree(processor, data.trained_names)
+    # Descriptions are generated, for which the library wants pixels.
+    kept = features if data.config.answer == "brief" else None
+    n_right, loss_sum, n_tokens = 0, 0.0, 0
+    for image, questions, labels in data.val_batches(processor, kept):
+        image = move(image, data.processes.device)
+        sums = rank_val(model, processor, tree, image, questions, data).cpu()  # (b, K)
+        n_right += int((sums.argmax(1) == labels).sum())
+        loss_sum -= float(sums.gather(1, labels[:, None]).sum())
+        n_tokens += int(tree.lengths[labels].sum())
+    model.train()
+    n_right, loss_sum, n_tokens = data.processes.sum([n_right, loss_sum, n_tokens])
+    return {"val/top1": 100 * n_right / len(data.val), "val/loss": loss_sum / n_tokens}
+
+
+def rank_val(
+    model, processor, tree: NameTree, image: dict, questions: list[list[str]], data: Data
+) -> torch.Tensor:
+    """Return the log-likelihoods (b, K) of the names, their mean over the questions.
+
+    Under `described` the names are ranked after the model's own description.
+    """
+    device = data.processes.device
+    total = 0
+    with autocast(device):
+        for asked in questions:
+            prefixes = None
+            prompts = move(encode(processor, asked, image["image_grid_thw"]), device)
+            if data.config.answer == "described":
+                texts = generate(model, processor, prompts, image, DESCRIPTION_TOKENS)
+                prefixes = [first_line(text) + "\n" for text in texts]
+                prompts = encode(processor, asked, image["image_grid_thw"], prefixes)
+                prompts = move(prompts, device)
+            total = total + rank(model, tree, prompts, image)
+    return total / len(questions)
 
 
 # -----------------------------------------------------------------------------
@@ -392,24 +686,38 @@ def count_parameters(model) -> tuple[int, int]:
     return n_trained, n_frozen
 
 
+def print_start(
+    folder: Path, first_step: int, total_steps: int, data: Data, model, keeps_features: bool
+) -> None:
+    """Print what is about to be trained."""
+    if first_step > 0:
+        print(f"resuming {folder} after step {first_step} of {total_steps}")
+    n_trained, n_frozen = count_parameters(model)
+    print(
+        f"{folder}: {data.config.model}, {len(data.index):,} images, {total_steps:,} steps of "
+        f"{data.batch_size} on {data.processes.device}; trainable {n_trained:,} beside "
+        f"{n_frozen:,}; vision features {'once' if keeps_features else 'in each step'}"
+    )
+
+
 def save_results(
     folder: Path,
     model,
     rows: list[dict],
-    training_set: TrainingSet,
+    data: Data,
     seconds: float,
     settings: dict,
-    tracker,
+    tracker: Tracker,
 ) -> None:
     """Leave adapter/, curve.png and result.json in the run folder, and print the main figures.
 
-    rows: those of metrics.jsonl, one a step. seconds: of the training loop.
+    rows: those of metrics.jsonl, of steps and evaluations. seconds: of the steps.
     """
     model.save_pretrained(folder / "adapter")
     figures.training_curve(rows, folder / "curve.png", "cross-entropy of an answer token (nats)")
-    last_epoch = rows[-training_set.steps_per_epoch :]
-    last_loss = float(np.mean([row["train/loss"] for row in last_epoch]))
-    images_per_s = len(rows) * training_set.batch_size / max(seconds, 1e-9)
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    last_loss = float(np.mean(losses[-data.steps_per_epoch :]))
+    images_per_s = len(losses) * data.batch_size / max(seconds, 1e-9)
     n_trained, n_frozen = count_parameters(model)
     result = {
         "train/loss": round(last_loss, 5),
@@ -433,84 +741,155 @@ def save_results(
 
 
 # -----------------------------------------------------------------------------
+# the model as one folder
+
+
+def export_merged(folder: Path) -> None:
+    """Leave merged/ in a finished run: the trained model by itself, with its processor.
+
+    LoRA is added to the weights, modules of --also_train are in their places. What the run was
+    trained on goes along, as it would be lost with a copy of the folder.
+    """
+    settings = runs.read_arguments(folder)
+    name = settings["model"]
+    # In the precision of the training, as the model is evaluated in.
+    dtype = devices.DTYPES[devices.set_precision(settings.get("precision", "auto"), "cpu")]
+    model, processor = models.load_model(name, "cpu", folder, settings["max_pixels"])
+    model = model.merge_and_unload().to(dtype)
+    # A head or an embedding that was trained by itself is no longer the other's. The latest peft
+    # knows that, the oldest that works does not.
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+    target, partial = folder / "merged", folder / "merged.partial"
+    for left in (target, partial):
+        shutil.rmtree(left, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    # All images of tiny have one size, which its processor knows and --max_pixels does not.
+    max_pixels = processor.image_processor.size["longest_edge"]
+    files.write_json(
+        partial / "args.json", settings | {"job": runs.MERGED, "max_pixels": max_pixels}
+    )
+    runs.write_trained_on(partial, [], folder)
+    partial.rename(target)
+    print(f"merged model: {target}")
+    flags = {"model": str(target)} | runs.flags_for_next(str(folder.parent), "auto")
+    print(f"next: {runs.command_line('qwen_eval.py', flags)}")
+
+
+# -----------------------------------------------------------------------------
 # the run
+
+
+def open_run_folder(data: Data, settings: dict, name: str | None, resume: str | None) -> Path:
+    """The folder of the run, made by the main process unless the run is resumed."""
+    config = data.config
+    if not data.processes.is_main:
+        return Path(resume or config.runs)  # the others write nothing
+    folder = Path(resume) if resume else None
+    if folder is None:
+        folder = runs.new_run(config.runs, name, settings, data.flowers.splits)
+    # Before the first step; a resumed run has it already. A merged run as the start has its own.
+    runs.write_trained_on(folder, image_ids(data.flowers, data.index), config.model)
+    return folder
+
+
+def print_memory(data: Data) -> None:
+    """Print how much memory the training takes, about."""
+    config = data.config
+    # Of question and answer; a name has about eight tokens with its separator.
+    text_tokens = 100 if config.captions else 50
+    text_tokens += 8 * len(data.listed_names or ())
+    sizes = (data.chunk_size, config.max_pixels, text_tokens, config.rank)
+    print(memory_line(config.model, *sizes, config.precision))
+
+
+def restore(
+    path: Path, trained: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[int, float]:
+    """Give all of them what a checkpoint holds; returns its step and seconds.
+
+    Raises UserError if it is damaged, or of another run.
+    """
+    progress = training.load_checkpoint(path, trained, optimizer)
+    training.restore_scaler(path, scaler, progress)
+    try:
+        return int(progress["step"]), float(progress["seconds"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise UserError(f"{path} is damaged: it does not say how far the run came") from None
 
 
 @command
 def main():
-    args = parse_arguments()
-    config = resolve(args)
-    device = torch.device(config.device)
+    args = parse_arguments(devices.world_size())
+    processes = devices.start_processes(args.device)  # one, unless torchrun started more
+    config = resolve(args, processes)
+    device = processes.device
     devices.seed_everything(config.seed, device)
 
     # -----------------------------------------------------------------------------
     # data and model
-    training_set = open_training_set(config)
-    config = training_set.config
-    index = training_set.index
-    batch_size = training_set.batch_size
-    chunk_size = training_set.chunk_size
-    text_tokens = 100 if config.captions else 50  # about, of question and answer
-    sizes = (chunk_size, config.max_pixels, text_tokens, config.rank)
-    print(memory_line(config.model, *sizes, config.precision))
-    model, processor, features = prepare_model(config, training_set, device)
-    [question] = questions_of(config.answer)
+    with processes.main_first():
+        data = open_data(config, processes)
+        config = data.config
+        if processes.is_main:
+            check_overlap(data)
+            print_memory(data)
+        model, processor = models.load_model(config.model, device, max_pixels=config.max_pixels)
+    features = keep_features(model, processor, data)
+    recompute = device.type == "cuda" and not config.keep_activations
+    model = adapters.add_adapter(model, config.rank, config.alpha, config.also_train, recompute)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
-    n_trained, n_frozen = count_parameters(model)
 
     # -----------------------------------------------------------------------------
     # run folder and optimiser
     settings = {"job": "qwen_train", "architecture": config.model}
     settings |= dataclasses.asdict(config) | models.versions()
-    if args.resume:
-        folder = Path(args.resume)
-    else:
-        folder = runs.new_run(config.runs, args.name, settings, training_set.flowers.splits)
-    # Before the first step; a resumed run has it already.
-    runs.write_trained_on(folder, image_ids(training_set.flowers, index))
-    metrics_file = folder / "metrics.jsonl"
-    checkpoint_file = folder / "checkpoint.pt"
-
+    folder = open_run_folder(data, settings, args.name, args.resume)
+    metrics_file, checkpoint_file = folder / "metrics.jsonl", folder / "checkpoint.pt"
     # One group, unlike train.py: weight decay is for all parameters, and earlier checkpoints have
     # this layout.
     group = {"params": parameters, "weight_decay": config.wd, "peak": config.lr}
     optimizer = torch.optim.AdamW([group], lr=config.lr, betas=(0.9, 0.98))
     scaler = devices.gradient_scaler(device)
-    total_steps = config.epochs * training_set.steps_per_epoch
+    total_steps = config.epochs * data.steps_per_epoch
 
     # -----------------------------------------------------------------------------
     # resume
     first_step, seconds = 0, 0.0
     if args.resume and checkpoint_file.exists():
-        progress = training.load_checkpoint(checkpoint_file, trained, optimizer)
-        training.restore_scaler(checkpoint_file, scaler, progress)
-        first_step, seconds = int(progress["step"]), float(progress["seconds"])
-        print(f"resuming {folder} after step {first_step} of {total_steps}")
+        first_step, seconds = restore(checkpoint_file, trained, optimizer, scaler)
     # Steps after the checkpoint are done again.
     rows = [row for row in files.read_lines(metrics_file, "step") if row["step"] <= first_step]
-    files.write_lines(metrics_file, rows)
-    tracker = start_wandb(config.wandb, folder, settings, resume=bool(args.resume))
+    mode = config.wandb if processes.is_main else "disabled"
+    tracker = start_wandb(mode, folder, settings, resume=bool(args.resume))
     for row in rows:
         tracker.log_row(row)  # unless W&B has it
-    print(
-        f"{folder}: {config.model}, {len(index):,} images, {total_steps:,} steps of {batch_size} "
-        f"on {device}; trainable {n_trained:,} beside {n_frozen:,}; "
-        f"vision features {'once' if features is not None else 'in each step'}"
-    )
+    if processes.is_main:
+        files.write_lines(metrics_file, rows)
+        print_start(folder, first_step, total_steps, data, model, features is not None)
 
     # -----------------------------------------------------------------------------
     # training loop
     model.train()
-    bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training")
-    start = time.perf_counter()
+    bar = tqdm(
+        total=total_steps,
+        initial=first_step,
+        unit="step",
+        desc="training",
+        disable=not processes.is_main,
+    )
     # The next batches are made in threads while the model is at work.
     steps = range(first_step, total_steps)
-    batches = prefetch(lambda step: training_set.batch(step, processor, features), steps)
+    batches = prefetch(lambda step: data.batch(step, processor, features), steps)
+    start = time.perf_counter()
     for batch, step in zip(batches, steps):
         factor = training.learning_rate_factor(step, total_steps, WARMUP)
         training.set_learning_rate(optimizer, factor)
-        loss = train_step(model, processor, question, batch, optimizer, scaler, parameters, device)
+        loss = train_step(model, processor, batch, optimizer, scaler, parameters, processes)
 
         # No checkpoint may hold weights that are not finite. Looking at all of them takes time, so
         # it is done only where one is saved.
@@ -522,25 +901,38 @@ def main():
                 f"the loss is {loss} at step {step}: lower --lr; "
                 f"the last checkpoint is {checkpoint_file}"
             )
-        epoch = step // training_set.steps_per_epoch + 1
+        epoch = step // data.steps_per_epoch + 1
         learning_rate = config.lr * factor
         row = {"epoch": epoch, "step": step + 1, "train/loss": loss, "train/lr": learning_rate}
         rows.append(row)
         tracker.log_row(row)
         bar.set_postfix(epoch=epoch, loss=f"{loss:.3f}", refresh=False)
         bar.update()
+        seconds += time.perf_counter() - start
+
+        ends_epoch = (step + 1) % data.steps_per_epoch == 0
+        if ends_epoch and config.evaluates_after(epoch):
+            row = {"epoch": epoch, "step": step + 1}
+            row |= evaluate_val(model, processor, data, features)
+            rows.append(row)
+            tracker.log_row(row)
+            top1, val_loss = row["val/top1"], row["val/loss"]
+            if processes.is_main:
+                bar.write(f"epoch {epoch}: val top-1 {top1:.2f}%, {val_loss:.3f} nats a token")
 
         # Metrics first: rows without a checkpoint are dropped on a resume, but none may be missing.
-        if saves:
-            now = time.perf_counter()
-            seconds += now - start
-            start = now
+        if saves and processes.is_main:
             files.write_lines(metrics_file, rows)
             progress = {"step": step + 1, "seconds": seconds, "scaler": scaler.state_dict()}
             training.save_checkpoint(checkpoint_file, trained, optimizer, **progress)
+        start = time.perf_counter()
     bar.close()
+    if not processes.is_main:
+        return
 
-    save_results(folder, model, rows, training_set, seconds, settings, tracker)
+    save_results(folder, model, rows, data, seconds, settings, tracker)
+    if config.merge:
+        export_merged(folder)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ class Processes:
     world_size: int
     device: torch.device
     store: dist.Store | None = None
-    turns: Iterator[int] = field(default_factory=itertools.count)  # of main_first
+    turns: Iterator[int] = field(default_factory=itertools.count)  # at the store
 
     @property
     def is_main(self) -> bool:
@@ -189,6 +189,34 @@ class Processes:
         yield
         if self.is_main:
             self.store.set(done, "")
+
+    def wait(self) -> None:
+        """Return when all processes have come here, however long the slowest takes."""
+        if self.store is None:
+            return
+        turn = f"wait/{next(self.turns)}"
+        self.store.add(turn, 1)
+        while self.store.add(turn, 0) < self.world_size:  # adding 0 reads the number
+            time.sleep(WAIT_SECONDS)
+
+    def from_main(self, text: str) -> str:
+        """The text that the main process gives; the others may give any."""
+        if self.store is None:
+            return text
+        key = f"from_main/{next(self.turns)}"
+        if self.is_main:
+            self.store.set(key, text)
+        while not self.store.check([key]):
+            time.sleep(WAIT_SECONDS)
+        return self.store.get(key).decode()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each of the values summed over the processes, in one exchange."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
 
     def part(self, batch: torch.Tensor) -> slice:
         """The rows of a batch (B, ...) that this process encodes: an equal part for each."""

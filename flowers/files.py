@@ -42,9 +42,20 @@ def user_file(text: str) -> Path:
 
 
 def note(message: str) -> None:
-    """Print a line to stderr, once where several processes train together."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print a line to stderr, once where several processes work together."""
+    if _speaks():
         print(f"note: {message}", file=sys.stderr)
+
+
+def say(message: str) -> None:
+    """Print a line to stdout, once where several processes work together."""
+    if _speaks():
+        print(message)
+
+
+def _speaks() -> bool:
+    # As torchrun sets it.
+    return os.environ.get("RANK", "0") == "0"
 
 
 # -----------------------------------------------------------------------------

@@ -36,7 +36,16 @@ import numpy as np
 from flowers import UserError, reason
 from flowers.choices import KEEPS_WEIGHTS, SHAPES
 from flowers.data import OXFORD_ID, Flowers, image_ids, open_from_flags, select, subset
-from flowers.files import append_line, checked, note, read_json, read_lines, user_path, write_json
+from flowers.files import (
+    append_line,
+    checked,
+    note,
+    read_json,
+    read_lines,
+    say,
+    user_path,
+    write_json,
+)
 from flowers.layouts import correct_name
 
 if TYPE_CHECKING:
@@ -54,6 +63,9 @@ INHERITED = (
     "prompt_template",
     "prompts",
 )
+
+# The job in merged/ of a run of qwen_train.py: a model that a run made, and no run to resume.
+MERGED = "qwen_merged"
 
 
 class UnknownImages(UserError):
@@ -149,8 +161,8 @@ def _default_name(config: dict) -> str:
     model = config["architecture"]  # a path, or a name such as ViT-L/14@336px
     path = Path(model)
     if path.exists():
-        # A run folder, or model.pt in one, stands for the run.
-        model = path.parent.name if path.name == "model.pt" else path.name
+        # A run folder, or a model in one, stands for the run.
+        model = path.parent.name if path.name in ("model.pt", "merged") else path.name
     else:
         model = re.sub(r"[/\\:]", "-", str(path))
     now = time.strftime("%Y%m%d-%H%M%S")
@@ -328,7 +340,8 @@ def run_folder(model: str | Path) -> Path | None:
             if (folder / "args.json").exists():
                 # The folder of an evaluation has args.json, too, but made a model of a soup only.
                 stored = read_arguments(folder)
-                made_model = stored.get("job") in ("train", "qwen_train") or stored.get("soup")
+                jobs = ("train", "qwen_train", MERGED)
+                made_model = stored.get("job") in jobs or stored.get("soup")
                 return folder if made_model else None
     return None
 
@@ -388,7 +401,7 @@ def parse_inheriting(
     flags = as_flags(taken)
     if not flags:
         return args
-    print(f"taken over from {run_folder(model)}: {shlex.join(flags)}")
+    say(f"taken over from {run_folder(model)}: {shlex.join(flags)}")
     # What the file holds is checked as what a user types. Typed flags come last, so they win.
     return parser.parse_args([*flags, *sys.argv[1:]])
 
@@ -508,23 +521,24 @@ def _derive_trained_on(folder: Path, visited: tuple[Path, ...]) -> set[str]:
         raise UnknownImages(f"{unknown}the dataset at {root} has changed since")
 
     images = set(image_ids(flowers, index))
-    if stored["job"] == "train":
-        if not trains(stored.get("epochs"), stored.get("strategy")):
-            images = set()
-        start = _read_trained_on(stored["architecture"], (*visited, folder))
-        images |= start or set()
-    return images
+    if stored["job"] == "train" and not trains(stored.get("epochs"), stored.get("strategy")):
+        images = set()
+    start = _read_trained_on(stored["architecture"], (*visited, folder))
+    return images | (start or set())
 
 
 def _train_index(stored: dict, flowers: Flowers) -> np.ndarray | None:
     """The images that a run was trained on, by its arguments; None if their number is another."""
     index = flowers.splits["train"]
     n_recorded = stored["split_sizes"]["train"]
-    if stored["job"] == "qwen_train":
-        # The sizes of its splits are those before --images.
-        same = len(index) == n_recorded
-        return subset(index, stored["images"], stored["seed"]) if same else None
     n_classes = len(flowers.class_names)
+    if stored["job"] == "qwen_train":
+        # The sizes of its splits are those before any choice. Older runs had --images alone.
+        if len(index) != n_recorded:
+            return None
+        choice = stored.get("classes", "all"), stored.get("shots"), stored["seed"]
+        index = select(index, flowers.labels, n_classes, *choice)
+        return subset(index, stored["images"], stored["seed"])
     choice = stored["classes"], stored["shots"], stored["seed"]
     index = select(index, flowers.labels, n_classes, *choice)
     return index if len(index) == n_recorded else None

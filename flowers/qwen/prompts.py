@@ -220,14 +220,15 @@ def _chat(processor, question: str, has_image: bool) -> str:
 
 
 def open_images(
-    files: Sequence[Path], generator: torch.Generator | None = None
+    files: Sequence[Path], draws: Sequence[Sequence[float]] | None = None
 ) -> list[Image.Image]:
-    """Open the files as RGB images; with a generator, crop and mirror them at random.
+    """Open the files as RGB images; with draws, crop and mirror each by its own.
 
+    draws: the numbers of `draw_views`, four for each file.
     Raises UserError naming a file that can't be decoded.
     """
     images = []
-    for file in files:
+    for i, file in enumerate(files):
         try:
             with Image.open(file) as encoded:
                 image = encoded.convert("RGB")
@@ -235,15 +236,34 @@ def open_images(
             raise UserError(
                 f"{file} can't be decoded ({error}): replace it by a fresh copy"
             ) from None
-        if generator is not None:
-            image = crop_and_mirror(image, generator)
+        if draws is not None:
+            image = crop_and_mirror(image, draws[i])
         images.append(image)
     return images
 
 
-def crop_and_mirror(image: Image.Image, generator: torch.Generator) -> Image.Image:
-    """Crop to between 7/8 and all of each side, at a random place, and mirror every other image."""
-    mirror, crop, x, y = torch.rand(4, generator=generator).tolist()
+def draw_views(
+    augmentation: str, count: int, generator: torch.Generator
+) -> list[list[float]] | None:
+    """Draw how `crop_and_mirror` changes so many images: four numbers in [0, 1) for each.
+
+    augmentation: `none`, for which nothing is drawn; `flip`, which mirrors half of the images;
+    `crop`, which also crops them.
+    """
+    if augmentation == "none":
+        return None
+    draws = [torch.rand(4, generator=generator).tolist() for _ in range(count)]
+    if augmentation == "flip":
+        draws = [[mirror, 0.0, 0.0, 0.0] for mirror, *_ in draws]
+    return draws
+
+
+def crop_and_mirror(image: Image.Image, draw: Sequence[float]) -> Image.Image:
+    """Cut up to 1/8 of each side off, and mirror the image for a first number below 1/2.
+
+    draw: whether it is mirrored, how much is cut off, and where the rest lies: x and y.
+    """
+    mirror, crop, x, y = draw
     width = round(image.width * (1 - crop / 8))
     height = round(image.height * (1 - crop / 8))
     left = round(x * (image.width - width))
