@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, error_line
-from PIL import Image
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
@@ -21,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from qwen_scorer import forward_a_name, library_encoding, pictures, small_family
 from safetensors.torch import load_file, save_file
 
 from flowers import UserError, cache, files, runs
@@ -34,7 +34,7 @@ from flowers.qwen.answers import answer_length, answer_loss, generate, match
 from flowers.qwen.features import image_features
 from flowers.qwen.memory import memory
 from flowers.qwen.models import hidden_states, load_config, load_model, vision_digest
-from flowers.qwen.offline import CLASS_NAMES_FILE, TEMPLATE, build
+from flowers.qwen.offline import CLASS_NAMES_FILE, build
 from flowers.qwen.prompts import END, QUESTIONS, encode, open_images, patches
 from flowers.qwen.ranking import NameTree, rank
 
@@ -57,48 +57,6 @@ BRIEF = QUESTIONS["brief"]
 # the plain way to do the same
 
 
-def pictures(*sizes):
-    rng = np.random.default_rng(0)
-    noise = [rng.integers(0, 255, (height, width, 3), dtype=np.uint8) for height, width in sizes]
-    return [Image.fromarray(image) for image in noise]
-
-
-def library_encoding(processor, images, answer=None, question=BRIEF):
-    """The library's own encoding of conversations; with an answer, up to its end token."""
-    conversations = []
-    for image in images:
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        turns = [{"role": "user", "content": content}]
-        if answer is not None:
-            content = [{"type": "text", "text": answer}]
-            turns.append({"role": "assistant", "content": content})
-        conversations.append(turns)
-    return processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=answer is None,
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-
-
-@torch.no_grad()
-def forward_a_name(model, processor, image, names, question=BRIEF):
-    """(C,) log-likelihoods of each name and END: a whole forward of the library's encoding each."""
-    start = library_encoding(processor, [image], question=question)["input_ids"].shape[1]
-    end_id = processor.tokenizer.convert_tokens_to_ids(END)
-    sums = []
-    for name in names:
-        inputs = library_encoding(processor, [image], name, question)
-        ids = inputs["input_ids"][0]
-        first_end = (ids[start:] == end_id).nonzero()[0, 0]
-        end = start + first_end + 1
-        log_probabilities = base_model(model)(**inputs).logits[0].log_softmax(-1)
-        sums.append(sum(log_probabilities[t - 1, ids[t]] for t in range(start, end)))
-    return torch.stack(sums)
-
-
 def rank_images(model, processor, images, names, question=BRIEF):
     image = patches(processor, images)
     inputs = encode(processor, question, image["image_grid_thw"])
@@ -107,65 +65,6 @@ def rank_images(model, processor, images, names, question=BRIEF):
 
 # -----------------------------------------------------------------------------
 # models
-
-
-def small_family(family, folder):
-    """A random model of two layers, written to a folder as a download would be."""
-    import transformers
-
-    _, processor = build("tiny")
-    token_id = processor.tokenizer.convert_tokens_to_ids
-    text = {
-        "vocab_size": len(processor.tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]},
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": 64,
-        "intermediate_size": 64,
-        "patch_size": 8,
-    }
-    if family.startswith("qwen3_vl"):
-        text["head_dim"] = 16
-        text["rope_parameters"]["mrope_interleaved"] = True
-        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
-        processor_class = transformers.Qwen3VLProcessor
-        video_class = transformers.Qwen3VLVideoProcessor
-        if family == "qwen3_vl_moe":
-            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    else:
-        vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
-        processor_class = transformers.Qwen2_5_VLProcessor
-        video_class = transformers.Qwen2VLVideoProcessor
-    processor_class(
-        image_processor=transformers.Qwen2VLImageProcessor(
-            patch_size=8, min_pixels=32 * 32, max_pixels=64 * 64
-        ),
-        tokenizer=processor.tokenizer,
-        video_processor=video_class(patch_size=8),
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-    config = transformers.AutoConfig.for_model(
-        family,
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def with_adapter(name, folder):
