@@ -1,5 +1,5 @@
-"""The ranking of names against a scorer that shares nothing with it, for every proven family: plain,
-with LoRA, merged, and in half precision."""
+"""The ranking of names against a scorer that shares nothing with it, for every proven family:
+plain, with LoRA, merged, and in half precision."""
 
 import os
 
@@ -95,7 +95,7 @@ def test_ranking_with_lora_agrees_with_the_library(folder):
 
 
 def test_ranking_in_bf16_is_as_near_as_the_librarys(folder, monkeypatch):
-    """Each forward of bf16 rounds otherwise, so the bound is what the library's own rounding does."""
+    """Every way of computing rounds otherwise: the bound is the library's own rounding."""
     exact = scores_of_library(folder / "model")
     plain = scores_of_library(folder / "model", torch.bfloat16)
     monkeypatch.setitem(devices._chosen_precision, "cpu", "bf16")
