@@ -44,7 +44,7 @@ from flowers.qwen.prompts import (
     prefetch,
     question_of,
 )
-from flowers.qwen.ranking import NameTree, rank, scores
+from flowers.qwen.ranking import PackedNames, rank, scores
 from flowers.tracking import log_mistakes, start_wandb
 
 OUTSIDE = "(outside the list)"  # the class of the answers that are no class name
@@ -265,7 +265,7 @@ class Task:
     model: torch.nn.Module
     processor: object
     question: str
-    tree: NameTree
+    tree: PackedNames
     config: Config
     device: torch.device
 
@@ -540,7 +540,7 @@ def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task
     if config.describe:
         question = DESCRIBE
     # The same for all images, so it is made once.
-    tree = NameTree(processor, class_names)
+    tree = PackedNames(processor, class_names)
     return Task(model, processor, question, tree, config, device)
 
 

@@ -349,7 +349,7 @@ def prepare_model(config: Config, training_set: TrainingSet, device: torch.devic
     # Whether the vision tower makes the same of an image in every step.
     keeps = config.augment == "none" and not adapters.trains_vision(model, config.also_train)
     # Before the adapter, which leaves the vision tower as it is.
-    if keeps and models.has_separate_features(model):
+    if keeps:
         digest = models.vision_digest(model)
         features = image_features(
             model, processor, training_set.flowers, training_set.index, digest

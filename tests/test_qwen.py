@@ -36,7 +36,7 @@ from flowers.qwen.memory import memory
 from flowers.qwen.models import hidden_states, load_config, load_model, vision_digest
 from flowers.qwen.offline import CLASS_NAMES_FILE, build
 from flowers.qwen.prompts import END, QUESTIONS, encode, open_images, patches
-from flowers.qwen.ranking import NameTree, rank
+from flowers.qwen.ranking import PackedNames, new_cache, rank, rank_after_answers
 
 OXFORD = list(json.loads(CLASS_NAMES_FILE.read_text()).values())
 # prefixes of one another, and a name twice
@@ -60,7 +60,7 @@ BRIEF = QUESTIONS["brief"]
 def rank_images(model, processor, images, names, question=BRIEF):
     image = patches(processor, images)
     inputs = encode(processor, question, image["image_grid_thw"])
-    return rank(model, NameTree(processor, names), inputs, image)
+    return rank(model, PackedNames(processor, names), inputs, image)
 
 
 # -----------------------------------------------------------------------------
@@ -138,23 +138,22 @@ def test_ranking_equals_a_forward_a_name(tiny, names):
     assert (expected[0] - expected[1]).abs().max() > 1e-2
 
 
-def test_the_tree_of_two_names():
-    """The example of NameTree's docstring: a token a word."""
+def test_two_packed_names():
+    """The example of PackedNames' docstring: a token a word."""
     rose, end, mallow = 1, 2, 3
     ids = {"rose": [rose, end], "rose mallow": [rose, mallow, end]}
 
     def tokenizer(text, add_special_tokens):
         return {"input_ids": ids[text.removesuffix(END)]}
 
-    tree = NameTree(SimpleNamespace(tokenizer=tokenizer), ["rose", "rose mallow"])
-    assert tree.tokens.tolist() == [rose, mallow]
-    assert tree.depths.tolist() == [0, 1]
-    assert tree.ancestors.tolist() == [[True, False], [True, True]]
-    assert tree.parents.tolist() == [0, 1, 1, 2]
-    assert tree.children.tolist() == [rose, end, mallow, end]
-    assert tree.edges.tolist() == [0, 1, 0, 2, 3]
-    assert tree.names.tolist() == [0, 0, 1, 1, 1]
-    assert tree.lengths.tolist() == [2, 3]
+    names = PackedNames(SimpleNamespace(tokenizer=tokenizer), ["rose", "rose mallow"])
+    assert names.tokens.tolist() == [rose, rose, mallow]
+    assert names.places.tolist() == [0, 0, 1]
+    assert names.sees.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert names.targets.tolist() == [rose, rose, end, mallow, end]
+    assert names.sources.tolist() == [0, 0, 1, 2, 3]
+    assert names.names.tolist() == [0, 1, 0, 1, 1]
+    assert names.lengths.tolist() == [2, 3]
 
 
 def test_ranking_in_chunks_of_the_vocabulary(tiny, monkeypatch):
@@ -290,10 +289,33 @@ def test_other_families_are_refused(tmp_path):
         load_config(str(tmp_path))
 
 
+def test_names_after_a_generated_text_are_ranked_without_reading_the_prompt_again(tiny):
+    model, processor = tiny
+    image = patches(processor, pictures((70, 90), (64, 64), (160, 50)))
+    inputs = encode(processor, BRIEF, image["image_grid_thw"])
+    names = PackedNames(processor, NESTED)
+    # Of different length, and other texts than what the cache has seen.
+    texts = ["a white flower with a yellow centre.\n", "\n", "red, in a line\n"]
+    prefixed = encode(processor, BRIEF, image["image_grid_thw"], texts)
+    expected = rank(model, names, prefixed, image)
+
+    kv_cache = new_cache(model)
+    assert generate(model, processor, inputs, image, 9, kv_cache) == generate(
+        model, processor, inputs, image, 9
+    )
+    calls = []
+    hook = model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    features = {"image_grid_thw": image["image_grid_thw"]}  # it is not looked at again
+    sums = rank_after_answers(model, processor, names, inputs, features, kv_cache, texts)
+    hook.remove()
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-4)
+    assert not calls and (sums[0] - sums[1]).abs().max() > 1e-2
+
+
 def test_text_only_questions_rank_as_a_plain_forward(tiny):
     model, processor = tiny
-    tree = NameTree(processor, NESTED)
-    sums = rank(model, tree, encode(processor, BRIEF, None))[0]
+    names = PackedNames(processor, NESTED)
+    sums = rank(model, names, encode(processor, BRIEF, None))[0]
     turn = {"role": "user", "content": [{"type": "text", "text": BRIEF}]}
     chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     start = len(processor.tokenizer(chat)["input_ids"])
@@ -311,7 +333,7 @@ def test_ranking_takes_few_operations(tiny, extra, ratio):
     """Counted, not timed: image and question once and two forwards of the language model, against
     one forward a name (benchmarks/qwen.py has the clock)."""
     model, processor = tiny
-    tree = NameTree(processor, OXFORD)
+    names = PackedNames(processor, OXFORD)
     image = patches(processor, pictures((64, 64)))
     inputs = encode(processor, BRIEF + extra, image["image_grid_thw"])
     assert not extra or 200 < inputs["input_ids"].shape[1] < 300
@@ -330,7 +352,7 @@ def test_ranking_takes_few_operations(tiny, extra, ratio):
 
     calls = []
     hook = model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
-    operations = count_flops(lambda: rank(model, tree, inputs, image))
+    operations = count_flops(lambda: rank(model, names, inputs, image))
     hook.remove()
     assert len(calls) == 2
     assert count_flops(one_forward_a_name) / operations >= ratio
@@ -483,8 +505,11 @@ def test_modules_that_can_not_be_trained_whole_are_refused(tiny):
 # features of the vision tower
 
 
-def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, monkeypatch):
-    model, processor = tiny
+@pytest.mark.parametrize("family", ["tiny", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_features_of_the_vision_tower_stand_for_pixels(family, small, tmp_path, monkeypatch):
+    """Also for the layers that Qwen3-VL feeds from inside its vision tower."""
+    name = family if family == "tiny" else str(small_family(family, tmp_path / family))
+    model, processor = load_model(name, "cpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flowers = open_flowers(small)
     index = flowers.splits["test"][:5]
@@ -494,12 +519,24 @@ def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, mo
     assert [len(tokens) for tokens in features.tokens] == (features.grids.prod(1) // 4).tolist()
 
     inputs = encode(processor, BRIEF, features.grids)
+    kept = features.batch(list(range(5)))
     with torch.no_grad():
         from_pixels, _ = hidden_states(model, inputs, image)
-        from_features, _ = hidden_states(model, inputs, features.batch(list(range(5))))
+        from_features, _ = hidden_states(model, inputs, kept)
     torch.testing.assert_close(from_features[:, -1], from_pixels[:, -1], rtol=0, atol=1e-4)
-    again, _ = load_model("tiny", "cpu")
+    in_words = generate(model, processor, inputs, image, 6)
+    assert generate(model, processor, inputs, kept, 6) == in_words
+    again, _ = load_model(name, "cpu")
     assert vision_digest(model) == vision_digest(again)
+
+    # What is kept is whole: each part of it changes the answer.
+    width = model.config.get_text_config().hidden_size
+    for start in range(0, kept["features"].shape[1], width):
+        damaged = kept | {"features": kept["features"].clone()}
+        damaged["features"][:, start : start + width] *= 2
+        with torch.no_grad():
+            states, _ = hidden_states(model, inputs, damaged)
+        assert (states[:, -1] - from_pixels[:, -1]).abs().max() > 1e-3
 
 
 def test_kept_features_of_a_bf16_model_do_not_overflow(small, tmp_path, monkeypatch):
@@ -660,8 +697,8 @@ def test_training_teaches_and_evaluation_leaves_what_clip_leaves(trained, small,
     assert result["test/nll"] == pytest.approx(nll, rel=1e-4)
     model, processor = load_model("tiny", "cpu", trained)
     flowers = open_flowers(small, holdout=True)
-    tree = NameTree(processor, flowers.class_names)
-    without_image = rank(model, tree, encode(processor, BRIEF, None))[0].numpy()
+    names = PackedNames(processor, flowers.class_names)
+    without_image = rank(model, names, encode(processor, BRIEF, None))[0].numpy()
     np.testing.assert_allclose(scores["pmi"], scores["sum"] - without_image, atol=1e-4)
     lengths = [answer_length(processor, name) for name in flowers.class_names]
     np.testing.assert_allclose(scores["token"] * lengths, scores["sum"], rtol=1e-4)
@@ -757,8 +794,8 @@ def test_trained_model_generates_what_it_ranks_first(trained, small):
     inputs = encode(processor, BRIEF, image["image_grid_thw"])
     texts = generate(model, processor, inputs, image, 20)
     generated = [match(text, flowers.class_names) for text in texts]
-    tree = NameTree(processor, flowers.class_names)
-    first = rank(model, tree, inputs, image).argmax(1).tolist()
+    names = PackedNames(processor, flowers.class_names)
+    first = rank(model, names, inputs, image).argmax(1).tolist()
     assert np.mean([a == b for a, b in zip(generated, first)]) > 0.9
 
 
@@ -841,14 +878,14 @@ def test_described_answers(small, tmp_path, cli, monkeypatch):
     code, out, err = cli("qwen_eval.py", *common, *arguments, "--name", "eval")
     assert code == 0, err
     model, processor = load_model("tiny", "cpu", tmp_path / "train")
-    tree = NameTree(processor, flowers.class_names)
+    names = PackedNames(processor, flowers.class_names)
     path_of = {path.name: path for path in flowers.files}
     for row in files.read_lines(tmp_path / "eval" / "answers.jsonl"):
         assert "\n" not in row["description"]
         image = patches(processor, open_images([path_of[row["file"]]]))
         prefix = row["description"] + "\n"
         inputs = encode(processor, QUESTIONS["described"], image["image_grid_thw"], [prefix])
-        sums = rank(model, tree, inputs, image)[0]
+        sums = rank(model, names, inputs, image)[0]
         np.testing.assert_allclose(row["sum"], sums, atol=1e-3)
 
 

@@ -16,7 +16,7 @@ from flowers import devices
 from flowers.qwen import models
 from flowers.qwen.adapters import add_adapter
 from flowers.qwen.prompts import QUESTIONS, encode, patches
-from flowers.qwen.ranking import NameTree, rank
+from flowers.qwen.ranking import PackedNames, rank
 
 # prefixes of one another, siblings, and names of one token and of many
 NAMES = ["rose", "rosemallow", "rose mallow", "rose mallow tree", "tree mallow", "r", "fire lily"]
@@ -29,7 +29,7 @@ def scores_of_ours(model, processor, images=IMAGES):
     """Return the log-likelihoods (B, C) that flowers.qwen computes, all images at a time."""
     image = patches(processor, images)
     inputs = encode(processor, QUESTIONS["brief"], image["image_grid_thw"])
-    return rank(model, NameTree(processor, NAMES), inputs, image).float()
+    return rank(model, PackedNames(processor, NAMES), inputs, image).float()
 
 
 def scores_of_library(folder, *arguments, **options):
@@ -72,15 +72,15 @@ def test_ranking_agrees_with_the_library(folder):
     # The images matter.
     assert (expected[0] - expected[1]).abs().max() > 1e-2
 
-    # A mistake of one position, or a node that sees more than its own name, would show.
-    later = NameTree(processor, NAMES)
-    later.depths += 1
-    seeing = NameTree(processor, NAMES)
-    seeing.ancestors = torch.ones_like(seeing.ancestors).tril()
+    # A mistake of one position, or a token that sees more than its own name, would show.
+    later = PackedNames(processor, NAMES)
+    later.places += 1
+    seeing = PackedNames(processor, NAMES)
+    seeing.sees = torch.ones_like(seeing.sees).tril()
     image = patches(processor, IMAGES)
     inputs = encode(processor, QUESTIONS["brief"], image["image_grid_thw"])
-    for tree in (later, seeing):
-        wrong = rank(model, tree, inputs, image)
+    for names in (later, seeing):
+        wrong = rank(model, names, inputs, image)
         assert (wrong - expected).abs().max() > 100 * FP32
 
 

@@ -19,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from flowers import cache, files
 from flowers.data import Flowers
 from flowers.qwen.adapters import base_model
+from flowers.qwen.models import feature_width, vision_features
 from flowers.qwen.prompts import move, open_images, patches, prefetch
 
 
@@ -26,7 +27,7 @@ from flowers.qwen.prompts import move, open_images, patches, prefetch
 class ImageFeatures:
     """The image tokens of N images.
 
-    tokens: N tensors (T, D), one an image. grids: (N, 3), the `image_grid_thw` of each.
+    tokens: N tensors (T, feature_width), one an image. grids: (N, 3), the `image_grid_thw` of each.
     """
 
     tokens: list[torch.Tensor]
@@ -62,7 +63,7 @@ def image_features(
         keys.append(cache.key_of(settings, place, file).hex())
 
     # Kept as bytes: numpy has no bf16, and fp16 would overflow.
-    width = network.config.get_text_config().hidden_size * network.dtype.itemsize
+    width = feature_width(model) * network.dtype.itemsize
     folder = cache.cache_folder(flowers.root)
     title = f"qwen-{settings.hex()[:12]}"
     kept = _read_packs(folder, title, width, set(keys))
@@ -174,6 +175,5 @@ def _compute(network, processor, batches: list[Sequence[Path]]) -> Iterator[np.n
     for image in bar:
         # The processor's two tensors: patches of all images, and their grids.
         inputs = move(image, network.device)
-        output = network.model.get_image_features(**inputs, return_dict=True)
-        features = torch.cat(list(output.pooler_output)).to(network.dtype).cpu()  # (tokens, D)
+        features = vision_features(network, inputs).to(network.dtype).cpu()
         yield features.view(torch.uint8).numpy()

@@ -12,6 +12,7 @@ import peft
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from flowers import UserError, devices, reason
 from flowers.qwen.adapters import base_model, load_adapter, some
@@ -187,37 +188,36 @@ def hidden_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the language model's last hidden states (B, L, D), and each row's next position (B,).
 
-    inputs: what `prompts.encode` returns. image: image_grid_thw with pixel_values, or with
-    `features` (tokens of all images, D) of the vision tower. kv_cache: is filled.
+    inputs: what `prompts.encode` returns. image: image_grid_thw with pixel_values, or with the
+    `features` that `vision_features` makes of them. kv_cache: is filled.
     """
     network = base_model(model).model
-    image = image or {}
-    # The model remembers its positions (`rope_deltas`) from whatever it saw last, so they are
-    # computed here. (3, B, L): time, height and width.
-    positions, _ = network.get_rope_index(
-        inputs["input_ids"],
-        mm_token_type_ids=inputs["mm_token_type_ids"],
-        image_grid_thw=image.get("image_grid_thw"),
-        attention_mask=inputs["attention_mask"],
+    positions = prompt_positions(model, inputs, image)
+    output = network(
+        **inputs,
+        **image_arguments(model, image),
+        position_ids=positions,
+        use_cache=kv_cache is not None,
+        **cache_argument(network, kv_cache),
     )
-    options = {"attention_mask": inputs["attention_mask"], "position_ids": positions}
-    options["use_cache"] = kv_cache is not None
-    options |= cache_argument(network, kv_cache)
-
-    if "features" in image:
-        embeddings = network.get_input_embeddings()(inputs["input_ids"])  # (B, L, D)
-        is_image = inputs["mm_token_type_ids"].bool()[..., None]  # (B, L, 1)
-        features = image["features"].to(embeddings.dtype)
-        output = network(inputs_embeds=embeddings.masked_scatter(is_image, features), **options)
-    else:
-        output = network(
-            input_ids=inputs["input_ids"],
-            mm_token_type_ids=inputs["mm_token_type_ids"],
-            **image,
-            **options,
-        )
     next_position = positions.amax(dim=(0, 2)) + 1
     return output.last_hidden_state, next_position
+
+
+def prompt_positions(
+    model, inputs: dict[str, torch.Tensor], image: dict[str, torch.Tensor] | None
+) -> torch.Tensor:
+    """Return the positions (3, B, L) of prompts: in time, height and width.
+
+    The model itself remembers positions (`rope_deltas`) from whatever it saw last.
+    """
+    positions, _ = base_model(model).model.get_rope_index(
+        inputs["input_ids"],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        image_grid_thw=(image or {}).get("image_grid_thw"),
+        attention_mask=inputs["attention_mask"],
+    )
+    return positions
 
 
 def cache_argument(module, kv_cache: transformers.DynamicCache | None) -> dict:
@@ -231,12 +231,38 @@ def cache_argument(module, kv_cache: transformers.DynamicCache | None) -> dict:
 # vision tower
 
 
-def has_separate_features(model) -> bool:
-    """Whether an image enters the language model as input tokens only, so that they can be kept.
+def feature_width(model) -> int:
+    """How many numbers `vision_features` has for a token of an image.
 
-    Qwen3-VL also feeds layers of the language model from inside its vision tower.
+    Qwen3-VL also feeds layers of the language model from inside its vision tower (deepstack).
     """
-    return base_model(model).config.model_type in ("qwen2_vl", "qwen2_5_vl")
+    config = base_model(model).config
+    levels = getattr(config.vision_config, "deepstack_visual_indexes", [])
+    return config.get_text_config().hidden_size * (1 + len(levels))
+
+
+def vision_features(model, image: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what the language model is given of images: (tokens of all images, feature_width).
+
+    image: pixel_values and image_grid_thw.
+    """
+    output = base_model(model).model.get_image_features(**image, return_dict=True)
+    # Each level has a tensor (T, D) for every image.
+    levels = [output.pooler_output, *(output.get("deepstack_features") or [])]
+    return torch.cat([torch.cat(list(level)) for level in levels], 1)
+
+
+def image_arguments(model, image: dict[str, torch.Tensor] | None) -> dict:
+    """Return images, as pixels or features, as the model's keyword arguments."""
+    if not image or "features" not in image:
+        return image or {}
+    width = base_model(model).config.get_text_config().hidden_size
+    first, *deeper = image["features"].split(width, 1)
+    # Of all images as of one: the model joins them.
+    output = BaseModelOutputWithDeepstackFeatures(
+        pooler_output=(first,), deepstack_features=[(level,) for level in deeper]
+    )
+    return {"mm_encoder_outputs": {"image": output}, "image_grid_thw": image["image_grid_thw"]}
 
 
 def vision_digest(model) -> str:
