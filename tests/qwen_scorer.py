@@ -30,6 +30,9 @@ SYSTEM_TURN = "<|im_start|>system\n" + SYSTEM + "<|im_end|>\n"
 def load(folder, dtype=torch.float32, adapter=None, **options):
     """Return model and processor of a folder, by the library alone. options: of from_pretrained."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, **options)
+    for module in model.modules():
+        # bitsandbytes would compute in bf16 on a CPU that can.
+        module.support_avx512bf16_for_cpu = False
     if adapter:
         model = peft.PeftModel.from_pretrained(model, adapter)
     return model.eval(), AutoProcessor.from_pretrained(folder)
@@ -92,7 +95,7 @@ def small_family(family, folder) -> Path:
     text = {
         "vocab_size": len(processor.tokenizer),
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -116,7 +119,7 @@ def small_family(family, folder) -> Path:
         video_class = transformers.Qwen3VLVideoProcessor
         template = TEMPLATE.replace(SYSTEM_TURN, "")
         if family == "qwen3_vl_moe":
-            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     elif family == "qwen2_5_vl":
         vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
         processor_class = transformers.Qwen2_5_VLProcessor

@@ -32,7 +32,6 @@ from flowers.qwen import features as kept_features
 from flowers.qwen.adapters import add_adapter, base_model, modules_to_train, trains_vision
 from flowers.qwen.answers import answer_length, answer_loss, generate, match
 from flowers.qwen.features import image_features
-from flowers.qwen.memory import memory
 from flowers.qwen.models import hidden_states, load_config, load_model, vision_digest
 from flowers.qwen.offline import CLASS_NAMES_FILE, build
 from flowers.qwen.prompts import END, QUESTIONS, encode, open_images, patches
@@ -600,7 +599,7 @@ def test_features_are_kept_by_the_image_and_within_bounds(tiny, small, tmp_path,
 
 
 # -----------------------------------------------------------------------------
-# matching and memory
+# matching
 
 
 def test_a_matched_answer_is_the_whole_name():
@@ -622,20 +621,6 @@ def test_a_matched_answer_is_the_whole_name():
         ("rose, lenten rose", None),
     ):
         assert match(answer, names) == expected, answer
-
-
-def test_memory_counts_the_parameters_of_the_released_shape():
-    parts = memory(load_config("random-2b"), 8, 334, 50, rank=8)
-    # the count of Qwen/Qwen2-VL-2B-Instruct on the hub, in bf16
-    assert parts["weights"] == pytest.approx(2 * 2_208_985_600 / 1e9, rel=1e-9)
-    total = parts.pop("total")
-    assert total == pytest.approx(sum(parts.values()))
-    # LoRA of rank 8 on 28 blocks; weight, gradient and two moments in fp32
-    q_and_o = 2 * (1536 + 1536)
-    k_and_v = 2 * (1536 + 256)
-    gate_up_and_down = 3 * (1536 + 8960)
-    lora = 28 * 8 * (q_and_o + k_and_v + gate_up_and_down)
-    assert parts["adapter"] == pytest.approx(16 * lora / 1e9)
 
 
 # -----------------------------------------------------------------------------

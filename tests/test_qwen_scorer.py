@@ -108,3 +108,26 @@ def test_ranking_in_bf16_is_as_near_as_the_librarys(folder, monkeypatch):
     of_ours = (ours - exact).abs()
     assert 0 < of_ours.max() < 1.25 * of_library.max()
     assert (ours - plain).abs().max() < 0.5 * of_library.max()
+
+
+def test_ranking_in_4_bits_agrees_with_the_library(folder):
+    """Of weights in 4 bits as they are saved, and with LoRA on them."""
+    pytest.importorskip("bitsandbytes", reason="needs requirements-4bit.txt")
+    name = str(folder / "model")
+    quantised, processor = models.load_model(name, "cpu", load_4bit=True)
+    quantised.save_pretrained(folder / "4bit")
+    processor.save_pretrained(folder / "4bit")
+    expected = scores_of_library(folder / "4bit")
+    assert (scores_of_ours(quantised, processor) - expected).abs().max() < FP32
+    reloaded, processor = models.load_model(str(folder / "4bit"), "cpu")
+    assert models.in_4bit(reloaded.config) and models.in_4bit(quantised.config)
+    assert (scores_of_ours(reloaded, processor) - expected).abs().max() < FP32
+    # It is another model, though not by much.
+    assert 1e-2 < (scores_of_library(folder / "model") - expected).abs().mean() < 4
+
+    with_lora = scores_of_library(folder / "4bit", torch.float32, folder / "adapter")
+    loaded, processor = models.load_model(
+        str(folder / "4bit"), "cpu", folder / "adapter", load_4bit=True
+    )
+    assert (scores_of_ours(loaded, processor) - with_lora).abs().max() < FP32
+    assert (with_lora - expected).abs().max() > 1e-2

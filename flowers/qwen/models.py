@@ -6,6 +6,8 @@ The released models come through transformers' Auto classes, from the hub or a f
 
 import hashlib
 import inspect
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
@@ -27,6 +29,8 @@ FAMILIES = {
     "qwen3_vl": "Qwen3-VL",
     "qwen3_vl_moe": "Qwen3-VL-MoE",
 }
+# What --load_4bit leaves as it is, by the beginning and by the end of module paths.
+FULL_PRECISION = ("model.visual", "visual", "lm_head")
 
 
 def versions() -> dict[str, str]:
@@ -43,31 +47,28 @@ def load_model(
     device: torch.device | str,
     adapter: str | Path | None = None,
     max_pixels: int | None = None,
+    load_4bit: bool = False,
 ):
     """Load a model in eval mode and in the precision of the device, and its processor.
 
     name: `tiny`, `random-2b`, a name on the hub, or a folder. adapter: a run of qwen_train.py, or
-    its adapter/ folder. max_pixels: larger images are scaled down to so many pixels.
+    its adapter/ folder. max_pixels: larger images are scaled down to so many pixels. load_4bit:
+    the weights of the language model's blocks in 4 bits each, see `quantisation`.
     Raises UserError for what can't be loaded.
     """
     dtype = devices.DTYPES[devices.precision_of(device)]
-    if name in SHAPES:
-        model, processor = build(name, dtype, device)
-    else:
-        load_config(name)
+    if name not in SHAPES:
         processor = _from_pretrained(AutoProcessor, name)
-        model, info = _from_pretrained(
-            AutoModelForImageTextToText,
-            name,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-        # An adapter that lies beside the weights on the hub has been loaded unseen.
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise UserError(f"{name} holds an adapter: give it with --adapter")
-        _check_weights(name, info)
-        model = model.eval().to(device)
+        model = _load_weights(name, dtype, device, load_4bit)
+    else:
+        model, processor = build(name, dtype, "cpu" if load_4bit else device)
+        if load_4bit:
+            # Weights are quantised on their way from a file.
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                model = _load_weights(folder, dtype, device, load_4bit)
+    if dtype == torch.float32:
+        _compute_in_fp32(model)
     processor.tokenizer.padding_side = "left"
     model.generation_config = _greedy(model.generation_config, processor.tokenizer)
     # All images of tiny have one size.
@@ -81,6 +82,30 @@ def load_model(
     if adapter:
         model = load_adapter(model, name, Path(adapter))
     return model, processor
+
+
+def _load_weights(name: str, dtype: torch.dtype, device: torch.device | str, load_4bit: bool):
+    """Load the model of a folder or of the hub, whole. Raises UserError if it isn't."""
+    config = load_config(name)
+    options = {}
+    if load_4bit and not in_4bit(config):
+        check_4bit(name, device)
+        options["quantization_config"] = quantisation(dtype)
+    if load_4bit or in_4bit(config):
+        options["device_map"] = {"": device}
+    model, info = _from_pretrained(
+        AutoModelForImageTextToText,
+        name,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        **options,
+    )
+    # An adapter that lies beside the weights on the hub has been loaded unseen.
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{name} holds an adapter: give it with --adapter")
+    _check_weights(name, info)
+    return model.eval() if "device_map" in options else model.eval().to(device)
 
 
 def load_config(name: str):
@@ -125,6 +150,51 @@ def load_skeleton(name: str):
     config = load_config(name)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
+
+
+# -----------------------------------------------------------------------------
+# loading in 4 bits
+
+
+def quantisation(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """Return how --load_4bit stores weights: NF4, doubly quantised (Dettmers et al. 2023).
+
+    64 weights share a scale of 8 bits, and 256 such scales one of 32: 4.127 bits a weight. For
+    a product they are restored in `dtype`. What is left as it is: the vision tower, so that its
+    features are those of every run, the head, and whatever is no linear layer.
+    """
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(FULL_PRECISION),
+    )
+
+
+def in_4bit(config) -> bool:
+    """Whether a model's files hold weights in the 4 bits of bitsandbytes, by its config."""
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    return bool(stored.get("load_in_4bit"))
+
+
+def check_4bit(name: str, device: torch.device | str) -> None:
+    """Raise UserError if a model can't be loaded in 4 bits on a device."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError("--load_4bit needs pip install -r requirements-4bit.txt")
+    if torch.device(device).type not in ("cuda", "cpu"):
+        raise UserError(f"--load_4bit needs --device cuda or cpu, not {device}")
+    config = load_config(name)
+    if getattr(config, "quantization_config", None) and not in_4bit(config):
+        raise UserError(f"--load_4bit: {name} is quantised already, in another way")
+
+
+def _compute_in_fp32(model) -> None:
+    """Keep bitsandbytes from computing in bf16 on CPUs that can, which fp32 was not asked for."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _greedy(released, tokenizer) -> transformers.GenerationConfig:
