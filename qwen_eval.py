@@ -20,7 +20,7 @@ import dataclasses
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,27 +31,31 @@ from tqdm import tqdm
 from flowers import UserError, add_switch, command, devices, evaluate, figures, files, runs
 from flowers.data import Flowers, add_data_arguments, open_from_flags, split_index, subset
 from flowers.devices import autocast
-from flowers.qwen import adapters, models
+from flowers.qwen import adapters, memory, models
 from flowers.qwen.answers import first_line, generate, match, one_line
-from flowers.qwen.memory import memory_line
+from flowers.qwen.features import digest_to_keep, load_images
+from flowers.qwen.memory import Work, read_batch_size
 from flowers.qwen.prompts import (
     DESCRIBE,
     QUESTIONS,
     encode,
     move,
-    open_images,
-    patches,
-    prefetch,
     question_of,
 )
-from flowers.qwen.ranking import PackedNames, rank, scores
+from flowers.qwen.ranking import PackedNames, new_cache, rank, rank_after_answers, scores
 from flowers.tracking import log_mistakes, start_wandb
 
 OUTSIDE = "(outside the list)"  # the class of the answers that are no class name
 SCORES = ("sum", "token", "pmi")
 OLD_PMI = "calibrated"  # what the flag and older runs call pmi
 # Of flags that are left out, where the adapter does not say more.
-DEFAULTS = {"model": models.DEFAULT, "max_pixels": 512 * 512, "answer": "brief"}
+DEFAULTS = {
+    "model": models.DEFAULT,
+    "load_4bit": False,
+    "max_pixels": 512 * 512,
+    "answer": "brief",
+}
+BATCH_SIZE = 8
 
 
 # -----------------------------------------------------------------------------
@@ -66,6 +70,13 @@ def add_question_arguments(parser: argparse.ArgumentParser) -> None:
         type=files.user_path,
         help="a name on the hub, a folder, tiny or random-2b (random weights) "
         f"(default: the adapter's, else {models.DEFAULT})",
+    )
+    add_switch(
+        group,
+        "--load_4bit",
+        help="the language model's blocks in 4 bits a weight, a quarter of the memory; needs "
+        "requirements-4bit.txt (default: as the adapter was trained)",
+        default=None,
     )
     group.add_argument(
         "--adapter",
@@ -133,7 +144,12 @@ def make_parser() -> argparse.ArgumentParser:
     # run
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--batch_size", type=int, default=8, help="images at a time (default: %(default)s)"
+        "--batch_size",
+        type=read_batch_size,
+        metavar="N|auto",
+        default=BATCH_SIZE,
+        help="images at a time; auto: as many as fit into the GPU's free memory, at most "
+        "%(default)s (default: %(default)s)",
     )
     runs.add_overlap_argument(group)
     runs.add_run_arguments(group, resume=True, compare=True)
@@ -171,6 +187,7 @@ class Config:
     images: int
     # model and question
     model: str
+    load_4bit: bool
     adapter: str | None
     max_pixels: int
     protocol: str
@@ -244,11 +261,14 @@ def resolve(args: argparse.Namespace) -> Config:
         files.note(f"--score {OLD_PMI} is now called pmi")
         args.score = "pmi"
     fill_in_from_adapter(args)
-    if min(args.batch_size, args.most_tokens) < 1 or args.images < 0:
+    # 0 for auto, which is known when the names are
+    if min(args.batch_size + 1, args.most_tokens) < 1 or args.images < 0:
         raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
     models.check_max_pixels(args.model, args.max_pixels)
     # After all checks: the device becomes torch's own.
     device = devices.choose_device(args.device)
+    if args.load_4bit:
+        models.check_4bit(args.model, device)
     args.device = str(device)
     args.precision = devices.set_precision(args.precision, device)
     return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
@@ -269,11 +289,17 @@ class Task:
     config: Config
     device: torch.device
 
-    def generate(self, image: dict[str, torch.Tensor]) -> list[str]:
-        """Return the model's answer to the question about each image."""
-        prompts = move(encode(self.processor, self.question, image["image_grid_thw"]), self.device)
+    def prompts(self, image: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tokens of the question about each image, on the device."""
+        return move(encode(self.processor, self.question, image["image_grid_thw"]), self.device)
+
+    def generate(self, image: dict[str, torch.Tensor], kv_cache=None) -> list[str]:
+        """Return the model's answer to the question about each image. kv_cache: is filled."""
         image = move(image, self.device)
-        return generate(self.model, self.processor, prompts, image, self.config.most_tokens)
+        most_tokens = self.config.most_tokens
+        return generate(
+            self.model, self.processor, self.prompts(image), image, most_tokens, kv_cache
+        )
 
 
 def describe_images(task: Task, image: dict[str, torch.Tensor]) -> list[dict]:
@@ -293,15 +319,19 @@ def rank_names(task: Task, image: dict[str, torch.Tensor]) -> list[dict]:
     UserError for a model that gives no finite numbers.
     """
     records = [{} for _ in image["image_grid_thw"]]
-    prefixes = None
-    if task.config.answer == "described":
-        descriptions = [first_line(text) for text in task.generate(image)]
-        records = [{"description": description} for description in descriptions]
-        prefixes = [description + "\n" for description in descriptions]
-    prompts = encode(task.processor, task.question, image["image_grid_thw"], prefixes)
-    prompts = move(prompts, task.device)
+    prompts = task.prompts(image)
     image = move(image, task.device)
-    sums = rank(task.model, task.tree, prompts, image).cpu()  # (B, C)
+    if task.config.answer == "described":
+        # Image and question are read once, for the description and the names.
+        kv_cache = new_cache(task.model)
+        descriptions = [first_line(text) for text in task.generate(image, kv_cache)]
+        records = [{"description": description} for description in descriptions]
+        texts = [description + "\n" for description in descriptions]
+        sums = rank_after_answers(
+            task.model, task.processor, task.tree, prompts, image, kv_cache, texts
+        ).cpu()
+    else:
+        sums = rank(task.model, task.tree, prompts, image).cpu()  # (B, C)
     if not sums.isfinite().all():
         raise UserError(
             f"{task.config.model} gives no finite log-likelihoods: "
@@ -334,16 +364,15 @@ def record_images(
     files.write_lines(path, rows)  # without the line that a kill cut off
     record_of = {row["file"]: row for row in rows}
     remaining = [i for i in index if flowers.file_names[i] not in record_of]
-    batch_size = task.config.batch_size
-    batches = [remaining[i : i + batch_size] for i in range(0, len(remaining), batch_size)]
-
-    def load(batch: list[int]) -> dict[str, torch.Tensor]:
-        return patches(task.processor, open_images([flowers.files[i] for i in batch]))
+    digest = digest_to_keep(task.model, task.processor, flowers, remaining)
+    batches = load_images(
+        task.model, task.processor, flowers, remaining, task.config.batch_size, digest
+    )
 
     title = "describing" if task.config.describe else task.config.protocol
     start = time.perf_counter()
     with tqdm(total=len(index), initial=len(record_of), unit="img", desc=title) as bar:
-        for image, batch in zip(prefetch(load, batches), batches):
+        for image, batch in batches:
             # Written batch by batch, so that a kill costs no more than one.
             with autocast(task.device):
                 records = protocol(task, image)
@@ -382,7 +411,7 @@ def evaluate_answers(record_of: dict[str, dict], flowers: Flowers, index: np.nda
     matches = [match(answer, flowers.class_names) for answer in answers]
     # The answers that are no name are a class of their own, the last.
     outside = len(flowers.class_names)
-    flowers = dataclasses.replace(flowers, class_names=(*flowers.class_names, OUTSIDE))
+    flowers = replace(flowers, class_names=(*flowers.class_names, OUTSIDE))
     predicted = torch.tensor([outside if c is None else c for c in matches])
     probabilities = F.one_hot(predicted, outside + 1).float()  # (N, C + 1)
 
@@ -529,12 +558,23 @@ def prepare_task(config: Config, flowers: Flowers, device: torch.device) -> Task
     text_tokens = 50 + (name_tokens if config.protocol == "rank" else config.most_tokens)
     if config.list_names:
         text_tokens += name_tokens
-    print(
-        memory_line(
-            config.model, config.batch_size, config.max_pixels, text_tokens, 0, config.precision
-        )
+    skeleton = models.load_skeleton(config.model)
+    image_tokens = memory.tokens_of_image(config.model, skeleton, config.max_pixels)
+    work = Work(
+        config.batch_size or BATCH_SIZE,
+        image_tokens,
+        text_tokens,
+        precision=config.precision,
+        load_4bit=config.load_4bit,
     )
-    model, processor = models.load_model(config.model, device, config.adapter, config.max_pixels)
+    free = memory.free_gigabytes(device)
+    if config.batch_size == 0:
+        work = replace(work, batch_size=memory.largest_batch(skeleton, work, free))
+        config = replace(config, batch_size=work.batch_size)
+    print(memory.memory_line(config.model, skeleton, work, free))
+    model, processor = models.load_model(
+        config.model, device, config.adapter, config.max_pixels, config.load_4bit
+    )
 
     question = question_of(config.answer, class_names if config.list_names else None)
     if config.describe:
@@ -558,7 +598,7 @@ def main():
     # -----------------------------------------------------------------------------
     # data and model
     flowers = open_from_flags(dataclasses.asdict(config))
-    config = dataclasses.replace(config, splits=flowers.convention)
+    config = replace(config, splits=flowers.convention)
     index = subset(split_index(flowers, config.split), config.images, seed=0)
     # The val images are asked about as well, but only where they decide something.
     val = index[:0]
@@ -566,6 +606,7 @@ def main():
         val = subset(flowers.splits["val"], config.images, seed=0)
     overlap = check_overlap(config, flowers, index, val)
     task = prepare_task(config, flowers, device)
+    config = task.config  # with its number of images at a time
 
     # -----------------------------------------------------------------------------
     # run folder
@@ -606,7 +647,7 @@ def main():
     # -----------------------------------------------------------------------------
     # results
     # Free answers have one more class: outside the list.
-    flowers = dataclasses.replace(flowers, class_names=evaluation.class_names)
+    flowers = replace(flowers, class_names=evaluation.class_names)
     evaluate.save_outputs(folder, evaluation.probabilities, flowers, index, evaluation.metrics)
     # Again: free answers have no second best.
     files.write_csv(folder / "predictions.csv", evaluation.predictions)

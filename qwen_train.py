@@ -24,10 +24,10 @@ from flowers import UserError, add_switch, command, devices, figures, files, run
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, subset
 from flowers.devices import autocast
 from flowers.layouts import read_captions
-from flowers.qwen import adapters, models
+from flowers.qwen import adapters, memory, models
 from flowers.qwen.answers import answer_length, answer_loss, one_line
 from flowers.qwen.features import ImageFeatures, image_features
-from flowers.qwen.memory import memory_line
+from flowers.qwen.memory import Work, read_batch_size
 from flowers.qwen.prompts import (
     QUESTIONS,
     encode,
@@ -65,6 +65,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=models.DEFAULT,
         help="a name on the hub, a folder, tiny or random-2b (random weights) "
         "(default: %(default)s)",
+    )
+    add_switch(
+        group,
+        "--load_4bit",
+        help="the frozen blocks of the language model in 4 bits a weight (QLoRA), a quarter of the "
+        "memory; needs requirements-4bit.txt",
     )
     group.add_argument(
         "--max_pixels",
@@ -104,7 +110,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     # optimisation
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, help="passes over the images (default: 3; tiny: 12)")
-    group.add_argument("--batch_size", type=int, help="images a step (default: 16; tiny: 32)")
+    group.add_argument(
+        "--batch_size",
+        type=read_batch_size,
+        metavar="N|auto",
+        help="images a step (default: 16; tiny: 32); auto: the default, in chunks that fit into "
+        "the GPU's free memory",
+    )
     group.add_argument(
         "--chunk_size",
         type=int,
@@ -114,8 +126,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(
         group,
         "--keep_activations",
-        help="faster, but more memory (default on a GPU: blocks are computed again in the "
-        "backward pass)",
+        help="faster, but more memory (default: where it does not fit into the GPU's free memory, "
+        "blocks are computed again in the backward pass)",
     )
     group.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4; tiny: 1e-3)")
     group.add_argument("--wd", type=float, default=0.0, help="weight decay (default: %(default)s)")
@@ -199,6 +211,7 @@ class Config:
     images: int
     # model and answer
     model: str
+    load_4bit: bool
     max_pixels: int
     answer: str
     captions: str | None
@@ -234,6 +247,9 @@ def resolve(args: argparse.Namespace) -> Config:
         args.alpha = 2.0 * args.rank
 
     # nan fails every comparison, so these say what must hold.
+    fits_chunk = args.batch_size == 0  # auto
+    if fits_chunk:
+        args.batch_size = defaults["batch_size"]
     at_least_one = min(args.rank, args.epochs, args.batch_size, args.save_every) >= 1
     not_negative = min(args.chunk_size, args.images) >= 0
     if not (at_least_one and not_negative and args.lr > 0 and args.wd >= 0):
@@ -253,9 +269,40 @@ def resolve(args: argparse.Namespace) -> Config:
         args.augment = "crop" if crops else "none"
     # After all checks: the device becomes torch's own.
     device = devices.choose_device(args.device)
+    if args.load_4bit:
+        models.check_4bit(args.model, device)
     args.device = str(device)
     args.precision = devices.set_precision(args.precision, device)
-    return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
+    config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
+    if fits_chunk and not config.chunk_size:
+        config = dataclasses.replace(config, chunk_size=chunk_that_fits(config, device))
+    return config
+
+
+def work_of(config: Config, skeleton, chunk_size: int, free: float | None) -> Work:
+    """Return what the model does at a time; free: GB on the GPU, None on a CPU.
+
+    Blocks are computed again where their results don't fit, unless they are to be kept.
+    """
+    work = Work(
+        chunk_size,
+        memory.tokens_of_image(config.model, skeleton, config.max_pixels),
+        100 if config.captions else 50,  # about, of question and answer
+        config.rank,
+        config.precision,
+        config.load_4bit,
+        config.also_train,
+    )
+    recompute = not config.keep_activations and memory.must_recompute(skeleton, work, free)
+    return dataclasses.replace(work, recompute=recompute)
+
+
+def chunk_that_fits(config: Config, device: torch.device) -> int:
+    """Return how many images fit into the free memory at a time, at most the batch."""
+    skeleton = models.load_skeleton(config.model)
+    free = memory.free_gigabytes(device)
+    work = work_of(config, skeleton, config.batch_size, free)
+    return memory.largest_batch(skeleton, work, free)
 
 
 # -----------------------------------------------------------------------------
@@ -342,9 +389,17 @@ def open_training_set(config: Config) -> TrainingSet:
 def prepare_model(config: Config, training_set: TrainingSet, device: torch.device):
     """Return the model with a new adapter, its processor, and the features that are kept, or None.
 
+    Says before how much memory it takes.
+
     Raises UserError for a model that can't be loaded, or modules that it does not have.
     """
-    model, processor = models.load_model(config.model, device, max_pixels=config.max_pixels)
+    skeleton = models.load_skeleton(config.model)
+    free = memory.free_gigabytes(device)
+    work = work_of(config, skeleton, training_set.chunk_size, free)
+    print(memory.memory_line(config.model, skeleton, work, free))
+    model, processor = models.load_model(
+        config.model, device, max_pixels=config.max_pixels, load_4bit=config.load_4bit
+    )
     features = None
     # Whether the vision tower makes the same of an image in every step.
     keeps = config.augment == "none" and not adapters.trains_vision(model, config.also_train)
@@ -354,8 +409,9 @@ def prepare_model(config: Config, training_set: TrainingSet, device: torch.devic
         features = image_features(
             model, processor, training_set.flowers, training_set.index, digest
         )
-    recompute = device.type == "cuda" and not config.keep_activations
-    model = adapters.add_adapter(model, config.rank, config.alpha, config.also_train, recompute)
+    model = adapters.add_adapter(
+        model, config.rank, config.alpha, config.also_train, work.recompute
+    )
     return model, processor, features
 
 
@@ -449,10 +505,6 @@ def main():
     config = training_set.config
     index = training_set.index
     batch_size = training_set.batch_size
-    chunk_size = training_set.chunk_size
-    text_tokens = 100 if config.captions else 50  # about, of question and answer
-    sizes = (chunk_size, config.max_pixels, text_tokens, config.rank)
-    print(memory_line(config.model, *sizes, config.precision))
     model, processor, features = prepare_model(config, training_set, device)
     question = question_of(config.answer)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
