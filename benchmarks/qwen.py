@@ -59,7 +59,10 @@ def main():
     )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(memory.memory_line(args.model, args.batch_size, MAX_PIXELS, 460, LORA_RANK))
+    skeleton = models.load_skeleton(args.model)
+    image_tokens = memory.tokens_of_image(args.model, skeleton, MAX_PIXELS)
+    work = memory.Work(args.batch_size, image_tokens, 460, LORA_RANK)
+    print(memory.memory_line(args.model, skeleton, work, memory.free_gigabytes(device)))
 
     # -----------------------------------------------------------------------------
     # model, names and images

@@ -3,6 +3,7 @@ decided by it; weights in 4 bits."""
 
 import contextlib
 import dataclasses
+import json
 import os
 
 import pytest
@@ -244,3 +245,25 @@ def test_weights_in_4_bits_take_what_is_estimated_and_train(folder):
     for name, value in before.items():
         name = name if name in after else name.replace("proj.", "proj.base_layer.")
         assert torch.equal(after[name], value), name
+
+
+def test_an_adapter_of_4_bits_brings_them_to_its_evaluation(small, tmp_path, cli):
+    pytest.importorskip("bitsandbytes", reason="needs requirements-4bit.txt")
+    common = ["--data_root", small, "--runs", tmp_path, "--wandb", "disabled"]
+    arguments = ["--model", "tiny", "--load_4bit", "--also_train", "--epochs", 1]
+    arguments += ["--batch_size", "auto", "--name", "train"]
+    code, out, err = cli("qwen_train.py", *common, *arguments)
+    assert code == 0 and "in fp32, 4 bits a weight (weights" in out, err
+    stored = json.loads((tmp_path / "train" / "args.json").read_text())
+    assert stored["load_4bit"] is True and stored["batch_size"] == 32
+
+    arguments = ["--adapter", tmp_path / "train", "--images", 3, "--batch_size", "auto"]
+    code, out, err = cli("qwen_eval.py", *common, *arguments, "--name", "eval")
+    assert code == 0 and "4 bits a weight" in out and "note: " not in err, err
+    stored = json.loads((tmp_path / "eval" / "args.json").read_text())
+    assert stored["load_4bit"] is True and stored["batch_size"] == 8
+
+    arguments += ["--load_4bit=false", "--name", "other"]
+    code, out, err = cli("qwen_eval.py", *common, *arguments)
+    assert code == 0 and "4 bits a weight" not in out, err
+    assert f"note: --load_4bit False: {tmp_path / 'train'} was trained with True" in err

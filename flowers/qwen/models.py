@@ -67,6 +67,8 @@ def load_model(
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 model = _load_weights(folder, dtype, device, load_4bit)
+            # Not that of a folder which is gone, for adapters to name.
+            model.name_or_path = model.config._name_or_path = ""
     if dtype == torch.float32:
         _compute_in_fp32(model)
     processor.tokenizer.padding_side = "left"
