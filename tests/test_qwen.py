@@ -31,8 +31,14 @@ from flowers.qwen import answers
 from flowers.qwen import features as kept_features
 from flowers.qwen.adapters import add_adapter, base_model, modules_to_train, trains_vision
 from flowers.qwen.answers import answer_length, answer_loss, generate, match
-from flowers.qwen.features import image_features
-from flowers.qwen.models import hidden_states, load_config, load_model, vision_digest
+from flowers.qwen.features import digest_to_keep, image_features, load_images
+from flowers.qwen.models import (
+    hidden_states,
+    load_config,
+    load_model,
+    vision_digest,
+    vision_features,
+)
 from flowers.qwen.offline import CLASS_NAMES_FILE, build
 from flowers.qwen.prompts import END, QUESTIONS, encode, open_images, patches
 from flowers.qwen.ranking import PackedNames, new_cache, rank, rank_after_answers
@@ -596,6 +602,32 @@ def test_features_are_kept_by_the_image_and_within_bounds(tiny, small, tmp_path,
     check([7], 1)
     assert len(list((root / ".cache").glob("qwen-*"))) == 2
     assert all(map(torch.equal, whole.tokens, before))
+
+
+def test_evaluation_takes_features_in_portions_or_pixels(tiny, small, tmp_path, monkeypatch):
+    model, processor = tiny
+    root = shutil.copytree(small, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    flowers = open_flowers(root)
+    monkeypatch.setattr(kept_features, "PORTION", 4)
+    index = [5, 3, 11, 0, 7, 2, 9]
+    seen = []
+    digest = digest_to_keep(model, processor, flowers, index)
+    assert digest == vision_digest(model)
+    for image, batch in load_images(model, processor, flowers, index, 3, digest):
+        seen += batch
+        pixels = patches(processor, open_images([flowers.files[i] for i in batch]))
+        expected = vision_features(model, pixels)
+        torch.testing.assert_close(image["features"], expected, rtol=0, atol=1e-4)
+        assert torch.equal(image["image_grid_thw"], pixels["image_grid_thw"])
+    assert seen == index and len(list((root / ".cache").glob("qwen-*.npy"))) == 2
+    seen = [batch for _, batch in load_images(model, processor, flowers, index, 3, None)]
+    assert seen == [[5, 3, 11], [0, 7, 2], [9]]
+
+    # What no other run can use, or what would crowd out everything else.
+    trained = add_adapter(load_model("tiny", "cpu")[0], 4, 8.0, ["merger"])
+    assert digest_to_keep(trained, processor, flowers, index) is None
+    monkeypatch.setattr(cache, "MAX_BYTES", 1000)
+    assert digest_to_keep(model, processor, flowers, index) is None
 
 
 # -----------------------------------------------------------------------------

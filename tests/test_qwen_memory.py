@@ -208,6 +208,13 @@ def test_4_bits_without_their_package_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "find_spec", lambda name: "found")
     with pytest.raises(UserError, match="needs --device cuda or cpu, not mps"):
         models.check_4bit("tiny", "mps")
+    # Whose 8 bits would be taken for 4.
+    folder = small_family("qwen2_vl", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is quantised already, in another way"):
+        models.check_4bit(str(folder), "cpu")
 
 
 def test_weights_in_4_bits_take_what_is_estimated_and_train(folder):
