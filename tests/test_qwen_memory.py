@@ -274,3 +274,13 @@ def test_an_adapter_of_4_bits_brings_them_to_its_evaluation(small, tmp_path, cli
     code, out, err = cli("qwen_eval.py", *common, *arguments)
     assert code == 0 and "4 bits a weight" not in out, err
     assert f"note: --load_4bit False: {tmp_path / 'train'} was trained with True" in err
+
+
+def test_modules_in_4_bits_are_not_trained_whole():
+    """As in a folder whose vision tower was quantised with the rest."""
+    model = torch.nn.Module()
+    model.merger = torch.nn.Module()
+    packed = torch.zeros(2, dtype=torch.uint8)
+    model.merger.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(UserError, match="is quantised: only LoRA can change it"):
+        modules_to_train(model, ["merger"])
