@@ -779,7 +779,7 @@ def test_the_old_name_of_pmi_is_understood(capfd):
 def test_generated_answers_are_matched_whole(trained, small, cli, monkeypatch):
     texts = iter(["Rose", "a lenten rose", "mallow\n", "", "tree mallow", "Ball moss."] * 2)
 
-    def scripted(model, processor, inputs, image, max_tokens):
+    def scripted(model, processor, inputs, image, max_tokens, kv_cache=None):
         return [next(texts) for _ in image["image_grid_thw"]]
 
     monkeypatch.setattr(answers, "generate", scripted)
