@@ -58,6 +58,7 @@ def load_model(
     """
     dtype = devices.DTYPES[devices.precision_of(device)]
     if name not in SHAPES:
+        load_config(name)  # first: it says what is wrong with other kinds of folders
         processor = _from_pretrained(AutoProcessor, name)
         model = _load_weights(name, dtype, device, load_4bit)
     else:
