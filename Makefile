@@ -40,7 +40,7 @@ lint: .venv/ready-dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/ready-dev: .venv/ready requirements-dev.txt requirements-qwen.txt requirements-openclip.txt
+.venv/ready-dev: .venv/ready requirements-dev.txt requirements-qwen.txt requirements-4bit.txt requirements-openclip.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

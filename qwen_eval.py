@@ -26,7 +26,7 @@ import dataclasses
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +47,10 @@ from flowers.data import (
 )
 from flowers.devices import Processes, autocast
 from flowers.intervals import wilson
-from flowers.qwen import adapters, models
-from flowers.qwen.answers import contained, first_line, generate, match, one_line
-from flowers.qwen.memory import memory_line
+from flowers.qwen import adapters, memory, models
+from flowers.qwen.answers import contained, generate, match, one_line
+from flowers.qwen.features import digest_to_keep, load_images
+from flowers.qwen.memory import Work, read_batch_size
 from flowers.qwen.prompts import (
     DESCRIBE,
     LIST_ORDERS,
@@ -60,15 +61,12 @@ from flowers.qwen.prompts import (
     encode,
     generator_of_file,
     move,
-    open_images,
-    patches,
-    prefetch,
     questions_of,
     shuffle,
     spell_names,
     with_names,
 )
-from flowers.qwen.ranking import NameTree, rank, scores
+from flowers.qwen.ranking import PackedNames, describe_and_rank, rank_questions, scores
 from flowers.tracking import Tracker, log_mistakes, start_wandb
 
 OUTSIDE = "(outside the list)"  # the class of the answers that are no class name
@@ -79,7 +77,12 @@ ALL, OWN = "", "own_"
 OLD_PMI = "calibrated"  # what the flag and older runs call pmi
 CLASSES = ("all", "base", "new")
 # Of flags that are left out, where the adapter does not say more.
-DEFAULTS = {"model": models.DEFAULT, "max_pixels": 512 * 512, "answer": "brief"}
+DEFAULTS = {
+    "model": models.DEFAULT,
+    "load_4bit": False,
+    "max_pixels": 512 * 512,
+    "answer": "brief",
+}
 # The same, of flags that older runs of qwen_train.py did not have: these are what they did.
 NEW_DEFAULTS = {
     "question": None,
@@ -97,6 +100,7 @@ CHOICES = {
     "name_case": NAME_CASES,
     "classes": CLASSES,
 }
+BATCH_SIZE = 8
 
 
 # -----------------------------------------------------------------------------
@@ -112,6 +116,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=files.user_path,
         help="a name on the hub, a folder, tiny or random-2b (random weights) "
         f"(default: the adapter's, else {models.DEFAULT})",
+    )
+    add_switch(
+        group,
+        "--load_4bit",
+        help="the language model's blocks in 4 bits a weight, a quarter of the memory; needs "
+        "requirements-4bit.txt (default: as the adapter was trained)",
+        default=None,
     )
     group.add_argument(
         "--adapter",
@@ -198,7 +209,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="of --list_order drawn and --val_shots (default: the adapter's, else 0)",
     )
     group.add_argument(
-        "--batch_size", type=int, default=8, help="images at a time (default: %(default)s)"
+        "--batch_size",
+        type=read_batch_size,
+        metavar="N|auto",
+        default=BATCH_SIZE,
+        help="images at a time; auto: as many as fit into the GPU's free memory, at most "
+        "%(default)s (default: %(default)s)",
     )
     runs.add_overlap_argument(group)
     runs.add_run_arguments(group, resume=True, compare=True)
@@ -240,6 +256,7 @@ class Config:
     images: int
     # model and question
     model: str
+    load_4bit: bool
     adapter: str | None
     max_pixels: int
     protocol: str
@@ -383,11 +400,14 @@ def resolve(args: argparse.Namespace) -> Config:
             raise UserError(f"--describe has a question of its own: leave out --{typed[0]}")
     fill_in_from_adapter(args)
     check_protocol(args)
-    if min(args.batch_size, args.most_tokens) < 1 or args.images < 0:
+    # 0 for auto, which is known when the names are
+    if min(args.batch_size + 1, args.most_tokens) < 1 or args.images < 0:
         raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
     models.check_max_pixels(args.model, args.max_pixels)
     # After all checks: the device becomes torch's own.
     device = devices.choose_device(args.device)
+    if args.load_4bit:
+        models.check_4bit(args.model, device)
     args.device = str(device)
     args.precision = devices.set_precision(args.precision, device)
     return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
@@ -401,14 +421,14 @@ def resolve(args: argparse.Namespace) -> Config:
 class Task:
     """The model and what it is asked about the images of a dataset.
 
-    texts: the questions. class_names: C, in their spelling; `tree` is theirs.
+    texts: the questions. class_names: C, in their spelling; `packed` holds their tokens.
     """
 
     model: torch.nn.Module
     processor: object
     texts: tuple[str, ...]
     class_names: tuple[str, ...]
-    tree: NameTree
+    packed: PackedNames
     flowers: Flowers
     config: Config
     processes: Processes
@@ -430,9 +450,9 @@ class Task:
             names = shuffle(names, generator_of_file(self.config.seed, self.flowers.file_names[i]))
         return tuple(with_names(text, names) for text in self.texts)
 
-    def generate(self, questions: Sequence[str], image: dict[str, torch.Tensor]) -> list[str]:
+    def generate(self, texts: Sequence[str], image: dict[str, torch.Tensor]) -> list[str]:
         """Return the model's answers to B questions, one about each image."""
-        prompts = move(encode(self.processor, questions, image["image_grid_thw"]), self.device)
+        prompts = move(encode(self.processor, texts, image["image_grid_thw"]), self.device)
         image = move(image, self.device)
         return generate(self.model, self.processor, prompts, image, self.config.most_tokens)
 
@@ -445,8 +465,8 @@ class Task:
 def respell(task: Task, case: str) -> Task:
     """Return the task with another spelling of the names."""
     class_names = spell_names(task.flowers.class_names, case)
-    tree = NameTree(task.processor, class_names)
-    return dataclasses.replace(task, class_names=class_names, tree=tree)
+    packed = PackedNames(task.processor, class_names)
+    return replace(task, class_names=class_names, packed=packed)
 
 
 def describe_images(task: Task, image: dict[str, torch.Tensor], batch: Sequence[int]) -> list[dict]:
@@ -471,18 +491,21 @@ def rank_names(task: Task, image: dict[str, torch.Tensor], batch: Sequence[int])
     own description.
     """
     records = [{} for _ in batch]
+    asked = (task.model, task.processor, task.packed)
+    image = move(image, task.device)
     for listed in task.config.lists:
-        prefixes = None
-        if task.config.answer == "described":
-            descriptions = [first_line(text) for text in task.answers(batch, image, listed)]
-            prefixes = [description + "\n" for description in descriptions]
-            for record, description in zip(records, descriptions):
-                record[f"{listed}description"] = description
         # From B lists of Q questions to Q lists of B.
         questions = list(zip(*(task.questions(i, listed) for i in batch)))
-        values = {"sum": rank_after(task, questions, image, prefixes)}
+        if task.config.answer == "described":
+            most_tokens = task.config.most_tokens
+            descriptions, sums = describe_and_rank(*asked, questions[0], image, most_tokens)
+            for record, description in zip(records, descriptions):
+                record[f"{listed}description"] = description
+        else:
+            sums = rank_questions(*asked, questions, image)
+        values = {"sum": checked_sums(task, sums)}
         if task.config.list_order == "drawn":
-            values["prior"] = rank_after(task, questions, None)
+            values["prior"] = rank_without_image(task, questions)
         for key, rows in values.items():
             # One line of JSON an image: 102 numbers of five decimals are a kilobyte.
             for record, row in zip(records, rows.tolist()):
@@ -490,35 +513,28 @@ def rank_names(task: Task, image: dict[str, torch.Tensor], batch: Sequence[int])
     return records
 
 
-@torch.inference_mode()
-def rank_after(
-    task: Task,
-    questions: Sequence[Sequence[str]],
-    image: dict[str, torch.Tensor] | None,
-    prefixes: Sequence[str] | None = None,
-) -> torch.Tensor:
-    """Return the mean log-likelihoods (B, C) of the names over Q questions about each of B images.
+def rank_without_image(task: Task, questions: Sequence[Sequence[str]]) -> torch.Tensor:
+    """Return the mean log-likelihoods (B, C) of the names over Q questions without an image.
 
-    questions: Q sequences of B texts. image: None for the questions alone. prefixes: B texts
-    between question and name. Raises UserError for a model that gives no finite numbers.
+    questions: Q sequences of B texts. Under --answer described, a description that says nothing
+    comes before the name.
     """
-    grids = None if image is None else image["image_grid_thw"]
-    # Without an image, a description that says nothing comes before the name.
-    if image is None and task.config.answer == "described":
+    prefixes = None
+    if task.config.answer == "described":
         prefixes = ["\n"] * len(questions[0])
-    on_device = None if image is None else move(image, task.device)
-    sums = []
-    for texts in questions:
-        prompts = move(encode(task.processor, texts, grids, prefixes), task.device)
-        with autocast(task.device):
-            sums.append(rank(task.model, task.tree, prompts, on_device).cpu())
-    mean = torch.stack(sums).mean(0)
-    if not mean.isfinite().all():
+    with autocast(task.device):
+        sums = rank_questions(task.model, task.processor, task.packed, questions, None, prefixes)
+    return checked_sums(task, sums)
+
+
+def checked_sums(task: Task, sums: torch.Tensor) -> torch.Tensor:
+    """Return log-likelihoods (B, C) on the CPU. Raises UserError if they are not finite."""
+    if not sums.isfinite().all():
         raise UserError(
             f"{task.config.model} gives no finite log-likelihoods: "
             "its weights are damaged, or made for another precision"
         )
-    return mean
+    return sums.cpu()
 
 
 def is_right(task: Task, i: int, record: dict) -> bool | None:
@@ -580,18 +596,16 @@ def record_images(
     shared_out = set(list(index)[processes.rank :: processes.world_size])
     own = [i for i in remaining if i in shared_out]
     own_path = path_of_process(path, processes)
+    digest = digest_to_keep(task.model, task.processor, flowers, own)
     batch_size = task.config.batch_size
-    batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
-
-    def load(batch: list[int]) -> dict[str, torch.Tensor]:
-        return patches(task.processor, open_images([flowers.files[i] for i in batch]))
+    batches = load_images(task.model, task.processor, flowers, own, batch_size, digest)
 
     title = "describing" if task.config.describe else task.config.protocol
     start = time.perf_counter()
     done = len(record_of)
     options = {"unit": "img", "desc": title, "disable": not processes.is_main}
     with tqdm(total=done + len(own), initial=done, **options) as bar:
-        for image, batch in zip(prefetch(load, batches), batches):
+        for image, batch in batches:
             # Written batch by batch, so that a kill costs no more than one.
             with autocast(task.device):
                 records = protocol(task, image, batch)
@@ -656,7 +670,7 @@ def evaluate_answers(task: Task, record_of: dict[str, dict], index: np.ndarray) 
     matches = [match(answer, task.class_names) for answer in answers]
     # The answers that are no name are a class of their own, the last.
     outside = len(flowers.class_names)
-    flowers = dataclasses.replace(flowers, class_names=(*flowers.class_names, OUTSIDE))
+    flowers = replace(flowers, class_names=(*flowers.class_names, OUTSIDE))
     predicted = torch.tensor([outside if c is None else c for c in matches])
     probabilities = F.one_hot(predicted, outside + 1).float()  # (N, C + 1)
 
@@ -756,12 +770,12 @@ def scores_of(
         questions = [task.questions(i, listed) for i in index]
         prior_of = {texts: rank_alone(task, texts) for texts in dict.fromkeys(questions)}
         without_image = torch.cat([prior_of[texts] for texts in questions])  # (N, C)
-    return scores(sums, task.tree.lengths, without_image)
+    return scores(sums, task.packed.lengths, without_image)
 
 
 def rank_alone(task: Task, questions: Sequence[str]) -> torch.Tensor:
     """Return the mean log-likelihoods (1, C) of the names after Q questions without an image."""
-    return rank_after(task, [[text] for text in questions], None)
+    return rank_without_image(task, [[text] for text in questions])
 
 
 def top1_on_val(task: Task, record_of: dict[str, dict], val: np.ndarray) -> dict[str, float]:
@@ -915,10 +929,22 @@ def prepare_task(config: Config, flowers: Flowers, processes: Processes) -> Task
     text_tokens = 50 + (name_tokens if config.protocol == "rank" else config.most_tokens)
     if config.list_names:
         text_tokens += name_tokens
-    sizes = (config.batch_size, config.max_pixels, text_tokens)
-    files.say(memory_line(config.model, *sizes, 0, config.precision))
+    skeleton = models.load_skeleton(config.model)
+    image_tokens = memory.tokens_of_image(config.model, skeleton, config.max_pixels)
+    work = Work(
+        config.batch_size or BATCH_SIZE,
+        image_tokens,
+        text_tokens,
+        precision=config.precision,
+        load_4bit=config.load_4bit,
+    )
+    free = memory.free_gigabytes(processes.device)
+    if config.batch_size == 0:
+        work = replace(work, batch_size=memory.largest_batch(skeleton, work, free))
+        config = replace(config, batch_size=work.batch_size)
+    files.say(memory.memory_line(config.model, skeleton, work, free))
     model, processor = models.load_model(
-        config.model, processes.device, config.adapter, config.max_pixels
+        config.model, processes.device, config.adapter, config.max_pixels, config.load_4bit
     )
 
     texts = (DESCRIBE,) if config.describe else questions_of(config.answer, config.question)
@@ -926,8 +952,8 @@ def prepare_task(config: Config, flowers: Flowers, processes: Processes) -> Task
     case = "given" if config.name_case == "best" else config.name_case
     spelled = spell_names(class_names, case)
     # The same for all images, so it is made once.
-    tree = NameTree(processor, spelled)
-    return Task(model, processor, texts, spelled, tree, flowers, config, processes)
+    packed = PackedNames(processor, spelled)
+    return Task(model, processor, texts, spelled, packed, flowers, config, processes)
 
 
 def open_run_folder(
@@ -956,11 +982,12 @@ def main():
     # data and model
     with processes.main_first():
         flowers = open_from_flags(dataclasses.asdict(config))
-        config = dataclasses.replace(config, splits=flowers.convention)
+        config = replace(config, splits=flowers.convention)
         index = subset(split_index(flowers, config.split), config.images, seed=0)
         val = images_of_val(config, flowers)
         overlap = check_overlap(config, flowers, index, val) if processes.is_main else None
         task = prepare_task(config, flowers, processes)
+        config = task.config  # with its number of images at a time
 
     # -----------------------------------------------------------------------------
     # run folder
@@ -1009,7 +1036,7 @@ def main():
     # -----------------------------------------------------------------------------
     # results
     # Free answers have one more class: outside the list.
-    flowers = dataclasses.replace(flowers, class_names=evaluation.class_names)
+    flowers = replace(flowers, class_names=evaluation.class_names)
     evaluate.save_outputs(folder, evaluation.probabilities, flowers, index, evaluation.metrics)
     # Again: free answers have no second best.
     files.write_csv(folder / "predictions.csv", evaluation.predictions)

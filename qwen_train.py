@@ -32,10 +32,10 @@ from flowers.choices import MAX_VAL_SHOTS
 from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select, subset
 from flowers.devices import Processes, autocast
 from flowers.layouts import read_captions
-from flowers.qwen import adapters, models
-from flowers.qwen.answers import answer_length, answer_loss, first_line, generate, one_line
+from flowers.qwen import adapters, memory, models
+from flowers.qwen.answers import answer_length, answer_loss, one_line
 from flowers.qwen.features import ImageFeatures, image_features
-from flowers.qwen.memory import memory_line
+from flowers.qwen.memory import Work, read_batch_size
 from flowers.qwen.prompts import (
     QUESTIONS,
     add_question_arguments,
@@ -53,7 +53,7 @@ from flowers.qwen.prompts import (
     spell_names,
     with_names,
 )
-from flowers.qwen.ranking import NameTree, rank
+from flowers.qwen.ranking import PackedNames, describe_and_rank, rank_questions
 from flowers.tracking import Tracker, start_wandb
 
 # Share of the steps. train.py warms up twice as long; the results of Qwen were measured with this.
@@ -70,6 +70,7 @@ TINY_DEFAULTS = {
     "batch_size": 32,
     "lr": 1e-3,
 }
+AS_FITS = -1  # the size of chunks until the free memory has decided it
 
 
 # -----------------------------------------------------------------------------
@@ -86,6 +87,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=models.DEFAULT,
         help="a name on the hub, a folder, tiny or random-2b (random weights) "
         "(default: %(default)s)",
+    )
+    add_switch(
+        group,
+        "--load_4bit",
+        help="the frozen blocks of the language model in 4 bits a weight (QLoRA), a quarter of the "
+        "memory; needs requirements-4bit.txt",
     )
     group.add_argument(
         "--max_pixels",
@@ -169,7 +176,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, help="passes over the images (default: 3; tiny: 12)")
     group.add_argument(
-        "--batch_size", type=int, help="images a step, of each process (default: 16; tiny: 32)"
+        "--batch_size",
+        type=read_batch_size,
+        metavar="N|auto",
+        help="images a step, of each process (default: 16; tiny: 32); auto: the default, in chunks "
+        "that fit into the GPU's free memory",
     )
     group.add_argument(
         "--chunk_size",
@@ -180,8 +191,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add_switch(
         group,
         "--keep_activations",
-        help="faster, but more memory (default on a GPU: blocks are computed again in the "
-        "backward pass)",
+        help="faster, but more memory (default: where it does not fit into the GPU's free memory, "
+        "blocks are computed again in the backward pass)",
     )
     group.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4; tiny: 1e-3)")
     group.add_argument("--wd", type=float, default=0.0, help="weight decay (default: %(default)s)")
@@ -284,6 +295,7 @@ class Config:
     allow_overlap: bool
     # model and answer
     model: str
+    load_4bit: bool
     max_pixels: int
     answer: str
     captions: str | None
@@ -331,6 +343,9 @@ def resolve(args: argparse.Namespace, processes: Processes) -> Config:
         args.alpha = 2.0 * args.rank
 
     # nan fails every comparison, so these say what must hold.
+    fits_chunk = args.batch_size == 0  # auto
+    if fits_chunk:
+        args.batch_size = defaults["batch_size"]
     at_least_one = min(args.rank, args.epochs, args.batch_size, args.save_every) >= 1
     not_negative = min(args.chunk_size, args.images) >= 0
     if not (at_least_one and not_negative and args.lr > 0 and args.wd >= 0):
@@ -347,6 +362,8 @@ def resolve(args: argparse.Namespace, processes: Processes) -> Config:
         raise UserError(
             "--answer described takes one question: qwen_eval.py ranks after one answer"
         )
+    if fits_chunk and not args.chunk_size:
+        args.chunk_size = AS_FITS
     check_images(args)
     check_questions(args.question, args.list_names, args.list_order)
     models.check_max_pixels(args.model, args.max_pixels)
@@ -354,6 +371,8 @@ def resolve(args: argparse.Namespace, processes: Processes) -> Config:
     if args.augment is None:
         crops = skeleton is not None and adapters.trains_vision(skeleton, args.also_train)
         args.augment = "crop" if crops else "none"
+    if args.load_4bit:
+        models.check_4bit(args.model, processes.device)
     args.device = str(processes.device)
     args.precision = devices.set_precision(args.precision, processes.device)
     args.processes = processes.world_size
@@ -536,7 +555,12 @@ def open_data(config: Config, processes: Processes) -> Data:
     if config.captions:
         captions = read_captions(config.captions, tuple(flowers.files[i] for i in index))
     val = choose_val(flowers, config)
-    return Data(config, processes, flowers, index, val, captions, names, classes)
+    data = Data(config, processes, flowers, index, val, captions, names, classes)
+    if config.chunk_size == AS_FITS:
+        data = dataclasses.replace(
+            data, config=dataclasses.replace(config, chunk_size=chunk_that_fits(data))
+        )
+    return data
 
 
 def choose_val(flowers: Flowers, config: Config) -> np.ndarray:
@@ -578,6 +602,49 @@ def check_overlap(data: Data) -> None:
 
 
 # -----------------------------------------------------------------------------
+# memory
+
+
+def work_of(data: Data, chunk_size: int | None = None) -> Work:
+    """Return what the model does at a time: with the images of a chunk, or so many.
+
+    Blocks are computed again where their results don't fit into the free memory of the GPU, unless
+    they are to be kept.
+    """
+    config = data.config
+    skeleton = models.load_skeleton(config.model)
+    # Of question and answer, about; a name has about eight tokens with its separator.
+    text_tokens = 100 if config.captions else 50
+    text_tokens += 8 * len(data.listed_names or ())
+    work = Work(
+        chunk_size or data.chunk_size,
+        memory.tokens_of_image(config.model, skeleton, config.max_pixels),
+        text_tokens,
+        config.rank,
+        config.precision,
+        config.load_4bit,
+        config.also_train,
+    )
+    free = memory.free_gigabytes(data.processes.device)
+    recompute = not config.keep_activations and memory.must_recompute(skeleton, work, free)
+    return dataclasses.replace(work, recompute=recompute)
+
+
+def chunk_that_fits(data: Data) -> int:
+    """Return how many images fit into the free memory at a time, at most those of a step."""
+    skeleton = models.load_skeleton(data.config.model)
+    free = memory.free_gigabytes(data.processes.device)
+    return memory.largest_batch(skeleton, work_of(data, data.config.batch_size), free)
+
+
+def print_memory(data: Data, work: Work) -> None:
+    """Print how much memory the training takes, about."""
+    skeleton = models.load_skeleton(data.config.model)
+    free = memory.free_gigabytes(data.processes.device)
+    print(memory.memory_line(data.config.model, skeleton, work, free))
+
+
+# -----------------------------------------------------------------------------
 # model and step
 
 
@@ -588,8 +655,7 @@ def keep_features(model, processor, data: Data) -> ImageFeatures | None:
     """
     config = data.config
     # Whether the vision tower makes the same of an image in every step.
-    keeps = config.augment == "none" and not adapters.trains_vision(model, config.also_train)
-    if not (keeps and models.has_separate_features(model)):
+    if config.augment != "none" or adapters.trains_vision(model, config.also_train):
         return None
     digest = models.vision_digest(model)
     index = np.concatenate([data.index, data.val])
@@ -637,41 +703,24 @@ def evaluate_val(model, processor, data: Data, features: ImageFeatures | None) -
     token of the right names, in nats.
     """
     model.eval()
-    tree = NameTree(processor, data.trained_names)
-    # Descriptions are generated, for which the library wants pixels.
-    kept = features if data.config.answer == "brief" else None
+    names = PackedNames(processor, data.trained_names)
     n_right, loss_sum, n_tokens = 0, 0.0, 0
-    for image, questions, labels in data.val_batches(processor, kept):
+    for image, questions, labels in data.val_batches(processor, features):
         image = move(image, data.processes.device)
-        sums = rank_val(model, processor, tree, image, questions, data).cpu()  # (b, K)
+        with autocast(data.processes.device):
+            if data.config.answer == "described":
+                _, sums = describe_and_rank(
+                    model, processor, names, questions[0], image, DESCRIPTION_TOKENS
+                )
+            else:
+                sums = rank_questions(model, processor, names, questions, image)
+        sums = sums.cpu()  # (b, K)
         n_right += int((sums.argmax(1) == labels).sum())
         loss_sum -= float(sums.gather(1, labels[:, None]).sum())
-        n_tokens += int(tree.lengths[labels].sum())
+        n_tokens += int(names.lengths[labels].sum())
     model.train()
     n_right, loss_sum, n_tokens = data.processes.sum([n_right, loss_sum, n_tokens])
     return {"val/top1": 100 * n_right / len(data.val), "val/loss": loss_sum / n_tokens}
-
-
-def rank_val(
-    model, processor, tree: NameTree, image: dict, questions: list[list[str]], data: Data
-) -> torch.Tensor:
-    """Return the log-likelihoods (b, K) of the names, their mean over the questions.
-
-    Under `described` the names are ranked after the model's own description.
-    """
-    device = data.processes.device
-    total = 0
-    with autocast(device):
-        for asked in questions:
-            prefixes = None
-            prompts = move(encode(processor, asked, image["image_grid_thw"]), device)
-            if data.config.answer == "described":
-                texts = generate(model, processor, prompts, image, DESCRIPTION_TOKENS)
-                prefixes = [first_line(text) + "\n" for text in texts]
-                prompts = encode(processor, asked, image["image_grid_thw"], prefixes)
-                prompts = move(prompts, device)
-            total = total + rank(model, tree, prompts, image)
-    return total / len(questions)
 
 
 # -----------------------------------------------------------------------------
@@ -796,16 +845,6 @@ def open_run_folder(data: Data, settings: dict, name: str | None, resume: str | 
     return folder
 
 
-def print_memory(data: Data) -> None:
-    """Print how much memory the training takes, about."""
-    config = data.config
-    # Of question and answer; a name has about eight tokens with its separator.
-    text_tokens = 100 if config.captions else 50
-    text_tokens += 8 * len(data.listed_names or ())
-    sizes = (data.chunk_size, config.max_pixels, text_tokens, config.rank)
-    print(memory_line(config.model, *sizes, config.precision))
-
-
 def restore(
     path: Path, trained: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> tuple[int, float]:
@@ -834,13 +873,17 @@ def main():
     with processes.main_first():
         data = open_data(config, processes)
         config = data.config
+        work = work_of(data)
         if processes.is_main:
             check_overlap(data)
-            print_memory(data)
-        model, processor = models.load_model(config.model, device, max_pixels=config.max_pixels)
+            print_memory(data, work)
+        model, processor = models.load_model(
+            config.model, device, max_pixels=config.max_pixels, load_4bit=config.load_4bit
+        )
     features = keep_features(model, processor, data)
-    recompute = device.type == "cuda" and not config.keep_activations
-    model = adapters.add_adapter(model, config.rank, config.alpha, config.also_train, recompute)
+    model = adapters.add_adapter(
+        model, config.rank, config.alpha, config.also_train, work.recompute
+    )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
 

@@ -59,7 +59,10 @@ def main():
     )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(memory.memory_line(args.model, args.batch_size, MAX_PIXELS, 460, LORA_RANK))
+    skeleton = models.load_skeleton(args.model)
+    image_tokens = memory.tokens_of_image(args.model, skeleton, MAX_PIXELS)
+    work = memory.Work(args.batch_size, image_tokens, 460, LORA_RANK)
+    print(memory.memory_line(args.model, skeleton, work, memory.free_gigabytes(device)))
 
     # -----------------------------------------------------------------------------
     # model, names and images
@@ -150,8 +153,7 @@ def measure_ranking(
 ) -> None:
     """Measure the ranking of all names, and print how far the scores are from the plain way's."""
     device = model.device
-    # Names that begin alike share the tokens of their beginning.
-    tree = ranking.NameTree(processor, names)
+    packed = ranking.PackedNames(processor, names)
     suffixes = [processor.tokenizer(name + prompts.END)["input_ids"] for name in names]
     inputs, patches = prepare(processor, question, images[:1], device)
     batch_inputs, batch_patches = prepare(processor, question, images, device)
@@ -164,8 +166,8 @@ def measure_ranking(
         f"forwards of {args.names} names": lambda: plain_scores(
             model, patches, inputs, suffixes, args.names
         ),
-        batched: lambda: ranking.rank(model, tree, batch_inputs, batch_patches)[0],
-        ours: lambda: ranking.rank(model, tree, inputs, patches)[0],
+        batched: lambda: ranking.rank(model, packed, batch_inputs, batch_patches)[0],
+        ours: lambda: ranking.rank(model, packed, inputs, patches)[0],
     }
     # what each way computes in its last round
     scores = {}
@@ -190,7 +192,7 @@ def measure_ranking(
     print(
         f"greatest difference of a score: {', '.join(differences)}; "
         f"{args.batch_size} images at a time {1000 * batched_s:.1f} ms an image; "
-        f"{len(tree.tokens)} packed tokens for {tree.lengths.sum()}"
+        f"{len(packed.tokens)} packed tokens"
     )
 
 
@@ -198,10 +200,10 @@ def measure_protocols(
     model, processor, names: list[str], question: str, images: list, rounds: int
 ) -> None:
     """Print images/s of ranking and of generating, and the peak memory, on a GPU."""
-    tree = ranking.NameTree(processor, names)
+    packed = ranking.PackedNames(processor, names)
     inputs, patches = prepare(processor, question, images, model.device)
     works = {
-        "rank": lambda: ranking.rank(model, tree, inputs, patches),
+        "rank": lambda: ranking.rank(model, packed, inputs, patches),
         "generate": lambda: answers.generate(model, processor, inputs, patches, 16),
     }
     for name, work in works.items():

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, error_line
-from PIL import Image
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
@@ -21,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from qwen_scorer import forward_a_name, library_encoding, pictures, small_family
 from safetensors.torch import load_file, save_file
 
 from flowers import UserError, cache, files, runs
@@ -31,12 +31,17 @@ from flowers.qwen import answers
 from flowers.qwen import features as kept_features
 from flowers.qwen.adapters import add_adapter, base_model, modules_to_train, trains_vision
 from flowers.qwen.answers import answer_length, answer_loss, generate, match
-from flowers.qwen.features import image_features
-from flowers.qwen.memory import memory
-from flowers.qwen.models import hidden_states, load_config, load_model, vision_digest
-from flowers.qwen.offline import CLASS_NAMES_FILE, TEMPLATE, build
+from flowers.qwen.features import digest_to_keep, image_features, load_images
+from flowers.qwen.models import (
+    hidden_states,
+    load_config,
+    load_model,
+    vision_digest,
+    vision_features,
+)
+from flowers.qwen.offline import CLASS_NAMES_FILE, build
 from flowers.qwen.prompts import END, QUESTIONS, encode, open_images, patches
-from flowers.qwen.ranking import NameTree, rank
+from flowers.qwen.ranking import PackedNames, new_cache, rank, rank_after_answers
 
 OXFORD = list(json.loads(CLASS_NAMES_FILE.read_text()).values())
 # prefixes of one another, and a name twice
@@ -57,115 +62,14 @@ BRIEF = QUESTIONS["brief"]
 # the plain way to do the same
 
 
-def pictures(*sizes):
-    rng = np.random.default_rng(0)
-    noise = [rng.integers(0, 255, (height, width, 3), dtype=np.uint8) for height, width in sizes]
-    return [Image.fromarray(image) for image in noise]
-
-
-def library_encoding(processor, images, answer=None, question=BRIEF):
-    """The library's own encoding of conversations; with an answer, up to its end token."""
-    conversations = []
-    for image in images:
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        turns = [{"role": "user", "content": content}]
-        if answer is not None:
-            content = [{"type": "text", "text": answer}]
-            turns.append({"role": "assistant", "content": content})
-        conversations.append(turns)
-    return processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=answer is None,
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-
-
-@torch.no_grad()
-def forward_a_name(model, processor, image, names, question=BRIEF):
-    """(C,) log-likelihoods of each name and END: a whole forward of the library's encoding each."""
-    start = library_encoding(processor, [image], question=question)["input_ids"].shape[1]
-    end_id = processor.tokenizer.convert_tokens_to_ids(END)
-    sums = []
-    for name in names:
-        inputs = library_encoding(processor, [image], name, question)
-        ids = inputs["input_ids"][0]
-        first_end = (ids[start:] == end_id).nonzero()[0, 0]
-        end = start + first_end + 1
-        log_probabilities = base_model(model)(**inputs).logits[0].log_softmax(-1)
-        sums.append(sum(log_probabilities[t - 1, ids[t]] for t in range(start, end)))
-    return torch.stack(sums)
-
-
 def rank_images(model, processor, images, names, question=BRIEF):
     image = patches(processor, images)
     inputs = encode(processor, question, image["image_grid_thw"])
-    return rank(model, NameTree(processor, names), inputs, image)
+    return rank(model, PackedNames(processor, names), inputs, image)
 
 
 # -----------------------------------------------------------------------------
 # models
-
-
-def small_family(family, folder):
-    """A random model of two layers, written to a folder as a download would be."""
-    import transformers
-
-    _, processor = build("tiny")
-    token_id = processor.tokenizer.convert_tokens_to_ids
-    text = {
-        "vocab_size": len(processor.tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]},
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": 64,
-        "intermediate_size": 64,
-        "patch_size": 8,
-    }
-    if family.startswith("qwen3_vl"):
-        text["head_dim"] = 16
-        text["rope_parameters"]["mrope_interleaved"] = True
-        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
-        processor_class = transformers.Qwen3VLProcessor
-        video_class = transformers.Qwen3VLVideoProcessor
-        if family == "qwen3_vl_moe":
-            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    else:
-        vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
-        processor_class = transformers.Qwen2_5_VLProcessor
-        video_class = transformers.Qwen2VLVideoProcessor
-    processor_class(
-        image_processor=transformers.Qwen2VLImageProcessor(
-            patch_size=8, min_pixels=32 * 32, max_pixels=64 * 64
-        ),
-        tokenizer=processor.tokenizer,
-        video_processor=video_class(patch_size=8),
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-    config = transformers.AutoConfig.for_model(
-        family,
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def with_adapter(name, folder):
@@ -239,23 +143,22 @@ def test_ranking_equals_a_forward_a_name(tiny, names):
     assert (expected[0] - expected[1]).abs().max() > 1e-2
 
 
-def test_the_tree_of_two_names():
-    """The example of NameTree's docstring: a token a word."""
+def test_two_packed_names():
+    """The example of PackedNames' docstring: a token a word."""
     rose, end, mallow = 1, 2, 3
     ids = {"rose": [rose, end], "rose mallow": [rose, mallow, end]}
 
     def tokenizer(text, add_special_tokens):
         return {"input_ids": ids[text.removesuffix(END)]}
 
-    tree = NameTree(SimpleNamespace(tokenizer=tokenizer), ["rose", "rose mallow"])
-    assert tree.tokens.tolist() == [rose, mallow]
-    assert tree.depths.tolist() == [0, 1]
-    assert tree.ancestors.tolist() == [[True, False], [True, True]]
-    assert tree.parents.tolist() == [0, 1, 1, 2]
-    assert tree.children.tolist() == [rose, end, mallow, end]
-    assert tree.edges.tolist() == [0, 1, 0, 2, 3]
-    assert tree.names.tolist() == [0, 0, 1, 1, 1]
-    assert tree.lengths.tolist() == [2, 3]
+    names = PackedNames(SimpleNamespace(tokenizer=tokenizer), ["rose", "rose mallow"])
+    assert names.tokens.tolist() == [rose, rose, mallow]
+    assert names.places.tolist() == [0, 0, 1]
+    assert names.sees.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert names.targets.tolist() == [rose, rose, end, mallow, end]
+    assert names.sources.tolist() == [0, 0, 1, 2, 3]
+    assert names.names.tolist() == [0, 1, 0, 1, 1]
+    assert names.lengths.tolist() == [2, 3]
 
 
 def test_ranking_in_chunks_of_the_vocabulary(tiny, monkeypatch):
@@ -391,10 +294,33 @@ def test_other_families_are_refused(tmp_path):
         load_config(str(tmp_path))
 
 
+def test_names_after_a_generated_text_are_ranked_without_reading_the_prompt_again(tiny):
+    model, processor = tiny
+    image = patches(processor, pictures((70, 90), (64, 64), (160, 50)))
+    inputs = encode(processor, BRIEF, image["image_grid_thw"])
+    names = PackedNames(processor, NESTED)
+    # Of different length, and other texts than what the cache has seen.
+    texts = ["a white flower with a yellow centre.\n", "\n", "red, in a line\n"]
+    prefixed = encode(processor, BRIEF, image["image_grid_thw"], texts)
+    expected = rank(model, names, prefixed, image)
+
+    kv_cache = new_cache(model)
+    assert generate(model, processor, inputs, image, 9, kv_cache) == generate(
+        model, processor, inputs, image, 9
+    )
+    calls = []
+    hook = model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    features = {"image_grid_thw": image["image_grid_thw"]}  # it is not looked at again
+    sums = rank_after_answers(model, processor, names, inputs, features, kv_cache, texts)
+    hook.remove()
+    torch.testing.assert_close(sums, expected, rtol=0, atol=1e-4)
+    assert not calls and (sums[0] - sums[1]).abs().max() > 1e-2
+
+
 def test_text_only_questions_rank_as_a_plain_forward(tiny):
     model, processor = tiny
-    tree = NameTree(processor, NESTED)
-    sums = rank(model, tree, encode(processor, BRIEF, None))[0]
+    names = PackedNames(processor, NESTED)
+    sums = rank(model, names, encode(processor, BRIEF, None))[0]
     turn = {"role": "user", "content": [{"type": "text", "text": BRIEF}]}
     chat = processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     start = len(processor.tokenizer(chat)["input_ids"])
@@ -412,7 +338,7 @@ def test_ranking_takes_few_operations(tiny, extra, ratio):
     """Counted, not timed: image and question once and two forwards of the language model, against
     one forward a name (benchmarks/qwen.py has the clock)."""
     model, processor = tiny
-    tree = NameTree(processor, OXFORD)
+    names = PackedNames(processor, OXFORD)
     image = patches(processor, pictures((64, 64)))
     inputs = encode(processor, BRIEF + extra, image["image_grid_thw"])
     assert not extra or 200 < inputs["input_ids"].shape[1] < 300
@@ -431,7 +357,7 @@ def test_ranking_takes_few_operations(tiny, extra, ratio):
 
     calls = []
     hook = model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
-    operations = count_flops(lambda: rank(model, tree, inputs, image))
+    operations = count_flops(lambda: rank(model, names, inputs, image))
     hook.remove()
     assert len(calls) == 2
     assert count_flops(one_forward_a_name) / operations >= ratio
@@ -584,8 +510,11 @@ def test_modules_that_can_not_be_trained_whole_are_refused(tiny):
 # features of the vision tower
 
 
-def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, monkeypatch):
-    model, processor = tiny
+@pytest.mark.parametrize("family", ["tiny", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_features_of_the_vision_tower_stand_for_pixels(family, small, tmp_path, monkeypatch):
+    """Also for the layers that Qwen3-VL feeds from inside its vision tower."""
+    name = family if family == "tiny" else str(small_family(family, tmp_path / family))
+    model, processor = load_model(name, "cpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flowers = open_flowers(small)
     index = flowers.splits["test"][:5]
@@ -595,12 +524,24 @@ def test_features_of_the_vision_tower_stand_for_pixels(tiny, small, tmp_path, mo
     assert [len(tokens) for tokens in features.tokens] == (features.grids.prod(1) // 4).tolist()
 
     inputs = encode(processor, BRIEF, features.grids)
+    kept = features.batch(list(range(5)))
     with torch.no_grad():
         from_pixels, _ = hidden_states(model, inputs, image)
-        from_features, _ = hidden_states(model, inputs, features.batch(list(range(5))))
+        from_features, _ = hidden_states(model, inputs, kept)
     torch.testing.assert_close(from_features[:, -1], from_pixels[:, -1], rtol=0, atol=1e-4)
-    again, _ = load_model("tiny", "cpu")
+    in_words = generate(model, processor, inputs, image, 6)
+    assert generate(model, processor, inputs, kept, 6) == in_words
+    again, _ = load_model(name, "cpu")
     assert vision_digest(model) == vision_digest(again)
+
+    # What is kept is whole: each part of it changes the answer.
+    width = model.config.get_text_config().hidden_size
+    for start in range(0, kept["features"].shape[1], width):
+        damaged = kept | {"features": kept["features"].clone()}
+        damaged["features"][:, start : start + width] *= 2
+        with torch.no_grad():
+            states, _ = hidden_states(model, inputs, damaged)
+        assert (states[:, -1] - from_pixels[:, -1]).abs().max() > 1e-3
 
 
 def test_kept_features_of_a_bf16_model_do_not_overflow(small, tmp_path, monkeypatch):
@@ -663,8 +604,34 @@ def test_features_are_kept_by_the_image_and_within_bounds(tiny, small, tmp_path,
     assert all(map(torch.equal, whole.tokens, before))
 
 
+def test_evaluation_takes_features_in_portions_or_pixels(tiny, small, tmp_path, monkeypatch):
+    model, processor = tiny
+    root = shutil.copytree(small, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    flowers = open_flowers(root)
+    monkeypatch.setattr(kept_features, "PORTION", 4)
+    index = [5, 3, 11, 0, 7, 2, 9]
+    seen = []
+    digest = digest_to_keep(model, processor, flowers, index)
+    assert digest == vision_digest(model)
+    for image, batch in load_images(model, processor, flowers, index, 3, digest):
+        seen += batch
+        pixels = patches(processor, open_images([flowers.files[i] for i in batch]))
+        expected = vision_features(model, pixels)
+        torch.testing.assert_close(image["features"], expected, rtol=0, atol=1e-4)
+        assert torch.equal(image["image_grid_thw"], pixels["image_grid_thw"])
+    assert seen == index and len(list((root / ".cache").glob("qwen-*.npy"))) == 2
+    seen = [batch for _, batch in load_images(model, processor, flowers, index, 3, None)]
+    assert seen == [[5, 3, 11], [0, 7, 2], [9]]
+
+    # What no other run can use, or what would crowd out everything else.
+    trained = add_adapter(load_model("tiny", "cpu")[0], 4, 8.0, ["merger"])
+    assert digest_to_keep(trained, processor, flowers, index) is None
+    monkeypatch.setattr(cache, "MAX_BYTES", 1000)
+    assert digest_to_keep(model, processor, flowers, index) is None
+
+
 # -----------------------------------------------------------------------------
-# matching and memory
+# matching
 
 
 def test_a_matched_answer_is_the_whole_name():
@@ -686,20 +653,6 @@ def test_a_matched_answer_is_the_whole_name():
         ("rose, lenten rose", None),
     ):
         assert match(answer, names) == expected, answer
-
-
-def test_memory_counts_the_parameters_of_the_released_shape():
-    parts = memory(load_config("random-2b"), 8, 334, 50, rank=8)
-    # the count of Qwen/Qwen2-VL-2B-Instruct on the hub, in bf16
-    assert parts["weights"] == pytest.approx(2 * 2_208_985_600 / 1e9, rel=1e-9)
-    total = parts.pop("total")
-    assert total == pytest.approx(sum(parts.values()))
-    # LoRA of rank 8 on 28 blocks; weight, gradient and two moments in fp32
-    q_and_o = 2 * (1536 + 1536)
-    k_and_v = 2 * (1536 + 256)
-    gate_up_and_down = 3 * (1536 + 8960)
-    lora = 28 * 8 * (q_and_o + k_and_v + gate_up_and_down)
-    assert parts["adapter"] == pytest.approx(16 * lora / 1e9)
 
 
 # -----------------------------------------------------------------------------
@@ -761,8 +714,8 @@ def test_training_teaches_and_evaluation_leaves_what_clip_leaves(trained, small,
     assert result["test/nll"] == pytest.approx(nll, rel=1e-4)
     model, processor = load_model("tiny", "cpu", trained)
     flowers = open_flowers(small, holdout=True)
-    tree = NameTree(processor, flowers.class_names)
-    without_image = rank(model, tree, encode(processor, BRIEF, None))[0].numpy()
+    names = PackedNames(processor, flowers.class_names)
+    without_image = rank(model, names, encode(processor, BRIEF, None))[0].numpy()
     np.testing.assert_allclose(scores["pmi"], scores["sum"] - without_image, atol=1e-4)
     lengths = [answer_length(processor, name) for name in flowers.class_names]
     np.testing.assert_allclose(scores["token"] * lengths, scores["sum"], rtol=1e-4)
@@ -826,7 +779,7 @@ def test_the_old_name_of_pmi_is_understood(capfd):
 def test_generated_answers_are_matched_whole(trained, small, cli, monkeypatch):
     texts = iter(["Rose", "a lenten rose", "mallow\n", "", "tree mallow", "Ball moss."] * 2)
 
-    def scripted(model, processor, inputs, image, max_tokens):
+    def scripted(model, processor, inputs, image, max_tokens, kv_cache=None):
         return [next(texts) for _ in image["image_grid_thw"]]
 
     monkeypatch.setattr(answers, "generate", scripted)
@@ -858,8 +811,8 @@ def test_trained_model_generates_what_it_ranks_first(trained, small):
     inputs = encode(processor, BRIEF, image["image_grid_thw"])
     texts = generate(model, processor, inputs, image, 20)
     generated = [match(text, flowers.class_names) for text in texts]
-    tree = NameTree(processor, flowers.class_names)
-    first = rank(model, tree, inputs, image).argmax(1).tolist()
+    names = PackedNames(processor, flowers.class_names)
+    first = rank(model, names, inputs, image).argmax(1).tolist()
     assert np.mean([a == b for a, b in zip(generated, first)]) > 0.9
 
 
@@ -942,14 +895,14 @@ def test_described_answers(small, tmp_path, cli, monkeypatch):
     code, out, err = cli("qwen_eval.py", *common, *arguments, "--name", "eval")
     assert code == 0, err
     model, processor = load_model("tiny", "cpu", tmp_path / "train")
-    tree = NameTree(processor, flowers.class_names)
+    names = PackedNames(processor, flowers.class_names)
     path_of = {path.name: path for path in flowers.files}
     for row in files.read_lines(tmp_path / "eval" / "answers.jsonl"):
         assert "\n" not in row["description"]
         image = patches(processor, open_images([path_of[row["file"]]]))
         prefix = row["description"] + "\n"
         inputs = encode(processor, QUESTIONS["described"], image["image_grid_thw"], [prefix])
-        sums = rank(model, tree, inputs, image)[0]
+        sums = rank(model, names, inputs, image)[0]
         np.testing.assert_allclose(row["sum"], sums, atol=1e-3)
 
 

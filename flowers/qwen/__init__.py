@@ -12,13 +12,13 @@ memory.py     how many gigabytes to expect
 
 from flowers import stop
 
-OLDEST_TRANSFORMERS = 5
+OLDEST_TRANSFORMERS = (5, 18)  # takes what a vision tower has made in the place of pixels
 
 # Here, before any module of the package: these libraries are an extra that most users lack.
 try:
     import transformers
 
-    if int(transformers.__version__.split(".")[0]) < OLDEST_TRANSFORMERS:
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
         raise ImportError(f"transformers {transformers.__version__} is too old")
     import peft  # noqa: F401
     from transformers import AutoModelForImageTextToText, DynamicCache  # noqa: F401

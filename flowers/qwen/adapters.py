@@ -7,6 +7,7 @@ from pathlib import Path
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 
 from flowers import UserError, files, reason
@@ -181,8 +182,11 @@ def _problem_of_training(modules: dict[str, torch.nn.Module], path: str) -> str:
         return "holds layers that LoRA changes: name other modules, such as visual"
     if isinstance(modules[path], (torch.nn.ModuleList, torch.nn.ModuleDict)):
         return "is a list of modules: name them, such as its 0"
-    if not any(True for _ in modules[path].parameters()):
+    parameters = list(modules[path].parameters())
+    if not parameters:
         return "has no weights"
+    if not all(parameter.is_floating_point() for parameter in parameters):
+        return "is quantised: only LoRA can change it"
     return ""
 
 
@@ -206,11 +210,14 @@ def add_adapter(
         # Whole paths: of a name, peft would take every module whose path ends with its letters.
         modules_to_save=modules_to_train(model, also_train) or None,
     )
+    # What is frozen stays in its own precision, the norms too, which QLoRA's usual preparation
+    # (peft.prepare_model_for_kbit_training) would copy in fp32 with the embeddings.
     model = peft.get_peft_model(model, lora)
     # AdamW's updates are lost in bf16: what is trained is kept in fp32.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    _keep_inputs_as_they_are(model)
     if recompute:
         network = base_model(model)
         # The second is the name up to transformers 5.22.
@@ -218,3 +225,16 @@ def add_adapter(
         enable = enable or network.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def _keep_inputs_as_they_are(model) -> None:
+    """Let LoRA take inputs of the model's precision, for steps under autocast.
+
+    peft copies them in fp32, the precision of LoRA's weights; autocast makes them bf16 again, and
+    both would be kept for the backward pass. The values are the same.
+    """
+    if base_model(model).dtype != torch.float32:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                # as peft.helpers.disable_input_dtype_casting, but for good
+                module.cast_input_dtype_enabled = False

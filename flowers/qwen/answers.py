@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from flowers.qwen.adapters import base_model
-from flowers.qwen.models import hidden_states
+from flowers.qwen.models import cache_argument, hidden_states, image_arguments
 from flowers.qwen.prompts import END
 
 IGNORE = -100  # the label that cross_entropy leaves out
@@ -24,11 +25,18 @@ def generate(
     inputs: dict[str, torch.Tensor],
     image: dict[str, torch.Tensor],
     max_tokens: int,
+    kv_cache: DynamicCache | None = None,
 ) -> list[str]:
-    """Return the greedy answer, of up to `max_tokens` tokens, to each of B prompts."""
+    """Return the greedy answer, of up to `max_tokens` tokens, to each of B prompts.
+
+    inputs, image: as for `hidden_states`. kv_cache: is filled with the prompts and their answers.
+    """
     # load_model has left nothing in the model's own settings that would change an answer.
     network = base_model(model)
-    ids = network.generate(**inputs, **image, max_new_tokens=max_tokens, do_sample=False)
+    options = {"max_new_tokens": max_tokens, "do_sample": False}
+    if kv_cache is not None:
+        options |= cache_argument(network, kv_cache)
+    ids = network.generate(**inputs, **image_arguments(model, image), **options)
     answers = ids[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(answers, skip_special_tokens=True)
 

@@ -19,14 +19,17 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from flowers import cache, files
 from flowers.data import Flowers
 from flowers.qwen.adapters import base_model
+from flowers.qwen.models import feature_width, vision_digest, vision_features
 from flowers.qwen.prompts import move, open_images, patches, prefetch
+
+PORTION = 512  # images whose features are computed before any of them is used, in evaluation
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
     """The image tokens of N images.
 
-    tokens: N tensors (T, D), one an image. grids: (N, 3), the `image_grid_thw` of each.
+    tokens: N tensors (T, feature_width), one an image. grids: (N, 3), the `image_grid_thw` of each.
     """
 
     tokens: list[torch.Tensor]
@@ -40,11 +43,11 @@ class ImageFeatures:
 
 @torch.inference_mode()
 def image_features(
-    model, processor, flowers: Flowers, index: np.ndarray, vision_digest: str, batch_size: int = 8
+    model, processor, flowers: Flowers, index: np.ndarray, digest: str, batch_size: int = 8
 ) -> ImageFeatures:
     """Return the features of the images at `index`: from the cache where they are there.
 
-    vision_digest: of the vision tower's weights; other weights have other features.
+    digest: of the vision tower's weights (`vision_digest`); other weights have other features.
     Raises UserError if the disk is full.
     """
     network = base_model(model)
@@ -54,7 +57,7 @@ def image_features(
     # The vision tower merges merge_size x merge_size patches into one token.
     n_tokens = (grids.prod(1) // processor.image_processor.merge_size**2).tolist()
 
-    settings = _settings_key(network, processor, vision_digest)
+    settings = _settings_key(network, processor, digest)
     keys = []
     for file in image_files:
         # By its place, too: files of one name lie in several folders.
@@ -62,7 +65,7 @@ def image_features(
         keys.append(cache.key_of(settings, place, file).hex())
 
     # Kept as bytes: numpy has no bf16, and fp16 would overflow.
-    width = network.config.get_text_config().hidden_size * network.dtype.itemsize
+    width = feature_width(model) * network.dtype.itemsize
     folder = cache.cache_folder(flowers.root)
     title = f"qwen-{settings.hex()[:12]}"
     kept = _read_packs(folder, title, width, set(keys))
@@ -80,12 +83,54 @@ def image_features(
     return ImageFeatures(tokens, grids)
 
 
-def _settings_key(network, processor, vision_digest: str) -> bytes:
+def load_images(
+    model,
+    processor,
+    flowers: Flowers,
+    index: Sequence[int],
+    batch_size: int,
+    digest: str | None,
+) -> Iterator[tuple[dict[str, torch.Tensor], Sequence[int]]]:
+    """Yield images, as `hidden_states` takes them, with their part of `index`, batch by batch.
+
+    digest: as for `image_features`, which keeps them in portions, so that a kill costs no
+    more than one; None for pixels. Raises UserError for a damaged image or a full disk.
+    """
+    if digest is None:
+        batches = _batches(index, batch_size)
+        load = lambda batch: patches(processor, open_images([flowers.files[i] for i in batch]))
+        yield from zip(prefetch(load, batches), batches)
+        return
+    for portion in _batches(index, PORTION):
+        features = image_features(
+            model, processor, flowers, np.asarray(portion), digest, batch_size
+        )
+        for positions in _batches(range(len(portion)), batch_size):
+            yield features.batch(positions), [portion[j] for j in positions]
+
+
+def digest_to_keep(model, processor, flowers: Flowers, index: Sequence[int]) -> str | None:
+    """Return the digest of the vision tower if the features of these images are worth keeping.
+
+    None for a tower that an adapter has trained, which no other run has, and where they would fill
+    more than half of what the cache may hold.
+    """
+    network = base_model(model)
+    if any("modules_to_save" in name for name, _ in network.model.visual.named_parameters()):
+        return None
+    image_processor = processor.image_processor
+    grids = _grids_of_files(image_processor, [flowers.files[i] for i in index])
+    n_tokens = sum(t * h * w for t, h, w in grids) // image_processor.merge_size**2
+    n_bytes = n_tokens * feature_width(model) * network.dtype.itemsize
+    return vision_digest(model) if n_bytes <= cache.MAX_BYTES / 2 else None
+
+
+def _settings_key(network, processor, digest: str) -> bytes:
     """A key of everything that features depend on, but for the image."""
     size = processor.image_processor.size
     return cache.key_of(
         "qwen features",
-        vision_digest,
+        digest,
         size["shortest_edge"],
         size["longest_edge"],
         processor.image_processor.to_json_string(),  # how pixels are scaled and normalised
@@ -142,8 +187,8 @@ def _split(data: np.ndarray, counts: dict[str, int]) -> dict[str, np.ndarray]:
 # computing
 
 
-def _batches(image_files: Sequence[Path], batch_size: int) -> list[Sequence[Path]]:
-    return [image_files[i : i + batch_size] for i in range(0, len(image_files), batch_size)]
+def _batches(items: Sequence, batch_size: int) -> list[Sequence]:
+    return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
 
 
 def _grids_of_files(image_processor, image_files: Sequence[Path]) -> list[list[int]]:
@@ -174,6 +219,5 @@ def _compute(network, processor, batches: list[Sequence[Path]]) -> Iterator[np.n
     for image in bar:
         # The processor's two tensors: patches of all images, and their grids.
         inputs = move(image, network.device)
-        output = network.model.get_image_features(**inputs, return_dict=True)
-        features = torch.cat(list(output.pooler_output)).to(network.dtype).cpu()  # (tokens, D)
+        features = vision_features(network, inputs).to(network.dtype).cpu()
         yield features.view(torch.uint8).numpy()

@@ -6,12 +6,15 @@ The released models come through transformers' Auto classes, from the hub or a f
 
 import hashlib
 import inspect
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from flowers import UserError, devices, reason
 from flowers.qwen.adapters import base_model, load_adapter, some
@@ -26,6 +29,8 @@ FAMILIES = {
     "qwen3_vl": "Qwen3-VL",
     "qwen3_vl_moe": "Qwen3-VL-MoE",
 }
+# What --load_4bit leaves as it is, by the beginning and by the end of module paths.
+FULL_PRECISION = ("model.visual", "visual", "lm_head")
 
 
 def versions() -> dict[str, str]:
@@ -42,31 +47,31 @@ def load_model(
     device: torch.device | str,
     adapter: str | Path | None = None,
     max_pixels: int | None = None,
+    load_4bit: bool = False,
 ):
     """Load a model in eval mode and in the precision of the device, and its processor.
 
     name: `tiny`, `random-2b`, a name on the hub, or a folder. adapter: a run of qwen_train.py, or
-    its adapter/ folder. max_pixels: larger images are scaled down to so many pixels.
+    its adapter/ folder. max_pixels: larger images are scaled down to so many pixels. load_4bit:
+    the weights of the language model's blocks in 4 bits each, see `quantisation`.
     Raises UserError for what can't be loaded.
     """
     dtype = devices.DTYPES[devices.precision_of(device)]
-    if name in SHAPES:
-        model, processor = build(name, dtype, device)
-    else:
-        load_config(name)
+    if name not in SHAPES:
+        load_config(name)  # first: it says what is wrong with other kinds of folders
         processor = _from_pretrained(AutoProcessor, name)
-        model, info = _from_pretrained(
-            AutoModelForImageTextToText,
-            name,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-        # An adapter that lies beside the weights on the hub has been loaded unseen.
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise UserError(f"{name} holds an adapter: give it with --adapter")
-        _check_weights(name, info)
-        model = model.eval().to(device)
+        model = _load_weights(name, dtype, device, load_4bit)
+    else:
+        model, processor = build(name, dtype, "cpu" if load_4bit else device)
+        if load_4bit:
+            # Weights are quantised on their way from a file.
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                model = _load_weights(folder, dtype, device, load_4bit)
+            # Not that of a folder which is gone, for adapters to name.
+            model.name_or_path = model.config._name_or_path = ""
+    if dtype == torch.float32:
+        _compute_in_fp32(model)
     processor.tokenizer.padding_side = "left"
     model.generation_config = _greedy(model.generation_config, processor.tokenizer)
     # All images of tiny have one size.
@@ -80,6 +85,30 @@ def load_model(
     if adapter:
         model = load_adapter(model, name, Path(adapter))
     return model, processor
+
+
+def _load_weights(name: str, dtype: torch.dtype, device: torch.device | str, load_4bit: bool):
+    """Load the model of a folder or of the hub, whole. Raises UserError if it isn't."""
+    config = load_config(name)
+    options = {}
+    if load_4bit and not in_4bit(config):
+        check_4bit(name, device)
+        options["quantization_config"] = quantisation(dtype)
+    if load_4bit or in_4bit(config):
+        options["device_map"] = {"": device}
+    model, info = _from_pretrained(
+        AutoModelForImageTextToText,
+        name,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        **options,
+    )
+    # An adapter that lies beside the weights on the hub has been loaded unseen.
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"{name} holds an adapter: give it with --adapter")
+    _check_weights(name, info)
+    return model.eval() if "device_map" in options else model.eval().to(device)
 
 
 def load_config(name: str):
@@ -124,6 +153,51 @@ def load_skeleton(name: str):
     config = load_config(name)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
+
+
+# -----------------------------------------------------------------------------
+# loading in 4 bits
+
+
+def quantisation(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """Return how --load_4bit stores weights: NF4, doubly quantised (Dettmers et al. 2023).
+
+    64 weights share a scale of 8 bits, and 256 such scales one of 32: 4.127 bits a weight. For
+    a product they are restored in `dtype`. What is left as it is: the vision tower, so that its
+    features are those of every run, the head, and whatever is no linear layer.
+    """
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(FULL_PRECISION),
+    )
+
+
+def in_4bit(config) -> bool:
+    """Whether a model's files hold weights in the 4 bits of bitsandbytes, by its config."""
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    return bool(stored.get("load_in_4bit"))
+
+
+def check_4bit(name: str, device: torch.device | str) -> None:
+    """Raise UserError if a model can't be loaded in 4 bits on a device."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError("--load_4bit needs pip install -r requirements-4bit.txt")
+    if torch.device(device).type not in ("cuda", "cpu"):
+        raise UserError(f"--load_4bit needs --device cuda or cpu, not {device}")
+    config = load_config(name)
+    if getattr(config, "quantization_config", None) and not in_4bit(config):
+        raise UserError(f"--load_4bit: {name} is quantised already, in another way")
+
+
+def _compute_in_fp32(model) -> None:
+    """Keep bitsandbytes from computing in bf16 on CPUs that can, which fp32 was not asked for."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _greedy(released, tokenizer) -> transformers.GenerationConfig:
@@ -187,37 +261,36 @@ def hidden_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the language model's last hidden states (B, L, D), and each row's next position (B,).
 
-    inputs: what `prompts.encode` returns. image: image_grid_thw with pixel_values, or with
-    `features` (tokens of all images, D) of the vision tower. kv_cache: is filled.
+    inputs: what `prompts.encode` returns. image: image_grid_thw with pixel_values, or with the
+    `features` that `vision_features` makes of them. kv_cache: is filled.
     """
     network = base_model(model).model
-    image = image or {}
-    # The model remembers its positions (`rope_deltas`) from whatever it saw last, so they are
-    # computed here. (3, B, L): time, height and width.
-    positions, _ = network.get_rope_index(
-        inputs["input_ids"],
-        mm_token_type_ids=inputs["mm_token_type_ids"],
-        image_grid_thw=image.get("image_grid_thw"),
-        attention_mask=inputs["attention_mask"],
+    positions = prompt_positions(model, inputs, image)
+    output = network(
+        **inputs,
+        **image_arguments(model, image),
+        position_ids=positions,
+        use_cache=kv_cache is not None,
+        **cache_argument(network, kv_cache),
     )
-    options = {"attention_mask": inputs["attention_mask"], "position_ids": positions}
-    options["use_cache"] = kv_cache is not None
-    options |= cache_argument(network, kv_cache)
-
-    if "features" in image:
-        embeddings = network.get_input_embeddings()(inputs["input_ids"])  # (B, L, D)
-        is_image = inputs["mm_token_type_ids"].bool()[..., None]  # (B, L, 1)
-        features = image["features"].to(embeddings.dtype)
-        output = network(inputs_embeds=embeddings.masked_scatter(is_image, features), **options)
-    else:
-        output = network(
-            input_ids=inputs["input_ids"],
-            mm_token_type_ids=inputs["mm_token_type_ids"],
-            **image,
-            **options,
-        )
     next_position = positions.amax(dim=(0, 2)) + 1
     return output.last_hidden_state, next_position
+
+
+def prompt_positions(
+    model, inputs: dict[str, torch.Tensor], image: dict[str, torch.Tensor] | None
+) -> torch.Tensor:
+    """Return the positions (3, B, L) of prompts: in time, height and width.
+
+    The model itself remembers positions (`rope_deltas`) from whatever it saw last.
+    """
+    positions, _ = base_model(model).model.get_rope_index(
+        inputs["input_ids"],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        image_grid_thw=(image or {}).get("image_grid_thw"),
+        attention_mask=inputs["attention_mask"],
+    )
+    return positions
 
 
 def cache_argument(module, kv_cache: transformers.DynamicCache | None) -> dict:
@@ -231,12 +304,38 @@ def cache_argument(module, kv_cache: transformers.DynamicCache | None) -> dict:
 # vision tower
 
 
-def has_separate_features(model) -> bool:
-    """Whether an image enters the language model as input tokens only, so that they can be kept.
+def feature_width(model) -> int:
+    """How many numbers `vision_features` has for a token of an image.
 
-    Qwen3-VL also feeds layers of the language model from inside its vision tower.
+    Qwen3-VL also feeds layers of the language model from inside its vision tower (deepstack).
     """
-    return base_model(model).config.model_type in ("qwen2_vl", "qwen2_5_vl")
+    config = base_model(model).config
+    levels = getattr(config.vision_config, "deepstack_visual_indexes", [])
+    return config.get_text_config().hidden_size * (1 + len(levels))
+
+
+def vision_features(model, image: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what the language model is given of images: (tokens of all images, feature_width).
+
+    image: pixel_values and image_grid_thw.
+    """
+    output = base_model(model).model.get_image_features(**image, return_dict=True)
+    # Each level has a tensor (T, D) for every image.
+    levels = [output.pooler_output, *(output.get("deepstack_features") or [])]
+    return torch.cat([torch.cat(list(level)) for level in levels], 1)
+
+
+def image_arguments(model, image: dict[str, torch.Tensor] | None) -> dict:
+    """Return images, as pixels or features, as the model's keyword arguments."""
+    if not image or "features" not in image:
+        return image or {}
+    width = base_model(model).config.get_text_config().hidden_size
+    first, *deeper = image["features"].split(width, 1)
+    # Of all images as of one: the model joins them.
+    output = BaseModelOutputWithDeepstackFeatures(
+        pooler_output=(first,), deepstack_features=[(level,) for level in deeper]
+    )
+    return {"mm_encoder_outputs": {"image": output}, "image_grid_thw": image["image_grid_thw"]}
 
 
 def vision_digest(model) -> str:
