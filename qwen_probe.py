@@ -164,7 +164,8 @@ class Config:
     adapter: str | None
     max_pixels: int
     features: str
-    question: list[str] | None  # None: the features are before any question
+    answer: str  # which question is asked where there is none of one's own
+    question: list[str] | None  # None: that of the answer
     inverse_penalty: float | None  # None: chosen on val, or a default
     # machine
     device: str
@@ -174,6 +175,13 @@ class Config:
     allow_overlap: bool
     runs: str
     wandb: str
+
+    @property
+    def asks(self) -> str | None:
+        """The question, where the features are those after one."""
+        if self.features != "prompt":
+            return None
+        return self.question[0] if self.question else QUESTIONS[self.answer]
 
     @property
     def chooses_penalty(self) -> bool:
@@ -207,23 +215,25 @@ def fill_in_from_adapter(args: argparse.Namespace) -> None:
             setattr(args, flag, found)
         elif flag in trained and found != value:
             files.note(f"--{flag} {value}: {args.adapter} was trained with {found}")
-    if args.features == "prompt" and args.question is None:
-        args.question = question_of_training(trained, args.adapter)
+    args.answer, question = question_of_training(trained, args.adapter)
+    # The other features are those of the image alone.
+    if args.features == "prompt":
+        args.question = [args.question] if args.question else question
+        if trained.get("list_names"):
+            files.note(f"{args.adapter} was trained with --list_names: they are not listed here")
 
 
-def question_of_training(trained: dict, adapter: str | None) -> str:
-    """The question that an adapter was trained on; of several the first, of none the brief one.
+def question_of_training(trained: dict, adapter: str | None) -> tuple[str, list[str] | None]:
+    """The kind of answer that an adapter was trained for, and the first of its own questions.
 
-    trained: the args.json of its run. Raises UserError if that is damaged.
+    trained: the args.json of its run; empty for none. Raises UserError if that is damaged.
     """
-    own = trained.get("question")
     answer = trained.get("answer") or "brief"
+    own = trained.get("question")
     is_list = isinstance(own, list) and own != [] and all(isinstance(text, str) for text in own)
     if answer not in QUESTIONS or not (own is None or is_list):
         raise UserError(f"args.json of {adapter} is damaged (question or answer)")
-    if trained.get("list_names"):
-        files.note(f"{adapter} was trained with --list_names: the probe asks without the names")
-    return own[0] if own else QUESTIONS[answer]
+    return answer, own and own[:1]
 
 
 def resolve(args: argparse.Namespace) -> Config:
@@ -248,8 +258,6 @@ def resolve(args: argparse.Namespace) -> Config:
     if args.inverse_penalty is not None and not 0 < args.inverse_penalty < math.inf:
         raise UserError("--inverse_penalty must be a number above 0")
     models.check_max_pixels(args.model, args.max_pixels)
-    # A list, as in the other scripts, which can ask several.
-    args.question = args.question and [args.question]
     # After all checks: the device becomes torch's own.
     device = devices.choose_device(args.device)
     args.device = str(device)
@@ -372,11 +380,11 @@ def encode_images(
 def features_of(model, processor, image: dict[str, torch.Tensor], config: Config) -> torch.Tensor:
     """Return --features of B images, (B, D), as the model makes them.
 
-    image: image_grid_thw (B, 3), with pixel_values, or with `features` of the merged tokens.
+    image: image_grid_thw (B, 3), with pixel_values, or with the `features` that are kept.
     """
     grids = image["image_grid_thw"]
     if config.features == "prompt":
-        inputs = move(encode(processor, config.question[0], grids), grids.device)
+        inputs = move(encode(processor, config.asks, grids), grids.device)
         states, _ = hidden_states(model, inputs, image)  # (B, L, D)
         # Prompts are padded on the left: the answer begins after the last position of each.
         return states[:, -1]
@@ -385,7 +393,9 @@ def features_of(model, processor, image: dict[str, torch.Tensor], config: Config
     if config.features == "merged":
         counts = counts // processor.image_processor.merge_size**2
     if "features" in image:
-        return means(image["features"], counts)
+        # What deeper layers are given may stand behind what the first one reads.
+        width = base_model(model).config.get_text_config().hidden_size
+        return means(image["features"][:, :width], counts)
     output = base_model(model).model.get_image_features(**image, return_dict=True)
     if config.features == "vision":
         # Qwen2.5-VL orders the patches by windows, but image by image.
@@ -440,8 +450,8 @@ def fit_probe(
 def describe_protocol(config: Config, flowers: Flowers, n: int) -> dict:
     """What the accuracy is the accuracy of: dataset, split, names, features and weights."""
     prompts = f"none (a linear head on {config.features} features)"
-    if config.question:
-        prompts += f" after '{config.question[0]}'"
+    if config.asks:
+        prompts += f" after '{config.asks}'"
     adapter = f" with {config.adapter}" if config.adapter else ""
     return evaluate.protocol(
         flowers, config.split, n, config.class_names, prompts, config.model + adapter
@@ -470,7 +480,7 @@ def main():
     config = dataclasses.replace(config, splits=flowers.convention)
     images = choose_images(flowers, config)
     overlap = check_overlap(config, flowers, images)
-    text_tokens = 50 if config.question else 0  # about
+    text_tokens = 50 if config.asks else 0  # about
     sizes = (config.batch_size, config.max_pixels, text_tokens)
     print(memory_line(config.model, *sizes, 0, config.precision))
     model, processor = models.load_model(config.model, device, config.adapter, config.max_pixels)

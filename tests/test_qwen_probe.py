@@ -73,7 +73,7 @@ def plain_features(model, processor, paths, question):
 
 def settings_of(features, question=QUESTION, batch_size=3):
     return SimpleNamespace(
-        features=features, question=[question], batch_size=batch_size, device="cpu", model="it"
+        features=features, asks=question, batch_size=batch_size, device="cpu", model="it"
     )
 
 
@@ -165,14 +165,17 @@ def test_the_head_is_that_of_scikit_learn(small, tmp_path, cli):
     outcome = cli("qwen_probe.py", *flags, "--name", "probe")
     assert "is a run already: choose another --name" in error_line(outcome)
     # On val, with C as given: the images that chose are those that are evaluated.
-    flags += ["--split", "val", "--inverse_penalty", 10, "--name", "val"]
+    flags += ["--split", "val", "--val_shots", 1, "--inverse_penalty", 10, "--name", "val"]
     code, out, err = cli("qwen_probe.py", *flags, "--compare", folder)
     assert "was not evaluated on the val images" in error_line((code, out, err))
     code, out, err = cli("qwen_probe.py", *flags)
     assert code == 0, err
     result = files.read_json(tmp_path / "val" / "result.json")
-    assert result["val/n"] == len(val) and result["fitted_C"] == 10
-    assert result["chosen_on"] == "--inverse_penalty" and result["val_shots"] == 3
+    assert result["val/n"] == 6 and result["fitted_C"] == 10
+    assert result["chosen_on"] == "--inverse_penalty" and result["val_shots"] == 1
+    one_each = select(flowers.splits["val"], labels, 6, shots=1, seed=1)
+    found = read_probabilities(tmp_path / "val", names)
+    assert set(found) == {flowers.file_names[i] for i in one_each}
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +198,8 @@ def test_a_probe_of_an_adapter_takes_over_what_its_run_says(adapter, small, tmp_
     assert code == 0, err
     result = files.read_json(tmp_path / "probe" / "result.json")
     assert result["splits"] == "official" and result["model"] == "tiny" and result["holdout"]
-    assert result["max_pixels"] == 4096 and result["question"] == [QUESTIONS["described"]]
+    assert result["max_pixels"] == 4096 and result["answer"] == "described"
+    assert QUESTIONS["described"] in result["prompts"]
     assert result["test/n"] == 5 and result["overlap"] == 0 and result["chosen_on"] == "val"
     # The features are those of the model with its adapter.
     plain = ["--data_root", small, "--splits", "official", "--holdout", "--model", "tiny"]
@@ -214,13 +218,21 @@ def test_a_probe_of_an_adapter_takes_over_what_its_run_says(adapter, small, tmp_
 
 def test_the_question_of_training_is_asked(adapter, probe, tmp_path, capfd):
     trained = {"question": ["Own words?", "Others?"], "answer": "brief"}
-    assert probe.question_of_training(trained, "run") == "Own words?"
-    assert probe.question_of_training({}, None) == QUESTIONS["brief"]
+    assert probe.question_of_training(trained, "run") == ("brief", ["Own words?"])
+    assert probe.question_of_training({}, None) == ("brief", None)
     for damage in ({"question": "no list"}, {"question": [3]}, {"answer": "long"}):
         with pytest.raises(probe.UserError, match="is damaged"):
             probe.question_of_training(trained | damage, "run")
-    probe.question_of_training({"list_names": True}, "run")
+    folder = tmp_path / "run"
+    shutil.copytree(adapter, folder)
+    own = {"question": ["Own words?", "Others?"], "list_names": True}
+    files.write_json(folder / "args.json", files.read_json(folder / "args.json") | own)
+    flags = ["--adapter", str(folder), "--features", "prompt"]
+    config = probe.resolve(probe.make_parser().parse_args(flags))
+    assert config.asks == "Own words?" and config.question == ["Own words?"]
     assert "was trained with --list_names" in capfd.readouterr().err
+    config = probe.resolve(probe.make_parser().parse_args([*flags, "--question", "Mine?"]))
+    assert config.asks == "Mine?"
 
 
 def test_flags_that_mean_nothing_are_refused(small, tmp_path, cli):
