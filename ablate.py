@@ -873,7 +873,8 @@ def make_qwen_training(row: dict, common: Common) -> Point:
     flags = [*common.data_flags, *common.train_flags, "--holdout"]
     for key, value in row.items():
         flags += to_flags("model" if key == "architecture" else key, value)
-    flags += to_flags("epochs", common.seen // row["shots"])
+    # Its evaluations take over val_shots: all images of val, whatever the seed and the shots.
+    flags += ["--epochs", str(common.seen // row["shots"]), "--val_shots", str(ALL_IMAGES)]
     words = [qwen_name(row, ("max_pixels", "rank", "shots")), f"s{row['seed']}"]
     words.append(flags_digest(flags, common))
     return Point("-".join(words), row, tuple(flags), "qwen_train.py")

@@ -3,6 +3,7 @@
 import csv
 import json
 import runpy
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from flowers.data import image_ids, open_flowers, select
 from flowers.qwen.adapters import base_model
 from flowers.qwen.models import load_model
 from flowers.qwen.prompts import QUESTIONS
+from flowers.study import comparable
 
 NO_WANDB = ("--wandb", "disabled")
 FEATURES = ("vision", "merged", "prompt")
@@ -279,3 +281,46 @@ def test_a_killed_probe_is_begun_anew(tmp_path):
     assert runs.new_run(tmp_path, "killed", config, {}) == folder
     assert not (folder / "trained_on.json").exists()
     assert json.loads((folder / "args.json").read_text())["job"] == "qwen_probe"
+
+
+def test_the_grid_evaluates_what_was_trained(small, tmp_path, cli):
+    """With ablate.py, and a training run that is there already."""
+    flags = ["qwen", "--architecture", "tiny", "--data_root", small, "--runs", tmp_path]
+    flags += ["--seeds", 1, "--rank", 4, "--shots", 2, "--protocol", "rank", "probe"]
+    flags += ["--features", "vision", "--wandb", "disabled"]
+    _, out, _ = cli("ablate.py", *flags, "--dry_run")
+    lines = [shlex.split(line) for line in out.splitlines() if line.startswith("python ")]
+    (training,) = [words for words in lines if words[1] == "qwen_train.py"]
+    name = training[training.index("--name") + 1]
+
+    with_adapter("tiny", tmp_path / name)
+    args = {"job": "qwen_train", "model": "tiny", "architecture": "tiny", "name": name}
+    args |= {"data_root": str(small), "splits": "swapped", "holdout": True, "answer": "brief"}
+    args |= {"max_pixels": 262144, "images": 0, "seed": 1, "rank": 4, "alpha": 8.0, "shots": 2}
+    files.write_json(tmp_path / name / "args.json", args | {"epochs": 24, "lr": 1e-3})
+    files.write_json(tmp_path / name / "result.json", {"name": name, "train/loss": 1.0})
+    flowers = open_flowers(small, holdout=True)
+    train = select(flowers.splits["train"], flowers.labels, 6, shots=2, seed=1)
+    runs.write_trained_on(tmp_path / name, image_ids(flowers, train))
+
+    code, out, err = cli("ablate.py", *flags)
+    assert code == 0 and "5 points finished, 0 failed" in out, out + err
+    compared, _ = comparable.resolve(comparable.load(tmp_path)[0])
+    found = {run.method: run for run in compared}
+    assert set(found) == {
+        "zero-shot (rank)",
+        "linear (probe of vision)",
+        "lora (rank)",
+        "lora + linear (probe of prompt)",
+    }
+    assert len({run.protocol for run in compared}) == 1
+    for method, run in found.items():
+        is_tuned = method.startswith("lora")
+        assert run.settings.get("rank") == (4 if is_tuned else None)
+        assert run.settings.get("shots") == (None if method == "zero-shot (rank)" else 2)
+        assert run.seed == (0 if method == "zero-shot (rank)" else 1)
+    # The probe of the tuned model is fitted to the very images of its training.
+    probe_run = found["lora + linear (probe of prompt)"].folder
+    assert files.read_json(probe_run / "trained_on.json")["images"] == sorted(
+        image_ids(flowers, train)
+    )
