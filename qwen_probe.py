@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -414,7 +414,7 @@ def means(tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def fit_probe(
-    features_at, flowers: Flowers, images: Images, config: Config
+    features_at: Callable, flowers: Flowers, images: Images, config: Config
 ) -> tuple[evaluate.Head, dict]:
     """Fit the logistic regression of train.py --strategy linear, and say how it was fitted.
 

@@ -237,15 +237,13 @@ def _load_run(folder: Path) -> Run | None:
     for key, default in OLDER_DEFAULTS.items():
         if settings.get(key) is None:
             settings[key] = default
+    # Evaluations of the run take its settings, so that this is among them.
+    settings["chosen_on"] = result.get("chosen_on")
     if settings.get("job") in QWEN_JOBS:
         settings = _qwen_settings(settings, result, folder)
     if settings.get("batch_size") and settings.get("processes"):
         # Four processes with 16 images each train as one with 64.
         settings["batch_size"] *= settings["processes"]
-    # Evaluations of the run take its settings, so that this is among them. Of Qwen's probes the
-    # protocol says it.
-    is_qwen = settings.get("job") in QWEN_JOBS
-    settings["chosen_on"] = None if is_qwen else result.get("chosen_on")
     if settings.get("pull_by_default"):
         settings["pull"] = "by images a class"  # one setting, whatever number it came to
     soup = settings.get("soup")
@@ -287,10 +285,12 @@ def _qwen_settings(settings: dict, result: dict, folder: Path) -> dict:
     """
     trained = _training_of_adapter(settings, folder)
     merged = dict(settings)
-    # The protocol of the run says which images; in batches of another size they are the same.
-    merged |= dict.fromkeys(("images", "batch_size", "val_shots", "inverse_penalty", "features"))
+    # Which images, their digest says; in batches of another size they are the same.
+    merged |= dict.fromkeys(("images", "batch_size"))
+    # How they were asked, the protocol says.
     merged["protocol"] = _qwen_protocol(settings, result)
-    merged["list_names"] = None  # the protocol says it
+    said = ("list_names", "features", "chosen_on", "val_shots", "inverse_penalty")
+    merged |= dict.fromkeys(said)
     for key, default in QWEN_DEFAULTS.items():
         if merged.get(key) == default:
             merged[key] = None
