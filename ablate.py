@@ -8,6 +8,7 @@ resumed, and failed ones are recorded while the others go on.
     python ablate.py temperature --sweep       # write a W&B sweep file, for many machines
     python ablate.py study --runs runs/study   # factorial, then one factor at a time, then final
     python ablate.py forgetting --others data/birds data/cars  # what fine-tuning costs elsewhere
+    python ablate.py qwen --gpus 0 1           # Qwen2-VL-2B: image size, rank, shots, protocol
 
 All choices are made on val: the grids run with --holdout. `final` (and the end of `study`) takes
 the best settings of each strategy, architecture and pretraining, trains on all training images, and
@@ -16,8 +17,9 @@ one-factor grids of `study` use the first architecture and strategy. `shots` and
 for 300 steps with any number of images: their --epochs replace one that is given. `forgetting`
 fine-tunes each strategy, and evaluates start, end, the weights between and the mean of the seeds on
 val and on the test images of other datasets. An architecture with random weights (such as tiny) is
-first trained on the base classes, as a stand-in for pretraining. python report.py --runs RUNS makes
-the report.
+first trained on the base classes, as a stand-in for pretraining. `qwen` trains with qwen_train.py
+and evaluates with qwen_eval.py and qwen_probe.py; flags that are not this script's go to
+qwen_train.py. python report.py --runs RUNS makes the report.
 """
 
 import argparse
@@ -183,7 +185,41 @@ ONE_FACTOR = (
 ALPHAS = (0, 0.25, 0.5, 0.75, 1)
 # Flags for train.py that an evaluation takes over, where it has them too.
 PROMPT_FLAGS = ("prompt_template", "prompts")
-MODEL_FLAGS = ("activation", "device", "precision")
+MACHINE_FLAGS = ("device", "precision")
+MODEL_FLAGS = ("activation", *MACHINE_FLAGS)
+
+# One factor of Qwen is varied at a time, and the others have their first level. 262144 pixels are
+# 512 x 512, the others 224 x 224 and 336 x 336.
+QWEN = "qwen"
+QWEN_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+QWEN_LEVELS = {
+    "max_pixels": (262144, 50176, 112896),
+    "rank": (8, 2, 32),
+    "shots": (16, 1, 4),
+    "protocol": ("rank", "generate", "generate_listed", "probe"),
+    "features": ("vision", "merged", "prompt"),
+}
+# How many images of a class a run sees, over all its epochs: 300 steps of 16 for 102 classes.
+QWEN_SEEN = 48
+# Protocol -> script, and its flags. Of a trained model the prompt's last state is probed: what the
+# frozen vision tower makes before it is that of the untrained model.
+QWEN_PROTOCOLS = {
+    "rank": ("qwen_eval.py", ("--protocol", "rank")),
+    "generate": ("qwen_eval.py", ("--protocol", "generate")),
+    "generate_listed": ("qwen_eval.py", ("--protocol", "generate", "--list_names")),
+    "probe": ("qwen_probe.py", ("--features", "prompt")),
+}
+# The flags of these point to settings of the grid.
+QWEN_RESERVED = (
+    "--seed",
+    "--name",
+    "--holdout",
+    "--resume",
+    "--model",
+    "--images",
+    "--epochs",
+    "--val_shots",
+)
 
 # Random weights need larger steps than pretrained ones: 1e-5 becomes 5e-4.
 RANDOM_LR_FACTOR = 50
@@ -212,7 +248,10 @@ IMPORTED = (
     "sklearn.linear_model",
     "torch._dynamo",
 )
+QWEN_IMPORTED = ("transformers.models.qwen2_vl.modeling_qwen2_vl", "peft")
 HERE = Path(__file__).resolve().parent
+# These go on where they were killed; other scripts keep nothing on the way, and begin anew.
+RESUMED = ("train.py", "qwen_train.py", "qwen_eval.py")
 
 # ablate.py sets these flags of train.py itself.
 RESERVED = ("--seed", "--name", "--holdout", "--resume", "--tau_lr")
@@ -220,12 +259,12 @@ RESERVED = ("--seed", "--name", "--holdout", "--resume", "--tau_lr")
 
 @dataclass(frozen=True)
 class Point:
-    """One run of train.py, or one evaluation."""
+    """One run of train.py or qwen_train.py, or one evaluation."""
 
     name: str
     settings: dict  # of training; empty for an evaluation
     arguments: tuple[str, ...]  # of the script, without --runs and --name
-    script: str = "train.py"  # or baseline_eval.py
+    script: str = "train.py"  # or that of an evaluation
 
 
 @dataclass(frozen=True)
@@ -247,6 +286,7 @@ class Common:
     start_epochs: int  # of the stand-in for pretraining
     start_captions: str | None  # of its images; None: it is trained with prompts only
     others: tuple[Other, ...] = ()  # of `forgetting`
+    seen: int = QWEN_SEEN  # of `qwen`: images of a class that a run sees
 
 
 @command
@@ -257,7 +297,7 @@ def main():
         allow_abbrev=False,  # a flag that is not ours goes to train.py as it is
     )
     # Axes
-    parser.add_argument("grid", choices=[*GRIDS, *CHOOSING])
+    parser.add_argument("grid", choices=[*GRIDS, *CHOOSING, QWEN])
     add_axis_arguments(parser)
     # Data
     group = parser.add_argument_group("data")
@@ -267,6 +307,7 @@ def main():
     group.add_argument("--splits", help="as in train.py")
     group.add_argument("--class_names", help="as in train.py")
     add_forgetting_arguments(parser)
+    parser.add_argument_group(QWEN, QWEN_HELP)  # parse_qwen_levels reads them
     # Running
     group = parser.add_argument_group("running")
     group.add_argument(
@@ -295,7 +336,13 @@ def main():
 
     # -----------------------------------------------------------------------------
     # settings
-    check_train_flags(train_flags)
+    qwen_levels, seen = {}, QWEN_SEEN
+    if args.grid == QWEN:
+        qwen_levels, seen, train_flags = parse_qwen_levels(train_flags)
+        check_qwen(train_flags, args)
+        train_flags += to_flags("lr", args.lr or [])
+    else:
+        check_train_flags(train_flags)
     check_forgetting(args.grid, args.others, args.other_splits, args.other_template, args.strategy)
     data = {
         "data_root": args.data_root,
@@ -312,6 +359,7 @@ def main():
         args.start_epochs,
         args.start_captions,
         tuple(others),
+        seen,
     )
     axes = {
         "architecture": args.architecture,
@@ -321,8 +369,9 @@ def main():
         "lr": args.lr,
         "seed": args.seeds,
     }
-    levels = {axis: tuple(values) for axis, values in axes.items() if values}
-    check_levels(args.grid, levels, common)
+    levels = {axis: tuple(values) for axis, values in axes.items() if values} | qwen_levels
+    if args.grid != QWEN:
+        check_levels(args.grid, levels, common)
     slots = make_slots(args.jobs, args.gpus)
     if args.sweep:
         print(write_sweep(args.grid, common, levels, sys.argv[1:]))
@@ -338,8 +387,7 @@ def main():
     outcomes = []
     for grid, points in phases(args.grid, common, levels):
         if args.only is not None:
-            # the stand-in for pretraining is what the others start from
-            points = [p for p in points if p.name == args.only or p.name.startswith("start-")]
+            points = [point for point in points if belongs_to(args.only, point, args.grid)]
         if args.dry_run:
             print(f"# {grid}: {len(points)} points")
             for point in points:
@@ -519,6 +567,15 @@ def check_only(name: str, grid: str, common: Common, levels: dict[str, tuple]) -
     )
 
 
+def belongs_to(only: str, point: Point, grid: str) -> bool:
+    """Whether --only runs a point: the one of that name, and what it starts from."""
+    if grid == QWEN:
+        # A trained model and its evaluations belong together: an agent runs them on one machine.
+        return point.name == only or point.name.startswith(f"{only}-")
+    # the stand-in for pretraining is what the others start from
+    return point.name == only or point.name.startswith("start-")
+
+
 def data_flags(data: dict[str, str | None]) -> tuple[str, ...]:
     """The flags of train.py that say which images to use; those not given are left out."""
     flags = []
@@ -551,6 +608,9 @@ def phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[
     """
     if grid in CHOOSING:
         yield from study_phases(grid, common, levels)
+        return
+    if grid == QWEN:
+        yield from qwen_phases(common, levels)
         return
     rows = settings_of(grid, levels, common)
     points = [make_point(grid, row, common) for row in rows]
@@ -681,6 +741,168 @@ def make_evaluation(name: str, flags: list[str], common: Common) -> Point:
     """The point of an evaluation; its name ends in a digest of its flags."""
     name = f"{name}-{flags_digest(flags, common)}".replace("/", "-").replace("_", "")
     return Point(name, {}, tuple(flags), "baseline_eval.py")
+
+
+# -----------------------------------------------------------------------------
+# Qwen
+
+QWEN_HELP = """levels of the grid qwen: --max_pixels, --rank, --shots, --protocol (rank, generate,
+generate_listed, probe), and --features of the untrained model's probe (vision, merged, prompt).
+While one is varied the others have their first level. --seen: how many images of a class a run sees
+over all epochs (48). --architecture: one model (Qwen/Qwen2-VL-2B-Instruct). --lr: one rate."""
+
+
+def parse_qwen_levels(words: Sequence[str]) -> tuple[dict[str, tuple], int, list[str]]:
+    """The levels that replace the grid's own, the images of a class to see, and the other flags.
+
+    A parser of its own: for other grids these are flags of train.py.
+    """
+    parser = argparse.ArgumentParser("ablate.py qwen", allow_abbrev=False, add_help=False)
+    for axis in ("max_pixels", "rank", "shots"):
+        parser.add_argument(f"--{axis}", nargs="+", type=int)
+    parser.add_argument("--protocol", nargs="+", choices=QWEN_LEVELS["protocol"])
+    parser.add_argument("--features", nargs="+", choices=QWEN_LEVELS["features"])
+    parser.add_argument("--seen", type=int, default=QWEN_SEEN)
+    args, others = parser.parse_known_args(words)
+    levels = {}
+    for axis in QWEN_LEVELS:
+        # Once each: a level that is given twice is one.
+        given = tuple(dict.fromkeys(getattr(args, axis) or ()))
+        if given:
+            levels[axis] = given
+    for shots in levels.get("shots", QWEN_LEVELS["shots"]):
+        if shots < 1 or args.seen < 1 or args.seen % shots:
+            raise UserError(
+                f"--shots {shots}: {args.seen} images of a class are no whole number of epochs; "
+                "give --seen a multiple of all --shots"
+            )
+    return levels, args.seen, others
+
+
+def check_qwen(train_flags: Sequence[str], args: argparse.Namespace) -> None:
+    """Raise UserError for flags of other grids, and for those that this one sets itself."""
+    wrong = [flag for flag in train_flags if flag.split("=")[0] in QWEN_RESERVED]
+    if train_flags and not train_flags[0].startswith("--"):
+        wrong.append(train_flags[0])
+    if wrong:
+        raise UserError(
+            f"{wrong[0]}: {QWEN} sets seeds (--seeds), epochs (--seen), names, images and "
+            "--holdout itself"
+        )
+    foreign = ("pretraining", "strategy", "times", "start_captions")
+    foreign = [key for key in foreign if getattr(args, key)]
+    if foreign:
+        raise UserError(f"--{foreign[0]} is of the grids of CLIP")
+    if max(len(args.architecture or ()), len(args.lr or ())) > 1:
+        raise UserError(f"{QWEN} is a grid of one model at one rate: one --architecture, one --lr")
+    architecture = (args.architecture or [QWEN_MODEL])[0]
+    if architecture in SHAPES and architecture != "tiny":
+        raise UserError(f"--architecture {architecture} is a CLIP: {QWEN} takes a Qwen-VL, or tiny")
+
+
+def qwen_phases(common: Common, levels: dict) -> Iterator[tuple[str, list[Point]]]:
+    """Yield the training runs, then the evaluations of the untrained model and of each run, on val.
+
+    Other image sizes, ranks and shots are evaluated by the first protocol alone.
+    """
+    rows = qwen_rows(levels, ("max_pixels", "rank", "shots"))
+    protocols = levels.get("protocol", QWEN_LEVELS["protocol"])
+    trained = [make_qwen_training(row, common) for row in rows]
+    yield QWEN, trained
+    evaluations = qwen_untrained(common, levels)
+    first = {axis: row_levels[0] for axis, row_levels in (QWEN_LEVELS | levels).items()}
+    for row, point in zip(rows, trained):
+        is_first = all(row[axis] == first[axis] for axis in ("max_pixels", "rank", "shots"))
+        for protocol in protocols if is_first else protocols[:1]:
+            script, flags = QWEN_PROTOCOLS[protocol]
+            flags = ["--adapter", str(common.runs / point.name), *flags]
+            if script == "qwen_probe.py":
+                flags += probe_flags(row)
+            evaluations.append(make_qwen_evaluation(point.name, protocol, script, flags, common))
+    yield "evaluation", evaluations
+
+
+def qwen_rows(levels: dict[str, tuple], axes: Sequence[str]) -> list[dict]:
+    """One row for each seed and level of the axes, one of which differs from its first level."""
+    all_levels = QWEN_LEVELS | levels
+    architecture = levels.get("architecture", (QWEN_MODEL,))[0]
+    if architecture == "tiny":
+        all_levels["max_pixels"] = all_levels["max_pixels"][:1]  # all its images have one size
+    first = {"architecture": architecture} | {axis: all_levels[axis][0] for axis in axes}
+    rows = []
+    for seed in levels["seed"]:
+        rows.append(first | {"seed": seed})
+        for axis in axes:
+            rows += [first | {axis: level, "seed": seed} for level in all_levels[axis][1:]]
+    return rows
+
+
+def qwen_untrained(common: Common, levels: dict) -> list[Point]:
+    """The evaluations of the untrained model: what it says, and probes of what it knows."""
+    seeds = levels["seed"]
+    protocols = levels.get("protocol", QWEN_LEVELS["protocol"])
+    points = []
+    # Nothing is drawn, so one seed is enough.
+    for row in qwen_rows(levels | {"seed": seeds[:1]}, ("max_pixels", "protocol")):
+        if row["protocol"] != "probe":
+            script, flags = QWEN_PROTOCOLS[row["protocol"]]
+            flags = [*untrained_flags(row), *flags]
+            name = qwen_name(row, ("max_pixels",))
+            points.append(make_qwen_evaluation(name, row["protocol"], script, flags, common))
+    if "probe" in protocols:
+        for row in qwen_rows(levels, ("max_pixels", "shots", "features")):
+            flags = [*untrained_flags(row), "--features", row["features"], *probe_flags(row)]
+            name = f"{qwen_name(row, ('max_pixels', 'shots'))}-s{row['seed']}"
+            what = f"probe-{row['features']}"
+            points.append(make_qwen_evaluation(name, what, "qwen_probe.py", flags, common))
+    return points
+
+
+def untrained_flags(row: dict) -> list[str]:
+    return ["--model", row["architecture"], "--max_pixels", str(row["max_pixels"])]
+
+
+def probe_flags(row: dict) -> list[str]:
+    """Which images a probe is fitted to, and that its penalty is chosen on all of val."""
+    shots, seed = str(row["shots"]), str(row["seed"])
+    return ["--shots", shots, "--val_shots", str(ALL_IMAGES), "--seed", seed]
+
+
+def make_qwen_training(row: dict, common: Common) -> Point:
+    """The point of a training run: all see a class as often, so that only the images differ."""
+    flags = [*common.data_flags, *common.train_flags, "--holdout"]
+    for key, value in row.items():
+        flags += to_flags("model" if key == "architecture" else key, value)
+    # Its evaluations take over val_shots: all images of val, whatever the seed and the shots.
+    flags += ["--epochs", str(common.seen // row["shots"]), "--val_shots", str(ALL_IMAGES)]
+    words = [qwen_name(row, ("max_pixels", "rank", "shots")), f"s{row['seed']}"]
+    words.append(flags_digest(flags, common))
+    return Point("-".join(words), row, tuple(flags), "qwen_train.py")
+
+
+def make_qwen_evaluation(
+    name: str, protocol: str, script: str, flags: list[str], common: Common
+) -> Point:
+    """The point of an evaluation on val."""
+    machine = [word for key in MACHINE_FLAGS for word in evaluation_flags(common.train_flags)[key]]
+    flags = [*flags, *common.data_flags, "--holdout", "--split", "val", *machine]
+    words = f"{name}-{protocol}-{flags_digest(flags, common)}"
+    return Point(words.replace("/", "-").replace("_", ""), {}, tuple(flags), script)
+
+
+def qwen_name(row: dict, axes: Sequence[str]) -> str:
+    """The beginning of the name of a point: grid, model and the levels of some axes."""
+    model = Path(row["architecture"]).name  # of the hub or a folder: the last part
+    words = [QWEN, model, *(f"{axis}{row[axis]}" for axis in axes)]
+    return "-".join(words).replace("_", "")
+
+
+def qwen_names(common: Common, levels: dict) -> list[str]:
+    """The names that a sweep goes through: a training run stands for its evaluations, too."""
+    phase_points = [points for _, points in qwen_phases(common, levels)]
+    trained = [point.name for point in phase_points[0]]
+    others = [point.name for point in phase_points[1]]
+    return trained + [name for name in others if not name.startswith(tuple(trained))]
 
 
 def settings_of(grid: str, levels: dict[str, tuple], common: Common) -> list[dict]:
@@ -1021,8 +1243,7 @@ def launch(point: Point, folder: Path, environment: dict, wandb: str) -> tuple[P
             # it may have been killed between result.json and its line in results.jsonl
             runs.register(run_folder)
             return "finished"
-        # An evaluation keeps nothing on the way: it begins anew.
-        if point.script == "train.py" and (run_folder / "args.json").exists():
+        if point.script in RESUMED and (run_folder / "args.json").exists():
             arguments = ["--resume", str(run_folder)]
         else:
             arguments = all_arguments(point, folder)
@@ -1043,7 +1264,8 @@ def start_process(words: Sequence[str], log: IO, environment: dict[str, str]) ->
             env=environment,
         )
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
+    is_qwen = Path(words[0]).name.startswith(QWEN)
+    context.set_forkserver_preload([*IMPORTED, *(QWEN_IMPORTED if is_qwen else ())])
     ours, theirs = socket.socketpair()
     with ours, theirs:
         # The process is given this very file, so that it holds the lock as well.
@@ -1128,8 +1350,10 @@ def write_sweep(grid: str, common: Common, levels: dict, arguments: list[str]) -
             "forgetting evaluates runs of other points, which may be on another machine: run "
             "ablate.py forgetting without --sweep"
         )
-    rows = settings_of(grid, levels, common)
-    names = [make_point(grid, row, common).name for row in rows]
+    if grid == QWEN:
+        names = qwen_names(common, levels)
+    else:
+        names = [make_point(grid, row, common).name for row in settings_of(grid, levels, common)]
     repeated = [argument for argument in arguments if argument != "--sweep"]
     sweep = {
         "name": grid,

@@ -57,8 +57,14 @@ FACTORS = {
     "augment": "augmentation",
     "loss": "loss",
 }
+# Of Qwen's runs alone; where there are none, nothing is missing.
+QWEN_FACTORS = {
+    "max_pixels": "image size (pixels at most)",
+    "rank": "rank of LoRA",
+    "protocol": "protocol",
+}
 # Those that can be drawn as a curve; the others have a table only.
-NUMERIC_FACTORS = ("lr", "temperature", "batch_size", "shots")
+NUMERIC_FACTORS = ("lr", "temperature", "batch_size", "shots", "max_pixels", "rank")
 # The grid of ablate.py that varies a factor, where it has another name.
 GRID_OF_FACTOR = {"lr": "learning_rate", "prompt_template": "prompt"}
 
@@ -896,7 +902,7 @@ def factors(protocols: list[list[Run]], output: Path, missing: list[Missing]) ->
     for i, runs in enumerate(protocols):
         rows = []  # of the table
         curves = []  # of the figure: numeric factors alone
-        for factor in FACTORS:
+        for factor in FACTORS | QWEN_FACTORS:
             for sweep in sweeps(runs, factor):
                 varied.add(factor)
                 rows += sweep_rows(sweep, factor)
@@ -932,7 +938,8 @@ def sweeps(runs: Sequence[Run], factor: str) -> list[list[Group]]:
     # An untrained model has none of these settings, and an older run may lack one.
     candidates = []
     for run in runs:
-        if run.strategy != "none" and run.settings.get(factor) is not None:
+        is_asked = run.is_qwen or factor not in QWEN_FACTORS
+        if is_asked and run.strategy != "none" and run.settings.get(factor) is not None:
             candidates.append(run)
     result = []
     for group in grouped(candidates, without=factor):
@@ -955,6 +962,7 @@ def sweep_note(run: Run) -> str:
 def sweep_rows(sweep: list[Group], factor: str) -> list[dict]:
     """Return a row of the table for each level."""
     rows = []
+    name = (FACTORS | QWEN_FACTORS)[factor]
     for members in sweep:
         first = members[0]
         note = sweep_note(first)
@@ -964,7 +972,7 @@ def sweep_rows(sweep: list[Group], factor: str) -> list[dict]:
         _, low, high = interval(members)
         rows.append(
             {
-                "factor": f"{FACTORS[factor]} ({note})" if note else FACTORS[factor],
+                "factor": f"{name} ({note})" if note else name,
                 "architecture": first.model,
                 "strategy": first.method,
                 "level": f"{level:g}" if factor in NUMERIC_FACTORS else level,
@@ -980,7 +988,7 @@ def sweep_curve(sweep: list[Group], factor: str, group: int) -> pd.DataFrame:
     """Return a row for each run, as `figures.factor_curves` needs them."""
     rows = []
     for run in itertools.chain(*sweep):
-        row = {"factor": FACTORS[factor], "group": group, "note": sweep_note(run)}
+        row = {"factor": (FACTORS | QWEN_FACTORS)[factor], "group": group, "note": sweep_note(run)}
         row["architecture"] = run.model
         row["strategy"] = run.method
         row["level"] = float(run.settings[factor])

@@ -132,7 +132,7 @@ def new_run(
     folder = Path(runs) / name
     if _is_taken(folder, config["job"]):
         advice = "choose another --name"
-        if config["job"] != "eval":
+        if config["job"] not in ("eval", "qwen_probe"):
             advice += f", or go on with --resume {folder}"
         raise UserError(f"{folder} is a run already: {advice}")
 
@@ -184,8 +184,8 @@ def _is_taken(folder: Path, job: str) -> bool:
     if job == "qwen_eval" and is_same_job:
         # It goes on from its answers; without any there is nothing to go on from.
         return any(read_lines(folder / name) for name in ("answers.jsonl", "descriptions.jsonl"))
-    # An evaluation keeps nothing on the way, so one without a result may be started anew.
-    return not (job == "eval" and is_same_job)
+    # These keep nothing on the way, so one without a result may be started anew.
+    return not (job in ("eval", "qwen_probe") and is_same_job)
 
 
 def environment(device: str | None = None) -> dict:

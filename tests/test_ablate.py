@@ -298,6 +298,95 @@ def test_forgetting_asks_for_other_datasets_at_the_door(small, birds, cli, tmp_p
     assert "without --sweep" in error("forgetting", "--others", birds, "--sweep")
 
 
+def test_qwen_varies_one_factor_at_a_time(cli, tmp_path):
+    flags = ("qwen", "--dry_run", "--runs", tmp_path, "--seeds", 0, 1, "--data_root", "x")
+    code, out, err = cli("ablate.py", *flags, "--chunk_size", 4, "--lr", 1e-4, "--device", "cpu")
+    assert code == 0, err
+    trained = commands(out, "qwen_train.py")
+    # Three levels of each of three factors, two of which differ from the first point.
+    assert len(trained) == 2 * (1 + 3 * 2)
+    first = trained[0]
+    assert values(first, "--model") == ["Qwen/Qwen2-VL-2B-Instruct"] and "--holdout" in first
+    assert values(first, "--chunk_size") == ["4"] and values(first, "--lr") == ["0.0001"]
+    for command in trained:
+        axes = ("--max_pixels", "--rank", "--shots", "--seed")
+        differing = [axis for axis in axes if values(command, axis) != values(first, axis)]
+        assert len(set(differing) - {"--seed"}) <= 1
+        # As many images of a class, however few there are.
+        assert int(values(command, "--shots")[0]) * int(values(command, "--epochs")[0]) == 48
+
+    evaluations = commands(out, "qwen_eval.py")
+    probes = commands(out, "qwen_probe.py")
+    for command in evaluations + probes:
+        assert values(command, "--split") == ["val"] and "--holdout" in command
+        assert values(command, "--data_root") == ["x"] and values(command, "--device") == ["cpu"]
+        assert "--chunk_size" not in command and "--lr" not in command
+    found = [values(c, "--name")[0] for c in trained + evaluations + probes]
+    assert len(set(found)) == len(found) == 14 + 5 + 14 + 2 * 2 + 2 * 7 + 2
+    # Untrained: each image size ranks, and the other two protocols; each seed draws its shots.
+    untrained = [c for c in evaluations if "--adapter" not in c]
+    assert len(untrained) == 3 + 2
+    asked = {(values(c, "--protocol")[0], "--list_names" in c) for c in untrained}
+    assert asked == {("rank", False), ("generate", False), ("generate", True)}
+    of_untrained = [c for c in probes if "--adapter" not in c]
+    assert len(of_untrained) == 2 * (1 + 3 * 2)
+    assert {values(c, "--features")[0] for c in of_untrained} == {"vision", "merged", "prompt"}
+    # The first point has all protocols, the others the first one, on the very run.
+    folders = {str(tmp_path / values(c, "--name")[0]): c for c in trained}
+    protocols = {folder: 0 for folder in folders}
+    for command in evaluations + probes:
+        if "--adapter" in command:
+            protocols[values(command, "--adapter")[0]] += 1
+    assert sorted(protocols.values()) == [1] * 12 + [4] * 2
+    for command in probes:
+        if "--adapter" in command:
+            training = folders[values(command, "--adapter")[0]]
+            for flag in ("--shots", "--seed"):
+                assert values(command, flag) == values(training, flag)
+
+    # Levels of one's own; all images of tiny have one size.
+    levels = ("--architecture", "tiny", "--rank", 4, "--shots", 2, 1, "--seen", 4)
+    levels += ("--protocol", "probe", "--features", "merged")
+    code, out, err = cli("ablate.py", *flags, *levels)
+    assert code == 0, err
+    trained = commands(out, "qwen_train.py")
+    assert [values(c, "--shots") + values(c, "--epochs") for c in trained] == 2 * [
+        ["2", "2"],
+        ["1", "4"],
+    ]
+    assert not commands(out, "qwen_eval.py")
+    assert len(commands(out, "qwen_probe.py")) == 4 + 4
+
+
+def test_an_agent_of_qwen_is_given_a_run_with_its_evaluations(cli, tmp_path):
+    flags = ("qwen", "--architecture", "tiny", "--runs", tmp_path, "--seeds", 0)
+    code, out, err = cli("ablate.py", *flags, "--sweep")
+    assert code == 0, err
+    sweep = json.loads((tmp_path / "qwen.sweep.yaml").read_text())
+    points = sweep["parameters"]["only"]["values"]
+    seen = []
+    for name in points:
+        _, out, _ = cli("ablate.py", *flags, "--dry_run", "--only", name)
+        seen += [line for line in out.splitlines() if line.startswith("python ")]
+    _, out, _ = cli("ablate.py", *flags, "--dry_run")
+    everything = [line for line in out.splitlines() if line.startswith("python ")]
+    assert sorted(seen) == sorted(everything) and len(points) < len(everything)
+
+
+def test_qwen_takes_no_flags_of_clip(cli, tmp_path):
+    def error(*flags):
+        return error_line(cli("ablate.py", "qwen", *flags, "--runs", tmp_path, "--dry_run"))
+
+    assert "no whole number of epochs" in error("--shots", 5)
+    assert "no whole number of epochs" in error("--shots", 0)
+    assert "--epochs: qwen sets" in error("--epochs", 3)
+    assert "--strategy is of the grids of CLIP" in error("--strategy", "lora")
+    assert "one --architecture" in error("--architecture", "tiny", "other")
+    assert "one --lr" in error("--lr", 1e-3, 1e-4)
+    assert "is a CLIP" in error("--architecture", "ViT-B/32")
+    assert "of the grid forgetting" in error("--others", tmp_path)
+
+
 def test_an_interrupted_evaluation_begins_anew(small, birds, model, cli, tmp_path):
     flags = (
         *("forgetting", "--architecture", model, "--strategy", "text", "--data_root", small),
@@ -548,7 +637,7 @@ def test_a_forked_point_is_as_good_as_a_process_of_its_own(small, model, cli, tm
 
 COUNT_GPUS_ASKED_FOR = """
 import importlib, torch
-from ablate import IMPORTED
+from ablate import IMPORTED, QWEN_IMPORTED
 
 def asked(*_):
     raise SystemExit("a GPU was asked for, and can't be used after a fork")
@@ -558,6 +647,11 @@ for name in ("is_available", "device_count", "_lazy_init", "init"):
 torch._C._cuda_getDeviceCount = asked
 for name in IMPORTED:
     importlib.import_module(name)
+for name in QWEN_IMPORTED:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass  # an extra
 assert not torch.cuda.is_initialized()
 """
 

@@ -100,6 +100,7 @@ SCRIPTS = {
     "data_Exploration/isomap.py": ("--architecture", "tiny", "--features", "clip"),
     "qwen_train.py": ("--model", "tiny"),
     "qwen_eval.py": ("--model", "tiny"),
+    "qwen_probe.py": ("--model", "tiny"),
     "test_models.py": ("--architecture", "tiny", "--measure"),
 }
 

@@ -2,6 +2,7 @@
 runs give the same bytes."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -663,6 +664,114 @@ def test_evaluations_of_runs_are_those_runs(tmp_path):
     assert [by_name[f"evaluated-{seed}"].seed for seed in (0, 1, 2)] == [0, 1, 2]
     assert by_name["stranger"].architecture == "other"
     assert by_name["stranger"].strategy == "unknown"
+
+
+def runs_of(grid):
+    """The names of the runs of a grid."""
+    cells = itertools.chain(*grid.runs.values())
+    return sorted(run.name for by_seed in cells for run in by_seed.values())
+
+
+def write_qwen(runs, name, accuracy, job="qwen_eval", adapter=None, **settings):
+    """Write an evaluation of a Qwen, on val."""
+    own = {"job": job, "architecture": "tiny", "model": "tiny", "adapter": adapter}
+    own |= {"max_pixels": 262144, "answer": "brief", "batch_size": 8, "images": 0, "split": "val"}
+    own |= {"question": None}
+    if job == "qwen_eval":
+        own |= {"protocol": "rank", "score": "auto", "list_names": False, "most_tokens": 80}
+        own |= {"describe": False}
+    nothing = dict.fromkeys(set(CONFIG) - set(own) - {"runs", "data_root", "splits", "class_names"})
+    write_run(runs, name, accuracy, **(nothing | {"holdout": True} | own | settings))
+
+
+def write_qwen_grid(runs, seeds=(0, 1)):
+    """Write what ablate.py qwen leaves: training runs, which have no accuracy, and evaluations."""
+    write_qwen(runs, "untrained", 0.2)
+    write_qwen(runs, "untrained-small", 0.15, max_pixels=50176)
+    probe = {"job": "qwen_probe", "features": "vision", "val_shots": 10000, "inverse_penalty": None}
+    for seed in seeds:
+        for rank, shots in ((8, 16), (2, 16), (8, 4)):
+            training = {"job": "qwen_train", "model": "tiny", "max_pixels": 262144, "rank": rank}
+            training |= {"alpha": 2.0 * rank, "shots": shots, "epochs": 48 // shots, "lr": 1e-4}
+            training |= {"batch_size": 16, "answer": "brief", "seed": seed, "images": 0}
+            training |= {"also_train": [], "augment": "none", "list_names": False}
+            name = f"train-{rank}-{shots}-{seed}"
+            (runs / name).mkdir()
+            (runs / name / "args.json").write_text(json.dumps(training))
+            (runs / name / "result.json").write_text(json.dumps({"train/loss": 1.0}))
+            tuned = {"adapter": f"elsewhere/runs/{name}"}
+            write_qwen(runs, f"{name}-rank", 0.4 + 0.01 * shots, **tuned)
+            if (rank, shots) == (8, 16):
+                write_qwen(runs, f"{name}-generate", 0.3, protocol="generate", **tuned)
+                listed = {"protocol": "generate", "list_names": True}
+                write_qwen(runs, f"{name}-listed", 0.35, **listed, **tuned)
+                own = probe | {"features": "prompt", "shots": shots, "seed": seed}
+                write_qwen(runs, f"{name}-probe", 0.6, **own, **tuned)
+        for shots in (16, 4):
+            write_qwen(runs, f"probe-{shots}-{seed}", 0.5, **probe, shots=shots, seed=seed)
+    for path in runs.glob("*probe*/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chosen_on": "val"}))
+
+
+def test_qwen_is_a_row_for_each_way_of_asking(study, tmp_path):
+    """Its seeds are one group, its factors stand beside CLIP's, and it is no part of the answer."""
+    write_qwen_grid(tmp_path)
+    loaded, notes = comparable.load(tmp_path)
+    assert not notes
+    clip, _ = comparable.load(study)
+    alone = comparable.factorial(comparable.resolve(clip)[0])
+    both = comparable.factorial(comparable.resolve(clip + loaded)[0])
+    assert runs_of(alone) == runs_of(both)
+
+    resolved, _ = comparable.resolve(loaded)
+    assert comparable.factorial(resolved) is None
+    groups = {}
+    for group in comparable.grouped(resolved):
+        first = group[0].settings
+        key = group[0].method, first["max_pixels"], first.get("rank"), first.get("shots")
+        groups[key] = [run.seed for run in group]
+    assert groups == {
+        ("zero-shot (rank)", 262144, None, None): [0],
+        ("zero-shot (rank)", 50176, None, None): [0],
+        ("lora (rank)", 262144, 8, 16): [0, 1],
+        ("lora (rank)", 262144, 2, 16): [0, 1],
+        ("lora (rank)", 262144, 8, 4): [0, 1],
+        ("lora (generate)", 262144, 8, 16): [0, 1],
+        ("lora (generate, names listed)", 262144, 8, 16): [0, 1],
+        ("lora + linear (probe of prompt)", 262144, 8, 16): [0, 1],
+        ("linear (probe of vision)", 262144, None, 16): [0, 1],
+        ("linear (probe of vision)", 262144, None, 4): [0, 1],
+    }
+
+    report = runpy.run_path(str(ROOT / "report.py"))
+    levels = {}
+    for factor in report["FACTORS"] | report["QWEN_FACTORS"]:
+        for sweep in report["sweeps"](resolved, factor):
+            rows = report["sweep_rows"](sweep, factor)
+            levels.setdefault(factor, []).append([(row["level"], row["seeds"]) for row in rows])
+    assert levels["rank"] == [[("2", 2), ("8", 2)]]
+    assert levels["max_pixels"] == [[("50176", 1), ("262144", 1)]]
+    # Of the tuned model, at as many images seen though the epochs differ, and of the probe.
+    assert levels["shots"] == 2 * [[("4", 2), ("16", 2)]]
+    (asked,) = levels["protocol"]
+    assert sorted(asked) == [
+        ("generate", 2),
+        ("generate, names listed", 2),
+        ("probe of prompt", 2),
+        ("rank", 2),
+    ]
+    assert set(levels) == {"rank", "max_pixels", "shots", "protocol"}
+    # What is asked of Qwen is not asked of CLIP, whose runs have a rank, too.
+    assert not report["sweeps"](comparable.resolve(clip)[0], "rank")
+
+
+def test_a_qwen_whose_training_is_not_here_is_one_of_its_own(tmp_path):
+    write_qwen_grid(tmp_path, seeds=(0,))
+    shutil.rmtree(tmp_path / "train-8-16-0")
+    resolved, _ = comparable.resolve(comparable.load(tmp_path)[0])
+    (run,) = [run for run in resolved if run.name == "train-8-16-0-rank"]
+    assert run.method == "lora (rank)" and run.settings["adapter"] and not run.settings.get("rank")
+    assert [run] in comparable.grouped(resolved)
 
 
 def test_processes_are_part_of_a_batch(tmp_path):

@@ -83,6 +83,35 @@ EVALUATION_SETTINGS = (
     "calibrated",
 )
 
+QWEN_JOBS = ("qwen_eval", "qwen_probe")
+# What an evaluation of Qwen takes from the run that trained its adapter.
+QWEN_TRAINING = (
+    "rank",
+    "alpha",
+    "also_train",
+    "captions",
+    "classes",
+    "shots",
+    "epochs",
+    "batch_size",
+    "processes",
+    "lr",
+    "wd",
+    "augment",
+    "seed",
+)
+# What both say, so that a difference is one of the setting.
+QWEN_SHARED = ("images", "max_pixels", "answer", "question", "list_order", "name_case")
+# Settings that older evaluations lack, or that do nothing under another protocol.
+QWEN_DEFAULTS = {
+    "score": "auto",
+    "most_tokens": 80,
+    "describe": False,
+    "list_order": "given",
+    "name_case": "given",
+    "classes": "all",
+}
+
 # What CLIP's weights were trained on, by the beginning of open_clip's tags.
 FAMILIES = ("laion2b", "laion400m", "datacomp", "commonpool", "dfn", "metaclip")
 # open_clip's names of OpenAI's shapes.
@@ -121,6 +150,11 @@ class Run:
     @property
     def seed(self) -> int:
         return self.settings.get("seed") or 0
+
+    @property
+    def is_qwen(self) -> bool:
+        """Whether the model is a Qwen-VL, which no factor of CLIP's is asked of."""
+        return self.settings.get("job") in QWEN_JOBS
 
     @property
     def method(self) -> str:
@@ -203,11 +237,13 @@ def _load_run(folder: Path) -> Run | None:
     for key, default in OLDER_DEFAULTS.items():
         if settings.get(key) is None:
             settings[key] = default
+    # Evaluations of the run take its settings, so that this is among them.
+    settings["chosen_on"] = result.get("chosen_on")
+    if settings.get("job") in QWEN_JOBS:
+        settings = _qwen_settings(settings, result, folder)
     if settings.get("batch_size") and settings.get("processes"):
         # Four processes with 16 images each train as one with 64.
         settings["batch_size"] *= settings["processes"]
-    # Evaluations of the run take its settings, so that this is among them.
-    settings["chosen_on"] = result.get("chosen_on")
     if settings.get("pull_by_default"):
         settings["pull"] = "by images a class"  # one setting, whatever number it came to
     soup = settings.get("soup")
@@ -239,6 +275,77 @@ def _load_run(folder: Path) -> Run | None:
         images=digest[:12],
         clusters=clusters,
     )
+
+
+def _qwen_settings(settings: dict, result: dict, folder: Path) -> dict:
+    """The settings of an evaluation of Qwen, with those of the training of its adapter.
+
+    One evaluates what the other trained, and they make one row: `protocol` says how it was asked.
+    Where they disagree on what was shown or asked, the training's is `trained_...`.
+    """
+    trained = _training_of_adapter(settings, folder)
+    merged = dict(settings)
+    # Which images, their digest says; in batches of another size they are the same.
+    merged |= dict.fromkeys(("images", "batch_size"))
+    # How they were asked, the protocol says.
+    merged["protocol"] = _qwen_protocol(settings, result)
+    said = ("list_names", "features", "chosen_on", "val_shots", "inverse_penalty")
+    merged |= dict.fromkeys(said)
+    for key, default in QWEN_DEFAULTS.items():
+        if merged.get(key) == default:
+            merged[key] = None
+    if not trained:
+        return merged
+
+    merged["adapter"] = None  # its settings stand for it
+    for key in QWEN_TRAINING:
+        # A probe has images of its own to be fitted to.
+        if key == "shots" and settings["job"] == "qwen_probe":
+            continue
+        merged[key] = trained.get(key)
+    if merged["alpha"] == 2 * (merged["rank"] or 0):
+        merged["alpha"] = None  # it follows the rank by default
+    seen = trained.get("shots") and trained["shots"] * trained.get("epochs", 0)
+    merged["seen"] = seen or None  # images of a class, over all epochs
+    for key in QWEN_SHARED:
+        if trained.get(key) != settings.get(key):
+            merged[f"trained_{key}"] = trained.get(key) or None
+    for key in ("list_names", "shots"):
+        if key not in merged or trained.get(key) != merged[key]:
+            merged[f"trained_{key}"] = trained.get(key) or None
+    return merged
+
+
+def _training_of_adapter(settings: dict, folder: Path) -> dict:
+    """The args.json of the run that trained an adapter; {} if there is none, or it is elsewhere."""
+    adapter = settings.get("adapter")
+    if not adapter:
+        return {}
+    path = Path(adapter)
+    name = path.parent.name if path.name == "adapter" else path.name
+    # Beside it first: the folder of all runs may have been moved.
+    for run_folder in (folder.parent / name, path.parent / name):
+        if (run_folder / "args.json").exists():
+            trained = checked(read_json(run_folder / "args.json"))
+            if trained.get("job") == "qwen_train":
+                return trained
+    return {}
+
+
+def _qwen_protocol(settings: dict, result: dict) -> str:
+    """How Qwen was asked, in words; of a probe its features, and a penalty that was not tuned."""
+    if settings["job"] == "qwen_eval":
+        listed = ", names listed" if settings.get("list_names") else ""
+        return f"{settings.get('protocol')}{listed}"
+    words = f"probe of {settings.get('features')}"
+    shots, val_shots = settings.get("shots"), settings.get("val_shots")
+    if result.get("chosen_on") != "val":
+        return f"{words}, C = {result.get('fitted_C')}"
+    by_shots = shots and val_shots == min(shots, MAX_VAL_SHOTS)
+    # On val itself, the images say it.
+    if val_shots and not by_shots and "val/top1" not in result:
+        words += f", C on {val_shots} images a class"
+    return words
 
 
 def _clusters(folder: Path, files: Sequence[str]) -> np.ndarray:
@@ -472,10 +579,9 @@ def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
     """
     architecture = str(origin.settings.get("architecture"))
     path = Path(architecture)
-    if run.settings.get("job") == "qwen_eval":
-        method = "lora" if run.settings.get("adapter") else "zero-shot"
+    if run.is_qwen:
         name = f"Qwen {architecture}" if architecture in SHAPES else path.name
-        return name, f"{method} ({run.settings.get('protocol')})"
+        return name, _qwen_strategy(run)
 
     strategy = trained.settings.get("strategy") or "full"
     if run.settings.get("soup"):
@@ -490,6 +596,16 @@ def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
     if not is_name:
         architecture = Path(architecture.removesuffix("/model.pt").removesuffix(".pt")).name
     return architecture, strategy
+
+
+def _qwen_strategy(run: Run) -> str:
+    """Training and protocol of a Qwen run: zero-shot (rank), lora (rank), linear (probe of ...)."""
+    # An adapter whose run is not here has no known rank.
+    is_tuned = bool(run.settings.get("adapter") or run.settings.get("rank"))
+    method = "lora" if is_tuned else "zero-shot"
+    if run.settings.get("job") == "qwen_probe":
+        method = "lora + linear" if is_tuned else "linear"
+    return f"{method} ({run.settings.get('protocol')})"
 
 
 def _members(run: Run, by_name: dict[str, Run]) -> list[Run | None]:
@@ -552,7 +668,7 @@ def _split(name: str) -> tuple[str, str]:
 def _pretraining(origin: Run, is_start: bool) -> str:
     """What the weights were trained on with which a chain of runs begins."""
     architecture = str(origin.settings.get("architecture"))
-    if origin.settings.get("job") == "qwen_eval":
+    if origin.is_qwen:
         return ""
     if architecture not in RANDOM:
         return _split(architecture)[1]
@@ -580,8 +696,11 @@ def grouped(runs: Sequence[Run], without: str = "") -> list[Group]:
         if without == "lr":
             ignored.add("tau_lr")
         # Fewer images take more epochs for as many steps, where ablate.py says how many.
-        if without == "shots" and _takes_few_shot_epochs(run):
+        if without == "shots" and (_takes_few_shot_epochs(run) or run.is_qwen):
             ignored.add("epochs")
+        # Of Qwen, how often a class was seen is what stays.
+        if without != "shots":
+            ignored.add("seen")
         group = groups.setdefault(_configuration(run, ignored), {})
         member = json.dumps([run.settings.get(without), run.seed])
         group.setdefault(member, run)
