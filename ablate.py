@@ -55,6 +55,7 @@ from flowers.choices import (
     TEMPLATE,
 )
 from flowers.data import CONVENTIONS, open_flowers
+from flowers.settings import make_parser
 
 Process = subprocess.Popen | multiprocessing.process.BaseProcess
 
@@ -417,7 +418,10 @@ def add_axis_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_train_flags(train_flags: Sequence[str]) -> None:
-    """Raise UserError for a flag that ablate.py sets itself, or a word that is no flag."""
+    """Raise UserError for a flag that ablate.py sets itself, or a word that is no flag.
+
+    Ends the program, as train.py would, for a flag or a value that train.py does not know.
+    """
     wrong = [flag for flag in train_flags if flag.split("=")[0] in RESERVED]
     if train_flags and not train_flags[0].startswith("--"):
         wrong.append(train_flags[0])
@@ -426,6 +430,9 @@ def check_train_flags(train_flags: Sequence[str]) -> None:
             f"{wrong[0]}: ablate.py sets the learning rate (--times), seeds (--seeds), "
             "names and --holdout itself"
         )
+    parser = make_parser()
+    parser.prog = "train.py"
+    parser.parse_args(train_flags)  # here, and not in each point
 
 
 def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from flowers import PRECISIONS, UserError
 from flowers import add_device_arguments as add_device_arguments  # it needs no torch
+from flowers import world_size as world_size
 
 # -----------------------------------------------------------------------------
 # device
@@ -219,11 +220,6 @@ class Processes:
         means = (flat / self.world_size).split([gradient.numel() for gradient in gradients])
         for gradient, mean in zip(gradients, means):
             gradient.copy_(mean.view_as(gradient))
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
 def start_processes(device_name: str = "auto") -> Processes:

@@ -5,6 +5,7 @@ file is written beside its place and renamed, and a file that is read may be dam
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -45,6 +46,16 @@ def note(message: str) -> None:
     """Print a line to stderr, once where several processes train together."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {message}", file=sys.stderr)
+
+
+def digest_of_prompts(path: str | Path, what: str = "prompts") -> str:
+    """The first 16 hex digits of the SHA-256 of a file of texts, to see whether it has changed.
+
+    what: the texts, in words. Raises UserError if it is missing.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no {what} at {path}")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 # -----------------------------------------------------------------------------
