@@ -28,7 +28,7 @@ import math
 import time
 from pathlib import Path
 
-from flowers import UserError, add_device_arguments, add_switch, command, runs
+from flowers import UserError, add_device_arguments, add_switch, check_seed, command, runs
 from flowers.choices import TEMPLATE, add_activation_argument
 from flowers.data import add_data_arguments
 from flowers.files import user_path
@@ -112,6 +112,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for flags that mean nothing together, and for values out of range."""
+    check_seed(args.seed)
     if args.prompts and args.prompt_template:
         raise UserError("--prompts and --prompt_template: give one of them")
     if args.calibrated and (args.wise_ft or args.soup):

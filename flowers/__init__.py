@@ -88,6 +88,12 @@ def _device_name(text: str) -> str:
     return text
 
 
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that numpy does not take."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: it must be between 0 and {2**32 - 1}")
+
+
 def world_size() -> int:
     """How many processes torchrun started; 1 without it."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1

@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flowers import UserError, add_device_arguments, add_switch, runs, world_size
+from flowers import UserError, add_device_arguments, add_switch, check_seed, runs, world_size
 from flowers.choices import (
     ADDS_WEIGHTS,
     DEFAULT_C,
@@ -216,6 +216,7 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
 
     Raises UserError for flags that contradict each other, and for values out of range.
     """
+    check_seed(args.seed)
     from_random = args.architecture in RANDOM
     image_cut, _ = cut_points(args.strategy, args.blocks)
 
