@@ -4,7 +4,7 @@ training to its first step, and of the points of a grid.
     python benchmarks/startup.py --data_root sample                        # a quarter of an hour
     python benchmarks/startup.py --data_root sample --against ../older     # beside another checkout
 
-All read caches that an uncounted run has filled. The first step is that of the tiny model. The grid:
+All read caches that an uncounted run has filled. The first step is that of the tiny model. Grid:
 ablate.py runs --points of `linear` and of `prompt` on the tiny model, an epoch each, one at a time.
 The work itself is the same runs of train.py in one process, its imports taken off; their weights
 and predictions must be the same bytes. Processor seconds are those of a process and of all that it
