@@ -13,6 +13,10 @@ from tqdm import tqdm
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 
+# Linux then gives torch large tensors in pages of 2 MiB: a batch of pixels is written in half of
+# the time. Read by torch at its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 class UserError(Exception):
     """An error that the user can mend. Its message is one line: what is wrong and what to do."""
