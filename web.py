@@ -383,9 +383,7 @@ def picture_grid(
     lines: what stands under the id and class of an image, from its index.
     """
     flowers = data.flowers
-    # As long as no thumbnails are stored, they are made here.
-    with ThreadPoolExecutor() as pool:
-        jpegs = pool.map(data.thumbnails.__getitem__, index)
+    jpegs = data.thumbnails.jpegs(index)
     left = state.get("_left")  # the image that was shown alone before
     items = []
     for i, jpeg in zip(index, jpegs):
