@@ -39,7 +39,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,7 @@ from flowers.choices import (
     TEMPLATE,
 )
 from flowers.data import CONVENTIONS, open_flowers
+from flowers.settings import make_parser
 
 Process = subprocess.Popen | multiprocessing.process.BaseProcess
 
@@ -164,6 +165,8 @@ GRIDS = {
     # a linear head knows the classes that it was fitted to, and no others
     "forgetting": [{"strategy": TUNED}],
 }
+# What decides which parts of a model are frozen, and what they compute.
+MODEL_AXES = ("architecture", "pretraining", "strategy")
 # These choose their settings from the results of `factorial`.
 CHOOSING = ("final", "study")
 CHOSEN_AXES = ("architecture", "pretraining", "strategy", "times")  # the last one is chosen
@@ -465,7 +468,10 @@ def add_axis_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_train_flags(train_flags: Sequence[str]) -> None:
-    """Raise UserError for a flag that ablate.py sets itself, or a word that is no flag."""
+    """Raise UserError for a flag that ablate.py sets itself, or a word that is no flag.
+
+    Ends the program, as train.py would, for a flag or a value that train.py does not know.
+    """
     wrong = [flag for flag in train_flags if flag.split("=")[0] in RESERVED]
     if train_flags and not train_flags[0].startswith("--"):
         wrong.append(train_flags[0])
@@ -474,6 +480,9 @@ def check_train_flags(train_flags: Sequence[str]) -> None:
             f"{wrong[0]}: ablate.py sets the learning rate (--times), seeds (--seeds), "
             "names and --holdout itself"
         )
+    parser = make_parser()
+    parser.prog = "train.py"
+    parser.parse_args(train_flags)  # here, and not in each point
 
 
 def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
@@ -1158,7 +1167,7 @@ def run(
     slots: the environment variables of each slot. environment: those of all processes.
     A point that another process is working on is waited for.
     """
-    queue = deque(points)
+    queue = deque(in_turn(points))
     running = {}  # slot: (point, process, log)
     outcomes = []
     with contextlib.suppress(ValueError):  # in a thread, such as a notebook's
@@ -1199,6 +1208,24 @@ def run(
         for _, process, _ in running.values():
             process.terminate()
     return outcomes
+
+
+def in_turn(points: Sequence[Point]) -> list[Point]:
+    """The points in the order in which they are run: one of each model and strategy in turn.
+
+    Points of one model and strategy need the same frozen parts, which the first of them computes:
+    those that are started together would wait for it. The seed still varies slowest, so that the
+    table of the first seed is complete first.
+    """
+    seeds = list(dict.fromkeys(point.settings.get("seed") for point in points))
+    turns = Counter()  # (seed, model, strategy) -> how many points of it have had their place
+    places = []
+    for point in points:
+        key = tuple(point.settings.get(axis) for axis in ("seed", *MODEL_AXES))
+        places.append((seeds.index(key[0]), turns[key]))
+        turns[key] += 1
+    # Sorting keeps the order of those that have the same place.
+    return [points[i] for i in sorted(range(len(points)), key=places.__getitem__)]
 
 
 def interrupt(*_) -> None:

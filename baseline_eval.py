@@ -24,21 +24,14 @@ matrix and the mistakes; of a soup also its model.pt.
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from flowers import UserError, add_switch, command, devices, evaluate, figures, files, runs
-from flowers.data import Flowers, add_data_arguments, open_from_flags, split_index
-from flowers.duplicates import write_duplicates
-from flowers.layouts import read_captions
-from flowers.models import CLIP, encode, image_features, text_features
-from flowers.pixels import load_pixels, to_device
-from flowers.study import figures as study_figures
-from flowers.tracking import Tracker, log_mistakes, start_wandb
-from flowers.weights import add_activation_argument, load_model, state_for_saving
+from flowers import UserError, add_device_arguments, add_switch, check_seed, command, runs
+from flowers.choices import TEMPLATE, add_activation_argument
+from flowers.data import add_data_arguments
+from flowers.files import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,14 +48,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--captions",
-        type=files.user_path,
+        type=user_path,
         help="captions.jsonl[.gz]: also retrieval with one sentence an image",
     )
     # model
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--architecture",
-        type=files.user_path,
+        type=user_path,
         default="ViT-B/32",
         help="a name of clip.available_models(), tiny, tiny-16, tiny-rn, the path of a state "
         "dict or run, open_clip:NAME/PRETRAINED, or hf:NAME; docs/models.md lists all "
@@ -70,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     which.add_argument(
         "--soup",
-        type=files.user_path,
+        type=user_path,
         nargs="+",
         metavar="RUN",
         help="evaluate the mean of the weights of two or more runs of train.py from one start, and "
@@ -81,11 +74,11 @@ def parse_arguments() -> argparse.Namespace:
         "--prompt_template",
         action="append",
         help="text with {} for the class name; repeat it for an ensemble "
-        f"(default: '{evaluate.TEMPLATE}')",
+        f"(default: '{TEMPLATE}')",
     )
     parser.add_argument(
         "--prompts",
-        type=files.user_path,
+        type=user_path,
         metavar="FILE",
         help="JSON of class names, each with a list of sentences: an ensemble for each class, "
         "instead of --prompt_template",
@@ -109,14 +102,17 @@ def parse_arguments() -> argparse.Namespace:
         "--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)"
     )
     runs.add_overlap_argument(parser)
-    devices.add_device_arguments(parser)
+    add_device_arguments(parser)
     # run folder
     runs.add_run_arguments(parser, compare=True)
-    return runs.parse_inheriting(parser, "architecture", "soup")
+    args = runs.parse_inheriting(parser, "architecture", "soup")
+    check_arguments(args)
+    return args
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for flags that mean nothing together, and for values out of range."""
+    check_seed(args.seed)
     if args.prompts and args.prompt_template:
         raise UserError("--prompts and --prompt_template: give one of them")
     if args.calibrated and (args.wise_ft or args.soup):
@@ -124,8 +120,25 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--calibrated: the temperature of a run was found for its own weights, and not for "
             "those of --wise_ft or --soup: leave out one of them"
         )
-    if not np.isfinite(args.wise_ft).all():
+    if not all(map(math.isfinite, args.wise_ft)):
         raise UserError("--wise_ft: ALPHA must be a number, such as 0.5")
+
+
+if __name__ == "__main__":
+    args = command(parse_arguments)()  # before torch is imported: see flowers.command
+
+import numpy as np
+import torch
+
+from flowers import devices, evaluate, figures, files
+from flowers.data import Flowers, open_from_flags, split_index
+from flowers.duplicates import write_duplicates
+from flowers.layouts import read_captions
+from flowers.models import CLIP, encode, image_features, text_features
+from flowers.pixels import load_pixels, to_device
+from flowers.study import figures as study_figures
+from flowers.tracking import Tracker, log_mistakes, start_wandb
+from flowers.weights import load_model, state_for_saving
 
 
 def evaluate_along(
@@ -196,9 +209,7 @@ def keep_soup(folder: Path, model: CLIP, flowers: Flowers, soup: list[str]) -> N
 
 
 @command
-def main():
-    args = parse_arguments()
-    check_arguments(args)
+def main(args: argparse.Namespace):
     device = devices.choose_device(args.device)
     devices.seed_everything(args.seed, device)
     precision = devices.set_precision(args.precision, device)
@@ -244,7 +255,7 @@ def main():
         model,
         flowers.class_names,
         args.prompt_template,
-        evaluate.TEMPLATE,
+        TEMPLATE,
         sentences,
     )
     # Both ends of the WiSE-FT line. Copied, as interpolate writes over the model's own weights.
@@ -318,4 +329,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -20,18 +20,126 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from flowers import UserError, add_device_arguments, add_switch, command
+from flowers.choices import KEEPS_WEIGHTS, RANDOM, SHAPES, TEMPLATE, add_activation_argument
+from flowers.files import user_file, user_path
+
+MOST_ON_SHEET = 48
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "pictures",
+        nargs="+",
+        metavar="PICTURE_OR_FOLDER",
+        help="picture files, and folders to search for pictures; hidden files are passed over",
+    )
+    # model
+    parser.add_argument(
+        "--architecture",
+        type=user_path,
+        default="ViT-B/32",
+        help="a run folder, a name of clip.available_models(), tiny, tiny-16, tiny-rn, or the path "
+        "of a state dict (default: %(default)s, not fine-tuned)",
+    )
+    add_activation_argument(parser)
+    add_head_arguments(parser)
+    add_device_arguments(parser)
+    add_result_arguments(parser)
+    args = parser.parse_args()
+    if args.prompts and args.prompt_template:
+        raise UserError("--prompts and --prompt_template: give one of them")
+    prepare_outputs(args)
+    return args
+
+
+def add_head_arguments(parser: argparse.ArgumentParser) -> None:
+    # names, prompts, and the temperature of their probabilities
+    parser.add_argument(
+        "--names",
+        metavar="FILE",
+        type=user_file,
+        help='names to choose from: a text file with one a line, or JSON, ["rose", "lily"] or '
+        '{"1": "rose", "2": "lily"} (default: the classes of the run; of a pretrained model the '
+        "102 of Oxford Flowers)",
+    )
+    parser.add_argument(
+        "--prompt_template",
+        action="append",
+        help="text with {} for the name; repeat it for an ensemble "
+        f"(default: that of the run, else '{TEMPLATE}')",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        type=user_file,
+        help="JSON of names, each with a list of sentences, instead of --prompt_template",
+    )
+    add_switch(
+        parser,
+        "--calibrated",
+        default=None,
+        help="divide the logits by the temperature that a run of train.py --holdout found on val; "
+        "--calibrated=false leaves it out (default: if the run has one, and is asked for its own "
+        "names by its own prompts)",
+    )
+
+
+def add_result_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--top", type=int, default=5, help="names for each picture (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--csv",
+        metavar="FILE",
+        type=user_file,
+        help="write a row a picture: file, top1, score1, top2, ... (scores from 0 to 1)",
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        type=user_file,
+        help="write the same as JSON, with the settings and the files that could not be read",
+    )
+    parser.add_argument(
+        "--sheet",
+        metavar="FILE.png",
+        type=user_file,
+        help=f"draw the first {MOST_ON_SHEET} pictures with their names and probabilities",
+    )
+
+
+def prepare_outputs(args: argparse.Namespace) -> None:
+    """Check where results go, before any work is done, and make missing folders."""
+    if args.top < 1:
+        raise UserError(f"--top {args.top}: it must be at least 1")
+    if args.sheet and args.sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet {args.sheet}: it is written as PNG, so its name must end in .png")
+    for path in (args.csv, args.json, args.sheet):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give the name of a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+if __name__ == "__main__":
+    args = command(parse_arguments)()  # before torch is imported: see flowers.command
+
 import torch
 from tqdm import tqdm
 
-from flowers import UserError, add_switch, command, devices, evaluate, figures, files, layouts, runs
+from flowers import devices, evaluate, figures, files, layouts, runs
 from flowers.data import open_flowers
 from flowers.download import default_root, is_complete
 from flowers.images import read_picture
-from flowers.models import CLIP, RANDOM, SHAPES, image_features
+from flowers.models import CLIP, image_features
 from flowers.pixels import resize_and_crop
 from flowers.sample.kinds import KINDS
-from flowers.strategies import KEEPS_WEIGHTS
-from flowers.weights import add_activation_argument, load_model
+from flowers.weights import load_model
 
 # What is taken for a picture in a folder. A file that is named on the command line may have any
 # name. Pillow needs a plugin for HEIC: without it those files are named and passed over.
@@ -43,13 +151,11 @@ SUFFIXES = set(
 MACOS_FOLDER = "__MACOSX"
 
 BATCH = 64  # pictures decoded and encoded at a time
-MOST_ON_SHEET = 48
 NAMES_ON_SHEET = 3
 
 
 @command
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     # Pillow warns of odd files, while a bar is running; what can't be read is named at the end.
     warnings.filterwarnings("ignore", module="PIL")
     device = devices.choose_device(args.device)
@@ -57,9 +163,8 @@ def main():
     devices.seed_everything(0, device)  # the random weights of tiny, as baseline_eval.py has them
 
     # -----------------------------------------------------------------------------
-    # pictures, and where the results go
+    # pictures
     pictures = find_pictures(args.pictures)
-    prepare_outputs(args)
 
     # -----------------------------------------------------------------------------
     # names and model
@@ -73,7 +178,7 @@ def main():
     note = f"; {evaluate.temperature_in_words(temperature)}" if temperature else ""
     model = load_model(args.architecture, device, args.activation)
     head, templates = evaluate.load_head(
-        args.architecture, model, names, templates, evaluate.TEMPLATE, sentences
+        args.architecture, model, names, templates, TEMPLATE, sentences
     )
     print(f"{args.architecture}: {len(names)} names {source}{note}")
     if args.architecture in RANDOM:
@@ -102,108 +207,6 @@ def main():
         for problem in problems.values():
             print(f"warning: passed over: {problem}", file=sys.stderr)
         raise UserError(f"{len(problems)} of {len(pictures)} pictures can't be read")
-
-
-# -----------------------------------------------------------------------------
-# settings
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "pictures",
-        nargs="+",
-        metavar="PICTURE_OR_FOLDER",
-        help="picture files, and folders to search for pictures; hidden files are passed over",
-    )
-    # model
-    parser.add_argument(
-        "--architecture",
-        type=files.user_path,
-        default="ViT-B/32",
-        help="a run folder, a name of clip.available_models(), tiny, tiny-16, tiny-rn, or the path "
-        "of a state dict (default: %(default)s, not fine-tuned)",
-    )
-    add_activation_argument(parser)
-    add_head_arguments(parser)
-    devices.add_device_arguments(parser)
-    add_result_arguments(parser)
-    args = parser.parse_args()
-    if args.prompts and args.prompt_template:
-        raise UserError("--prompts and --prompt_template: give one of them")
-    return args
-
-
-def add_head_arguments(parser: argparse.ArgumentParser) -> None:
-    # names, prompts, and the temperature of their probabilities
-    parser.add_argument(
-        "--names",
-        metavar="FILE",
-        type=files.user_file,
-        help='names to choose from: a text file with one a line, or JSON, ["rose", "lily"] or '
-        '{"1": "rose", "2": "lily"} (default: the classes of the run; of a pretrained model the '
-        "102 of Oxford Flowers)",
-    )
-    parser.add_argument(
-        "--prompt_template",
-        action="append",
-        help="text with {} for the name; repeat it for an ensemble "
-        f"(default: that of the run, else '{evaluate.TEMPLATE}')",
-    )
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        type=files.user_file,
-        help="JSON of names, each with a list of sentences, instead of --prompt_template",
-    )
-    add_switch(
-        parser,
-        "--calibrated",
-        default=None,
-        help="divide the logits by the temperature that a run of train.py --holdout found on val; "
-        "--calibrated=false leaves it out (default: if the run has one, and is asked for its own "
-        "names by its own prompts)",
-    )
-
-
-def add_result_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--top", type=int, default=5, help="names for each picture (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--csv",
-        metavar="FILE",
-        type=files.user_file,
-        help="write a row a picture: file, top1, score1, top2, ... (scores from 0 to 1)",
-    )
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        type=files.user_file,
-        help="write the same as JSON, with the settings and the files that could not be read",
-    )
-    parser.add_argument(
-        "--sheet",
-        metavar="FILE.png",
-        type=files.user_file,
-        help=f"draw the first {MOST_ON_SHEET} pictures with their names and probabilities",
-    )
-
-
-def prepare_outputs(args: argparse.Namespace) -> None:
-    """Check where results go, before any work is done, and make missing folders."""
-    if args.top < 1:
-        raise UserError(f"--top {args.top}: it must be at least 1")
-    if args.sheet and args.sheet.suffix.lower() != ".png":
-        raise UserError(f"--sheet {args.sheet}: it is written as PNG, so its name must end in .png")
-    for path in (args.csv, args.json, args.sheet):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: give the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 # -----------------------------------------------------------------------------
@@ -557,4 +560,4 @@ def draw_sheet(
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -22,12 +22,46 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from flowers import UserError, command
+from flowers.files import user_path
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runs",
+        type=user_path,
+        nargs="+",
+        default=["runs"],
+        help="folders that hold run folders (default: runs)",
+    )
+    parser.add_argument(
+        "--output",
+        type=user_path,
+        default="report",
+        help="folder of the report; figures and tables of an earlier report there are removed "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=1000,
+        help="rounds of the bootstrap for the intervals of the answer (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = command(parse_arguments)()  # before pandas and scipy are imported: see flowers.command
+
 import numpy as np
 import pandas as pd
 
-from flowers import UserError, calibration, command
+from flowers import calibration
 from flowers.choices import KEEPS_WEIGHTS, SHAPES, templates_in_words
-from flowers.files import atomic, read_lines, user_path, write_csv
+from flowers.files import atomic, read_lines, write_csv
 from flowers.runs import read_predictions
 from flowers.study import figures, statistics
 from flowers.study.comparable import (
@@ -118,31 +152,7 @@ class Missing(NamedTuple):
 
 
 @command
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--runs",
-        type=user_path,
-        nargs="+",
-        default=["runs"],
-        help="folders that hold run folders (default: runs)",
-    )
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        default="report",
-        help="folder of the report; figures and tables of an earlier report there are removed "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--bootstrap",
-        type=int,
-        default=1000,
-        help="rounds of the bootstrap for the intervals of the answer (default: %(default)s)",
-    )
-    args = parser.parse_args()
+def main(args: argparse.Namespace):
     output = Path(args.output)
 
     # -----------------------------------------------------------------------------
@@ -1707,4 +1717,4 @@ def stand_ins(starts: Sequence[Run]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -19,6 +19,104 @@ import sys
 import time
 from pathlib import Path
 
+from flowers import UserError, add_device_arguments, command
+from flowers.choices import SHAPES, STRATEGIES, add_figure_arguments
+from flowers.files import user_file, user_path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--architecture",
+        type=user_path,
+        action="append",
+        help=f"one of {', '.join(SHAPES)}, 'all' of them, or the path of a state dict or run; "
+        "repeatable (default: all)",
+    )
+    parser.add_argument(
+        "--sort",
+        choices=["parameters", "gflops_image", "images_per_s", "architecture"],
+        default="parameters",
+        help="order of the rows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--csv",
+        type=user_file,
+        help="also write every column to this file, one row an architecture",
+    )
+    # --output, --pdf, --show
+    add_figure_arguments(parser)
+    add_strategy_arguments(parser)
+    # speed and accuracy
+    group = parser.add_argument_group("speed and accuracy")
+    group.add_argument(
+        "--measure",
+        action="store_true",
+        help="encode random images with random weights here: images/s, peak memory",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        help="images at a time for --measure (default: 64 on a GPU, 4 on a CPU)",
+    )
+    group.add_argument(
+        "--results",
+        type=user_file,
+        help="results.jsonl of finished runs: draw their test accuracy against size and cost",
+    )
+    add_device_arguments(group)
+    # what `measure_apart` starts
+    group.add_argument("--measure_one", help=argparse.SUPPRESS)
+    return parser
+
+
+def add_strategy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --strategy, and the options of strategies that decide how much is trained."""
+    group = parser.add_argument_group("trainable parameters")
+    group.add_argument(
+        "--strategy",
+        action="append",
+        choices=STRATEGIES,
+        help="count what these train; repeatable (default: all)",
+    )
+    group.add_argument(
+        "--blocks", type=int, default=2, help="blocks of last_blocks (default: %(default)s)"
+    )
+    group.add_argument("--rank", type=int, default=8, help="of lora (default: %(default)s)")
+    group.add_argument(
+        "--context_tokens", type=int, default=4, help="of prompt (default: %(default)s)"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line. Raises UserError for flags that do not go together."""
+    args = build_parser().parse_args()
+    if args.batch_size is not None and args.batch_size < 0:
+        raise UserError("--batch_size must be at least 1")
+    if args.results and not args.results.is_file():
+        raise UserError(
+            f"no results at {args.results}: train.py and baseline_eval.py write runs/results.jsonl"
+        )
+    if args.sort == "images_per_s" and not args.measure:
+        raise UserError("--sort images_per_s needs --measure")
+    args.strategy = args.strategy or list(STRATEGIES)
+    args.architecture = resolve_architectures(args.architecture)
+    return args
+
+
+def resolve_architectures(names: list[str] | None) -> list[str]:
+    """The architectures to describe, each once: 'all', the default, stands for all of them."""
+    resolved = []
+    for name in names or ["all"]:
+        resolved += SHAPES if name == "all" else [name]
+    return list(dict.fromkeys(resolved))
+
+
+if __name__ == "__main__":
+    args = command(parse_arguments)()  # before torch is imported: see flowers.command
+
 import numpy as np
 import pandas as pd
 import torch
@@ -26,10 +124,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 from tabulate import tabulate
 from tqdm import tqdm
 
-from flowers import UserError, command, devices, figures, files
+from flowers import devices, figures, files
 from flowers.figures import PALETTE, plt
-from flowers.models import CLIP, CONTEXT_LENGTH, SHAPES, build, count_flops, encode_images, towers
-from flowers.strategies import STRATEGIES, count_trainable, prepare
+from flowers.models import CLIP, CONTEXT_LENGTH, build, count_flops, encode_images, towers
+from flowers.strategies import count_trainable, prepare
 from flowers.weights import load_model
 
 # The columns of the first two tables and of --csv.
@@ -366,106 +464,8 @@ def _draw_architecture(
     return [(x, mean, label if mean == means[-1] else "") for mean in means]
 
 
-# -----------------------------------------------------------------------------
-# command line
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--architecture",
-        type=files.user_path,
-        action="append",
-        help=f"one of {', '.join(SHAPES)}, 'all' of them, or the path of a state dict or run; "
-        "repeatable (default: all)",
-    )
-    parser.add_argument(
-        "--sort",
-        choices=["parameters", "gflops_image", "images_per_s", "architecture"],
-        default="parameters",
-        help="order of the rows (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--csv",
-        type=files.user_file,
-        help="also write every column to this file, one row an architecture",
-    )
-    # --output, --pdf, --show
-    figures.add_figure_arguments(parser)
-    add_strategy_arguments(parser)
-    # speed and accuracy
-    group = parser.add_argument_group("speed and accuracy")
-    group.add_argument(
-        "--measure",
-        action="store_true",
-        help="encode random images with random weights here: images/s, peak memory",
-    )
-    group.add_argument(
-        "--batch_size",
-        type=int,
-        help="images at a time for --measure (default: 64 on a GPU, 4 on a CPU)",
-    )
-    group.add_argument(
-        "--results",
-        type=files.user_file,
-        help="results.jsonl of finished runs: draw their test accuracy against size and cost",
-    )
-    devices.add_device_arguments(group)
-    # what `measure_apart` starts
-    group.add_argument("--measure_one", help=argparse.SUPPRESS)
-    return parser
-
-
-def add_strategy_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --strategy, and the options of strategies that decide how much is trained."""
-    group = parser.add_argument_group("trainable parameters")
-    group.add_argument(
-        "--strategy",
-        action="append",
-        choices=STRATEGIES,
-        help="count what these train; repeatable (default: all)",
-    )
-    group.add_argument(
-        "--blocks", type=int, default=2, help="blocks of last_blocks (default: %(default)s)"
-    )
-    group.add_argument("--rank", type=int, default=8, help="of lora (default: %(default)s)")
-    group.add_argument(
-        "--context_tokens", type=int, default=4, help="of prompt (default: %(default)s)"
-    )
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line. Raises UserError for flags that do not go together."""
-    args = build_parser().parse_args()
-    # 0 stands for the default, as no flag does.
-    if args.batch_size is None or args.batch_size == 0:
-        on_cpu = args.measure and devices.choose_device(args.device).type == "cpu"
-        args.batch_size = 4 if on_cpu else 64
-    if args.batch_size < 1:
-        raise UserError("--batch_size must be at least 1")
-    if args.results and not args.results.is_file():
-        raise UserError(
-            f"no results at {args.results}: train.py and baseline_eval.py write runs/results.jsonl"
-        )
-    if args.sort == "images_per_s" and not args.measure:
-        raise UserError("--sort images_per_s needs --measure")
-    args.strategy = args.strategy or list(STRATEGIES)
-    return args
-
-
-def resolve_architectures(names: list[str] | None) -> list[str]:
-    """The architectures to describe, each once: 'all', the default, stands for all of them."""
-    resolved = []
-    for name in names or ["all"]:
-        resolved += SHAPES if name == "all" else [name]
-    return list(dict.fromkeys(resolved))
-
-
 @command
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     if args.measure_one:
         device = devices.choose_device(args.device)
         devices.set_precision(args.precision, device)
@@ -475,10 +475,13 @@ def main():
     # -----------------------------------------------------------------------------
     # count, and measure
 
-    architectures = resolve_architectures(args.architecture)
+    architectures = args.architecture
     options = {"blocks": args.blocks, "rank": args.rank, "context_tokens": args.context_tokens}
     rows = [describe(architecture, args.strategy, **options) for architecture in architectures]
     if args.measure:
+        # 0 stands for the default, as no flag does.
+        on_cpu = devices.choose_device(args.device).type == "cpu"
+        args.batch_size = args.batch_size or (4 if on_cpu else 64)
         for row in tqdm(rows, desc="measuring", leave=False):
             row |= measure_apart(row["architecture"], args)
     rows.sort(key=lambda row: row.get(args.sort, 0))
@@ -514,4 +517,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

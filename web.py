@@ -17,7 +17,7 @@ import random
 import re
 import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -383,9 +383,7 @@ def picture_grid(
     lines: what stands under the id and class of an image, from its index.
     """
     flowers = data.flowers
-    # As long as no thumbnails are stored, they are made here.
-    with ThreadPoolExecutor() as pool:
-        jpegs = pool.map(data.thumbnails.__getitem__, index)
+    jpegs = data.thumbnails.jpegs(index)
     left = state.get("_left")  # the image that was shown alone before
     items = []
     for i, jpeg in zip(index, jpegs):

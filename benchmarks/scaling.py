@@ -26,6 +26,7 @@ from peers import Pictures, clip_transform
 from torch.utils.data import DataLoader
 
 from flowers import command, evaluate, figures, models
+from flowers.choices import add_figure_arguments
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.losses import info_nce
 from flowers.pixels import get_batch, load_pixels, read_square
@@ -53,7 +54,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_data_arguments(parser, splits=False)
-    figures.add_figure_arguments(parser)
+    add_figure_arguments(parser)
     parser.add_argument(
         "--rounds",
         type=int,

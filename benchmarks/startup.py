@@ -1,12 +1,14 @@
-"""What starting costs: processor seconds and peak memory of `--help` of every script, and of the
-points of a grid.
+"""What starting costs: processor seconds and memory of `--help` of every script, of exploration, of
+training to its first step, and of the points of a grid.
 
     python benchmarks/startup.py --data_root sample                        # a quarter of an hour
     python benchmarks/startup.py --data_root sample --against ../older     # beside another checkout
 
-The grid: ablate.py runs --points of `linear` and of `prompt` on the tiny model, an epoch each. The
-work itself is the same runs of train.py one after the other in one process, its imports taken off.
-Processor seconds are those of a process and of all that it has started. Linux only.
+All read caches that an uncounted run has filled. The first step is that of the tiny model. Grid:
+ablate.py runs --points of `linear` and of `prompt` on the tiny model, an epoch each, one at a time.
+The work itself is the same runs of train.py in one process, its imports taken off; their weights
+and predictions must be the same bytes. Processor seconds are those of a process and of all that it
+has started. Linux only.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from flowers import UserError, command
@@ -34,6 +37,11 @@ SCRIPTS = (
     "data_Exploration/class_distribution.py",
     "data_Exploration/isomap.py",
 )
+EXPLORATION = (
+    "data_Exploration/dataset_Description.py",
+    "data_Exploration/class_distribution.py --all",
+    "data_Exploration/isomap.py",
+)
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 # Run in one process: arguments of train.py, a line each, from standard input.
 IN_ONE_PROCESS = """
@@ -41,6 +49,14 @@ import runpy, shlex, sys
 for line in sys.stdin:
     sys.argv = ["train.py", *shlex.split(line)]
     runpy.run_path("train.py", run_name="__main__")
+"""
+# train.py until its optimiser is to take the first step; arguments are those of train.py.
+TO_THE_FIRST_STEP = """
+import runpy, sys
+import torch
+torch.optim.AdamW.step = lambda *_, **__: sys.exit()
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
 """
 
 
@@ -62,19 +78,34 @@ def main():
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     trees = [HERE] if args.against is None else [args.against.resolve(), HERE]
 
-    print("| `--help` of | " + " | ".join(f"{tree.name}: CPU s, MB" for tree in trees) + " |")
+    print("| what | " + " | ".join(f"{tree.name}: CPU s, MB" for tree in trees) + " |")
     print("|---|" + "---|" * len(trees))
-    for script in SCRIPTS:
-        cells = [help_cost(tree, script, args.rounds) for tree in trees]
-        print(f"| {script} | " + " | ".join(cells) + " |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for title, words in works(args.data_root, folder).items():
+            for tree in trees:
+                cost(tree, words)  # fills the caches
+            # The checkouts take turns, as the machine may be busy with other work for a while.
+            rounds = [[cost(tree, words) for tree in trees] for _ in range(args.rounds)]
+            cells = [median_cost(costs) for costs in zip(*rounds)]
+            print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
     if args.points:
         for tree in trees:
             grid(tree, args.data_root, args.points)
 
 
-def help_cost(tree: Path, script: str, rounds: int) -> str:
-    """Median CPU seconds and greatest memory of `--help` of a script in a checkout."""
-    costs = [cost(tree, [script, "--help"]) for _ in range(rounds)]
+def works(data_root: str, folder: str) -> dict[str, list[str]]:
+    """What is measured beside a grid: the words after `python`, by title."""
+    found = {f"`{script} --help`": [script, "--help"] for script in SCRIPTS}
+    data = ["--data_root", data_root]
+    for line in EXPLORATION:
+        found[f"`{line}`"] = [*line.split(), *data, "--output", folder]
+    tiny = ["--architecture", "tiny", "--wandb", "disabled", "--runs", folder]
+    found["`train.py` to its first step"] = ["-c", TO_THE_FIRST_STEP, *data, *tiny]
+    return found
+
+
+def median_cost(costs: Sequence[tuple[float, float]]) -> str:
+    """The median of CPU seconds, and the greatest memory (MB)."""
     seconds = statistics.median(seconds for seconds, _ in costs)
     return f"{seconds:.2f}, {max(memory for _, memory in costs):.0f}"
 
@@ -137,7 +168,8 @@ def grid(tree: Path, data_root: str, points: int) -> None:
             for text in lines
         )
         work, _ = cost(tree, ["-c", IN_ONE_PROCESS], again)
-        imports, _ = cost(tree, ["train.py", "--help"])
+        check_same(Path(folder))
+        imports, _ = cost(tree, ["-c", "import train"])
     work -= imports
     n = len(lines)
     print(
@@ -146,12 +178,24 @@ def grid(tree: Path, data_root: str, points: int) -> None:
     )
 
 
+def check_same(folder: Path) -> None:
+    """Raise UserError if a point of ablate.py has other results than the same run of train.py."""
+    for run in folder.glob("again-*"):
+        point = folder / run.name.replace("again", "strategy", 1)
+        for name in ("model.pt", "predictions.csv"):
+            if (run / name).read_bytes() != (point / name).read_bytes():
+                raise UserError(f"{point / name} differs from that of the same run of train.py")
+
+
 def grid_arguments(data_root: str, folder: str) -> list[str]:
-    """The arguments of ablate.py but its seeds: one process at a time, on one core."""
+    """The arguments of ablate.py but its seeds."""
+    # One process at a time with one thread, as the environment says: --jobs alone would share out
+    # all cores, and two at a time slow each other down.
+    data = data_root if data_root == "sample" else str(Path(data_root).resolve())
     return [
         *("strategy", "--strategy", "linear", "prompt", "--architecture", "tiny"),
-        *("--start_epochs", "1", "--epochs", "1", "--batch_size", "64", "--jobs"),
-        *(str(os.cpu_count()), "--data_root", str(Path(data_root).resolve())),
+        *("--start_epochs", "1", "--epochs", "1", "--batch_size", "64"),
+        *("--jobs", "1", "--gpus", "0", "--data_root", data),
         *("--runs", folder, "--wandb", "disabled"),
     ]
 

@@ -14,14 +14,55 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from flowers import UserError, command
+from flowers.choices import MASKS, add_figure_arguments
+from flowers.data import add_data_arguments
+
+MAX_CLASSES = 8  # in one comparison: as many as the palette has colours
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_data_arguments(parser, splits=False)
+    # what is drawn
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME|ID",
+        help="name or 1-based number of a class; repeated, "
+        f"up to {MAX_CLASSES} are drawn over each other",
+    )
+    parser.add_argument("--all", action="store_true", help="all classes on a page, ordered by hue")
+    parser.add_argument(
+        "--mask",
+        choices=MASKS,
+        default="centre",
+        help="pixels that count: all, a disc in the centre, or what GrabCut takes for the flower "
+        "(default: %(default)s)",
+    )
+    add_figure_arguments(parser)
+
+    args = parser.parse_args()
+    if args.all == bool(args.classes) or len(args.classes) > MAX_CLASSES:
+        raise UserError(f"name 1 to {MAX_CLASSES} classes with --class, or give --all")
+    return args
+
+
+if __name__ == "__main__":
+    args = command(parse_arguments)()  # before matplotlib is imported: see flowers.command
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 
-from flowers import UserError, colour, command, figures
+from flowers import colour, figures
 from flowers.colour import load_colours
-from flowers.data import add_data_arguments, find_class, open_from_flags
+from flowers.data import find_class, open_from_flags
 
 plt = figures.plt
 
@@ -41,7 +82,6 @@ CHANNELS = (
     Channel(colour.VALUE, "value (%)", "%", 100),
 )
 GRID = np.linspace(0, 1, 361)  # where densities are computed, in parts of a channel's range
-MAX_CLASSES = 8  # in one comparison: as many as the palette has colours
 # matplotlib's -, --, -. and : as seaborn takes them: lengths of dashes and gaps, in line widths
 DASHES = ["", (3.7, 1.6), (6.4, 1.6, 1, 1.6), (1, 1.65)]
 MASK_NAMES = {
@@ -205,43 +245,8 @@ def file_name(names: list[str]) -> str:
     return f"colours_{shortened}.png"
 
 
-# -----------------------------------------------------------------------------
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_data_arguments(parser, splits=False)
-    # what is drawn
-    parser.add_argument(
-        "--class",
-        dest="classes",
-        action="append",
-        default=[],
-        metavar="NAME|ID",
-        help="name or 1-based number of a class; repeated, "
-        f"up to {MAX_CLASSES} are drawn over each other",
-    )
-    parser.add_argument("--all", action="store_true", help="all classes on a page, ordered by hue")
-    parser.add_argument(
-        "--mask",
-        choices=colour.MASKS,
-        default="centre",
-        help="pixels that count: all, a disc in the centre, or what GrabCut takes for the flower "
-        "(default: %(default)s)",
-    )
-    figures.add_figure_arguments(parser)
-
-    args = parser.parse_args()
-    if args.all == bool(args.classes) or len(args.classes) > MAX_CLASSES:
-        raise UserError(f"name 1 to {MAX_CLASSES} classes with --class, or give --all")
-    return args
-
-
 @command
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     flowers = open_from_flags(vars(args), needs_split=False)
     classes = [find_class(flowers, text) for text in args.classes]
     if args.all:
@@ -276,4 +281,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -14,18 +14,57 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from flowers import command
+from flowers.choices import add_figure_arguments
+from flowers.data import add_data_arguments
+from flowers.files import user_file
+
+SIDE = 32  # pixels of the small squares that are searched for near-duplicates
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_data_arguments(parser, splits=False)
+    # near-duplicates
+    parser.add_argument(
+        "--hash_bits",
+        type=int,
+        default=6,
+        help="of 64 that the hashes of duplicates may differ in (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--levels",
+        type=float,
+        default=8.0,
+        help=f"of 256 that their {SIDE} x {SIDE} pixels may differ by on average "
+        "(default: %(default)s)",
+    )
+    # pictures
+    parser.add_argument(
+        "--sheet",
+        type=user_file,
+        metavar="FILE",
+        help="also save a contact sheet, the first images of every class, as this PNG",
+    )
+    add_figure_arguments(parser)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = command(parse_arguments)()  # before pandas and scipy are imported: see flowers.command
+
 import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy.fft import dctn
 
-from flowers import cache, command, figures, files, images
-from flowers.data import Flowers, add_data_arguments, open_flowers
-from flowers.files import user_file
+from flowers import cache, figures, files, images
+from flowers.data import Flowers, open_flowers
 
 plt = figures.plt
 
-SIDE = 32  # pixels of the small squares that are searched for near-duplicates
 SQUARES_FORMAT = 1  # raise it when the stored squares change
 GREY = np.float32([0.299, 0.587, 0.114])  # weights of red, green and blue (ITU-R BT.601)
 
@@ -249,39 +288,8 @@ def draw_classes(counts: pd.DataFrame, path: Path, pdf: bool, title: str) -> Pat
 # -----------------------------------------------------------------------------
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_data_arguments(parser, splits=False)
-    # near-duplicates
-    parser.add_argument(
-        "--hash_bits",
-        type=int,
-        default=6,
-        help="of 64 that the hashes of duplicates may differ in (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--levels",
-        type=float,
-        default=8.0,
-        help=f"of 256 that their {SIDE} x {SIDE} pixels may differ by on average "
-        "(default: %(default)s)",
-    )
-    # pictures
-    parser.add_argument(
-        "--sheet",
-        type=user_file,
-        metavar="FILE",
-        help="also save a contact sheet, the first images of every class, as this PNG",
-    )
-    figures.add_figure_arguments(parser)
-    return parser.parse_args()
-
-
 @command
-def main():
-    args = parse_arguments()
+def main(args: argparse.Namespace):
     # With a holdout, the three parts of a split are kept apart. Oxford's are swapped by default.
     flowers = open_flowers(
         args.data_root,
@@ -332,4 +340,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -14,6 +14,96 @@ import sys
 import warnings
 from pathlib import Path
 
+from flowers import UserError, add_device_arguments, command
+from flowers.choices import MASKS, add_figure_arguments
+from flowers.data import add_data_arguments
+from flowers.files import user_file, user_path
+
+MARKERS = ["o", "s", "^", "D", "v", "<", ">", "P"]  # one a coloured class
+UNITS = {
+    "hsv": "distance in the HSV cone",
+    "hsv_hist": "distance of root histograms",
+    "clip": "distance of unit features",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_data_arguments(parser, splits=False)
+    # features
+    parser.add_argument(
+        "--features",
+        choices=list(UNITS),
+        default="hsv",
+        help="mean point in the HSV cone, joint histogram (16 x 4 x 4, square roots), or a model's "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--architecture",
+        type=user_path,
+        default="ViT-B/32",
+        help="model for --features clip, as train.py takes it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mask",
+        choices=MASKS,
+        default="centre",
+        help="pixels whose colours count (default: %(default)s)",
+    )
+    add_device_arguments(parser)  # of that model
+    # Isomap
+    parser.add_argument(
+        "--level",
+        choices=["class", "image"],
+        default="class",
+        help="what is a point (default: %(default)s)",
+    )
+    help_k = "of the graph (default: 5 between classes, 10 between images)"
+    parser.add_argument("--n_neighbors", type=int, help=help_k)
+    # drawing
+    parser.add_argument("--labels", action="store_true", help="write the names under the pictures")
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME|ID",
+        help="--level image: classes to colour, up to 8 (default: the eight with the most images)",
+    )
+    parser.add_argument(
+        "--run",
+        type=user_file,
+        help="--level image: the images that this run evaluated, coloured by right and wrong",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=2000,
+        help="--level image: at most so many, evenly taken; 0 for all (default: %(default)s)",
+    )
+    add_figure_arguments(parser)
+
+    args = parser.parse_args()
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError if flags contradict each other or are out of range."""
+    if args.level == "class" and (args.classes or args.run):
+        raise UserError("--class and --run need --level image")
+    too_few_neighbors = args.n_neighbors is not None and args.n_neighbors < 1
+    if len(args.classes) > len(MARKERS) or too_few_neighbors or args.images < 0:
+        raise UserError(
+            f"up to {len(MARKERS)} times --class, --n_neighbors at least 1, --images at least 0"
+        )
+
+
+if __name__ == "__main__":
+    args = command(parse_arguments)()  # before matplotlib is imported: see flowers.command
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,18 +111,11 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.text import Text
 from PIL import Image, ImageOps
 
-from flowers import UserError, add_device_arguments, colour, command, figures
+from flowers import colour, figures
 from flowers.colour import load_colours
-from flowers.data import Flowers, add_data_arguments, find_class, open_from_flags
-from flowers.files import user_file, user_path
+from flowers.data import Flowers, find_class, open_from_flags
 
 plt = figures.plt
-MARKERS = ["o", "s", "^", "D", "v", "<", ">", "P"]  # one a coloured class
-UNITS = {
-    "hsv": "distance in the HSV cone",
-    "hsv_hist": "distance of root histograms",
-    "clip": "distance of unit features",
-}
 THUMBNAIL_DPI = 150
 
 # -----------------------------------------------------------------------------
@@ -317,80 +400,6 @@ def read_run(run: Path, flowers: Flowers) -> tuple[np.ndarray, np.ndarray]:
 # -----------------------------------------------------------------------------
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_data_arguments(parser, splits=False)
-    # features
-    parser.add_argument(
-        "--features",
-        choices=list(UNITS),
-        default="hsv",
-        help="mean point in the HSV cone, joint histogram (16 x 4 x 4, square roots), or a model's "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--architecture",
-        type=user_path,
-        default="ViT-B/32",
-        help="model for --features clip, as train.py takes it (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--mask",
-        choices=colour.MASKS,
-        default="centre",
-        help="pixels whose colours count (default: %(default)s)",
-    )
-    add_device_arguments(parser)  # of that model
-    # Isomap
-    parser.add_argument(
-        "--level",
-        choices=["class", "image"],
-        default="class",
-        help="what is a point (default: %(default)s)",
-    )
-    help_k = "of the graph (default: 5 between classes, 10 between images)"
-    parser.add_argument("--n_neighbors", type=int, help=help_k)
-    # drawing
-    parser.add_argument("--labels", action="store_true", help="write the names under the pictures")
-    parser.add_argument(
-        "--class",
-        dest="classes",
-        action="append",
-        default=[],
-        metavar="NAME|ID",
-        help="--level image: classes to colour, up to 8 (default: the eight with the most images)",
-    )
-    parser.add_argument(
-        "--run",
-        type=user_file,
-        help="--level image: the images that this run evaluated, coloured by right and wrong",
-    )
-    parser.add_argument(
-        "--images",
-        type=int,
-        default=2000,
-        help="--level image: at most so many, evenly taken; 0 for all (default: %(default)s)",
-    )
-    figures.add_figure_arguments(parser)
-
-    args = parser.parse_args()
-    check_arguments(args)
-    return args
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError if flags contradict each other or are out of range."""
-    if args.level == "class" and (args.classes or args.run):
-        raise UserError("--class and --run need --level image")
-    too_few_neighbors = args.n_neighbors is not None and args.n_neighbors < 1
-    if len(args.classes) > len(MARKERS) or too_few_neighbors or args.images < 0:
-        raise UserError(
-            f"up to {len(MARKERS)} times --class, --n_neighbors at least 1, --images at least 0"
-        )
-
-
 def evenly(array: np.ndarray, n: int) -> np.ndarray:
     """Return at most n rows of an array, evenly taken; all if n is 0."""
     if n == 0 or len(array) <= n:
@@ -399,9 +408,7 @@ def evenly(array: np.ndarray, n: int) -> np.ndarray:
 
 
 @command
-def main():
-    args = parse_arguments()
-
+def main(args: argparse.Namespace):
     # -------------------------------------------------------------------------
     # images
 
@@ -471,4 +478,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

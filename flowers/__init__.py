@@ -13,6 +13,10 @@ from tqdm import tqdm
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 
+# Linux then gives torch large tensors in pages of 2 MiB: a batch of pixels is written in half of
+# the time. Read by torch at its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 class UserError(Exception):
     """An error that the user can mend. Its message is one line: what is wrong and what to do."""
@@ -88,8 +92,23 @@ def _device_name(text: str) -> str:
     return text
 
 
-def command(main: Callable[[], None]) -> Callable[[], None]:
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that numpy does not take."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: it must be between 0 and {2**32 - 1}")
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def command(main: Callable) -> Callable:
     """Decorate the `main` of a script, so that errors a user can mend end with one line on stderr.
+
+    A script reads its flags before it imports what takes seconds, such as torch, so that --help and
+    a mistake are answered at once: in `if __name__ == "__main__":` above those imports it calls
+    `command(parse_arguments)()`, and at its end `main` with the result.
 
     Exit codes: 2 for a UserError, an OSError (a full disk, a missing permission) and a GPU that is
     too small; 1 when the reader of a pipe has gone; 130 for Ctrl-C. Any other error is a bug of
@@ -97,16 +116,16 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     """
 
     @functools.wraps(main)
-    def wrapped():
+    def wrapped(*arguments):
         # A name or a degree sign that the terminal can't show is no reason to fail. The standard
         # output of a notebook can't be reconfigured.
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            main()
+            result = main(*arguments)
             # Flushed here, so that a full disk is reported like every other error.
             _flush_stdout()
-            return
+            return result
         except BrokenPipeError:
             # As in `train.py | head`: the reader has seen enough.
             code = 1

@@ -11,14 +11,15 @@ import json
 import os
 import shutil
 import sys
+import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from flowers import UserError
-from flowers.files import atomic
+from flowers.files import atomic, note, try_lock
 
 KEY_SIZE = 32
 CRC_SIZE = 4
@@ -26,6 +27,7 @@ CRC_SIZE = 4
 # the least recently used arrays are removed.
 BOUNDED = ("frozen-*.npy", "qwen-*.npy")
 MAX_BYTES = 50 << 30
+WAIT_SECONDS = 0.2  # between two looks at whether another process has made an array
 
 
 def cache_folder(root: Path) -> Path:
@@ -80,6 +82,8 @@ def cached_array(
 ) -> np.ndarray:
     """The array cached at `path`, memory-mapped, and computed first if it is missing.
 
+    Of several processes that need it one computes it, and the others wait.
+
     key: what the array depends on, from `key_of`. A file of another key or a damaged one is
         replaced, with a warning.
     shape, dtype: those of the array, as numpy writes them: "|u1", "<f4".
@@ -87,21 +91,22 @@ def cached_array(
 
     Raises OSError on a full disk, and leaves nothing half-written.
     """
-    # Another process may map the same file: it is replaced by renaming, never written over.
-    if not path.exists():
-        _write(path, key, shape, dtype, rows())
-    else:
-        problem = _find_problem(path, key, shape, dtype)
-        if problem:
-            print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
-            _write(path, key, shape, dtype, rows())
+    if _find_problem(path, key, shape, dtype):
+        with _alone_with(path):
+            # Who had to wait for another process finds what that one has made.
+            problem = _find_problem(path, key, shape, dtype)
+            if problem and path.exists():
+                print(f"warning: {path} {problem}; making it anew", file=sys.stderr)
+            # Others may map the same file: it is replaced by renaming, never written over.
+            if problem:
+                _write(path, key, shape, dtype, rows())
     # Copy on write ("c"), since torch has no read-only tensors. The file itself never changes.
     return np.load(path, mmap_mode="c")
 
 
 def open_array(path: Path, key: bytes, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
     """The array cached at `path`, memory-mapped; None if it is missing, damaged or another one."""
-    if not path.exists() or _find_problem(path, key, shape, dtype):
+    if _find_problem(path, key, shape, dtype):
         return None
     return np.load(path, mmap_mode="c")
 
@@ -158,6 +163,23 @@ def _make_room(path: Path, size: int) -> None:
         oldest.with_suffix(".json").unlink(missing_ok=True)  # what is in it, of a pack
 
 
+@contextlib.contextmanager
+def _alone_with(path: Path) -> Iterator[None]:
+    """A context that one process at a time is in. Who is killed in it leaves it."""
+    lock_path = path.with_suffix(".lock")
+    try:
+        with lock_path.open("ab") as lock:
+            if not try_lock(lock):
+                note(f"another process is making {path}, which is waited for")
+                while not try_lock(lock):
+                    time.sleep(WAIT_SECONDS)
+            yield
+    finally:
+        # Another process may hold it by now: it has looked, or will, at what has been made.
+        with contextlib.suppress(OSError):
+            lock_path.unlink()
+
+
 def _write(
     path: Path, key: bytes, shape: tuple[int, ...], dtype: str, rows: Iterable[np.ndarray]
 ) -> None:
@@ -176,6 +198,8 @@ def _write(
 
 def _find_problem(path: Path, key: bytes, shape: tuple[int, ...], dtype: str) -> str:
     """What is wrong with a cache file, as the end of a sentence, or the empty string."""
+    if not path.exists():
+        return "is missing"
     try:
         data = np.load(path, mmap_mode="r")
         # numpy ignores what stands behind the array.

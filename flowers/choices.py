@@ -3,8 +3,12 @@
 Without torch, so that --help and a mistake in a flag are answered at once.
 """
 
+import argparse
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from flowers.files import user_file
 
 # -----------------------------------------------------------------------------
 # architectures
@@ -44,6 +48,19 @@ SHAPES = {
 }
 RANDOM = ("tiny", "tiny-16", "tiny-rn")  # these start from random weights
 PRETRAINED = tuple(name for name in SHAPES if name not in RANDOM)  # and these from OpenAI's
+ACTIVATION_NAMES = ("quickgelu", "gelu")  # of the blocks
+
+
+def add_activation_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --activation, for files of weights that do not say what they were trained with."""
+    parser.add_argument(
+        "--activation",
+        choices=ACTIVATION_NAMES,
+        help="activation of the model in a file that does not say it: quickgelu for OpenAI's, gelu "
+        "for most of LAION's and DataComp's (default: what the weights say, else quickgelu with a "
+        "note)",
+    )
+
 
 # -----------------------------------------------------------------------------
 # strategies
@@ -62,6 +79,10 @@ STRATEGIES = (
 
 # These learn something beside the model, and leave its weights as they were.
 KEEPS_WEIGHTS = ("linear", "prompt")
+# These add what they train to weights that stay: there is no start to which --pull could pull.
+ADDS_WEIGHTS = ("lora", "prompt")
+# These train one layer alone, which has none above it to be slower than.
+ONE_LAYER = ("projection", "linear", "prompt")
 # With --shots, as in CoOp and CLIP-LoRA: who has few images to train on has few to choose on.
 MAX_VAL_SHOTS = 4
 
@@ -80,6 +101,46 @@ LEARNING_RATES = {
     "linear": 0.0,
 }
 
+# linear without val. C is the inverse of the L2 penalty in scikit-learn's LogisticRegression: the
+# choice on val for the real images (docs/study.md).
+DEFAULT_C = 100.0
+# The pull towards the text classifier: the middle of those tried on val, not tuned.
+DEFAULT_PULL = 0.1
+
+# A place where the image tower can be cut, beside a number of blocks: just before the projection.
+PROJECTION = "projection"
+Cut = int | Literal["projection"] | None
+
+
+def cut_points(strategy: str, blocks: int) -> tuple[Cut, int | None]:
+    """Where the frozen part of the image and of the text tower ends.
+
+    A number of trained blocks, as split_image_tower and split_text_tower take it: 0 where the whole
+    tower is frozen, None where no part of it is. PROJECTION where the image projection alone is
+    trained.
+    """
+    cuts = {
+        "full": (None, None),
+        "image": (None, 0),
+        "text": (0, None),
+        "last_blocks": (blocks, blocks),
+        "projection": (PROJECTION, 0),
+        # The first norms stand before the first blocks.
+        "norm": (None, None),
+        "linear": (0, None),
+        # Low-rank updates begin in the first block.
+        "lora": (None, None),
+        # The context enters at the first layer of the text tower.
+        "prompt": (0, None),
+    }
+    return cuts[strategy]
+
+
+# -----------------------------------------------------------------------------
+# losses
+
+LOSSES = ("info_nce", "cross_entropy", "sigmoid")
+
 # -----------------------------------------------------------------------------
 # few shots
 
@@ -93,6 +154,16 @@ FEW_SHOT_EPOCHS = {1: 300, 2: 100, 4: 50, 8: 25, 16: 12}
 
 # The default, of this project; CLIP's own is "a photo of a {}, a type of flower."
 TEMPLATE = "an image of the {} flower"
+# A learned context vector as it is written at the beginning of a prompt.
+CONTEXT_MARK = "[V] "
+
+
+def context_template(context_tokens: int) -> str:
+    """The template of `prompt`, in CoOp's notation: `[V] [V] ... {} flower`.
+
+    tokenize turns each mark into a placeholder, over which the learned vector is written.
+    """
+    return CONTEXT_MARK * context_tokens + "{} flower"
 
 
 def templates_in_words(templates: Sequence[str]) -> str:
@@ -100,3 +171,26 @@ def templates_in_words(templates: Sequence[str]) -> str:
     if len(templates) > 2:
         return f"'{templates[0]}' and {len(templates) - 1} more"
     return " and ".join(f"'{template}'" for template in templates)
+
+
+# -----------------------------------------------------------------------------
+# figures
+
+MASKS = ("none", "centre", "grabcut")  # which pixels' colours count: flowers/colour.py
+
+
+def add_figure_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --output, --pdf and --show."""
+    group = parser.add_argument_group("figures")
+    group.add_argument(
+        "--output",
+        type=user_file,
+        default=Path("figures"),
+        help="folder of the figures (default: %(default)s)",
+    )
+    group.add_argument("--pdf", action="store_true", help="save each also as PDF")
+    group.add_argument(
+        "--show",
+        action="store_true",
+        help="open them in the system's picture viewer (default: no window)",
+    )

@@ -35,7 +35,6 @@ VALUE = slice(2 * LEVELS, 3 * LEVELS)
 HSV_HIST = slice(3 * LEVELS, 3 * LEVELS + math.prod(JOINT))
 WIDTH = HSV_HIST.stop + 1
 
-MASKS = ("none", "centre", "grabcut")
 # Short side, in pixels, at which GrabCut works: flowers are large, and at 500 pixels it would take
 # sixty times as long.
 GRABCUT_SIDE = 64
@@ -88,7 +87,7 @@ def grabcut_mask(hsv: np.ndarray) -> np.ndarray:
 
 
 def mask_of(hsv: np.ndarray, mask: str) -> np.ndarray:
-    """Return (H, W) bool, the pixels that count under one of MASKS.
+    """Return (H, W) bool, the pixels that count under one of choices.MASKS.
 
     none: all; centre: a disc of 70% of the short side; grabcut: see `grabcut_mask`.
     """
@@ -124,13 +123,13 @@ def histograms(hsv: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def measure(rgb: np.ndarray, mask: str) -> np.ndarray:
-    """Return the row of colours of a picture (H, W, 3) uint8 under one of MASKS."""
+    """Return the row of colours of a picture (H, W, 3) uint8 under one of choices.MASKS."""
     hsv = to_hsv(rgb)
     return histograms(hsv, mask_of(hsv, mask))
 
 
 def load_colours(flowers: Flowers, mask: str) -> np.ndarray:
-    """Return the rows of colours (N, WIDTH) float32 of all images under one of MASKS.
+    """Return the rows of colours (N, WIDTH) float32 of all images under one of choices.MASKS.
 
     They are measured once and kept beside the data. Raises UserError naming the file if an image
     can't be decoded.

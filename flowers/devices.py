@@ -13,8 +13,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from flowers import PRECISIONS, UserError
+from flowers import PRECISIONS, UserError, check_seed
 from flowers import add_device_arguments as add_device_arguments  # it needs no torch
+from flowers import world_size as world_size
 
 # -----------------------------------------------------------------------------
 # device
@@ -123,8 +124,7 @@ def seed_everything(seed: int, device: torch.device | None = None) -> None:
     """
     if device is None:
         device = choose_device()
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed}: it must be between 0 and {2**32 - 1}")
+    check_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -247,11 +247,6 @@ class Processes:
         means = (flat / self.world_size).split([gradient.numel() for gradient in gradients])
         for gradient, mean in zip(gradients, means):
             gradient.copy_(mean.view_as(gradient))
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
 def start_processes(device_name: str = "auto") -> Processes:

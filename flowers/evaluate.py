@@ -4,7 +4,6 @@ Metrics take tensors and return dicts, in percent. N images, C classes, D dimens
 """
 
 import difflib
-import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from flowers import UserError, calibration, devices, figures, frozen, runs, stra
 from flowers.choices import TEMPLATE as TEMPLATE  # it needs no torch
 from flowers.choices import templates_in_words
 from flowers.data import Flowers, base_classes
-from flowers.files import checked, load_tensors, read_json, write_csv
+from flowers.files import checked, digest_of_prompts, load_tensors, read_json, write_csv
 from flowers.intervals import wilson
 from flowers.layouts import correct_name, name_key
 from flowers.models import CLIP, CONTEXT_LENGTH, END, encode, settings_of, text_features
@@ -217,16 +216,6 @@ def describe_prompts(path: str | Path, prompts: Prompts) -> str:
     """A prompts file as tables and results name it, such as `cupl.json (3,024 sentences)`."""
     n_sentences = sum(len(sentences) for sentences in prompts)
     return f"{Path(path).name} ({n_sentences:,} sentences)"
-
-
-def digest_of_prompts(path: str | Path, what: str = "prompts") -> str:
-    """The first 16 hex digits of the SHA-256 of a file of texts, to see whether it has changed.
-
-    what: the texts, in words. Raises UserError if it is missing.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"no {what} at {path}")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def warn_of_changed_prompts(architecture: str, path: str | Path) -> None:

@@ -3,7 +3,6 @@
 The same numbers give the same bytes: nothing here is random, and no file holds a date.
 """
 
-import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, ImageShow
 
 from flowers.data import Flowers
-from flowers.files import atomic, user_file
+from flowers.files import atomic
 from flowers.images import read_picture
 
 if TYPE_CHECKING:
@@ -59,23 +58,6 @@ def save(figure: Figure, path: Path, pdf: bool = False) -> Path:
             figure.savefig(file, format="pdf", metadata=undated)
     plt.close(figure)
     return path
-
-
-def add_figure_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --output, --pdf and --show."""
-    group = parser.add_argument_group("figures")
-    group.add_argument(
-        "--output",
-        type=user_file,
-        default=Path("figures"),
-        help="folder of the figures (default: %(default)s)",
-    )
-    group.add_argument("--pdf", action="store_true", help="save each also as PDF")
-    group.add_argument(
-        "--show",
-        action="store_true",
-        help="open them in the system's picture viewer (default: no window)",
-    )
 
 
 def show(paths: list[Path]) -> None:

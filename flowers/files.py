@@ -5,6 +5,7 @@ file is written beside its place and renamed, and a file that is read may be dam
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -56,6 +57,16 @@ def say(message: str) -> None:
 def _speaks() -> bool:
     # As torchrun sets it.
     return os.environ.get("RANK", "0") == "0"
+
+
+def digest_of_prompts(path: str | Path, what: str = "prompts") -> str:
+    """The first 16 hex digits of the SHA-256 of a file of texts, to see whether it has changed.
+
+    what: the texts, in words. Raises UserError if it is missing.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no {what} at {path}")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from flowers import UserError, reason, stop
+from flowers.choices import ACTIVATION_NAMES, CONTEXT_MARK, PROJECTION, SHAPES, Cut, Shape
 from flowers.choices import PRETRAINED as PRETRAINED  # it needs no torch
 from flowers.choices import RANDOM as RANDOM
-from flowers.choices import SHAPES, Shape
 from flowers.devices import autocast
 from flowers.pixels import CLIP_MEAN, CLIP_STD, get_batch
 
@@ -105,7 +105,7 @@ class Settings(NamedTuple):
     std: tuple[float, float, float]
 
 
-ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": torch.nn.GELU}
+ACTIVATIONS = dict(zip(ACTIVATION_NAMES, (QuickGELU, torch.nn.GELU)))
 OPENAI = Settings("quickgelu", 64, 64, CLIP_MEAN, CLIP_STD)  # of all of OpenAI's weights
 
 
@@ -118,9 +118,7 @@ VOCABULARY = 49408
 START = 49406  # the token before a text
 END = 49407  # the one after it, where CLIP reads the feature of the text
 
-# A learned context vector as it is written at the beginning of a prompt, and the token that stands
-# for it: byte 0, which the tokenizer's cleaned text never has.
-CONTEXT_MARK = "[V] "
+# The token that stands for CONTEXT_MARK: byte 0, which the tokenizer's cleaned text never has.
 PLACEHOLDER = 188
 
 
@@ -416,11 +414,6 @@ def progress_chunks(items: torch.Tensor, title: str, size: int = 256) -> Iterato
 
 # -----------------------------------------------------------------------------
 # towers cut in two: a frozen trunk, which can be computed once, and the rest, which is trained
-
-
-# A place where the image tower can be cut, beside a number of blocks: just before the projection.
-PROJECTION = "projection"
-Cut = int | Literal["projection"] | None
 
 
 def split_image_tower(model: CLIP, cut: Cut) -> tuple[Callable, Callable]:

@@ -21,16 +21,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flowers import UserError
+from flowers.choices import DEFAULT_C, DEFAULT_PULL
 from flowers.choices import KEEPS_WEIGHTS as KEEPS_WEIGHTS  # it needs no torch
-from flowers.choices import LEARNING_RATES as LEARNING_RATES
 from flowers.choices import STRATEGIES as STRATEGIES
+from flowers.choices import context_template as context_template
+from flowers.choices import cut_points as cut_points
 from flowers.files import note
 from flowers.models import (
     CLIP,
-    CONTEXT_MARK,
     PLACEHOLDER,
-    PROJECTION,
-    Cut,
     ModifiedResNet,
     image_projection,
     last_blocks,
@@ -39,12 +38,6 @@ from flowers.models import (
     towers,
 )
 from flowers.weights import state_for_saving
-
-# These add what they train to weights that stay: there is no start to which --pull could pull.
-ADDS_WEIGHTS = ("lora", "prompt")
-
-# These train one layer alone, which has none above it to be slower than.
-ONE_LAYER = ("projection", "linear", "prompt")
 
 
 def prepare(
@@ -76,30 +69,6 @@ def prepare(
     if strategy == "prompt":
         add_context(model, context_tokens)
     # linear trains nothing of the model: fit_linear makes a head for its features.
-
-
-def cut_points(strategy: str, blocks: int) -> tuple[Cut, int | None]:
-    """Where the frozen part of the image and of the text tower ends.
-
-    A number of trained blocks, as split_image_tower and split_text_tower take it: 0 where the whole
-    tower is frozen, None where no part of it is. PROJECTION where the image projection alone is
-    trained.
-    """
-    cuts = {
-        "full": (None, None),
-        "image": (None, 0),
-        "text": (0, None),
-        "last_blocks": (blocks, blocks),
-        "projection": (PROJECTION, 0),
-        # The first norms stand before the first blocks.
-        "norm": (None, None),
-        "linear": (0, None),
-        # Low-rank updates begin in the first block.
-        "lora": (None, None),
-        # The context enters at the first layer of the text tower.
-        "prompt": (0, None),
-    }
-    return cuts[strategy]
 
 
 def count_trainable(
@@ -205,14 +174,6 @@ def _lora_weights(model: CLIP) -> list[tuple[nn.Module, str, int]]:
 CONTEXT_WORDS = "an image of the"
 
 
-def context_template(context_tokens: int) -> str:
-    """The template of `prompt`, in CoOp's notation: `[V] [V] ... {} flower`.
-
-    tokenize turns each mark into a placeholder, over which the learned vector is written.
-    """
-    return CONTEXT_MARK * context_tokens + "{} flower"
-
-
 def add_context(model: CLIP, context_tokens: int) -> None:
     """Give the model a context to learn. Raises UserError for an impossible number of vectors."""
     longest = model.context_length // 2  # the other half is for the class name
@@ -253,13 +214,9 @@ MAX_ITERATIONS = 1000
 
 # Values of C in scikit-learn's LogisticRegression (the inverse of the L2 penalty), tried on val.
 INVERSE_REGULARISATION = (0.1, 1.0, 10.0, 100.0, 1000.0)
-# Used without val: the choice on val for the real images (docs/study.md).
-DEFAULT_C = 100.0
 
 # Strengths of the pull towards the text classifier, tried on val, the strongest first.
 PULLS = (10.0, 1.0, 0.1, 0.01, 0.001)
-# Used without val: the middle of these, not tuned.
-DEFAULT_PULL = 0.1
 
 
 def fit_linear(

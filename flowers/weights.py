@@ -8,7 +8,6 @@ can't be known, the user is asked or told what is assumed.
 Weights are fp32 whatever the file holds: AdamW on fp16 weights gives NaN after a step.
 """
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -53,17 +52,6 @@ WIDEST_OPENAI_VIT = 1024
 OPEN_CLIP = "open_clip:"
 HUGGING_FACE = "hf:"
 INSTALL = "pip install -r requirements-openclip.txt"
-
-
-def add_activation_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --activation, for files of weights that do not say what they were trained with."""
-    parser.add_argument(
-        "--activation",
-        choices=list(ACTIVATIONS),
-        help="activation of the model in a file that does not say it: quickgelu for OpenAI's, gelu "
-        "for most of LAION's and DataComp's (default: what the weights say, else quickgelu with a "
-        "note)",
-    )
 
 
 def load_model(

@@ -53,6 +53,20 @@ def wait_for(find, what):
     return found
 
 
+def test_points_with_the_same_frozen_parts_are_not_started_together():
+    from ablate import Point, in_turn
+
+    points = []
+    for seed, strategy, times in itertools.product((0, 1), ("linear", "prompt"), (0.2, 1.0, 5.0)):
+        settings = {"seed": seed, "strategy": strategy, "times": times}
+        points.append(Point(f"{strategy}-{times}-{seed}", settings, ()))
+    order = [tuple(point.settings.values()) for point in in_turn(points)]
+    one_seed = [(s, t) for t in (0.2, 1.0, 5.0) for s in ("linear", "prompt")]
+    assert order == [(seed, *rest) for seed in (0, 1) for rest in one_seed]
+    evaluations = [Point(name, {}, ()) for name in "cab"]
+    assert in_turn(evaluations) == evaluations
+
+
 def test_the_grids_are_what_they_say(cli, tmp_path):
     def dry(*arguments):
         code, out, err = cli("ablate.py", *arguments, "--dry_run", "--runs", tmp_path)

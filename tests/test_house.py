@@ -1,6 +1,8 @@
 """The house: imports run one way, and nothing goes in a circle. Read from the syntax trees."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ QUICK = (
     "flowers.sample",
     "flowers.choices",
     "flowers.runs",
+    "flowers.settings",
     "web",
     "ablate",
     "report",
@@ -31,6 +34,21 @@ QUICK = (
     "data_Exploration.class_distribution",
     "data_Exploration.isomap",
 )
+
+# Scripts that read their flags before they import anything of this, and a mistake in them: one that
+# argparse finds, or one of flags that contradict each other.
+AFTER_FLAGS = SLOW | {"cv2", "matplotlib", "pandas", "scipy", "seaborn", "sklearn", "statsmodels"}
+MISTAKES = {
+    "train.py": ("--eval_every", "1"),
+    "baseline_eval.py": ("--calibrated", "--wise_ft", "0"),
+    "predict.py": ("rose.jpg", "--top", "0"),
+    "test_models.py": ("--sort", "images_per_s"),
+    "ablate.py": ("temperature", "--no_such_flag_of_train"),
+    "report.py": ("--bootstrap", "many"),
+    "data_Exploration/dataset_Description.py": ("--levels", "few"),
+    "data_Exploration/class_distribution.py": ("--class", "rose", "--all"),
+    "data_Exploration/isomap.py": ("--class", "rose"),
+}
 
 
 def module_name(path: Path) -> str:
@@ -148,3 +166,15 @@ def test_the_quick_ones_load_no_torch(name):
         assert not slow, f"{name} loads {slow[0]} through {module}"
         seen.add(module)
         waiting += [m for m in imports_of(module, late=False) if m in MODULES and m not in seen]
+
+
+@pytest.mark.parametrize("script", MISTAKES)
+def test_a_mistake_is_answered_before_anything_slow_is_imported(script):
+    words = [sys.executable, "-X", "importtime", script, *MISTAKES[script]]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    *others, last = done.stderr.splitlines()
+    assert done.returncode == 2 and "error: " in last, done.stderr[-500:]
+    # import time: self [us] | cumulative | module
+    imported = {line.split("|")[-1].strip() for line in others if line.startswith("import time:")}
+    assert "flowers" in imported
+    assert not {name for name in imported if name.split(".")[0] in AFTER_FLAGS}

@@ -6,7 +6,9 @@ It is reused, rebuilt when it must be, and never in the way of a read-only folde
 import io
 import os
 import shutil
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,12 +17,15 @@ from conftest import error_line
 from PIL import Image
 
 from flowers import UserError, devices, images, models
+from flowers.cache import cached_array
 from flowers.data import open_flowers
 from flowers.pixels import get_batch, load_pixels, read_square
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from clip.clip import _transform
+
+PATIENCE_S = 600  # a machine that is busy with other work needs minutes
 
 
 @pytest.fixture
@@ -235,3 +240,43 @@ def test_augmentation(small):
     other = get_batch(pixels, index, "cpu", "crop", devices.generator(1))
     assert torch.equal(cropped, again)
     assert not torch.equal(cropped, other)
+
+
+def test_of_two_that_need_an_array_one_makes_it(tmp_path, monkeypatch):
+    """The second asks while the first is at work, waits, and finds what the first has made."""
+    path, array = tmp_path / "frozen-0.npy", np.arange(12, dtype=np.uint8).reshape(4, 3)
+    at_work, is_waited_for = threading.Event(), threading.Event()
+    made = []
+    # What a waiting process says is the sign for the first one to go on.
+    monkeypatch.setattr("flowers.cache.note", lambda message: is_waited_for.set())
+
+    def rows():
+        made.append(1)
+        at_work.set()
+        assert is_waited_for.wait(PATIENCE_S)
+        yield array
+
+    def ask():
+        return cached_array(path, b"k" * 32, array.shape, "|u1", rows)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask)
+        assert at_work.wait(PATIENCE_S)
+        second = pool.submit(ask)
+        for result in (first.result(PATIENCE_S), second.result(PATIENCE_S)):
+            assert np.array_equal(result, array)
+    assert made == [1]
+    assert [file.name for file in tmp_path.iterdir()] == ["frozen-0.npy"]  # and no lock
+
+
+def test_an_array_that_could_not_be_made_is_made_by_the_next(tmp_path):
+    path, array = tmp_path / "frozen-0.npy", np.zeros((4, 3), np.uint8)
+
+    def no_rows():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_array(path, b"k" * 32, array.shape, "|u1", no_rows)
+    assert list(tmp_path.iterdir()) == []
+    result = cached_array(path, b"k" * 32, array.shape, "|u1", lambda: [array])
+    assert np.array_equal(result, array)

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, error_line, write_dataset
 
 import train as train_script
-from flowers import devices, models
+from flowers import models, settings
 from flowers.data import open_flowers
 from flowers.files import read_lines
 from flowers.weights import load_model
@@ -276,9 +276,8 @@ def test_which_val_images_are_drawn(small):
     # By default as many as --shots, at most four.
     for flags, expected in (((), None), (("--shots", 3), 3), (("--shots", 16), 4)):
         arguments = ["--holdout", *map(str, flags)]
-        args = train_script.make_parser().parse_args(arguments)
-        alone = devices.Processes(0, 1, torch.device("cpu"))
-        assert train_script.resolve(args, alone).val_shots == expected
+        args = settings.make_parser().parse_args(arguments)
+        assert settings.resolve(args, processes=1).val_shots == expected
 
     # A class without val images is left out.
     some = flowers.splits["val"][flowers.labels[flowers.splits["val"]] != 2]

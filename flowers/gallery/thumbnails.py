@@ -159,6 +159,14 @@ class Thumbnails:
         # A JPEG ends with 0xd9, so the zeros at the end are what filled its slot.
         return self._jpegs[i].tobytes().rstrip(b"\0")
 
+    def jpegs(self, index: Sequence[int]) -> list[bytes]:
+        """Return the JPEGs of the images at `index`, as `self[i]` does."""
+        if self._jpegs is not None:
+            return [self[i] for i in index]
+        # As long as none are stored, they are made here.
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.__getitem__, index))
+
     def _make_all(self) -> None:
         """Load thumbnails and features from the cache folder, where they are made if missing."""
         n = len(self.files)
