@@ -52,7 +52,7 @@ PART_S = 7  # seconds for a way of which not all steps are timed, its preparatio
 COMPILING_S = 90
 ITERATIONS = 50  # of L-BFGS, for `linear`
 TABLE = [
-    "| shape | way | images/s | 5 epochs and evaluation, s | share of the peak | peak memory, MB "
+    "| shape | way | images/s | all epochs and evaluation, s | share of the peak | peak memory, MB "
     "| steps timed | waits a step |",
     "|---|---|---|---|---|---|---|---|",
 ]
@@ -173,7 +173,8 @@ def heading(size: Size, device: torch.device, peak: float, first_pass_s: float) 
         "",
         f"The peak is that of a matrix product here: {peak / 1e12:.3g} TFLOP/s. FLOPs are counted, "
         "those of each way its own. Where fewer steps were timed than there are, the seconds are "
-        "those of all steps at the same rate. The memory of ours holds the pixels of all images.",
+        "those of all steps at the same rate. The memory of ours holds the pixels of all images. "
+        f"`linear` is one pass over them and {ITERATIONS} iterations of L-BFGS.",
         "",
         f"Not counted: the first pass over the JPEGs, which fills the pixel cache, would take "
         f"{first_pass_s:.0f} s on the {os.cpu_count()} cores (224 px, at the rate of {N_JPEGS} "
