@@ -573,20 +573,7 @@ def open_clip(task: Task, stack: contextlib.ExitStack) -> Way:
     tokens = full_tokens(prompts, torch.device("cpu"))  # (C, 77)
     stream = endless(task, open_clip_transform(task.pixels.shape[-1]), stack)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    settings = SimpleNamespace(
-        device=str(device),
-        precision={"bf16": "amp_bf16", "fp16": "amp", "fp32": "fp32"}[devices.precision_of(device)],
-        accum_freq=1,
-        distill=False,
-        skip_scheduler=True,
-        horovod=False,
-        grad_clip_norm=None,
-        rank=0,
-        world_size=1,
-        batch_size=size.batch,
-        log_every_n_steps=100,
-        wandb=False,
-    )
+    settings = open_clip_settings(task)
     scaler = devices.gradient_scaler(device) if settings.precision == "amp" else None
 
     class Batches:
@@ -613,6 +600,25 @@ def open_clip(task: Task, stack: contextlib.ExitStack) -> Way:
     images = get_batch(task.pixels, torch.arange(2), device)
     flops = count_step(encode, images, tokens[:2].to(device), size.batch, size.batch)
     return Way(steps, size.steps, evaluation(task, model.encode_image, stream), flops)
+
+
+def open_clip_settings(task: Task) -> SimpleNamespace:
+    """What train_one_epoch takes from open_clip's own flags."""
+    names = {"bf16": "amp_bf16", "fp16": "amp", "fp32": "fp32"}
+    return SimpleNamespace(
+        device=str(task.device),
+        precision=names[devices.precision_of(task.device)],
+        accum_freq=1,
+        distill=False,
+        skip_scheduler=True,
+        horovod=False,
+        grad_clip_norm=None,
+        rank=0,
+        world_size=1,
+        batch_size=task.size.batch,
+        log_every_n_steps=100,
+        wandb=False,
+    )
 
 
 def full_tokens(prompts: list[str], device: torch.device) -> torch.Tensor:
