@@ -56,6 +56,7 @@ from flowers.models import (
 from flowers.pixels import get_batch, load_pixels, to_device
 from flowers.tracking import Tracker, log_mistakes, start_wandb
 from flowers.training import (
+    LateNumbers,
     assign,
     averaged,
     copies,
@@ -140,6 +141,7 @@ def main(config: Config):
     # -----------------------------------------------------------------------------
     # training loop
     bar = progress_bar(first_epoch * steps_per_epoch, total_steps, processes)
+    late, of_loss = LateNumbers(processes.device), loss_parameters(model)
     for epoch in range(first_epoch, config.epochs):
         epoch_start = step_start = time.perf_counter()
         for i, batch in enumerate(data.batches(epoch, batch_size, processes)):
@@ -149,17 +151,20 @@ def main(config: Config):
             losses = training_step(objective, batch, optimizer, scaler, processes)
             update_average(average, trained, config.ema, step)
 
-            # The weights are checked once an epoch, before they are saved.
-            checked = trained.values() if i == steps_per_epoch - 1 else []
-            check_finite(losses["train/loss"], checked, step, checkpoint_file)
-            row = {"epoch": epoch + 1, "step": step + 1, **losses, "train/lr": config.lr * factor}
-            row |= evaluate.with_split("train", loss_parameters(model))
-            row["train/images_per_s"] = batch_size / (time.perf_counter() - step_start)
-            step_start = time.perf_counter()
-            rows.append(row)
-            tracker.log_row(row)
-            bar.set_postfix(epoch=epoch + 1, loss=losses["train/loss"], refresh=False)
-            bar.update()
+            # The log is of steps that are done: a GPU is two behind, and catches up in the last.
+            late.put((step, config.lr * factor), losses | of_loss)
+            is_last = i == steps_per_epoch - 1
+            for (done, lr), numbers in late.take(everything=is_last):
+                # The weights are checked once an epoch, before they are saved.
+                checked = trained.values() if done == step and is_last else []
+                check_finite(numbers["loss"], checked, done, checkpoint_file)
+                row = step_row(epoch, done, lr, numbers)
+                row["train/images_per_s"] = batch_size / (time.perf_counter() - step_start)
+                step_start = time.perf_counter()
+                rows.append(row)
+                tracker.log_row(row)
+                bar.set_postfix(epoch=epoch + 1, loss=numbers["loss"], refresh=False)
+                bar.update()
         seconds += time.perf_counter() - epoch_start
 
         if not processes.is_main:
@@ -212,38 +217,39 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     processes: devices.Processes,
-) -> dict[str, float]:
-    """Update the model with one batch; returns the losses of the batch before the update.
+) -> dict[str, torch.Tensor]:
+    """Update the model with one batch; returns its `loss` before the update, with --pull `pull`.
+
+    They are scalars on the device. Nothing here waits for a GPU: Python is ahead of it, so that it
+    always knows what to do next.
 
     scaler: multiplies the loss before the backward pass, with --precision fp16.
     """
 
-    model = objective.model
-
     def batch_loss(local_images: torch.Tensor, local_texts: torch.Tensor) -> torch.Tensor:
         return scaler.scale(objective.loss_of(local_images, local_texts, batch))
 
-    encode_images, encode_texts = objective.encoders
     if objective.chunk_size:
         inputs = [batch.images, batch.text_rows]
         loss = backward_in_chunks(objective.encoders, inputs, batch_loss, objective.chunk_size)
     else:
-        loss = batch_loss(encode_images(batch.images), encode_texts(batch.text_rows))
+        loss = batch_loss(*objective.encode(batch.images, batch.text_rows))
         loss.backward()
-    scale = scaler.get_scale()  # the update may change it
-    losses = {"train/loss": loss.item() / scale}
+    loss = loss.detach()
+    scale = scaler.scale(torch.ones_like(loss))  # not get_scale, which waits; the update changes it
+    losses = {"loss": loss / scale}
     if objective.pulled_to:
         # Once for the whole batch: each process adds the same, and so does their mean.
-        weights = dict(model.named_parameters())
-        pull = objective.pull * squared_distance(weights, objective.pulled_to)
+        pull = objective.pull * squared_distance(objective.trained, objective.pulled_to)
         scaler.scale(pull).backward()
-        losses["train/pull"] = pull.item()
-    trained = [p for p in model.parameters() if p.requires_grad]
+        losses["pull"] = pull
+    trained = list(objective.trained.values())
     processes.average_gradients(trained)
     update(optimizer, trained, scaler)  # with clipped gradients
-    if model.logit_scale.requires_grad:
+    logit_scale = objective.trained.get("logit_scale")
+    if logit_scale is not None:
         with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+            logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
     return losses
 
 
@@ -255,14 +261,17 @@ def training_step(
 class Objective:
     """What training makes smaller: the loss of a batch, and with --pull the distance to the start.
 
+    trained: the parameters that are trained, by name.
     encoders: batch.images -> features (b, D), and batch.text_rows -> features (p, D).
-    loss_of: takes both and the batch, and returns the loss of all processes' images.
+    encode: takes both inputs, and returns both features.
+    loss_of: takes both features and the batch, and returns the loss of all processes' images.
     chunk_size: images whose graph is in memory at a time; 0 for all of the batch.
     pull: how strongly the trained weights are pulled to `pulled_to`, by name; empty without --pull.
     """
 
-    model: CLIP
+    trained: dict[str, torch.nn.Parameter]
     encoders: Sequence[Callable]
+    encode: Callable
     loss_of: Callable
     chunk_size: int
     pull: float
@@ -278,8 +287,20 @@ def make_objective(
 ) -> Objective:
     """The loss and the pull of the settings; the trained weights are still those of the start."""
     loss_of = choose_loss(config.loss, model, processes)
+    encode_images, encode_texts = encoders
+
+    def encode_batch(images: torch.Tensor, text_rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return encode_images(images), encode_texts(text_rows)
+
+    if config.compile:
+        # One graph of both towers; a chunk goes through one of them. The number of distinct texts
+        # differs from step to step: torch makes it a variable at the second one.
+        encode_batch = torch.compile(encode_batch)
+        encoders = [torch.compile(encoder) for encoder in encoders]
     pulled_to = copies(weights_of_towers(trained)) if config.pull else {}
-    return Objective(model, encoders, loss_of, config.chunk_size, config.pull, pulled_to)
+    return Objective(
+        trained, encoders, encode_batch, loss_of, config.chunk_size, config.pull, pulled_to
+    )
 
 
 def choose_loss(name: str, model: CLIP, processes: devices.Processes) -> Callable:
@@ -320,12 +341,21 @@ def gather_pairs(
     return images, texts
 
 
-def loss_parameters(model: CLIP) -> dict[str, float]:
-    """The temperature tau, which the probabilities have, and sigmoid's bias."""
-    values = {"tau": math.exp(-model.logit_scale.item())}
-    if hasattr(model, "logit_bias"):
-        values["logit_bias"] = model.logit_bias.item()
-    return values
+def loss_parameters(model: CLIP) -> dict[str, torch.Tensor]:
+    """The scalars of the loss by name: the scale of the logits, and sigmoid's bias."""
+    return {name: p for name, p in model.named_parameters() if name in LOSS_PARAMETERS}
+
+
+def step_row(epoch: int, step: int, lr: float, numbers: dict[str, float]) -> dict[str, float]:
+    """A step (from 0) as a row of metrics.jsonl. numbers: its losses, and `loss_parameters`."""
+    row = {"epoch": epoch + 1, "step": step + 1, "train/loss": numbers["loss"]}
+    if "pull" in numbers:
+        row["train/pull"] = numbers["pull"]
+    row["train/lr"] = lr
+    row["train/tau"] = math.exp(-numbers["logit_scale"])  # which the probabilities have
+    if "logit_bias" in numbers:
+        row["train/logit_bias"] = numbers["logit_bias"]
+    return row
 
 
 # -----------------------------------------------------------------------------
@@ -577,7 +607,7 @@ class TrainingData:
         else:
             # The views take turns, one each epoch.
             view = self.views[epoch % len(self.views)]
-            images = view[positions[local].to(view.device)].to(device)
+            images = devices.send(view[devices.send(positions[local], view.device)], device)
         if self.config.loss == "cross_entropy":
             # One text of each class, anew in each step, and where that of each image is.
             classes, image_of_class = self.classes
@@ -588,8 +618,9 @@ class TrainingData:
             rows, text_of_image = torch.unique(text_rows[index[local]], return_inverse=True)
         matches = None
         if self.config.positives == "class":
-            matches = same_class(self.labels[index].to(device))
-        return Batch(images, rows.to(device), text_of_image.to(device), matches)
+            matches = same_class(devices.send(self.labels[index], device))
+        rows, text_of_image = (devices.send(numbers, device) for numbers in (rows, text_of_image))
+        return Batch(images, rows, text_of_image, matches)
 
 
 # -----------------------------------------------------------------------------
@@ -650,11 +681,9 @@ def make_encoders(
     image_cut, text_blocks = strategies.cut_points(config.strategy, config.blocks)
     image_trunk, image_rest = split_image_tower(model, image_cut)
     text_trunk, text_rest = split_text_tower(model, text_blocks)
-    # Not the text tower: the number of distinct texts differs from step to step.
-    if config.compile:
-        image_rest = torch.compile(image_rest)
+    tokens = texts.tokens.to(device)  # (P, L)
     # A text's feature is read at its end token, which has the highest id.
-    ends = texts.tokens.argmax(dim=1).to(device)  # (P,)
+    ends = tokens.argmax(dim=1)  # (P,)
 
     def encode_images(images: torch.Tensor) -> torch.Tensor:
         activations = image_trunk(images) if views is None else images
@@ -662,7 +691,7 @@ def make_encoders(
 
     def encode_texts(rows: torch.Tensor) -> torch.Tensor:
         if text_activations is None:
-            activations = text_trunk(texts.tokens[rows.cpu()].to(device))
+            activations = text_trunk(tokens[rows])
         else:
             activations = text_activations[rows]
         return text_rest(activations, ends[rows])
@@ -988,8 +1017,11 @@ def final_loss_parameters(model: CLIP, config: Config) -> dict[str, float]:
     """Those at the end, under their names in result.json."""
     if config.strategy == "linear" and config.start_from == "random":
         return {}  # its head has no temperature
-    names = {"tau": "tau", "logit_bias": "final_logit_bias"}
-    return {names[key]: value for key, value in loss_parameters(model).items()}
+    values = {name: p.item() for name, p in loss_parameters(model).items()}
+    final = {"tau": math.exp(-values["logit_scale"])}
+    if "logit_bias" in values:
+        final["final_logit_bias"] = values["logit_bias"]
+    return final
 
 
 def save_outputs(

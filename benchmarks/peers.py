@@ -76,7 +76,9 @@ def open_clip_model(architecture: str) -> torch.nn.Module:
     """open_clip's CLIP in the shape of the architecture."""
     import open_clip
 
-    embed, resolution, layers, width, patch, text_width, heads, text_layers = SHAPES[architecture]
+    embed, resolution, layers, width, patch, text_width, heads, text_layers = SHAPES[architecture][
+        :8
+    ]
     vision = {"image_size": resolution, "layers": layers, "width": width, "patch_size": patch}
     text = {
         "context_length": CONTEXT_LENGTH,
@@ -93,7 +95,9 @@ def transformers_model(architecture: str) -> torch.nn.Module:
     """The CLIPModel of transformers in the shape of the architecture."""
     from transformers import CLIPConfig, CLIPModel
 
-    embed, resolution, layers, width, patch, text_width, heads, text_layers = SHAPES[architecture]
+    embed, resolution, layers, width, patch, text_width, heads, text_layers = SHAPES[architecture][
+        :8
+    ]
     text = {
         "hidden_size": text_width,
         "intermediate_size": 4 * text_width,

@@ -61,6 +61,18 @@ def describe(device: torch.device | str | None = None) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on a device. A GPU gets it in its turn, and Python goes on meanwhile.
+
+    A plain `.to("cuda")` waits until the GPU has done all that it was given before. From pinned
+    memory, which the system does not move, the GPU copies by itself.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 # -----------------------------------------------------------------------------
 # precision
 

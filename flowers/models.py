@@ -219,6 +219,18 @@ def _set_activation(model: CLIP, activation: str) -> None:
             module.mlp.gelu = ACTIVATIONS[activation]()
 
 
+def to_device(model: CLIP, device: torch.device | str) -> CLIP:
+    """The model on a device, laid out as that device computes fastest."""
+    model = model.to(device)
+    # They are no buffers of clip's class, and a GPU would wait for a copy at each use of a block.
+    for block in model.transformer.resblocks:
+        block.attn_mask = block.attn_mask.to(device)
+    # Tensor cores multiply the channels of a pixel, so these lie next to each other.
+    if is_resnet(model) and torch.device(device).type == "cuda":
+        model.visual.to(memory_format=torch.channels_last)
+    return model
+
+
 # -----------------------------------------------------------------------------
 # parts of a model
 
@@ -369,8 +381,13 @@ def encode_images(model: CLIP, images: torch.Tensor) -> torch.Tensor:
 
 def encode_texts(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """(P, L) token ids -> (P, D) fp32 features of length 1."""
+    # model.encode_text, but for its index of the texts, which is on the CPU: a GPU waits for it.
+    texts = torch.arange(len(tokens), device=tokens.device)
+    ends = tokens.argmax(dim=1)  # the end token has the highest id
     with autocast(tokens.device):
-        features = model.encode_text(tokens)
+        x = model.transformer(_embed(model, tokens))  # (L, P, width)
+        x = model.ln_final(x.transpose(0, 1))
+        features = x[texts, ends] @ model.text_projection
     return F.normalize(features.float(), dim=-1)
 
 
@@ -545,9 +562,7 @@ def split_text_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callabl
     @torch.no_grad()
     def trunk(tokens):
         with autocast(tokens.device):
-            positions = model.positional_embedding[: tokens.shape[1]]  # (L, width)
-            x = model.token_embedding(tokens) + positions  # (P, L, width)
-            return frozen_layers(x.transpose(0, 1)).transpose(0, 1)
+            return frozen_layers(_embed(model, tokens)).transpose(0, 1)
 
     def rest(x, ends):
         with autocast(x.device):
@@ -557,6 +572,12 @@ def split_text_tower(model: CLIP, blocks: int | None) -> tuple[Callable, Callabl
         return F.normalize(features.float(), dim=-1)
 
     return trunk, rest
+
+
+def _embed(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
+    """Token ids (P, L) -> what enters the first block of the text tower, (L, P, width)."""
+    positions = model.positional_embedding[: tokens.shape[1]]  # (L, width)
+    return (model.token_embedding(tokens) + positions).transpose(0, 1)
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flowers import cache, images
+from flowers import cache, devices, images
 from flowers.data import Flowers
 
 # Raised when the stored bytes change, so that older caches are rebuilt.
@@ -126,18 +126,19 @@ def get_batch(
     """
     batch_size = len(index)
     # index_select is ten times as fast on a CPU as pixels[index].
-    batch = pixels.index_select(0, index[rows].to(pixels.device))  # (b, 3, R, R), b of the B rows
-    batch = batch.to(device, non_blocking=True)
+    index = devices.send(index[rows], pixels.device)
+    batch = pixels.index_select(0, index)  # (b, 3, R, R), b of the B rows
+    batch = devices.send(batch, device)
 
     # Random numbers are drawn on the CPU for the whole batch, and then cut down to `rows`: a seed
     # gives the same images on every device and with any number of processes.
     if augmentation == "crop":
         reach = pixels.shape[-1] // 8
         shifts = torch.randint(0, 2 * reach + 1, (2, batch_size, 1), generator=generator)
-        batch = _shift(batch, shifts[:, rows].to(device), reach)
+        batch = _shift(batch, devices.send(shifts[:, rows], device), reach)
     if augmentation != "none":
         mirrored = torch.randint(0, 2, (batch_size, 1, 1, 1), generator=generator, dtype=torch.bool)
-        batch = torch.where(mirrored[rows].to(device), batch.flip(-1), batch)
+        batch = torch.where(devices.send(mirrored[rows], device), batch.flip(-1), batch)
     return _normalise(batch, mean, std)
 
 
@@ -164,7 +165,9 @@ def _shift(batch: torch.Tensor, shifts: torch.Tensor, reach: int) -> torch.Tenso
 def _normalise(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """(b, 3, R, R) uint8 -> float32: mean and standard deviation become 0 and 1."""
     # (x - mean) / std as one multiply-add, in place: one pass over memory. Levels are 0 ... 255.
-    centre = 255 * torch.tensor(mean, device=batch.device).view(3, 1, 1)
-    spread = 255 * torch.tensor(std, device=batch.device).view(3, 1, 1)
+    centre = 255 * torch.tensor(mean).view(3, 1, 1)
+    spread = 255 * torch.tensor(std).view(3, 1, 1)
+    line = torch.stack([-centre / spread, 1 / spread])  # (2, 3, 1, 1), sent in one piece
+    offset, slope = devices.send(line, batch.device)
     batch = batch.float()
-    return torch.addcmul(-centre / spread, batch, 1 / spread, out=batch)
+    return torch.addcmul(offset, batch, slope, out=batch)

@@ -593,7 +593,7 @@ def add_optimisation_arguments(group) -> None:
         "--seed", type=int, default=0, help="of weights, order, augmentation (default: %(default)s)"
     )
     # Speed.
-    add_switch(group, "--compile", help="torch.compile of the image tower (CUDA)")
+    add_switch(group, "--compile", help="torch.compile of both towers (CUDA)")
 
 
 def add_run_arguments(group) -> None:

@@ -1,12 +1,14 @@
-"""What train.py and qwen_train.py share of a training loop: schedule, update, checkpoints.
+"""What train.py and qwen_train.py share of a training loop: schedule, update, log, checkpoints.
 
 And what train.py has beside them: layer-wise rates, a pull to the start, averaged weights.
 """
 
+import collections
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,6 +97,47 @@ def update(
 
 
 # -----------------------------------------------------------------------------
+# numbers of a step, for the log
+
+# How many steps later they are read, by the type of the device; elsewhere at once.
+LATE_STEPS = {"cuda": 2}
+
+
+class LateNumbers:
+    """Numbers that a device computes, read when it has long gone on to other steps.
+
+    Reading a number (`.item()`) from a GPU waits until it has done all that it was given, and then
+    it has nothing to do until Python has given it more. Here a number is copied behind the step it
+    belongs to, and read while the GPU is at work on a later one.
+
+    device: where they are computed.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.delay = LATE_STEPS.get(torch.device(device).type, 0)
+        self.waiting = collections.deque()
+
+    def put(self, label: Any, numbers: Mapping[str, torch.Tensor]) -> None:
+        """Take the values that the numbers (scalars on the device) have now, under a label."""
+        values = torch.stack([number.detach() for number in numbers.values()])
+        arrived = None
+        if values.is_cuda:
+            values = values.to("cpu", non_blocking=True)  # into pinned memory
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.waiting.append((label, list(numbers), values, arrived))
+
+    def take(self, everything: bool = False) -> Iterator[tuple[Any, dict[str, float]]]:
+        """The labels and numbers that are late enough, in order; or all that are left."""
+        delay = 0 if everything else self.delay
+        while len(self.waiting) > delay:
+            label, names, values, arrived = self.waiting.popleft()
+            if arrived:
+                arrived.synchronize()  # with the copy, not with what was queued after it
+            yield label, dict(zip(names, values.tolist()))
+
+
+# -----------------------------------------------------------------------------
 # weights that are held near their start, and averaged weights
 
 
@@ -160,7 +203,9 @@ def diverged(loss: float, parameters: Sequence[torch.Tensor] = ()) -> bool:
     # Both, as the last update of an epoch may break the weights after its loss was computed.
     if not math.isfinite(loss):
         return True
-    return not all(bool(p.isfinite().all()) for p in parameters)
+    finite = [p.isfinite().all() for p in parameters]
+    # One answer for all: a GPU is waited for once.
+    return bool(finite) and not bool(torch.stack(finite).all())
 
 
 def save_checkpoint(

@@ -37,6 +37,7 @@ from flowers.models import (
     build_shape,
     clip,
     settings_of,
+    to_device,
 )
 
 # Not weights, but in the state dicts of OpenAI's archives.
@@ -87,7 +88,7 @@ def load_model(
         raise UserError(
             f"{architecture} was trained with {model.activation}: leave out --activation"
         )
-    return model.float().eval().to(device)
+    return to_device(model.float().eval(), device)
 
 
 def _load_path(architecture: str, activation: str | None) -> CLIP:

@@ -1,11 +1,14 @@
 """The table of `make bench`, from real measurements on small data. No test says how fast it is."""
 
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from flowers.choices import STRATEGIES
 
 UNITS = {"s": 1, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
 
@@ -48,3 +51,36 @@ def test_a_benchmark_that_fails_leaves_no_table(tmp_path):
     assert done.returncode == 2
     assert "benchmark pixels failed" in done.stderr
     assert not output.exists()
+
+
+def run_gpu(*arguments):
+    words = [sys.executable, "benchmarks/gpu.py", *map(str, arguments)]
+    without_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=without_gpu)
+
+
+def test_the_benchmark_for_a_gpu_runs_without_one_in_small(tmp_path):
+    """All of its ways, so that only what is CUDA's own is left to be seen on a GPU."""
+    output = tmp_path / "gpu.md"
+    done = run_gpu("--smoke", "--output", output)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = output.read_text()
+    assert text in done.stdout
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "| tiny |" in line]
+    ways = [row[1] for row in rows]
+    assert ways[:3] == ["full", "plain recipe, PIL DataLoader", "open_clip, train_one_epoch"]
+    assert set(STRATEGIES) < set(ways) and len(ways) == len(STRATEGIES) + 2
+    for _, _, images_per_s, total_s, share, memory_mb, timed, waits in rows:
+        n_timed, n_steps = map(int, timed.split(" of "))
+        assert 1 <= n_timed <= n_steps
+        # 48 images at this rate, then the evaluation.
+        assert float(total_s) > 0.9 * 48 / float(images_per_s.replace(",", ""))
+        assert 0 <= int(share.rstrip("%")) < 150
+        assert int(memory_mb.replace(",", "")) > 100
+        assert waits == "-", "CUDA counts them"
+
+
+def test_the_benchmark_for_a_gpu_needs_one_for_its_table(tmp_path):
+    done = run_gpu("--output", tmp_path / "gpu.md")
+    assert done.returncode == 2 and "no GPU here" in done.stderr
+    assert not (tmp_path / "gpu.md").exists()
