@@ -104,7 +104,7 @@ TRAININGS = [
 
 def train(small, runs, name, *options):
     """A run of one epoch, unless the options say otherwise."""
-    options = ("--architecture", "tiny", "--epochs", 1, *options)
+    options = ("--architecture", "tiny", "--epochs", 1, "--shots", 2, *options)
     run("train.py", "--data_root", small, *COMMON, "--runs", runs, "--name", name, *options)
     return runs / name
 
