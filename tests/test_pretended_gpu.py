@@ -120,3 +120,162 @@ def test_training(flags, small, tmp_path):
         if (folder / name).exists():
             tensors = [t for t in torch.load(folder / name).values() if isinstance(t, torch.Tensor)]
             assert {t.device.type for t in tensors} == {"cpu"}
+
+
+def test_the_numbers_are_those_of_the_cpu(small, tmp_path):
+    options = ("--augment", "crop", "--ema", 0.9, "--epochs", 2, "--precision", "fp32")
+    gpu = train(small, tmp_path, "gpu", *options)
+    cpu = train(small, tmp_path, "cpu", *options, "--device", "cpu")
+    assert read(cpu / "args.json")["device"].startswith("cpu, ")
+    # Fused attention of the CPU and the plain one that the GPU takes differ in the last digits.
+    assert losses_of(gpu) == pytest.approx(losses_of(cpu), rel=1e-5)
+
+
+@pytest.mark.parametrize("flags", ["--ema 0.9 --pull 0.1 --precision fp16", "--strategy lora"])
+def test_training_goes_on(flags, small, tmp_path):
+    """Begun on a GPU and gone on there, or on a CPU: checkpoints are bound to no device."""
+    folder = train(small, tmp_path, "a", "--epochs", 2, *flags.split())
+    rows = files.read_lines(folder / "metrics.jsonl")
+    half_done = files.load_tensors(folder / "checkpoint.pt") | {"epoch": 1}
+    for device in ("cuda", "cpu"):
+        copy = shutil.copytree(folder, tmp_path / device)
+        (copy / "result.json").unlink()
+        files.write_lines(copy / "metrics.jsonl", rows[:1])
+        files.save_tensors(copy / "checkpoint.pt", half_done)
+        run("train.py", "--resume", copy, "--device", device, "--wandb", "disabled")
+        assert np.isfinite(losses_of(copy)).all() and len(losses_of(copy)) == 2
+        assert (copy / "result.json").exists()
+
+
+def test_captions_and_prompts(small, tmp_path):
+    flowers = open_flowers(small)
+    rows = [{"file": f.name, "captions": [f"a disc {f.name}", "a disc"]} for f in flowers.files]
+    files.write_lines(tmp_path / "captions.jsonl", rows)
+    sentences = {name: [f"a {name}", f"the {name} in the sun"] for name in NAMES}
+    files.write_json(tmp_path / "prompts.json", sentences)
+
+    captions = ("--captions", tmp_path / "captions.jsonl")
+    train(small, tmp_path, "a", *captions, "--strategy", "last_blocks", "--blocks", 1)
+    folder = train(small, tmp_path, "b", *captions, "--strategy", "image")
+    train(small, tmp_path, "c", "--prompts", tmp_path / "prompts.json", "--loss", "cross_entropy")
+    evaluated = ("--data_root", small, "--architecture", folder, "--runs", tmp_path)
+    run("baseline_eval.py", *evaluated, *captions, "--wandb", "disabled", "--name", "d")
+    assert "test/caption_i2t_R@1" in read(tmp_path / "d" / "result.json")
+
+
+# -----------------------------------------------------------------------------
+# the other scripts
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    """Runs that were trained on the pretended GPU."""
+    runs = tmp_path_factory.mktemp("runs")
+    train(small, runs, "full", "--holdout")
+    train(small, runs, "other", "--holdout", "--lr", 1e-3)
+    train(small, runs, "linear", "--holdout", "--strategy", "linear")
+    train(small, runs, "prompt", "--holdout", "--strategy", "prompt")
+    return runs
+
+
+EVALUATIONS = [
+    "--architecture {runs}/full --wise_ft 0 --wise_ft 0.5",
+    "--soup {runs}/full {runs}/other --wise_ft 0.5",
+    "--architecture {runs}/full --calibrated",
+    "--architecture {runs}/full --prompt_template a-{{}} --prompt_template {{}}",
+    "--architecture {runs}/linear",
+    "--architecture {runs}/prompt",
+    "--architecture tiny-rn --precision fp16",
+]
+
+
+@pytest.mark.parametrize("flags", EVALUATIONS)
+def test_evaluation(flags, small, trained, tmp_path):
+    options = flags.format(runs=trained).split()
+    place = ("--data_root", small, "--runs", tmp_path, "--name", "a", "--wandb", "disabled")
+    run("baseline_eval.py", *place, *options)
+    assert read(tmp_path / "a" / "args.json")["device"] == "a pretended GPU"
+    if "--soup" in options:
+        assert torch.load(tmp_path / "a" / "model.pt")["logit_scale"].device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["full", "linear", "prompt"])
+def test_pictures_are_named(name, small, trained, tmp_path):
+    pictures = sorted((small / "jpg").iterdir())[:3]
+    outputs = ("--json", tmp_path / "a.json", "--csv", tmp_path / "a.csv")
+    run("predict.py", *pictures, "--architecture", trained / name, *outputs)
+    assert len(read(tmp_path / "a.json")["pictures"]) == 3
+
+
+@pytest.mark.parametrize("name", ["full", "linear", "prompt"])
+def test_search(name, small, trained):
+    with pretended_gpu():
+        searcher = Searcher(open_flowers(small, holdout=True), trained / name)
+        text = searcher.of_text("a rose")
+        picture = searcher.of_picture(np.zeros((70, 90, 3), np.uint8))
+        ranking = searcher.ranking(picture)
+    assert text.shape == picture.shape == searcher.features[0].shape
+    assert ranking.sum() == pytest.approx(1)
+
+
+def test_features_for_isomap(small, trained, tmp_path):
+    features = ("--features", "clip", "--architecture", trained / "full")
+    run("data_Exploration/isomap.py", "--data_root", small, *features, "--output", tmp_path)
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_speed_is_measured(capsys):
+    run("test_models.py", "--measure_one", "tiny", "--batch_size", 2)  # what --measure starts
+    assert json.loads(capsys.readouterr().out)["images_per_s"] > 0
+
+
+def test_models_are_counted_on_the_meta_device(capsys):
+    """As without a GPU: nothing is computed to count it."""
+    run("test_models.py", "--architecture", "tiny")
+    on_gpu = capsys.readouterr().out
+    call("test_models.py", "--architecture", "tiny")
+    assert on_gpu == capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# Qwen
+
+QWEN = ("--model", "tiny", "--wandb", "disabled")
+QWEN_TRAININGS = [
+    "--images 6",
+    "--images 6 --chunk_size 2 --keep_activations",
+    "--images 6 --also_train visual --precision fp16",
+]
+QWEN_EVALUATIONS = [
+    "--images 3",
+    "--images 3 --adapter {adapter} --holdout",
+    "--images 3 --protocol generate --most_tokens 3 --list_names",
+    "--images 3 --describe --split train --most_tokens 3",
+    "--images 3 --answer described --most_tokens 3",
+]
+
+
+@pytest.fixture(scope="module")
+def adapter(small, tmp_path_factory):
+    return train_qwen(small, tmp_path_factory.mktemp("qwen"), "--images", 6)
+
+
+def train_qwen(small, runs, *options):
+    pytest.importorskip("peft")
+    place = ("--data_root", small, "--runs", runs, "--name", "a", "--epochs", 1, "--batch_size", 6)
+    run("qwen_train.py", *place, *QWEN, *options)
+    return runs / "a"
+
+
+@pytest.mark.parametrize("flags", QWEN_TRAININGS)
+def test_qwen_training(flags, small, tmp_path):
+    folder = train_qwen(small, tmp_path, *flags.split())
+    assert np.isfinite(losses_of(folder)).all()
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("flags", QWEN_EVALUATIONS)
+def test_qwen_evaluation(flags, small, adapter, tmp_path):
+    place = ("--data_root", small, "--runs", tmp_path, "--name", "a")
+    run("qwen_eval.py", *place, *QWEN, *flags.format(adapter=adapter).split())
+    assert read(tmp_path / "a" / "result.json")
