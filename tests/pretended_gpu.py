@@ -6,8 +6,10 @@ It finds, on a machine without a GPU, what fails in the first run on one: a tens
 the CPU, `.numpy()` of one that is on the device, a file that is bound to the device. Numbers are
 those of the CPU.
 
-What it does not show: autocast (it does nothing here: tests/test_half_precision.py has it, on the
-CPU), CUDA's own kernels, torch.compile, streams, memory, speed, more than one GPU.
+Under autocast the operations that Python calls have the types that CUDA gives them.
+
+What it does not show: CUDA's own kernels and their rounding, torch.compile, streams, memory, speed,
+work in other threads, more than one GPU.
 
 How. An `OnGpu` is a tensor of two sides. To torch's C++ it is a tensor without memory (of the meta
 device, for which autograd asks no driver), to Python one on cuda:0; `inner` is the CPU tensor with
@@ -19,7 +21,7 @@ import contextlib
 import os
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -48,6 +50,19 @@ OF_FLOATS = {
     "reflection_pad2d",
     "avg_pool2d",
 }
+
+# Under autocast: what torch documents of CUDA, by the names of the functions that Python calls.
+IN_HALF = set(
+    "__matmul__ __rmatmul__ addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d conv3d "
+    "conv_transpose1d conv_transpose2d conv_transpose3d linear matmul mm mv prelu "
+    "multi_head_attention_forward scaled_dot_product_attention".split()
+)
+IN_FULL = set(
+    "__pow__ __rdiv__ __rpow__ __rtruediv__ acos asin binary_cross_entropy_with_logits cdist cosh "
+    "cosine_similarity cross_entropy cumprod cumsum dist erfinv exp expm1 group_norm kl_div "
+    "l1_loss layer_norm log log10 log1p log2 log_softmax mse_loss nll_loss norm normalize pow prod "
+    "reciprocal rsqrt sinh smooth_l1_loss softmax softplus sum tan".split()
+)
 
 
 def check_operation(function, args: tuple, kwargs: dict) -> None:
@@ -167,6 +182,15 @@ class OnGpu(torch.Tensor):
     is_cuda = property(lambda self: True)
     is_meta = is_cpu = property(lambda self: False)
 
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: "OnGpu") -> None:
+        torch.Tensor.data.__set__(self, value)  # its C++ side
+        self.inner = value.inner
+
     def get_device(self) -> int:
         return CUDA.index
 
@@ -284,12 +308,33 @@ class Calls(TorchFunctionMode):
             # No mode sees how C++ makes these: on the CPU first.
             del kwargs["device"]
             return function(*replaced(args, as_number), **kwargs).to(CUDA)
+        if function is torch.Tensor.cuda:
+            return args[0].to(CUDA)
+        if torch.is_autocast_enabled("cuda"):
+            cast = autocast_of(function.__name__)
+            args, kwargs = replaced(args, cast), replaced(kwargs, cast)
         values = [*args, *kwargs.values()]
         asks_for_meta = any(is_meta_device(value) for value in values)
         if not asks_for_meta or any(isinstance(value, OnGpu) for value in values):
             return function(*args, **kwargs)
         with mock.patch.object(self, "want_meta", True):
             return function(*args, **kwargs)
+
+
+def autocast_of(name: str) -> Callable:
+    """What autocast does with the arguments of a function."""
+    low = torch.get_autocast_dtype("cuda")
+
+    def cast(value):
+        if not isinstance(value, OnGpu) or not value.is_floating_point():
+            return value
+        if name in IN_HALF and value.dtype != torch.float64:
+            return value.to(low)
+        if name in IN_FULL and value.dtype == low:
+            return value.float()
+        return value
+
+    return cast
 
 
 def with_number(value):
@@ -377,12 +422,24 @@ def pretended_gpu() -> Iterator[None]:
             (torch.inference_mode, "__exit__", exit_no_grad),
             (torch.optim.Optimizer, "_accelerator_graph_capture_health_check", constant(None)),
             (torch, "save", save),
+            (torch.autograd, "_engine_run_backward", backward_of(calls)),
         ]:
             patches.enter_context(mock.patch.object(owner, name, value))
         patches.enter_context(new_parameters_when_moved())
         patches.enter_context(Operations(calls))
         patches.enter_context(calls)
         yield
+
+
+def backward_of(calls: Calls) -> Callable:
+    """The backward pass, in which blocks that are recomputed call Python again."""
+    engine = torch.autograd._engine_run_backward
+
+    def backward(*args, **kwargs):
+        with calls:
+            return engine(*args, **kwargs)
+
+    return backward
 
 
 def enter_no_grad(self) -> None:
