@@ -199,9 +199,11 @@ def test_qwen(precision, small, tmp_path):
         losses[name] = losses_of(tmp_path / name)
         adapter = load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
         assert dtypes_in(adapter) == {torch.float32}
-    # The weights are rounded as well, and the logits have no scale: a hundredth of the loss.
-    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.01)
-    assert (losses[precision] != losses["fp32"]).any()
+    # The weights are rounded as well, and logits have no scale: a few roundings of the loss itself.
+    n_steps = 1 if left_out_a_step(tmp_path / precision) else 2
+    difference = np.abs(losses[precision] - losses["fp32"])[:n_steps]
+    assert (difference <= 4 * ROUNDING[precision] * losses["fp32"][:n_steps]).all()
+    assert difference.any()
     words = ("--adapter", tmp_path / precision, "--images", 2, "--precision", precision)
     place = ("--data_root", small, "--runs", tmp_path, "--name", "eval", "--wandb", "disabled")
     call("qwen_eval.py", *place, *words, "--device", "cpu")
