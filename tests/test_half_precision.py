@@ -16,32 +16,15 @@ import pytest
 import torch
 from conftest import call
 
-from flowers import devices, figures, files, frozen, models
+from flowers import devices, files, frozen, models
 from flowers.data import open_flowers
 from flowers.weights import load_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+pytestmark = pytest.mark.usefixtures("without_pictures", "settings_of_one_test")
 ROUNDING = {"bf16": 2**-8, "fp16": 2**-11}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALE = 1 / 0.07  # of a model with random weights
-DRAWINGS = ("training_curve", "confusion_matrix", "reliability", "mistakes_sheet", "picture_sheet")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """No pictures are drawn: that takes half of the time, and has nothing to do with precision."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in DRAWINGS:
-            patch.setattr(figures, name, lambda *_, **__: None)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def settings_of_this_test_alone(monkeypatch):
-    monkeypatch.setattr(devices, "_chosen_precision", {})
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def train(small, runs, precision, *options):

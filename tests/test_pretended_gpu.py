@@ -15,34 +15,13 @@ import torch.nn.functional as F
 from conftest import NAMES, call
 from pretended_gpu import pretended_gpu
 
-from flowers import devices, evaluate, figures, files, losses, models
+from flowers import devices, evaluate, files, losses, models
 from flowers.data import open_flowers
 from flowers.gallery.search import Searcher
-from flowers.study import figures as study_figures
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+pytestmark = pytest.mark.usefixtures("without_pictures", "settings_of_one_test")
 COMMON = ("--batch_size", 12, "--wandb", "disabled")
-DRAWINGS = ("training_curve", "confusion_matrix", "reliability", "mistakes_sheet", "picture_sheet")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """No pictures are drawn, which takes half of the time and nothing of the device."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in DRAWINGS:
-            patch.setattr(figures, name, lambda *_, **__: None)
-        patch.setattr(study_figures, "wise_ft", lambda *_, **__: None)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def settings_of_this_test_alone(monkeypatch):
-    monkeypatch.setattr(devices, "_chosen_precision", {})
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    precision = torch.get_float32_matmul_precision()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.set_float32_matmul_precision(precision)
 
 
 def run(script, *arguments):
@@ -133,7 +112,9 @@ def test_the_numbers_are_those_of_the_cpu(small, tmp_path):
     assert losses_of(gpu) == pytest.approx(losses_of(cpu), rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", ["--ema 0.9 --pull 0.1 --precision fp16", "--strategy lora"])
+@pytest.mark.parametrize(
+    "flags", ["--strategy image --ema 0.9 --pull 0.1 --precision fp16", "--strategy lora"]
+)
 def test_training_goes_on(flags, small, tmp_path):
     """Begun on a GPU and gone on there, or on a CPU: checkpoints are bound to no device."""
     folder = train(small, tmp_path, "a", "--epochs", 2, *flags.split())
