@@ -242,12 +242,15 @@ def compute(function, args: tuple, kwargs: dict):
     device = kwargs.get("device")
     check_operation(function, args, kwargs)
 
+    # The same on the CPU.
     inner_args, inner_kwargs = replaced((args, kwargs), inner_of)
     if is_gpu(device):
         inner_kwargs["device"] = CPU
     for word in ("non_blocking", "pin_memory"):  # a CPU alone has neither
         inner_kwargs.pop(word, None)
     results = function(*inner_args, **inner_kwargs)
+
+    # Each result is a tensor of the GPU, unless it was asked for elsewhere.
     if device is not None and not is_gpu(device):
         return results  # a copy on the CPU
 
@@ -313,6 +316,7 @@ class Calls(TorchFunctionMode):
         if torch.is_autocast_enabled("cuda"):
             cast = autocast_of(function.__name__)
             args, kwargs = replaced(args, cast), replaced(kwargs, cast)
+        # Those of autograd for an OnGpu come from C++ and never pass here.
         values = [*args, *kwargs.values()]
         asks_for_meta = any(is_meta_device(value) for value in values)
         if not asks_for_meta or any(isinstance(value, OnGpu) for value in values):
