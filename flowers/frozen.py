@@ -1,8 +1,8 @@
 """Activations behind the frozen part of a model: computed once, and kept in `.cache/`.
 
-Every epoch and every run reads it from there. The arrays have the precision that the model computes
-in (fp32 on a CPU, bf16 under autocast), so training from them gives the losses and gradients of
-training without them.
+Every epoch and every run reads it from there. The arrays have the type that the model gives them
+(fp32 on a CPU; under autocast bf16 within the image tower, while the text tower adds to embeddings
+of fp32), so training from them gives the losses and gradients of training without them.
 """
 
 import hashlib

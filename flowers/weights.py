@@ -123,12 +123,15 @@ def _load_path(architecture: str, activation: str | None) -> CLIP:
 
 
 def state_for_saving(model: CLIP) -> dict[str, torch.Tensor]:
-    """The state dict of a model, with its settings where the stock clip.load would build others.
+    """The state dict of a model on the CPU, with its settings where clip.load would build others.
 
     The settings are one more tensor, SETTINGS_KEY (uint8, JSON). clip.load fails at a tensor that
     it does not know: it never builds the wrong model.
     """
     state = model.state_dict()
+    # A file of GPU tensors opens on machines with a GPU alone, unless its reader says otherwise.
+    for name, tensor in state.items():
+        state[name] = tensor.cpu()
     settings = settings_of(model)
     # With OpenAI's settings the file stays plain, so that clip.load opens it.
     if settings != OPENAI:

@@ -86,6 +86,35 @@ def small(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "small")
 
 
+@pytest.fixture(scope="module")
+def without_pictures():
+    """No pictures are drawn, which takes half of the time of a small run."""
+    from flowers import figures
+    from flowers.study import figures as study_figures
+
+    names = ("training_curve", "confusion_matrix", "reliability", "mistakes_sheet", "picture_sheet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_figures, "wise_ft", lambda *_, **__: None)
+        for name in names:
+            patch.setattr(figures, name, lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture
+def settings_of_one_test(monkeypatch):
+    """What scripts set for their process is as before after the test, for those that run in it."""
+    import torch
+
+    from flowers import devices
+
+    monkeypatch.setattr(devices, "_chosen_precision", {})
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """Run a script of the repository as its user would, in this process.
