@@ -1,9 +1,10 @@
 """What runs predicted, from their predictions.csv, and how the predictions of two runs differ."""
 
 import csv
+import functools
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ MAX_DEPTH = 4  # of folders below the folder of the runs
 RUN_FILES = ("args.json", "predictions.csv", "model.pt")
 # At the end of a column's name: no run takes the place of another column.
 IN_PERCENT = " (%)"
+P_VALUE = "p (McNemar)"
 
 # -----------------------------------------------------------------------------
 # runs
@@ -230,66 +232,81 @@ def _is_ranking(scores: list[float]) -> bool:
 
 
 # -----------------------------------------------------------------------------
-# one run, or two
+# one run, or several
 
 
-def outcomes(
-    labels: np.ndarray, first: Predictions, second: Predictions | None = None
-) -> dict[str, np.ndarray]:
+def outcomes(labels: np.ndarray, *runs: Predictions) -> dict[str, np.ndarray]:
     """Return the indices of the images that each filter shows.
 
-    The filters are 'all', 'right' and 'wrong', by the first run; with a second run also 'changed'
-    (another name), 'mended' (wrong to right) and 'broken' (right to wrong). Only images that
-    all these runs predicted count.
+    The filters are 'all', 'right' and 'wrong', by the first of the runs. With two also 'changed'
+    (another name), 'mended' (wrong to right) and 'broken' (right to wrong). With more 'changed'
+    (not all give the same name), 'all_right', 'all_wrong', and 'only_1' and so on: only the run of
+    that number is right. Only images that all these runs predicted count.
     """
-    if second is None:
-        index = first.index
-    else:
-        # Two runs may have evaluated different splits: only what both saw can be compared.
-        index = np.intersect1d(first.index, second.index)
-    right = first.guess[index] == labels[index]  # (len(index),) bool, as all masks below
-    shown = {"all": index, "right": index[right], "wrong": index[~right]}
-    if second is not None:
-        changed = first.guess[index] != second.guess[index]
-        right_in_second = second.guess[index] == labels[index]
-        shown["changed"] = index[changed]
-        shown["mended"] = index[~right & right_in_second]
-        shown["broken"] = index[right & ~right_in_second]
+    index = seen_by_all(runs)
+    guesses = np.stack([run.guess[index] for run in runs])  # (runs, len(index))
+    is_right = guesses == labels[index]
+    first = is_right[0]
+    shown = {"all": index, "right": index[first], "wrong": index[~first]}
+    if len(runs) > 1:
+        shown["changed"] = index[(guesses != guesses[0]).any(axis=0)]
+    if len(runs) == 2:
+        shown["mended"] = index[~first & is_right[1]]
+        shown["broken"] = index[first & ~is_right[1]]
+    if len(runs) > 2:
+        n_right = is_right.sum(axis=0)
+        shown["all_right"] = index[n_right == len(runs)]
+        shown["all_wrong"] = index[n_right == 0]
+        for number, right in enumerate(is_right, 1):
+            shown[f"only_{number}"] = index[right & (n_right == 1)]
     return shown
 
 
-def class_changes(
-    flowers: Flowers, index: np.ndarray, first: Predictions, second: Predictions | None = None
-) -> "pd.DataFrame":
+def seen_by_all(runs: Sequence[Predictions]) -> np.ndarray:
+    """Return the indices of the images that all runs predicted, ascending.
+
+    Runs may have evaluated different splits: only what all saw can be compared.
+    """
+    return functools.reduce(np.intersect1d, [run.index for run in runs])
+
+
+def class_table(flowers: Flowers, index: np.ndarray, *runs: Predictions) -> "pd.DataFrame":
     """Return a table of the classes that occur among the images at `index`, a row a class.
 
-    Columns: class, change (second minus first, only with a second run), images, and the accuracy
-    of each run under its name. All but the first and the number of images end in IN_PERCENT. The
-    largest change comes first; without a second run, the lowest accuracy.
+    Columns: class, change (second minus first, only with two runs), images, and the accuracy of
+    each run under its name. With two runs also how many images only one of them has right, and the
+    p-value of the exact test of McNemar (1947) that this is chance: of few images, a large change
+    may mean nothing. All percentages end in IN_PERCENT. The largest change comes first; without
+    two runs, the lowest accuracy of the first.
     """
     import pandas as pd  # not needed by the first view
 
+    from flowers.intervals import mcnemar_p
+
     labels = flowers.labels[index]
     classes, counts = np.unique(labels, return_counts=True)
+    is_right = {run.name: pd.Series(run.guess[index] == labels) for run in runs}
+    table = pd.DataFrame({"class": [flowers.class_names[c] for c in classes], "images": counts})
+    for name, right in is_right.items():
+        table[_accuracy_of(name)] = 100 * right.groupby(labels).mean().to_numpy()
+    first = _accuracy_of(runs[0].name)
+    if len(runs) != 2:
+        return table.sort_values(first, kind="stable", ignore_index=True)
 
-    def accuracies(run: Predictions) -> np.ndarray:
-        """Accuracy of each of `classes` in percent, (classes,)."""
-        right = pd.Series(run.guess[index] == labels)
-        return 100 * right.groupby(labels).mean().to_numpy()
-
-    table = pd.DataFrame({"class": [flowers.class_names[c] for c in classes]})
-    of_first = f"accuracy of {first.name}{IN_PERCENT}"
-    if second is None:
-        table["images"] = counts
-        table[of_first] = accuracies(first)
-        return table.sort_values(of_first, kind="stable", ignore_index=True)
-    change = f"change{IN_PERCENT}"
-    table[change] = accuracies(second) - accuracies(first)
-    table["images"] = counts
-    table[of_first] = accuracies(first)
-    table[f"accuracy of {second.name}{IN_PERCENT}"] = accuracies(second)
-    by_size = table[change].abs().sort_values(ascending=False, kind="stable")
+    one, two = is_right
+    change = table[_accuracy_of(two)] - table[first]
+    table.insert(1, f"change{IN_PERCENT}", change)
+    only = {}
+    for name, other in ((one, two), (two, one)):
+        only[name] = (is_right[name] & ~is_right[other]).groupby(labels).sum().to_numpy()
+        table[f"only {name} right"] = only[name]
+    table[P_VALUE] = [mcnemar_p(a, b) for a, b in zip(only[one].tolist(), only[two].tolist())]
+    by_size = change.abs().sort_values(ascending=False, kind="stable")
     return table.loc[by_size.index].reset_index(drop=True)
+
+
+def _accuracy_of(name: str) -> str:
+    return f"accuracy of {name}{IN_PERCENT}"
 
 
 def confusion_table(flowers: Flowers, run: Predictions, index: np.ndarray) -> "pd.DataFrame":
