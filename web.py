@@ -741,7 +741,7 @@ def show_runs(runs: Path, predicted: list[str]) -> None:
         label = f"Compare the {len(compared[:MOST_RUNS])} ticked runs"
     if compared:
         choice = {"run": compared[0], "other": compared[1:MOST_RUNS], "page": 1}
-        st.button(label, on_click=change, kwargs=choice, key="compare", type="primary")
+        st.button(label, on_click=change, kwargs=choice, key="compare")
     download("The table as CSV", "runs", lambda: as_csv(table))
     if len(ticked) == 1:
         describe_run(runs / ticked[0])

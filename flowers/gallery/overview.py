@@ -36,8 +36,8 @@ def run_table(runs: Path, names: Sequence[str]) -> "pd.DataFrame":
 
     Columns: run, strategy, architecture, pretraining, those of SETTINGS, split, images, those of
     METRICS (`from` and `to` are the ends of the 95% interval of top-1), parameters that were
-    trained, seconds of training. What a run does not have is empty; a column of OPTIONAL that no run
-    has is left out. In place of the split of a run without a result stands UNFINISHED, or DAMAGED.
+    trained, seconds of training. What a run does not have is empty; a column of OPTIONAL that no
+    run has is left out. The split of a run without a result is UNFINISHED, or DAMAGED.
     """
     import pandas as pd  # not needed by the first view
 

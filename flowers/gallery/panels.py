@@ -38,9 +38,12 @@ ELEMENT = {
     "js": (_folder / "page.js").read_text(encoding="utf-8"),
 }
 
-# Around the views: Streamlit leaves 90 pixels blank at the top, for a bar that is empty here.
+# Around the views: Streamlit leaves 90 pixels blank at the top, for a bar that is empty here, and
+# writes the names of chosen runs in white on a light blue.
 PAGE_STYLE = """
 [data-testid=stMainBlockContainer] { padding-top: 1rem; padding-bottom: 2rem; }
+[data-baseweb=tag] { background: none !important; color: inherit !important; }
+[data-baseweb=tag] { border: 1px solid currentColor; }
 [data-testid=stHeader] { height: 0; min-height: 0; background: none; }
 @media (max-width: 640px) {
   [data-testid=stMainBlockContainer] { padding-left: 0.75rem; padding-right: 0.75rem; }
