@@ -41,7 +41,10 @@ from flowers.gallery.predictions import (
     Predictions,
     class_table,
     confusion_table,
+    likely_label_errors,
+    order_of_confusions,
     outcomes,
+    read_duplicates,
     read_predictions,
     run_arguments,
     run_names,
@@ -60,6 +63,8 @@ PER_PAGE = 48  # pictures of a grid
 NEIGHBOURS = 12  # nearest images, under one image
 SIMILARITY = "Similarity: 1 is the same. By colours, 0 is none in common; by a model, unrelated."
 POLL = 0.2  # seconds between two looks at what is computed in the background
+NEWEST = 3  # runs whose predictions are shown under an image, and how many are looked at for them
+NEWEST_LOOKED_AT = 8
 BEST = 5  # names in the ranking of a visitor's picture
 START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 
@@ -69,16 +74,32 @@ PARTS = ("pictures", "classes", "confusion")  # of the view of runs
 MOST_RUNS = 6  # that are compared
 # Keys of `outcomes`, and what they are called where it is not the key.
 ONLY = tuple(f"only_{number}" for number in range(1, MOST_RUNS + 1))
-SHOWS = ("all", "right", "wrong", "changed", "mended", "broken", "all_right", "all_wrong", *ONLY)
+OF_SEVERAL = ("changed", "mended", "broken", "all_right", "all_wrong", *ONLY)
+SHOWS = ("all", "right", "wrong", *OF_SEVERAL, "doubted", "alike")
 NAMES_OF_SHOWS = {
     "changed": "they disagree",
     "mended": "wrong → right",
     "broken": "right → wrong",
     "all_right": "all right",
     "all_wrong": "all wrong",
+    "doubted": "label in doubt",
+    "alike": "near-duplicates",
 }
 ORDERS = ("id", "confidence", "doubt")
-NAMES_OF_ORDERS = {"confidence": "most confident", "doubt": "least confident"}
+EXPLAINED = {
+    "doubted": "Another class is likelier than is usual for images of that class, by the mean of "
+    "these runs (confident learning, Northcutt et al. 2021). The likeliest errors come first; most "
+    "are mistakes of the runs, and some are of the label.",
+    "alike": "One photograph twice, or photographs that hardly differ, group by group: intervals "
+    "count a group as one image.",
+}
+MATRIX_ORDERS = ("name", "confusions")
+NAMES_OF_ORDERS = {
+    "confidence": "most confident",
+    "doubt": "least confident",
+    "confusions": "confused ones together",
+}
+CELLS = ("counts", "difference")  # of the confusion matrix of two runs
 BARS = ("hidden", "shown")  # of the class histogram
 
 # Columns of the table of runs that are filtered by.
@@ -128,6 +149,8 @@ DEFAULTS = {
     "show": "all",
     "guess": None,  # predicted class
     "order": "id",
+    "sort": "name",  # of the classes of the confusion matrix
+    "cells": "counts",
     "sure": (0, 100),  # the least and the greatest confidence, in percent
     "like": "colours",  # what the nearest images are near by: colours, or a run's name
     "q": "",  # the sentence that is searched
@@ -305,7 +328,7 @@ def open_dataset(arguments: tuple, stamp: tuple) -> Dataset:
     )
 
 
-@st.cache_resource(show_spinner=False, max_entries=8)
+@st.cache_resource(show_spinner=False, max_entries=32)
 def made_once(_make: Callable[[Path], Any], path: Path, stamp: tuple) -> Any:
     """Return _make(path); once, until `stamp` changes.
 
@@ -666,8 +689,22 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     if state["part"] == "classes":
         return show_classes(flowers, predictions, images_of["all"])
     if state["part"] == "confusion":
-        return show_confusion(flowers, predictions[0], images_of["all"])
+        return show_confusion(flowers, predictions, images_of["all"])
+    images_of["doubted"] = likely_label_errors(flowers.labels, *predictions)
+    groups = duplicates_of(runs / state["run"], flowers, images_of["all"])
+    if groups:
+        images_of["alike"] = np.concatenate(groups)
     return list_outcomes(flowers, predictions, images_of)
+
+
+def duplicates_of(folder: Path, flowers: Flowers, index: np.ndarray) -> list[np.ndarray]:
+    """Return the groups of near-duplicates among the images at `index`, by a run's own list."""
+    try:
+        groups = read_duplicates(folder, flowers)
+    except UserError as error:
+        st.warning(panels.message(str(error)))
+        return []
+    return [group for group in groups if np.isin(group, index).all()]
 
 
 def choose_runs(names: list[str], reasons: dict[str, str]) -> None:
@@ -852,24 +889,53 @@ def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.nda
     download("The table as CSV", "classes", lambda: as_csv(table))
 
 
-def show_confusion(flowers: Flowers, run: Predictions, index: np.ndarray) -> None:
-    """Show the confusion matrix; a click on a cell lists its pictures."""
+def show_confusion(flowers: Flowers, predictions: list[Predictions], index: np.ndarray) -> None:
+    """Show a confusion matrix, or the difference of two; a click on a cell lists its pictures."""
+    run = predictions[0]
 
     def open_cell(cell: str) -> None:
         true, guess = (flowers.class_names[int(number)] for number in cell.split(","))
         change(part="pictures", show="all", page=1, guess=guess, **{"class": true})
 
-    st.caption(
-        f"Images of each class (row) by the name that {panels.plain(run.name)} gives them "
-        "(column). Click on a cell to see its pictures."
+    with toolbar():
+        choose_one("Order of the classes", MATRIX_ORDERS, "sort", names=NAMES_OF_ORDERS)
+        if len(predictions) == 2:
+            choose_one("Cells", CELLS, "cells")
+    true, guess, other = flowers.labels[index], run.guess[index], None
+    first = panels.plain(run.name)
+    caption = (
+        f"Images of each class (row) by the name that {first} gives them (column). The stronger a "
+        "cell is shaded, the larger its part of the row. Click on a cell to see its pictures."
     )
-    matrix = panels.confusion(flowers.class_names, flowers.labels[index], run.guess[index])
-    draw(matrix, "confusion", open_cell)
+    meanings = ("right", "wrong")
+    if len(predictions) == 2 and state["cells"] == "difference":
+        other = predictions[1].guess[index]
+        second = panels.plain(predictions[1].name)
+        caption = (
+            f"How many images of each class (row) {second} gives a name (column) more often than "
+            f"{first} does. Click on a cell to see those of {first}."
+        )
+        meanings = (f"more by {predictions[1].name}", f"fewer by {predictions[1].name}")
+    st.caption(caption)
+    st.html(panels.legend(*meanings))
+    classes = shown_classes(flowers, true, guess, other)
+    draw(panels.confusion(flowers.class_names, classes, true, guess, other), "confusion", open_cell)
     download(
         "The matrix as CSV",
         "confusion",
         lambda: as_csv(confusion_table(flowers, run, index)),
     )
+
+
+def shown_classes(
+    flowers: Flowers, true: np.ndarray, guess: np.ndarray, other: np.ndarray | None
+) -> list[int]:
+    """Return the classes of a confusion matrix, in the chosen order."""
+    named = [true, guess] if other is None else [true, guess, other]
+    classes = np.unique(np.concatenate(named))
+    if state["sort"] == "confusions":
+        return order_of_confusions(true, guess, classes).tolist()
+    return sorted(classes.tolist(), key=lambda c: flowers.class_names[c])
 
 
 def list_outcomes(
@@ -927,6 +993,8 @@ def outcome_filters(flowers: Flowers, predictions: list[Predictions], shows: lis
             one, two = (panels.plain(run.name) for run in predictions)
             caption += f" Wrong → right: {one} is wrong, {two} is right."
         st.caption(caption)
+    if state["show"] in EXPLAINED:
+        st.caption(EXPLAINED[state["show"]])
 
 
 def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
@@ -1040,7 +1108,8 @@ def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs:
         f"{flowers.file_names[i]} · {width} x {height} pixels · {len(jpeg) / 1000:.0f} kB",
     ]
     captions = captions_of(data, i)
-    rankings = rankings_of(flowers, i, listing.predictions)
+    predictions = listing.predictions or newest_predictions(data, runs, i)
+    rankings = rankings_of(flowers, i, predictions)
     draw(panels.image(jpeg, rgb, name, facts, captions, rankings), "image")
     show_neighbours(data, i, models, runs)
 
@@ -1102,6 +1171,21 @@ def rankings_of(
         if best:
             rankings.append((run.name, best))
     return rankings
+
+
+def newest_predictions(data: Dataset, runs: Path, i: int) -> list[Predictions]:
+    """Return the predictions of the newest runs that have one of image i."""
+    found = []
+    for name in run_names(runs, "predictions.csv")[:NEWEST_LOOKED_AT]:
+        try:
+            run = load_predictions(data, runs, name)
+        except UserError:  # about other images, or damaged: said where that run is chosen
+            continue
+        if run.top[i]:
+            found.append(run)
+        if len(found) == NEWEST:
+            break
+    return found
 
 
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
@@ -1234,6 +1318,8 @@ def allowed_choices(data: Dataset) -> dict[str, Collection]:
         "show": SHOWS,
         "bars": BARS,
         "order": ORDERS,
+        "sort": MATRIX_ORDERS,
+        "cells": CELLS,
     }
 
 

@@ -1269,7 +1269,7 @@ GROUNDS = {"light": (255, 255, 255), "dark": (23, 22, 20)}  # Streamlit's own
 def test_what_is_chosen_or_clicked_is_seen_in_both_themes(theme):
     ground = np.array(GROUNDS[theme])
     # One image of a thousand is as well seen as all of them.
-    cells = panels.confusion(["a", "b"], np.zeros(1000, int), np.arange(1000) // 999)
+    cells = panels.confusion(["a", "b"], [0, 1], np.zeros(1000, int), np.arange(1000) // 999)
     outlines = re.findall(r"border-color:rgb\((\d+) (\d+) (\d+)\)", cells)
     assert len(outlines) == 2
     assert all(contrast([int(c) for c in outline], ground) >= 3 for outline in outlines)
@@ -1289,7 +1289,7 @@ def test_names_are_text_whatever_they_hold(many):
         panels.pictures([(1, "?a=b&c=d", b"x", vile)]),
         panels.class_histogram(flowers, np.arange(N), vile[0]),
         panels.image(b"x", black, vile[1], vile, vile, [ranking]),
-        panels.confusion(vile, np.arange(6), np.arange(6)[::-1]),
+        panels.confusion(vile, range(6), np.arange(6), np.arange(6)[::-1]),
     ]
     for piece in drawn:
         reader = Reader()

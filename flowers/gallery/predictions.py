@@ -270,6 +270,54 @@ def seen_by_all(runs: Sequence[Predictions]) -> np.ndarray:
     return functools.reduce(np.intersect1d, [run.index for run in runs])
 
 
+def likely_label_errors(labels: np.ndarray, *runs: Predictions) -> np.ndarray:
+    """Return the indices of the images whose label may be wrong, the likeliest first.
+
+    Confident learning (Northcutt, Jiang and Chuang 2021): a class is likely for an image if its
+    probability reaches the mean that it has among the images of that label. Where the likeliest of
+    those classes is not the label, the label is doubted. In order of the probability of the label
+    less the greatest of another class. The probabilities are the mean over the runs; those that a
+    run has not written, as they are not among its best five, count as 0.
+    """
+    index = seen_by_all(runs)
+    n_classes = int(labels.max()) + 1
+    probabilities = np.zeros((len(index), n_classes))
+    for run in runs:
+        for row, i in zip(probabilities, index):
+            for c, probability in run.top[i]:
+                row[c] += probability / len(runs)
+    given = labels[index]
+    rows = np.arange(len(index))
+    of_label = probabilities[rows, given]  # (n,)
+    thresholds = np.full(n_classes, np.inf)  # a class without images has no mean
+    for c in np.unique(given):
+        thresholds[c] = of_label[given == c].mean()
+
+    likely = np.where(probabilities >= thresholds, probabilities, 0.0)
+    doubted = (likely.max(axis=1) > 0) & (likely.argmax(axis=1) != given)
+    others = probabilities.copy()
+    others[rows, given] = 0.0
+    margin = of_label - others.max(axis=1)
+    order = np.argsort(margin, kind="stable")
+    return index[order[doubted[order]]]
+
+
+def read_duplicates(folder: Path, flowers: Flowers) -> list[np.ndarray]:
+    """Return the groups of near-duplicates that a run found, each as indices of images.
+
+    None for a run that has not looked for them. Raises UserError if duplicates.json is damaged.
+    """
+    path = folder / "duplicates.json"
+    if not path.exists():
+        return []
+    index_of = {name: i for i, name in enumerate(flowers.file_names)}
+    try:
+        groups = read_json(path)["groups"]
+        return [np.array([index_of[name] for name in group]) for group in groups]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__})") from None
+
+
 def class_table(flowers: Flowers, index: np.ndarray, *runs: Predictions) -> "pd.DataFrame":
     """Return a table of the classes that occur among the images at `index`, a row a class.
 
@@ -321,3 +369,24 @@ def confusion_table(flowers: Flowers, run: Predictions, index: np.ndarray) -> "p
         {"class": names[flowers.labels[index]], "prediction": names[run.guess[index]]}
     )
     return pairs.value_counts(sort=False).rename("images").reset_index()
+
+
+def order_of_confusions(true: np.ndarray, predicted: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return `classes` in an order in which those that are taken for one another stand together.
+
+    The leaves of a hierarchical clustering by average linkage: the more of the images of two
+    classes are given the other's name, the nearer the two are. true, predicted: class numbers of
+    each image, (n,) int, all of them in `classes`.
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    if len(classes) < 3:
+        return classes
+    counts = np.zeros((len(classes), len(classes)))
+    np.add.at(counts, (np.searchsorted(classes, true), np.searchsorted(classes, predicted)), 1)
+    rates = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # a row may have no image
+    distances = 1 - (rates + rates.T) / 2
+    np.fill_diagonal(distances, 0)
+    tree = linkage(squareform(distances, checks=False), "average", optimal_ordering=True)
+    return classes[leaves_list(tree)]
