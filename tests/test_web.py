@@ -23,6 +23,7 @@ import clip
 import numpy as np
 import pytest
 import scipy.io
+import scipy.special
 import streamlit
 import torch
 from conftest import NAMES, ROOT, error_line, write_dataset
@@ -37,7 +38,14 @@ from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
 from flowers.gallery import colours, filters, panels
-from flowers.gallery.predictions import class_table, confusion_table, read_predictions
+from flowers.gallery.predictions import (
+    Predictions,
+    class_table,
+    confusion_table,
+    likely_label_errors,
+    order_of_confusions,
+    read_predictions,
+)
 from flowers.gallery.thumbnails import (
     MAX_UPLOAD_BYTES,
     SLOT,
@@ -1063,6 +1071,97 @@ def test_mistaken_flags_are_a_sentence(page, cli):
 
 # -----------------------------------------------------------------------------
 # the parts, without the page
+
+
+def predictions_from(probabilities):
+    """Predictions whose five best classes are those of probabilities (N, C)."""
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
+    top = tuple(
+        tuple((int(c), float(row[c])) for c in best) for row, best in zip(probabilities, order)
+    )
+    return Predictions("made", top, order[:, 0], np.take_along_axis(probabilities, order, 1)[:, 0])
+
+
+def test_planted_label_errors_come_first():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 300)
+    runs = []
+    for _ in range(2):
+        logits = rng.normal(size=(300, 6)) + 4 * np.eye(6)[labels]
+        runs.append(predictions_from(scipy.special.softmax(logits, axis=1)))
+    planted = rng.choice(300, 12, replace=False)
+    given = labels.copy()
+    given[planted] = (labels[planted] + 1 + rng.integers(0, 5, 12)) % 6
+    found = likely_label_errors(given, *runs)
+    assert len(set(found[:12]) & set(planted)) >= 10
+    assert len(found) < 40
+
+    # The rule once more, image by image: the mean of the runs, and each class's own threshold.
+    mean = np.zeros((300, 6))
+    for run in runs:
+        for i, best in enumerate(run.top):
+            for c, probability in best:
+                mean[i, c] += probability / 2
+    least = [mean[given == c, c].mean() for c in range(6)]
+    doubted = {}
+    for i in range(300):
+        likely = [c for c in range(6) if mean[i, c] >= least[c]]
+        if likely and max(likely, key=lambda c: mean[i, c]) != given[i]:
+            others = [mean[i, c] for c in range(6) if c != given[i]]
+            doubted[i] = mean[i, given[i]] - max(others)
+    assert found.tolist() == sorted(doubted, key=doubted.get)
+
+
+def test_confused_classes_stand_together():
+    true = np.repeat(np.arange(6), 20)
+    guess = true.copy()
+    for one, two in ((0, 3), (1, 4), (2, 5)):
+        guess[true == one] = np.where(np.arange(20) < 8, two, one)
+    order = order_of_confusions(true, guess, np.arange(6)).tolist()
+    assert sorted(order) == list(range(6))
+    for one, two in ((0, 3), (1, 4), (2, 5)):
+        assert abs(order.index(one) - order.index(two)) == 1
+
+
+def test_the_difference_of_two_matrices(page, runs):
+    first, second = predictions_of(runs, "first"), predictions_of(runs, "second")
+    address = {"view": "runs", "run": "first", "other": "second", "part": "confusion"}
+    at = page(**address, cells="difference", sort="confusions")
+    wanted = Counter((second[i]["label"], second[i]["top1"]) for i in second)
+    wanted.subtract((first[i]["label"], first[i]["top1"]) for i in first)
+    drawn = re.findall(r'title="([^"]*) → ([^"]*): ([+-]\d+) of \d+"', html(at, "confusion"))
+    assert {(true, guess): int(n) for true, guess, n in drawn} == {
+        k: n for k, n in wanted.items() if n
+    }
+    assert any(int(n) < 0 for *_, n in drawn)
+
+
+def test_doubted_labels_and_near_duplicates_are_lists(page, runs, many, tmp_path):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    files = [row["file"] for row in predictions_of(runs, "first").values()]
+    groups = [[files[5], files[9]], [files[0], files[2]]]
+    (folder / "first" / "duplicates.json").write_text(json.dumps({"groups": groups}))
+    at = page(runs=folder, view="runs", run="first")
+    alike = [int(name[6:11]) for group in groups for name in group]
+    assert shown(choose(at, "show", "alike")) == alike
+    flowers = open_flowers(many)
+    doubted = likely_label_errors(flowers.labels, read_predictions(folder / "first", flowers))
+    assert shown(choose(at, "show", "doubted"))[:5] == [i + 1 for i in doubted[:5]]
+    assert (
+        "alike"
+        not in page(runs=runs, view="runs", run="first").segmented_control(key="show").options
+    )
+
+    (folder / "first" / "duplicates.json").write_text('{"groups": [["none.jpg"]]}')
+    at = page(runs=folder, view="runs", run="first")
+    assert "duplicates.json is damaged" in text(at)
+    assert shown(at)
+
+
+def test_the_newest_runs_speak_of_any_image(page, runs):
+    i = next(iter(predictions_of(runs, "first")))
+    tables = rankings(html(page(image=str(i)), "image"))
+    assert {run for run, _ in tables} == {"first", "second"}
 
 
 def test_export_lists_what_is_shown(many, runs, truth):
