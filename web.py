@@ -3,8 +3,8 @@
     streamlit run web.py                                           # data/flowers-102, or the sample
     streamlit run web.py -- --data_root PATH --runs runs           # another dataset, other runs
 
-Three views: Browse (filters, a grid, one image), Runs (predictions of one or two runs of train.py
-or baseline_eval.py) and Search (by a sentence, or by a picture of your own). The address of the
+Three views: Browse (filters, a grid, one image), Runs (a table of all runs, and the predictions of
+one or several) and Search (by a sentence, or by a picture of your own). The address of the
 page always opens the same view again. Nothing is written but thumbnails and features, to the
 dataset's `.cache/`.
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import numpy as np
@@ -31,16 +31,22 @@ from starlette.formparsers import MultiPartParser
 from flowers import UserError, command
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.download import data_folder, default_root, is_complete
-from flowers.files import user_path
+from flowers.files import read_lines, user_path
 from flowers.gallery import panels
 from flowers.gallery.filters import as_csv, export, image_ids, in_ranges, parse_ids, split_names
+from flowers.gallery.overview import METRICS, run_table
 from flowers.gallery.predictions import (
     IN_PERCENT,
+    P_VALUE,
     Predictions,
-    class_changes,
+    class_table,
     confusion_table,
+    likely_label_errors,
+    order_of_confusions,
     outcomes,
+    read_duplicates,
     read_predictions,
+    run_arguments,
     run_names,
     why_apart,
 )
@@ -50,20 +56,60 @@ from flowers.layouts import read_captions
 from flowers.runs import command_line
 from flowers.splits import MissingImages
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 PER_PAGE = 48  # pictures of a grid
 NEIGHBOURS = 12  # nearest images, under one image
 SIMILARITY = "Similarity: 1 is the same. By colours, 0 is none in common; by a model, unrelated."
 POLL = 0.2  # seconds between two looks at what is computed in the background
+NEWEST = 3  # runs whose predictions are shown under an image, and how many are looked at for them
+NEWEST_LOOKED_AT = 8
 BEST = 5  # names in the ranking of a visitor's picture
 START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 
 # The options of buttons, the first of each being the default.
 VIEWS = ("browse", "runs", "search")
 PARTS = ("pictures", "classes", "confusion")  # of the view of runs
-SHOWS = ("all", "right", "wrong", "changed", "mended", "broken")  # keys of `outcomes`
-NAMES_OF_SHOWS = {"mended": "wrong → right", "broken": "right → wrong"}
-ORDERS = ("id", "confidence")
+MOST_RUNS = 6  # that are compared
+# Keys of `outcomes`, and what they are called where it is not the key.
+ONLY = tuple(f"only_{number}" for number in range(1, MOST_RUNS + 1))
+OF_SEVERAL = ("changed", "mended", "broken", "all_right", "all_wrong", *ONLY)
+SHOWS = ("all", "right", "wrong", *OF_SEVERAL, "doubted", "alike")
+NAMES_OF_SHOWS = {
+    "changed": "they disagree",
+    "mended": "wrong → right",
+    "broken": "right → wrong",
+    "all_right": "all right",
+    "all_wrong": "all wrong",
+    "doubted": "label in doubt",
+    "alike": "near-duplicates",
+}
+ORDERS = ("id", "confidence", "doubt")
+EXPLAINED = {
+    "doubted": "Another class is likelier than is usual for images of that class, by the mean of "
+    "these runs (confident learning, Northcutt et al. 2021). The likeliest errors come first; most "
+    "are mistakes of the runs, and some are of the label.",
+    "alike": "One photograph twice, or photographs that hardly differ, group by group: intervals "
+    "count a group as one image.",
+}
+MATRIX_ORDERS = ("name", "confusions")
+NAMES_OF_ORDERS = {
+    "confidence": "most confident",
+    "doubt": "least confident",
+    "confusions": "confused ones together",
+}
+CELLS = ("counts", "difference")  # of the confusion matrix of two runs
 BARS = ("hidden", "shown")  # of the class histogram
+
+# Columns of the table of runs that are filtered by.
+FILTERED = ("strategy", "architecture", "pretraining", "split")
+# Keys of metrics.jsonl that are drawn, and what they are called.
+CURVES = {"train/loss": "training loss", "val/top1": "top-1 on val (%)"}
+MCNEMAR = (
+    "The exact test of McNemar: how likely so uneven a count of images that only one of the two "
+    "has right is, if neither is better. Of several runs, corrected for their number (Holm)."
+)
 
 # A visitor's picture stays in memory: from 1 MB on it would go to a temporary file.
 MultiPartParser.spool_max_size = MAX_UPLOAD_BYTES + 1
@@ -96,19 +142,23 @@ DEFAULTS = {
     "bars": "hidden",
     "page": 1,
     "image": None,  # id of the image that is shown alone
-    "run": None,  # of the view of runs
-    "other": None,  # the run that `run` is compared with
+    "run": None,  # of the view of runs; None: all, in a table
+    "other": [],  # the runs that `run` is compared with
     "model": None,  # the run whose model searches
     "part": "pictures",
     "show": "all",
     "guess": None,  # predicted class
     "order": "id",
+    "sort": "name",  # of the classes of the confusion matrix
+    "cells": "counts",
+    "sure": (0, 100),  # the least and the greatest confidence, in percent
     "like": "colours",  # what the nearest images are near by: colours, or a run's name
     "q": "",  # the sentence that is searched
 }
 NUMBERS = ("page", "image")
 TEXTS = ("ids", "q")
-RUNS = ("run", "other", "model", "like")
+RUNS = ("run", "model", "like")
+LISTS = ("other",)  # each of their values is a parameter of the address
 MAX_TEXT = 300  # characters
 
 state = st.session_state
@@ -133,7 +183,7 @@ def read_address(allowed: dict[str, Collection]) -> None:
     not a number where one is due, becomes the default. The name of a run is kept, whether there is
     such a run or not: under an old link, another run's numbers would be taken for its own.
     """
-    address = current_names(st.query_params.to_dict())
+    address = current_names(page_address())
     acted = state.pop("_acted", False)  # a callback of this run's click
     opened = "_address" not in state
     went_back = not acted and address != state.get("_address")
@@ -143,7 +193,16 @@ def read_address(allowed: dict[str, Collection]) -> None:
         state[key] = checked_choice(key, source.get(key, default), allowed)
 
 
-def current_names(address: dict[str, str]) -> dict[str, str]:
+def page_address() -> dict[str, str | list[str]]:
+    """Return the address of the page."""
+    address = st.query_params.to_dict()
+    for key in LISTS:
+        if key in address:
+            address[key] = st.query_params.get_all(key)
+    return address
+
+
+def current_names(address: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
     """Return an address with the names of today: older links call the model of a search `run`."""
     if address.get("view") == "search" and "run" in address and "model" not in address:
         address["model"] = address.pop("run")
@@ -160,6 +219,13 @@ def checked_choice(key: str, value: Any, allowed: dict[str, Collection]) -> Any:
         return value[:MAX_TEXT]
     if key in RUNS:
         return str(value)[:MAX_TEXT] if value else DEFAULTS[key]
+    if key in LISTS:
+        # Once each, and none more than can be compared.
+        return list(dict.fromkeys(str(name)[:MAX_TEXT] for name in value))[: MOST_RUNS - 1]
+    if key == "sure" and isinstance(value, str):
+        ends = re.fullmatch("([0-9]{1,3})-([0-9]{1,3})", value)
+        least, most = sorted(min(int(end), 100) for end in ends.groups()) if ends else (0, 100)
+        return least, most
     return value
 
 
@@ -168,9 +234,11 @@ def is_missing(key: str, names: Collection[str], what: str) -> bool:
 
     what: the runs that `names` lists, in words.
     """
-    name = state[key]
-    if name is None or name in names:
+    chosen = state[key] if key in LISTS else [state[key]]
+    gone = [name for name in chosen if name is not None and name not in names]
+    if not gone:
         return False
+    name = gone[0]
     st.warning(
         f"There is no run {panels.plain(name)} {what}: it was deleted or renamed, or is misspelt "
         "in the address. Choose another one."
@@ -178,12 +246,18 @@ def is_missing(key: str, names: Collection[str], what: str) -> bool:
     return True
 
 
-def address_with(**choices) -> dict[str, str]:
+def address_with(**choices) -> dict[str, str | list[str]]:
     """Return the address of what `state` says, but for these choices."""
     address = {}
     for key, default in DEFAULTS.items():
         value = choices.get(key, state.get(key, default))
-        if value is not None and value != default:
+        if value is None or value == default:
+            continue
+        if key in LISTS:
+            address[key] = [str(one) for one in value]
+        elif key == "sure":
+            address[key] = "{}-{}".format(*value)
+        else:
             address[key] = str(value)
     return address
 
@@ -192,7 +266,7 @@ def write_address() -> None:
     """Make the page's address say what `state` says."""
     address = address_with()
     # Each time it is set the browser remembers a page to go back to: only when it is another one.
-    if address != st.query_params.to_dict() or address != state.get("_address"):
+    if address != page_address() or address != state.get("_address"):
         st.query_params.from_dict(address)
     state["_address"] = address
 
@@ -254,7 +328,7 @@ def open_dataset(arguments: tuple, stamp: tuple) -> Dataset:
     )
 
 
-@st.cache_resource(show_spinner=False, max_entries=8)
+@st.cache_resource(show_spinner=False, max_entries=32)
 def made_once(_make: Callable[[Path], Any], path: Path, stamp: tuple) -> Any:
     """Return _make(path); once, until `stamp` changes.
 
@@ -388,7 +462,7 @@ def picture_grid(
     items = []
     for i, jpeg in zip(index, jpegs):
         title = f"{data.ids[i]} {flowers.class_names[flowers.labels[i]]}"
-        link = "?" + urlencode(address_with(image=data.ids[i]))
+        link = "?" + urlencode(address_with(image=data.ids[i]), doseq=True)
         items.append((data.ids[i], link, jpeg, [title, *lines(i)]))
     draw(panels.pictures(items, left), key, lambda image_id: change(image=int(image_id)))
 
@@ -580,11 +654,14 @@ def training_command(flowers: Flowers, runs: Path) -> str:
 
 
 def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
-    """Show what one or two runs predicted; return the images of the chosen outcome, if any.
+    """Show all runs, or what some predicted; return the images of the chosen outcome, if any.
 
     names: the runs that have predictions.
     """
     flowers = data.flowers
+    if state["run"] is None and run_names(runs, "args.json"):
+        show_runs(runs, names)
+        return None
     if not names:
         remedy = training_command(flowers, runs)
         st.info(panels.message(f"No run in {runs} has predictions yet. Make one: {remedy}"))
@@ -593,57 +670,196 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     names = list(reasons)
     if state["run"] is None:
         state["run"] = names[0]  # the newest of this dataset and split, if there is one
-    if state["other"] == state["run"]:
-        state["other"] = None
-    others = [name for name in names if name != state["run"]]
-    with st.container(horizontal=True):
-        choose_from_list("Run", names, "run", reasons=reasons)
-        choose_from_list("Compare with", others, "other", "no other run", reasons)
-        if state["other"]:
-            swapped = {"run": state["other"], "other": state["run"], "page": 1}
-            st.button("Swap the two runs", on_click=change, kwargs=swapped, key="swap")
-        choose_one("Part", PARTS, "part")
+    choose_runs(names, reasons)
 
     predicted = f"with predictions in {panels.plain(str(runs))}"
     missing = [key for key in ("run", "other") if is_missing(key, names, predicted)]
     if missing:
         return None
-    chosen = [name for name in (state["run"], state["other"]) if name]
+    chosen = [state["run"], *state["other"]]
     predictions = [load_predictions(data, runs, name) for name in chosen]
     images_of = outcomes(flowers.labels, *predictions)  # indices by outcome
     if not len(images_of["all"]):
         raise UserError(
-            f"{state['run']} and {state['other']} predicted different images: "
-            "choose two runs of one split"
+            f"{' and '.join(chosen)} predicted different images: choose runs of one split"
         )
-    show_accuracies(flowers, predictions, images_of)
+    show_accuracies(data, runs, predictions, images_of["all"])
     if state["part"] == "classes":
         return show_classes(flowers, predictions, images_of["all"])
     if state["part"] == "confusion":
-        return show_confusion(flowers, predictions[0], images_of["all"])
+        return show_confusion(flowers, predictions, images_of["all"])
+    images_of["doubted"] = likely_label_errors(flowers.labels, *predictions)
+    groups = duplicates_of(runs / state["run"], flowers, images_of["all"])
+    if groups:
+        images_of["alike"] = np.concatenate(groups)
     return list_outcomes(flowers, predictions, images_of)
 
 
+def duplicates_of(folder: Path, flowers: Flowers, index: np.ndarray) -> list[np.ndarray]:
+    """Return the groups of near-duplicates among the images at `index`, by a run's own list."""
+    try:
+        groups = read_duplicates(folder, flowers)
+    except UserError as error:
+        st.warning(panels.message(str(error)))
+        return []
+    return [group for group in groups if np.isin(group, index).all()]
+
+
+def choose_runs(names: list[str], reasons: dict[str, str]) -> None:
+    """Show the lists that a run and those that it is compared with are chosen from, and the part.
+
+    names: the runs that have predictions. reasons: why some of them are listed apart.
+    """
+    state["other"] = [name for name in state["other"] if name != state["run"]]
+    others = [name for name in names if name != state["run"]]
+    gone = [name for name in state["other"] if name not in others]  # `is_missing` says so
+
+    def shown(name: str) -> str:
+        return f"{name} ({reasons[name]})" if reasons.get(name) else name
+
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        all_runs = {"run": None, "other": [], "image": None, "page": 1}
+        st.button("All runs", on_click=change, kwargs=all_runs, key="all_runs")
+        choose_from_list("Run", names, "run", reasons=reasons)
+        st.multiselect(
+            "Compare with",
+            [*others, *gone],
+            key="other",
+            format_func=shown,
+            placeholder="no other run",
+            max_selections=MOST_RUNS - 1,
+            on_change=change_filter,
+            width=360,
+        )
+        if len(state["other"]) == 1:
+            swapped = {"run": state["other"][0], "other": [state["run"]], "page": 1}
+            st.button("Swap the two runs", on_click=change, kwargs=swapped, key="swap")
+        choose_one("Part", PARTS, "part")
+
+
+def show_runs(runs: Path, predicted: list[str]) -> None:
+    """Show all runs in one table; those that are ticked are compared, or one of them described.
+
+    predicted: the runs that have predictions.
+    """
+    table = all_runs_table(runs, run_names(runs, "args.json"))
+    with filters():
+        for column in FILTERED:
+            values = sorted(table[column].dropna().unique())
+            chosen = st.multiselect(column.capitalize(), values, key=f"only_{column}", width=220)
+            if chosen:
+                table = table[table[column].isin(chosen)]
+    formats = {name: st.column_config.NumberColumn(format="%.2f") for name in METRICS}
+    formats["learning rate"] = st.column_config.NumberColumn(format="%.1e")
+    formats["parameters trained"] = st.column_config.NumberColumn(format="localized")
+    formats["seconds"] = st.column_config.NumberColumn(format="%.0f")
+    st.caption(
+        f"{len(table):,} runs in {panels.plain(str(runs))}, the newest first. A click on the name "
+        "of a column sorts by it. From and to are the ends of the 95% interval of top-1. Tick one "
+        "run to see its settings and curve, several to compare what they say about each image."
+    )
+    event = st.dataframe(
+        table,
+        hide_index=True,
+        key="runs_table",
+        on_select="rerun",
+        selection_mode="multi-row",
+        column_config=formats,
+        placeholder="",
+    )
+    # Of a filter that left fewer rows, the rows that were ticked before may be gone.
+    rows = [row for row in event.selection.rows if row < len(table)]
+    ticked = table["run"].iloc[rows].tolist()
+    compared = [name for name in ticked if name in predicted]
+    label = "See predictions of the ticked run"
+    if len(compared) > 1:
+        label = f"Compare the {len(compared[:MOST_RUNS])} ticked runs"
+    if compared:
+        choice = {"run": compared[0], "other": compared[1:MOST_RUNS], "page": 1}
+        st.button(label, on_click=change, kwargs=choice, key="compare")
+    download("The table as CSV", "runs", lambda: as_csv(table))
+    if len(ticked) == 1:
+        describe_run(runs / ticked[0])
+
+
+def all_runs_table(runs: Path, names: list[str]) -> "pd.DataFrame":
+    """Return run_table of these runs; made anew when one of their files changes."""
+    paths = [runs / name / file for name in names for file in ("args.json", "result.json")]
+
+    def read(path: Path) -> "pd.DataFrame":
+        return run_table(path, names)
+
+    return made_once(read, runs, stamp_of(*paths))
+
+
+def describe_run(folder: Path) -> None:
+    """Show the settings and the training curves of a run."""
+    left, right = st.columns([1, 2])
+    settings = {key: as_text(value) for key, value in run_arguments(folder).items()}
+    left.caption(f"Settings of {panels.plain(folder.name)}")
+    left.dataframe({"setting": list(settings), "value": list(settings.values())}, hide_index=True)
+    rows = read_lines(folder / "metrics.jsonl", "step")
+    with right:
+        for key, title in CURVES.items():
+            points = [{"step": row["step"], title: row[key]} for row in rows if key in row]
+            if points:
+                st.caption(title)
+                st.line_chart(points, x="step", y=title, height=220)
+
+
+def as_text(value: Any) -> str:
+    """Return a setting as it is shown; a column of a table holds values of one kind."""
+    return "" if value is None else str(value)
+
+
 def show_accuracies(
-    flowers: Flowers, predictions: list[Predictions], images_of: dict[str, np.ndarray]
+    data: Dataset, runs: Path, predictions: list[Predictions], index: np.ndarray
 ) -> None:
-    """Show the accuracy of each run, and on how many images only one of two is right."""
-    index = images_of["all"]
-    accuracies = []
-    for run in predictions:
-        percent = 100 * (run.guess[index] == flowers.labels[index]).mean()
-        accuracies.append(f"{panels.plain(run.name)}: **{percent:.2f}%**")
-    summary = " · ".join(accuracies) + f" of {len(index):,} images right"
-    if len(predictions) == 2:
-        first, second = (panels.plain(run.name) for run in predictions)
-        mended, broken = len(images_of["mended"]), len(images_of["broken"])
-        summary += f" · {mended} by {second} alone, {broken} by {first} alone"
-    st.markdown(summary)
+    """Show the accuracy of each run with its interval, and what tells it from the first run.
+
+    index: the images that all of them predicted.
+    """
+    from flowers.study.comparable import read_clusters
+    from flowers.study.statistics import difference_interval, holm, mcnemar, mean_interval
+
+    flowers = data.flowers
+    labels = flowers.labels[index]
+    correct = [run.guess[index] == labels for run in predictions]
+    files = [flowers.file_names[i] for i in index]
+    try:
+        clusters = read_clusters(runs / predictions[0].name, files)
+    except ValueError as error:
+        st.warning(panels.message(f"The intervals take no account of near-duplicates: {error}."))
+        clusters = None
+    tests = [mcnemar(right, correct[0]) for right in correct[1:]]
+    p_values = holm([p for _, _, p in tests])
+    first = predictions[0].name
+    difference = f"difference from {first} (points)"
+    rows = []
+    for k, (run, right) in enumerate(zip(predictions, correct)):
+        mean, low, high = mean_interval(right[None], clusters)
+        row = {"run": run.name, "top-1 (%)": mean, "95% interval": f"{low:.1f} to {high:.1f}"}
+        if k > 0:
+            change, low, high = difference_interval(right[None], correct[0][None], clusters)
+            only_this, only_first, _ = tests[k - 1]
+            row |= {
+                difference: change,
+                "95% interval of that": f"{low:+.1f} to {high:+.1f}",
+                "right alone": only_this,
+                f"{first} right alone": only_first,
+                "p": p_values[k - 1],
+            }
+        rows.append(row)
+    number = st.column_config.NumberColumn(format="%.2f")
+    formats = {"top-1 (%)": number, difference: number}
+    formats["p"] = st.column_config.NumberColumn(format="%.3g", help=MCNEMAR)
+    st.caption(f"Of {len(index):,} images")
+    st.dataframe(rows, hide_index=True, column_config=formats, key="accuracies", placeholder="")
 
 
 def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.ndarray) -> None:
     """Show the accuracy of each class; a click on a cell or row lists the pictures of its class."""
-    table = class_changes(flowers, index, *predictions)
+    table = class_table(flowers, index, *predictions)
 
     def class_chosen():
         change()
@@ -656,6 +872,8 @@ def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.nda
 
     one_decimal = st.column_config.NumberColumn(format="%.1f")
     percentages = [column for column in table.columns if column.endswith(IN_PERCENT)]
+    formats = dict.fromkeys(percentages, one_decimal)
+    formats[P_VALUE] = st.column_config.NumberColumn(format="%.3f", help=MCNEMAR)
     st.caption("Accuracy of each class; click on a cell to see the pictures of its class.")
     st.dataframe(
         table,
@@ -664,24 +882,42 @@ def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.nda
         on_select=class_chosen,
         selection_mode=["single-row", "single-cell"],
         height=560,
-        column_config=dict.fromkeys(percentages, one_decimal),
+        column_config=formats,
     )
     download("The table as CSV", "classes", lambda: as_csv(table))
 
 
-def show_confusion(flowers: Flowers, run: Predictions, index: np.ndarray) -> None:
-    """Show the confusion matrix; a click on a cell lists its pictures."""
+def show_confusion(flowers: Flowers, predictions: list[Predictions], index: np.ndarray) -> None:
+    """Show a confusion matrix, or the difference of two; a click on a cell lists its pictures."""
+    run = predictions[0]
 
     def open_cell(cell: str) -> None:
         true, guess = (flowers.class_names[int(number)] for number in cell.split(","))
         change(part="pictures", show="all", page=1, guess=guess, **{"class": true})
 
-    st.caption(
-        f"Images of each class (row) by the name that {panels.plain(run.name)} gives them "
-        "(column). Click on a cell to see its pictures."
+    with toolbar():
+        choose_one("Order of the classes", MATRIX_ORDERS, "sort", names=NAMES_OF_ORDERS)
+        if len(predictions) == 2:
+            choose_one("Cells", CELLS, "cells")
+    true, guess, other = flowers.labels[index], run.guess[index], None
+    first = panels.plain(run.name)
+    caption = (
+        f"Images of each class (row) by the name that {first} gives them (column). The stronger a "
+        "cell is shaded, the larger its part of the row. Click on a cell to see its pictures."
     )
-    matrix = panels.confusion(flowers.class_names, flowers.labels[index], run.guess[index])
-    draw(matrix, "confusion", open_cell)
+    meanings = ("right", "wrong")
+    if len(predictions) == 2 and state["cells"] == "difference":
+        other = predictions[1].guess[index]
+        second = panels.plain(predictions[1].name)
+        caption = (
+            f"How many images of each class (row) {second} gives a name (column) more often than "
+            f"{first} does. Click on a cell to see those of {first}."
+        )
+        meanings = (f"more by {predictions[1].name}", f"fewer by {predictions[1].name}")
+    st.caption(caption)
+    st.html(panels.legend(*meanings))
+    classes = shown_classes(flowers, true, guess, other)
+    draw(panels.confusion(flowers.class_names, classes, true, guess, other), "confusion", open_cell)
     download(
         "The matrix as CSV",
         "confusion",
@@ -689,30 +925,28 @@ def show_confusion(flowers: Flowers, run: Predictions, index: np.ndarray) -> Non
     )
 
 
+def shown_classes(
+    flowers: Flowers, true: np.ndarray, guess: np.ndarray, other: np.ndarray | None
+) -> list[int]:
+    """Return the classes of a confusion matrix, in the chosen order."""
+    named = [true, guess] if other is None else [true, guess, other]
+    classes = np.unique(np.concatenate(named))
+    if state["sort"] == "confusions":
+        return order_of_confusions(true, guess, classes).tolist()
+    return sorted(classes.tolist(), key=lambda c: flowers.class_names[c])
+
+
 def list_outcomes(
     flowers: Flowers, predictions: list[Predictions], images_of: dict[str, np.ndarray]
 ) -> Listing:
-    """Show the filters of the first run's predictions; return the images that pass them."""
+    """Show the filters of the runs' predictions; return the images that pass them."""
     # An address or a change of runs may ask for what these runs do not have.
     if state["show"] not in images_of:
         state["show"] = "all"  # there is no 'mended' without a second run
-    first = predictions[0]
     if state["image"] is None:
-        names = sorted(flowers.class_names)
-        # Of two runs, these speak of the first.
-        by = f" by {panels.plain(first.name)}" if len(predictions) == 2 else ""
-        with filters():
-            choose_one(f"Right and wrong{by}", list(images_of), "show", names=NAMES_OF_SHOWS)
-            choose_from_list("True class", names, "class")
-            choose_from_list(f"Predicted class{by}", names, "guess")
-            choose_one(f"Order (confidence{by})", ORDERS, "order")
-        if len(predictions) == 2:
-            one, two = (panels.plain(run.name) for run in predictions)
-            st.caption(
-                f"Under each picture: what {one} says, then {two}. Wrong → right: {one} is wrong, "
-                f"{two} is right."
-            )
+        outcome_filters(flowers, predictions, list(images_of))
 
+    first = predictions[0]
     index = images_of[state["show"]]
     if state["class"]:
         true = flowers.class_names.index(state["class"])
@@ -720,8 +954,12 @@ def list_outcomes(
     if state["guess"]:
         guess = flowers.class_names.index(state["guess"])
         index = index[first.guess[index] == guess]
-    if state["order"] == "confidence":
-        index = index[np.argsort(-first.score[index], kind="stable")]
+    least, most = state["sure"]
+    percent = 100 * first.score[index]
+    index = index[(percent >= least) & (percent <= most)]
+    if state["order"] != "id":
+        sign = -1 if state["order"] == "confidence" else 1
+        index = index[np.argsort(sign * first.score[index], kind="stable")]
 
     def answers(i: int) -> list[str]:
         lines = []
@@ -732,6 +970,29 @@ def list_outcomes(
         return lines
 
     return Listing(index, answers, predictions)
+
+
+def outcome_filters(flowers: Flowers, predictions: list[Predictions], shows: list[str]) -> None:
+    """Show what the list of images can be narrowed by. shows: the outcomes of these runs."""
+    names = sorted(flowers.class_names)
+    # Of several runs, these speak of the first.
+    by = f" by {panels.plain(predictions[0].name)}" if len(predictions) > 1 else ""
+    only = {key: f"only {run.name} right" for key, run in zip(ONLY, predictions)}
+    with filters():
+        choose_one(f"Right and wrong{by}", shows, "show", names=NAMES_OF_SHOWS | only)
+        choose_from_list("True class", names, "class")
+        choose_from_list(f"Predicted class{by}", names, "guess")
+        choose_one(f"Order (confidence{by})", ORDERS, "order", names=NAMES_OF_ORDERS)
+        st.slider(f"Confidence{by} (%)", 0, 100, key="sure", on_change=change_filter, width=200)
+    if len(predictions) > 1:
+        said = ", then ".join(panels.plain(run.name) for run in predictions)
+        caption = f"Under each picture: what {said} says."
+        if len(predictions) == 2:
+            one, two = (panels.plain(run.name) for run in predictions)
+            caption += f" Wrong → right: {one} is wrong, {two} is right."
+        st.caption(caption)
+    if state["show"] in EXPLAINED:
+        st.caption(EXPLAINED[state["show"]])
 
 
 def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
@@ -845,7 +1106,8 @@ def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs:
         f"{flowers.file_names[i]} · {width} x {height} pixels · {len(jpeg) / 1000:.0f} kB",
     ]
     captions = captions_of(data, i)
-    rankings = rankings_of(flowers, i, listing.predictions)
+    predictions = listing.predictions or newest_predictions(data, runs, i)
+    rankings = rankings_of(flowers, i, predictions)
     draw(panels.image(jpeg, rgb, name, facts, captions, rankings), "image")
     show_neighbours(data, i, models, runs)
 
@@ -907,6 +1169,21 @@ def rankings_of(
         if best:
             rankings.append((run.name, best))
     return rankings
+
+
+def newest_predictions(data: Dataset, runs: Path, i: int) -> list[Predictions]:
+    """Return the predictions of the newest runs that have one of image i."""
+    found = []
+    for name in run_names(runs, "predictions.csv")[:NEWEST_LOOKED_AT]:
+        try:
+            run = load_predictions(data, runs, name)
+        except UserError:  # about other images, or damaged: said where that run is chosen
+            continue
+        if run.top[i]:
+            found.append(run)
+        if len(found) == NEWEST:
+            break
+    return found
 
 
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
@@ -988,7 +1265,7 @@ def title_of_page(flowers: Flowers, found: np.ndarray) -> str:
         name = flowers.class_names[flowers.labels[found[0]]]
         what = [f"{state['image']} {name}"]
     elif state["view"] == "runs":
-        what += filter(None, (state["run"], state["other"]))
+        what += filter(None, (state["run"], *state["other"]))
     elif state["view"] == "search":
         what.append(state["q"])
     elif state["class"]:
@@ -1039,6 +1316,8 @@ def allowed_choices(data: Dataset) -> dict[str, Collection]:
         "show": SHOWS,
         "bars": BARS,
         "order": ORDERS,
+        "sort": MATRIX_ORDERS,
+        "cells": CELLS,
     }
 
 
@@ -1059,7 +1338,7 @@ def show_listing(data: Dataset, listing: Listing) -> None:
 
 def download(label: str, what: str, make: Callable[[], str], empty: bool = False) -> None:
     """Show a button to download a CSV file, named after the view, its runs and `what` it holds."""
-    names = {"runs": [state["run"], state["other"]], "search": [state["model"]]}
+    names = {"runs": [state["run"], *state["other"]], "search": [state["model"]]}
     parts = ["flowers", state["view"], *names.get(state["view"], []), what]
     name = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, parts)))
     st.download_button(

@@ -62,6 +62,44 @@ def add_activation_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# What CLIP's weights were trained on, by the beginning of open_clip's tags.
+FAMILIES = ("laion2b", "laion400m", "datacomp", "commonpool", "dfn", "metaclip")
+# open_clip's names of OpenAI's shapes.
+OPEN_CLIP_NAMES = {name.replace("/", "-"): name for name in SHAPES if name not in RANDOM}
+OPEN_CLIP_NAMES["ViT-L-14-336"] = OPEN_CLIP_NAMES.pop("ViT-L-14@336px")
+
+
+def split_architecture(name: str) -> tuple[str, str]:
+    """Architecture and pretraining of a value of --architecture that is a name.
+
+    open_clip's models have OpenAI's names where they have their shapes, so that one architecture
+    has one name: open_clip:ViT-B-32/laion2b_s34b_b79k is ViT-B/32 and laion2b. Of paths the
+    pretraining is not known, and is "".
+    """
+    architecture, tag = split_tag(name)
+    return architecture, pretraining_family(tag)
+
+
+def pretraining_family(tag: str) -> str:
+    """The family of a tag of open_clip; other pretrainings are their own."""
+    return next((family for family in FAMILIES if tag.startswith(family)), tag)
+
+
+def split_tag(name: str) -> tuple[str, str]:
+    """As `split_architecture`, with open_clip's tag itself."""
+    if name in SHAPES and name not in RANDOM:
+        return name, "openai"
+    if name.startswith("hf:"):
+        return name, name.removeprefix("hf:")
+    model, slash, tag = name.removeprefix("open_clip:").partition("/")
+    is_file = "/" in tag or Path(tag).suffix in (".pt", ".pth", ".bin", ".safetensors")
+    is_name = model.startswith(("ViT-", "RN")) and slash and not is_file
+    if not name.startswith("open_clip:") or not is_name:
+        return name, ""
+    model = model.removesuffix("-quickgelu")
+    return OPEN_CLIP_NAMES.get(model, f"open_clip:{model}"), tag
+
+
 # -----------------------------------------------------------------------------
 # strategies
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 from conftest import ROOT, error_line
 
+from flowers.choices import split_architecture
 from flowers.files import read_lines
 from flowers.models import build
-from flowers.study import comparable
 
 QUICK = ("--batch_size", 12, "--epochs", 1)
 COMMON = ("--wandb", "disabled", "--start_epochs", 1, "--seeds", 0)
@@ -179,7 +179,7 @@ def test_weights_by_name_are_open_clip_s(cli):
     script = runpy.run_path(str(ROOT / "ablate.py"))
     for architecture, weights in script["OTHER_WEIGHTS"].items():
         for pretraining, name in weights.items():
-            assert comparable.split_architecture(name) == (architecture, pretraining)
+            assert split_architecture(name) == (architecture, pretraining)
     pretrained = pytest.importorskip("open_clip.pretrained")
     for weights in script["OTHER_WEIGHTS"].values():
         for name in weights.values():

@@ -23,10 +23,12 @@ import clip
 import numpy as np
 import pytest
 import scipy.io
+import scipy.special
 import streamlit
 import torch
 from conftest import NAMES, ROOT, error_line, write_dataset
 from PIL import Image
+from statsmodels.stats import contingency_tables
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from streamlit.runtime.forward_msg_cache import populate_hash_if_needed
 from streamlit.testing.v1 import AppTest
@@ -36,7 +38,14 @@ from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
 from flowers.gallery import colours, filters, panels
-from flowers.gallery.predictions import class_changes, confusion_table, read_predictions
+from flowers.gallery.predictions import (
+    Predictions,
+    class_table,
+    confusion_table,
+    likely_label_errors,
+    order_of_confusions,
+    read_predictions,
+)
 from flowers.gallery.thumbnails import (
     MAX_UPLOAD_BYTES,
     SLOT,
@@ -45,6 +54,7 @@ from flowers.gallery.thumbnails import (
     read_thumbnail,
     thumbnail,
 )
+from flowers.study.statistics import difference_interval
 
 N = 120  # images of `many`: three pages
 PATIENCE = 180  # seconds that a busy machine may take for one run of the page
@@ -185,6 +195,16 @@ def text(at):
 def address_of(at):
     """The page's address as a dict; AppTest gives each value as text or as a list of one."""
     return {key: np.ravel(value)[0] for key, value in at.query_params.items()}
+
+
+def accuracies(at):
+    """The table of the runs that are compared, by run."""
+    return next(d.value for d in at.dataframe if "top-1 (%)" in d.value).set_index("run")
+
+
+def classes_of(at):
+    """The table of the classes."""
+    return next(d.value for d in at.dataframe if "class" in d.value)
 
 
 def press(at, key):
@@ -380,8 +400,8 @@ def test_outcomes_of_two_runs(page, runs, show):
     assert shown(at) == wanted
     assert wanted
     accuracy = 100 * sum(in_first for in_first, _ in right.values()) / len(right)
-    assert f"first: **{accuracy:.2f}%**" in text(at)
-    assert f"of {len(first)} images right" in text(at)
+    assert accuracies(at).loc["first", "top-1 (%)"] == pytest.approx(accuracy)
+    assert f"Of {len(first)} images" in text(at)
 
     row = first[wanted[0]]
     mark = "✓" if right[wanted[0]][0] else "✗"
@@ -404,7 +424,7 @@ def test_of_two_runs_the_page_says_of_which_it_speaks(page, runs):
     assert "the name that second gives them" in text(at)
 
 
-def test_most_confident_mistakes_come_first(page, runs):
+def test_most_and_least_confident_mistakes_come_first(page, runs):
     first = predictions_of(runs, "first")
     wrong = [i for i in first if first[i]["top1"] != first[i]["label"]]
     at = page(view="runs", run="first", show="wrong")
@@ -412,6 +432,131 @@ def test_most_confident_mistakes_come_first(page, runs):
     by_confidence = sorted(wrong, key=lambda i: -float(first[i]["score1"]))
     assert shown(at) == by_confidence
     assert by_confidence != wrong
+    assert shown(choose(at, "order", "doubt")) == by_confidence[::-1]
+
+    whole(at.slider(key="sure").set_value((40, 60)).run())
+    middle = [i for i in by_confidence[::-1] if 0.4 <= float(first[i]["score1"]) <= 0.6]
+    assert shown(at) == middle
+    assert 0 < len(middle) < len(wrong)
+    assert address_of(at)["sure"] == "40-60"
+
+
+def test_how_sure_a_difference_is(page, runs):
+    first, second = predictions_of(runs, "first"), predictions_of(runs, "second")
+    right = [
+        np.array([row["top1"] == row["label"] for row in rows.values()]) for rows in (first, second)
+    ]
+    at = page(view="runs", run="first", other="second")
+    table = accuracies(at)
+    change, low, high = difference_interval(right[1][None], right[0][None])
+    assert table.loc["second", "difference from first (points)"] == pytest.approx(change)
+    assert table.loc["second", "95% interval of that"] == f"{low:+.1f} to {high:+.1f}"
+    only_second, only_first = (right[1] & ~right[0]).sum(), (right[0] & ~right[1]).sum()
+    assert table.loc["second", "right alone"] == only_second
+    assert table.loc["second", "first right alone"] == only_first
+    exact = contingency_tables.mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue
+    assert table.loc["second", "p"] == pytest.approx(exact)
+
+    at = page(view="runs", run="first", other="second", part="classes")
+    classes = classes_of(at).set_index("class")
+    for name in NAMES:
+        of_class = np.array([row["label"] == name for row in first.values()])
+        a, b = (int((x & ~y & of_class).sum()) for x, y in (right, right[::-1]))
+        assert classes.loc[name, "only first right"] == a
+        assert classes.loc[name, "only second right"] == b
+        exact = contingency_tables.mcnemar([[0, a], [b, 0]], exact=True).pvalue
+        assert classes.loc[name, "p (McNemar)"] == pytest.approx(exact)
+
+
+@pytest.fixture(scope="session")
+def three_runs(runs, truth, tmp_path_factory):
+    """The two runs of `runs`, and `third`, which has made-up predictions of its own."""
+    class_of, splits = truth
+    folder = shutil.copytree(runs, tmp_path_factory.mktemp("web") / "three")
+    rng = np.random.default_rng(2)
+    rows = [made_up_row(rng, i, class_of[i]) for i in sorted(splits["test"])]
+    (folder / "third").mkdir()
+    write_csv(folder / "third" / "predictions.csv", rows)
+    return folder
+
+
+def test_several_runs(page, three_runs):
+    names = ["first", "second", "third"]
+    rows = {name: predictions_of(three_runs, name) for name in names}
+    at = page(runs=three_runs, view="runs", run="first", other=["second", "third"])
+    assert at.query_params["other"] == ["second", "third"]
+    assert accuracies(at).index.tolist() == names
+    right = {
+        i: [rows[name][i]["top1"] == rows[name][i]["label"] for name in names]
+        for i in rows["first"]
+    }
+    wanted = {
+        "changed": [i for i in right if len({rows[name][i]["top1"] for name in names}) > 1],
+        "all_right": [i for i in right if all(right[i])],
+        "all_wrong": [i for i in right if not any(right[i])],
+        "only_1": [i for i in right if right[i] == [True, False, False]],
+        "only_3": [i for i in right if right[i] == [False, False, True]],
+    }
+    for show, ids in wanted.items():
+        assert shown(choose(at, "show", show)) == ids
+        assert ids
+    i = wanted["only_3"][0]
+    marks = [line[0] for line in pictures(at)[0]["lines"][1:]]
+    assert shown(at)[0] == i
+    assert marks == ["✗", "✗", "✓"]
+    labels = at.segmented_control(key="show").options
+    assert "only third right" in labels
+
+    # Holm's correction of two p-values: the smaller one counts twice.
+    first_right = np.array([r[0] for r in right.values()])
+    p_values = []
+    for k in (1, 2):
+        other = np.array([r[k] for r in right.values()])
+        cells = [[0, (first_right & ~other).sum()], [(other & ~first_right).sum(), 0]]
+        p_values.append(contingency_tables.mcnemar(cells, exact=True).pvalue)
+    smaller = min(1, 2 * min(p_values))
+    assert min(accuracies(at)["p"].dropna()) == pytest.approx(smaller)
+    assert page(runs=three_runs, view="runs", run="first", other=["second", "thrid"]).warning
+
+
+def test_all_runs_in_one_table(page, three_runs, tmp_path):
+    runs = shutil.copytree(three_runs, tmp_path / "runs")
+    settings = {"job": "train", "architecture": "tiny", "strategy": "lora", "epochs": 3}
+    settings |= {"loss": "sigmoid", "lr": 0.01, "seed": 7}
+    result = {"test/top1": 60.0, "test/top1_low": 50.5, "test/top1_high": 68.0, "test/n": 30}
+    result |= {"trainable_image": 5, "trainable_text": 7, "train_seconds": 12.5}
+    (runs / "first" / "args.json").write_text(json.dumps(settings))
+    (runs / "first" / "result.json").write_text(json.dumps(result))
+    # An evaluation of it, and a run that is not finished, and one that is damaged.
+    evaluation = {"job": "eval", "architecture": str(runs / "first" / "model.pt")}
+    (runs / "second" / "args.json").write_text(json.dumps(evaluation))
+    (runs / "second" / "result.json").write_text(json.dumps({"val/top1": 70.0}))
+    started = {"job": "train", "architecture": "open_clip:ViT-B-32/laion2b_s34b_b79k"}
+    (runs / "third" / "args.json").write_text(json.dumps(started | {"strategy": "full"}))
+    (runs / "cut").mkdir()
+    (runs / "cut" / "args.json").write_text('{"job": "tr')
+
+    at = page(runs=runs, view="runs")
+    table = at.dataframe[0].value.set_index("run")
+    assert set(table.index) == {"first", "second", "third", "cut"}
+    first, second, third = (table.loc[name] for name in ("first", "second", "third"))
+    assert first[["strategy", "architecture", "pretraining"]].tolist() == ["lora", "tiny", "random"]
+    assert first[["loss", "learning rate", "seed"]].tolist() == ["sigmoid", 0.01, 7]
+    assert first[["split", "top-1 (%)", "from", "to"]].tolist() == ["test", 60.0, 50.5, 68.0]
+    assert first[["parameters trained", "seconds"]].tolist() == [12, 12.5]
+    assert second[["strategy", "split", "top-1 (%)"]].tolist() == ["lora", "val", 70.0]
+    assert third[["architecture", "pretraining"]].tolist() == ["ViT-B/32", "laion2b"]
+    assert third["split"] == "not finished"
+    assert table.loc["cut", "split"] == "damaged"
+
+    whole(at.multiselect(key="only_split").set_value(["val"]).run())
+    assert at.dataframe[0].value["run"].tolist() == ["second"]
+    # A run that ends while the page is open is in the table with its result.
+    (runs / "third" / "result.json").write_text(json.dumps({"test/top1": 50.0}))
+    at = page(runs=runs, view="runs")
+    assert at.dataframe[0].value.set_index("run").loc["third", "top-1 (%)"] == 50.0
+    at = press(page(runs=runs, view="runs", run="first", other="second"), "all_runs")
+    assert address_of(at) == {"view": "runs"}
 
 
 def test_true_and_predicted_class_open_a_cell_of_the_confusion_matrix(page, runs):
@@ -447,7 +592,7 @@ def test_true_and_predicted_class_open_a_cell_of_the_confusion_matrix(page, runs
 def test_classes_are_sorted_by_change(page, runs):
     first, second = predictions_of(runs, "first"), predictions_of(runs, "second")
     at = page(view="runs", run="first", other="second", part="classes")
-    table = at.dataframe[0].value
+    table = classes_of(at)
     changes = []
     for name in NAMES:
         images = [i for i in first if first[i]["label"] == name]
@@ -464,7 +609,7 @@ def test_classes_are_sorted_by_change(page, runs):
     assert len(set(changes)) > 1
 
     at = page(view="runs", run="first", part="classes")
-    assert at.dataframe[0].value["accuracy of first (%)"].is_monotonic_increasing
+    assert classes_of(at)["accuracy of first (%)"].is_monotonic_increasing
 
 
 def test_an_image_shows_what_both_runs_say(page, runs):
@@ -640,6 +785,7 @@ def test_transparent_parts_are_white_and_16_bits_are_scaled(tmp_path):
         {"view": "runs", "run": "first", "class": "rose", "guess": "rose"},
         {"view": "runs", "run": "first", "part": "classes"},
         {"view": "runs", "run": "first", "part": "confusion"},
+        {"view": "runs", "run": "first", "sure": "20-70", "order": "doubt"},
         {"view": "search", "model": "first", "q": "a rose"},
     ],
     ids=str,
@@ -658,7 +804,7 @@ def test_a_view_keeps_its_run_when_another_view_changes_its_own(page, runs, tmp_
     shutil.copy(folder / "first" / "model.pt", folder / "second")
     at = page(runs=folder, view="runs", run="first")
     select(choose(at, "view", "search"), "model", "second")
-    assert "first: **" in text(choose(at, "view", "runs"))
+    assert accuracies(choose(at, "view", "runs")).index.tolist() == ["first"]
     assert at.selectbox(key="run").value == "first"
 
     # Older links call it `run`.
@@ -705,7 +851,7 @@ def test_a_run_that_is_deleted_while_the_page_is_open(page, runs, tmp_path):
     at = page(runs=folder, view="runs", run="second")
     shutil.rmtree(folder / "second")
     assert "There is no run second" in text(whole(at.run()))
-    assert "first: **" in text(select(at, "run", "first"))
+    assert accuracies(select(at, "run", "first")).index.tolist() == ["first"]
 
 
 HOSTILE = [
@@ -880,12 +1026,15 @@ def test_the_newest_run_of_this_dataset_and_split_comes_first(page, runs, truth,
     for name, rows in (("tulips", [row]), ("official", [trained])):
         (folder / name).mkdir()
         write_csv(folder / name / "predictions.csv", rows)
+    # Without settings there is no table of all runs, and a run is chosen.
+    for path in folder.glob("*/*/args.json"):
+        path.unlink()
     names = ("demo/before", "demo/after", "tulips", "official")
     for age, name in enumerate(names):
         os.utime(folder / name, (10**9 + age, 10**9 + age))
 
     at = page(runs=folder, view="runs")
-    assert "demo/after: **" in text(at)
+    assert accuracies(at).index.tolist() == ["demo/after"]
     assert address_of(at)["run"] == "demo/after"
     assert at.selectbox(key="run").options == [
         "demo/after",
@@ -924,6 +1073,97 @@ def test_mistaken_flags_are_a_sentence(page, cli):
 # the parts, without the page
 
 
+def predictions_from(probabilities):
+    """Predictions whose five best classes are those of probabilities (N, C)."""
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :5]
+    top = tuple(
+        tuple((int(c), float(row[c])) for c in best) for row, best in zip(probabilities, order)
+    )
+    return Predictions("made", top, order[:, 0], np.take_along_axis(probabilities, order, 1)[:, 0])
+
+
+def test_planted_label_errors_come_first():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 300)
+    runs = []
+    for _ in range(2):
+        logits = rng.normal(size=(300, 6)) + 4 * np.eye(6)[labels]
+        runs.append(predictions_from(scipy.special.softmax(logits, axis=1)))
+    planted = rng.choice(300, 12, replace=False)
+    given = labels.copy()
+    given[planted] = (labels[planted] + 1 + rng.integers(0, 5, 12)) % 6
+    found = likely_label_errors(given, *runs)
+    assert len(set(found[:12]) & set(planted)) >= 10
+    assert len(found) < 40
+
+    # The rule once more, image by image: the mean of the runs, and each class's own threshold.
+    mean = np.zeros((300, 6))
+    for run in runs:
+        for i, best in enumerate(run.top):
+            for c, probability in best:
+                mean[i, c] += probability / 2
+    least = [mean[given == c, c].mean() for c in range(6)]
+    doubted = {}
+    for i in range(300):
+        likely = [c for c in range(6) if mean[i, c] >= least[c]]
+        if likely and max(likely, key=lambda c: mean[i, c]) != given[i]:
+            others = [mean[i, c] for c in range(6) if c != given[i]]
+            doubted[i] = mean[i, given[i]] - max(others)
+    assert found.tolist() == sorted(doubted, key=doubted.get)
+
+
+def test_confused_classes_stand_together():
+    true = np.repeat(np.arange(6), 20)
+    guess = true.copy()
+    for one, two in ((0, 3), (1, 4), (2, 5)):
+        guess[true == one] = np.where(np.arange(20) < 8, two, one)
+    order = order_of_confusions(true, guess, np.arange(6)).tolist()
+    assert sorted(order) == list(range(6))
+    for one, two in ((0, 3), (1, 4), (2, 5)):
+        assert abs(order.index(one) - order.index(two)) == 1
+
+
+def test_the_difference_of_two_matrices(page, runs):
+    first, second = predictions_of(runs, "first"), predictions_of(runs, "second")
+    address = {"view": "runs", "run": "first", "other": "second", "part": "confusion"}
+    at = page(**address, cells="difference", sort="confusions")
+    wanted = Counter((second[i]["label"], second[i]["top1"]) for i in second)
+    wanted.subtract((first[i]["label"], first[i]["top1"]) for i in first)
+    drawn = re.findall(r'title="([^"]*) → ([^"]*): ([+-]\d+) of \d+"', html(at, "confusion"))
+    assert {(true, guess): int(n) for true, guess, n in drawn} == {
+        k: n for k, n in wanted.items() if n
+    }
+    assert any(int(n) < 0 for *_, n in drawn)
+
+
+def test_doubted_labels_and_near_duplicates_are_lists(page, runs, many, tmp_path):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    files = [row["file"] for row in predictions_of(runs, "first").values()]
+    groups = [[files[5], files[9]], [files[0], files[2]]]
+    (folder / "first" / "duplicates.json").write_text(json.dumps({"groups": groups}))
+    at = page(runs=folder, view="runs", run="first")
+    alike = [int(name[6:11]) for group in groups for name in group]
+    assert shown(choose(at, "show", "alike")) == alike
+    flowers = open_flowers(many)
+    doubted = likely_label_errors(flowers.labels, read_predictions(folder / "first", flowers))
+    assert shown(choose(at, "show", "doubted"))[:5] == [i + 1 for i in doubted[:5]]
+    assert (
+        "alike"
+        not in page(runs=runs, view="runs", run="first").segmented_control(key="show").options
+    )
+
+    (folder / "first" / "duplicates.json").write_text('{"groups": [["none.jpg"]]}')
+    at = page(runs=folder, view="runs", run="first")
+    assert "duplicates.json is damaged" in text(at)
+    assert shown(at)
+
+
+def test_the_newest_runs_speak_of_any_image(page, runs):
+    i = next(iter(predictions_of(runs, "first")))
+    tables = rankings(html(page(image=str(i)), "image"))
+    assert {run for run, _ in tables} == {"first", "second"}
+
+
 def test_export_lists_what_is_shown(many, runs, truth):
     class_of, splits = truth
     flowers = open_flowers(many)
@@ -956,10 +1196,10 @@ def test_tables_as_csv(many, runs, tmp_path):
         shutil.copytree(runs / "first", tmp_path / name)
         run = read_predictions(tmp_path / name, flowers)
         second = read_predictions(runs / "second", flowers)
-        changes = class_changes(flowers, run.index, run, second)
+        changes = class_table(flowers, run.index, run, second)
         assert set(changes["class"]) == set(NAMES)
         assert changes["images"].sum() == len(run.index)
-        assert changes.shape == (len(NAMES), 5)
+        assert changes.shape == (len(NAMES), 8)
 
     rows = predictions_of(runs, "second").values()
     counts = Counter((row["label"], row["top1"]) for row in rows)
@@ -986,7 +1226,8 @@ def test_each_list_has_a_file_of_its_own(page, monkeypatch):
     assert files == {
         "flowers-browse.csv": "id,file,class,split",
         "flowers-runs-first-wrong.csv": "id,file,class,split,first prediction,first probability",
-        "flowers-runs-first-second-classes.csv": f"class,change (%),images,{of_first},{of_second}",
+        "flowers-runs-first-second-classes.csv": f"class,change (%),images,{of_first},{of_second},"
+        "only first right,only second right,p (McNemar)",
         "flowers-runs-first-confusion.csv": "class,prediction,images",
     }
 
@@ -1127,7 +1368,7 @@ GROUNDS = {"light": (255, 255, 255), "dark": (23, 22, 20)}  # Streamlit's own
 def test_what_is_chosen_or_clicked_is_seen_in_both_themes(theme):
     ground = np.array(GROUNDS[theme])
     # One image of a thousand is as well seen as all of them.
-    cells = panels.confusion(["a", "b"], np.zeros(1000, int), np.arange(1000) // 999)
+    cells = panels.confusion(["a", "b"], [0, 1], np.zeros(1000, int), np.arange(1000) // 999)
     outlines = re.findall(r"border-color:rgb\((\d+) (\d+) (\d+)\)", cells)
     assert len(outlines) == 2
     assert all(contrast([int(c) for c in outline], ground) >= 3 for outline in outlines)
@@ -1147,7 +1388,7 @@ def test_names_are_text_whatever_they_hold(many):
         panels.pictures([(1, "?a=b&c=d", b"x", vile)]),
         panels.class_histogram(flowers, np.arange(N), vile[0]),
         panels.image(b"x", black, vile[1], vile, vile, [ranking]),
-        panels.confusion(vile, np.arange(6), np.arange(6)[::-1]),
+        panels.confusion(vile, range(6), np.arange(6), np.arange(6)[::-1]),
     ]
     for piece in drawn:
         reader = Reader()

@@ -7,6 +7,7 @@ Streamlit component that shows the HTML, hands the value of `data-open` on.
 
 import base64
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -22,7 +23,6 @@ ORANGE = "213 94 0"
 
 FEW = 12  # pictures that one row of a wide window has room for
 MIN_STRIP = 0.15  # of the palette's width: a colour is wide enough for its name
-MAX_COUNTS = 30  # classes up to which a confusion matrix has room for its numbers
 
 # A command in a message: the program with its flags, and not the words that follow.
 VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s;'"-][^\s;'"]*)+"""
@@ -38,9 +38,12 @@ ELEMENT = {
     "js": (_folder / "page.js").read_text(encoding="utf-8"),
 }
 
-# Around the views: Streamlit leaves 90 pixels blank at the top, for a bar that is empty here.
+# Around the views: Streamlit leaves 90 pixels blank at the top, for a bar that is empty here, and
+# writes the names of chosen runs in white on a light blue.
 PAGE_STYLE = """
 [data-testid=stMainBlockContainer] { padding-top: 1rem; padding-bottom: 2rem; }
+[data-baseweb=tag] { background: none !important; color: inherit !important; }
+[data-baseweb=tag] { border: 1px solid currentColor; }
 [data-testid=stHeader] { height: 0; min-height: 0; background: none; }
 @media (max-width: 640px) {
   [data-testid=stMainBlockContainer] { padding-left: 0.75rem; padding-right: 0.75rem; }
@@ -226,34 +229,61 @@ def class_histogram(flowers: Flowers, index: np.ndarray, chosen: str | None) -> 
     return f'<div class="bars">{"".join(bars)}</div>'
 
 
-def confusion(names: Sequence[str], true: np.ndarray, predicted: np.ndarray) -> str:
+def confusion(
+    names: Sequence[str],
+    classes: Sequence[int],
+    true: np.ndarray,
+    predicted: np.ndarray,
+    other: np.ndarray | None = None,
+) -> str:
     """Return a matrix of how many images of each class (row) are given each name (column).
 
-    names: of all classes; true, predicted: class numbers of each image, (n,) int. The stronger a
-    cell is shaded, the larger its part of the row. Each opens 'true,predicted', as numbers.
+    names: of all classes; classes: those that have a row and a column, in order; true, predicted:
+    class numbers of each image, (n,) int. The stronger a cell is shaded, the larger its part of the
+    row. With `other`, the names that another run gives, the cells say how many images more that run
+    puts there, or fewer. Each cell opens 'true,predicted', as numbers.
     """
-    classes = set(true.tolist()) | set(predicted.tolist())
-    shown = sorted(classes, key=lambda c: names[c])
-    line_of = {c: k for k, c in enumerate(shown, 2)}  # of the grid; line 1 holds the names
+    line_of = {c: k for k, c in enumerate(classes, 2)}  # of the grid; line 1 holds the names
     labels = "".join(matrix_labels(names[c], line) for c, line in line_of.items())
-
-    pairs, counts = np.unique(np.stack([true, predicted]), axis=1, return_counts=True)
+    counts = count_pairs(true, predicted)
+    if other is not None:
+        before = counts
+        counts = count_pairs(true, other)
+        counts.subtract(before)
     row_totals = np.bincount(true)
     cells = []
-    for t, p, count in zip(*pairs.tolist(), counts.tolist()):
+    for (t, p), count in counts.items():
+        if count == 0:
+            continue
         total = row_totals[t]
-        title = f"{escape(names[t])} → {escape(names[p])}: {count} of {total}"
-        colour = BLUE if t == p else ORANGE
-        shade = f"rgb({colour} / {0.25 + 0.5 * count / total:.2f})"
+        said = f"{count} of {total}" if other is None else f"{count:+d} of {total}"
+        title = f"{escape(names[t])} → {escape(names[p])}: {said}"
+        colour = BLUE if (t == p if other is None else count > 0) else ORANGE
+        shade = f"rgb({colour} / {0.25 + 0.5 * abs(count) / total:.2f})"
         # The outline is as strong in every cell: a single image must be seen, too.
         outline = f"border-color:rgb({colour})"
         style = f"grid-area:{line_of[t]}/{line_of[p]};background:{shade};{outline}"
-        number = count if len(shown) <= MAX_COUNTS else ""
+        number = count if other is None else f"{count:+d}"
         attributes = f'data-open="{t},{p}" title="{title}" style="{style}"'
         cells.append(f"<button {attributes}>{number}</button>")
 
-    columns = f"grid-template-columns:max-content repeat({len(shown)},minmax(10px,1fr))"
-    return f'<div class="matrix" style="{columns}">{labels}{"".join(cells)}</div>'
+    columns = f"grid-template-columns:max-content repeat({len(classes)},minmax(var(--cell),1fr))"
+    corner = '<span class="corner">true ↓ named →</span>'
+    return f'<div class="matrix" style="{columns}">{corner}{labels}{"".join(cells)}</div>'
+
+
+def count_pairs(true: np.ndarray, predicted: np.ndarray) -> Counter:
+    """Return how many images have each pair of class and name."""
+    return Counter(zip(true.tolist(), predicted.tolist()))
+
+
+def legend(*meanings: str) -> str:
+    """Return what the blue and the orange cells of a matrix mean, as markdown."""
+    colours = (BLUE, ORANGE)
+    return " ".join(
+        f'<b style="color:rgb({colour})">■</b> {escape(meaning)}'
+        for colour, meaning in zip(colours, meanings)
+    )
 
 
 def matrix_labels(name: str, line: int) -> str:

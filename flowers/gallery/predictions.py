@@ -1,9 +1,10 @@
 """What runs predicted, from their predictions.csv, and how the predictions of two runs differ."""
 
 import csv
+import functools
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ MAX_DEPTH = 4  # of folders below the folder of the runs
 RUN_FILES = ("args.json", "predictions.csv", "model.pt")
 # At the end of a column's name: no run takes the place of another column.
 IN_PERCENT = " (%)"
+P_VALUE = "p (McNemar)"
 
 # -----------------------------------------------------------------------------
 # runs
@@ -230,66 +232,129 @@ def _is_ranking(scores: list[float]) -> bool:
 
 
 # -----------------------------------------------------------------------------
-# one run, or two
+# one run, or several
 
 
-def outcomes(
-    labels: np.ndarray, first: Predictions, second: Predictions | None = None
-) -> dict[str, np.ndarray]:
+def outcomes(labels: np.ndarray, *runs: Predictions) -> dict[str, np.ndarray]:
     """Return the indices of the images that each filter shows.
 
-    The filters are 'all', 'right' and 'wrong', by the first run; with a second run also 'changed'
-    (another name), 'mended' (wrong to right) and 'broken' (right to wrong). Only images that
-    all these runs predicted count.
+    The filters are 'all', 'right' and 'wrong', by the first of the runs. With two also 'changed'
+    (another name), 'mended' (wrong to right) and 'broken' (right to wrong). With more 'changed'
+    (not all give the same name), 'all_right', 'all_wrong', and 'only_1' and so on: only the run of
+    that number is right. Only images that all these runs predicted count.
     """
-    if second is None:
-        index = first.index
-    else:
-        # Two runs may have evaluated different splits: only what both saw can be compared.
-        index = np.intersect1d(first.index, second.index)
-    right = first.guess[index] == labels[index]  # (len(index),) bool, as all masks below
-    shown = {"all": index, "right": index[right], "wrong": index[~right]}
-    if second is not None:
-        changed = first.guess[index] != second.guess[index]
-        right_in_second = second.guess[index] == labels[index]
-        shown["changed"] = index[changed]
-        shown["mended"] = index[~right & right_in_second]
-        shown["broken"] = index[right & ~right_in_second]
+    index = seen_by_all(runs)
+    guesses = np.stack([run.guess[index] for run in runs])  # (runs, len(index))
+    is_right = guesses == labels[index]
+    first = is_right[0]
+    shown = {"all": index, "right": index[first], "wrong": index[~first]}
+    if len(runs) > 1:
+        shown["changed"] = index[(guesses != guesses[0]).any(axis=0)]
+    if len(runs) == 2:
+        shown["mended"] = index[~first & is_right[1]]
+        shown["broken"] = index[first & ~is_right[1]]
+    if len(runs) > 2:
+        n_right = is_right.sum(axis=0)
+        shown["all_right"] = index[n_right == len(runs)]
+        shown["all_wrong"] = index[n_right == 0]
+        for number, right in enumerate(is_right, 1):
+            shown[f"only_{number}"] = index[right & (n_right == 1)]
     return shown
 
 
-def class_changes(
-    flowers: Flowers, index: np.ndarray, first: Predictions, second: Predictions | None = None
-) -> "pd.DataFrame":
+def seen_by_all(runs: Sequence[Predictions]) -> np.ndarray:
+    """Return the indices of the images that all runs predicted, ascending.
+
+    Runs may have evaluated different splits: only what all saw can be compared.
+    """
+    return functools.reduce(np.intersect1d, [run.index for run in runs])
+
+
+def likely_label_errors(labels: np.ndarray, *runs: Predictions) -> np.ndarray:
+    """Return the indices of the images whose label may be wrong, the likeliest first.
+
+    Confident learning (Northcutt, Jiang and Chuang 2021): a class is likely for an image if its
+    probability reaches the mean that it has among the images of that label. Where the likeliest of
+    those classes is not the label, the label is doubted. In order of the probability of the label
+    less the greatest of another class. The probabilities are the mean over the runs; those that a
+    run has not written, as they are not among its best five, count as 0.
+    """
+    index = seen_by_all(runs)
+    n_classes = int(labels.max()) + 1
+    probabilities = np.zeros((len(index), n_classes))
+    for run in runs:
+        for row, i in zip(probabilities, index):
+            for c, probability in run.top[i]:
+                row[c] += probability / len(runs)
+    given = labels[index]
+    rows = np.arange(len(index))
+    of_label = probabilities[rows, given]  # (n,)
+    thresholds = np.full(n_classes, np.inf)  # a class without images has no mean
+    for c in np.unique(given):
+        thresholds[c] = of_label[given == c].mean()
+
+    likely = np.where(probabilities >= thresholds, probabilities, 0.0)
+    doubted = (likely.max(axis=1) > 0) & (likely.argmax(axis=1) != given)
+    others = probabilities.copy()
+    others[rows, given] = 0.0
+    margin = of_label - others.max(axis=1)
+    order = np.argsort(margin, kind="stable")
+    return index[order[doubted[order]]]
+
+
+def read_duplicates(folder: Path, flowers: Flowers) -> list[np.ndarray]:
+    """Return the groups of near-duplicates that a run found, each as indices of images.
+
+    None for a run that has not looked for them. Raises UserError if duplicates.json is damaged.
+    """
+    path = folder / "duplicates.json"
+    if not path.exists():
+        return []
+    index_of = {name: i for i, name in enumerate(flowers.file_names)}
+    try:
+        groups = read_json(path)["groups"]
+        return [np.array([index_of[name] for name in group]) for group in groups]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__})") from None
+
+
+def class_table(flowers: Flowers, index: np.ndarray, *runs: Predictions) -> "pd.DataFrame":
     """Return a table of the classes that occur among the images at `index`, a row a class.
 
-    Columns: class, change (second minus first, only with a second run), images, and the accuracy
-    of each run under its name. All but the first and the number of images end in IN_PERCENT. The
-    largest change comes first; without a second run, the lowest accuracy.
+    Columns: class, change (second minus first, only with two runs), images, and the accuracy of
+    each run under its name. With two runs also how many images only one of them has right, and the
+    p-value of the exact test of McNemar (1947) that this is chance: of few images, a large change
+    may mean nothing. All percentages end in IN_PERCENT. The largest change comes first; without
+    two runs, the lowest accuracy of the first.
     """
     import pandas as pd  # not needed by the first view
 
+    from flowers.intervals import mcnemar_p
+
     labels = flowers.labels[index]
     classes, counts = np.unique(labels, return_counts=True)
+    is_right = {run.name: pd.Series(run.guess[index] == labels) for run in runs}
+    table = pd.DataFrame({"class": [flowers.class_names[c] for c in classes], "images": counts})
+    for name, right in is_right.items():
+        table[_accuracy_of(name)] = 100 * right.groupby(labels).mean().to_numpy()
+    first = _accuracy_of(runs[0].name)
+    if len(runs) != 2:
+        return table.sort_values(first, kind="stable", ignore_index=True)
 
-    def accuracies(run: Predictions) -> np.ndarray:
-        """Accuracy of each of `classes` in percent, (classes,)."""
-        right = pd.Series(run.guess[index] == labels)
-        return 100 * right.groupby(labels).mean().to_numpy()
-
-    table = pd.DataFrame({"class": [flowers.class_names[c] for c in classes]})
-    of_first = f"accuracy of {first.name}{IN_PERCENT}"
-    if second is None:
-        table["images"] = counts
-        table[of_first] = accuracies(first)
-        return table.sort_values(of_first, kind="stable", ignore_index=True)
-    change = f"change{IN_PERCENT}"
-    table[change] = accuracies(second) - accuracies(first)
-    table["images"] = counts
-    table[of_first] = accuracies(first)
-    table[f"accuracy of {second.name}{IN_PERCENT}"] = accuracies(second)
-    by_size = table[change].abs().sort_values(ascending=False, kind="stable")
+    one, two = is_right
+    change = table[_accuracy_of(two)] - table[first]
+    table.insert(1, f"change{IN_PERCENT}", change)
+    only = {}
+    for name, other in ((one, two), (two, one)):
+        only[name] = (is_right[name] & ~is_right[other]).groupby(labels).sum().to_numpy()
+        table[f"only {name} right"] = only[name]
+    table[P_VALUE] = [mcnemar_p(a, b) for a, b in zip(only[one].tolist(), only[two].tolist())]
+    by_size = change.abs().sort_values(ascending=False, kind="stable")
     return table.loc[by_size.index].reset_index(drop=True)
+
+
+def _accuracy_of(name: str) -> str:
+    return f"accuracy of {name}{IN_PERCENT}"
 
 
 def confusion_table(flowers: Flowers, run: Predictions, index: np.ndarray) -> "pd.DataFrame":
@@ -304,3 +369,24 @@ def confusion_table(flowers: Flowers, run: Predictions, index: np.ndarray) -> "p
         {"class": names[flowers.labels[index]], "prediction": names[run.guess[index]]}
     )
     return pairs.value_counts(sort=False).rename("images").reset_index()
+
+
+def order_of_confusions(true: np.ndarray, predicted: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return `classes` in an order in which those that are taken for one another stand together.
+
+    The leaves of a hierarchical clustering by average linkage: the more of the images of two
+    classes are given the other's name, the nearer the two are. true, predicted: class numbers of
+    each image, (n,) int, all of them in `classes`.
+    """
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    if len(classes) < 3:
+        return classes
+    counts = np.zeros((len(classes), len(classes)))
+    np.add.at(counts, (np.searchsorted(classes, true), np.searchsorted(classes, predicted)), 1)
+    rates = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # a row may have no image
+    distances = 1 - (rates + rates.T) / 2
+    np.fill_diagonal(distances, 0)
+    tree = linkage(squareform(distances, checks=False), "average", optimal_ordering=True)
+    return classes[leaves_list(tree)]

@@ -14,7 +14,16 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from flowers.choices import FEW_SHOT_EPOCHS, KEEPS_WEIGHTS, MAX_VAL_SHOTS, RANDOM, SHAPES
+from flowers.choices import (
+    FEW_SHOT_EPOCHS,
+    KEEPS_WEIGHTS,
+    MAX_VAL_SHOTS,
+    RANDOM,
+    SHAPES,
+    pretraining_family,
+    split_architecture,
+    split_tag,
+)
 from flowers.files import checked, read_json
 from flowers.runs import read_predictions
 from flowers.study import statistics
@@ -112,11 +121,6 @@ QWEN_DEFAULTS = {
     "classes": "all",
 }
 
-# What CLIP's weights were trained on, by the beginning of open_clip's tags.
-FAMILIES = ("laion2b", "laion400m", "datacomp", "commonpool", "dfn", "metaclip")
-# open_clip's names of OpenAI's shapes.
-OPEN_CLIP_NAMES = {name.replace("/", "-"): name for name in SHAPES if name not in RANDOM}
-OPEN_CLIP_NAMES["ViT-L-14-336"] = OPEN_CLIP_NAMES.pop("ViT-L-14@336px")
 # The pretrainings that a name needs no word for: OpenAI's, a stand-in's, and none at all.
 PLAIN = ("", "openai", "prompts", "random")
 
@@ -263,7 +267,7 @@ def _load_run(folder: Path) -> Run | None:
     if abs(accuracy - result[f"{split}/top1"]) > 0.01:
         raise ValueError("predictions.csv and result.json disagree")
     digest = hashlib.sha256(json.dumps([files, labels]).encode()).hexdigest()
-    clusters = _clusters(folder, files)
+    clusters = read_clusters(folder, files)
     return Run(
         name=folder.name,
         folder=folder,
@@ -348,7 +352,7 @@ def _qwen_protocol(settings: dict, result: dict) -> str:
     return words
 
 
-def _clusters(folder: Path, files: Sequence[str]) -> np.ndarray:
+def read_clusters(folder: Path, files: Sequence[str]) -> np.ndarray:
     """The cluster of each of a run's files, (N,) int from 0: near-duplicates share one.
 
     Older runs have not looked for near-duplicates: each image is a cluster of its own. Raises
@@ -429,11 +433,11 @@ def _with_families(runs: Sequence[Run]) -> list[Run]:
     """
     tags = defaultdict(set)
     for run in runs:
-        tags[_family(run.pretraining), run.architecture].add(run.pretraining)
+        tags[pretraining_family(run.pretraining), run.architecture].add(run.pretraining)
     ambiguous = {family for (family, _), found in tags.items() if len(found) > 1}
     named = []
     for run in runs:
-        family = _family(run.pretraining)
+        family = pretraining_family(run.pretraining)
         pretraining = run.pretraining if family in ambiguous else family
         named.append(replace(run, pretraining=pretraining))
     return named
@@ -634,44 +638,13 @@ def _trained_on(run: Run, trained: Run, by_name: dict[str, Run]) -> str:
     return " and ".join(sorted(classes))
 
 
-def split_architecture(name: str) -> tuple[str, str]:
-    """Architecture and pretraining of a value of --architecture that is a name.
-
-    open_clip's models have OpenAI's names where they have their shapes, so that one architecture
-    has one name: open_clip:ViT-B-32/laion2b_s34b_b79k is ViT-B/32 and laion2b. Of paths the
-    pretraining is not known, and is "".
-    """
-    architecture, tag = _split(name)
-    return architecture, _family(tag)
-
-
-def _family(tag: str) -> str:
-    """The family of a tag of open_clip; other pretrainings are their own."""
-    return next((family for family in FAMILIES if tag.startswith(family)), tag)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """As `split_architecture`, with open_clip's tag itself."""
-    if name in SHAPES and name not in RANDOM:
-        return name, "openai"
-    if name.startswith("hf:"):
-        return name, name.removeprefix("hf:")
-    model, slash, tag = name.removeprefix("open_clip:").partition("/")
-    is_file = "/" in tag or Path(tag).suffix in (".pt", ".pth", ".bin", ".safetensors")
-    is_name = model.startswith(("ViT-", "RN")) and slash and not is_file
-    if not name.startswith("open_clip:") or not is_name:
-        return name, ""
-    model = model.removesuffix("-quickgelu")
-    return OPEN_CLIP_NAMES.get(model, f"open_clip:{model}"), tag
-
-
 def _pretraining(origin: Run, is_start: bool) -> str:
     """What the weights were trained on with which a chain of runs begins."""
     architecture = str(origin.settings.get("architecture"))
     if origin.is_qwen:
         return ""
     if architecture not in RANDOM:
-        return _split(architecture)[1]
+        return split_tag(architecture)[1]
     if not is_start:
         return "random"
     return "captions" if origin.settings.get("captions") else "prompts"

@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats import contingency_tables, multitest
+from statsmodels.stats import multitest
+
+from flowers.intervals import mcnemar_p
 
 Interval = tuple[float, float, float]  # estimate, lower end, upper end
 Division = dict[str, dict[str, float]]  # variance, gain or share -> factor -> value
@@ -158,10 +160,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
     """
     only_a = int((a & ~b).sum())
     only_b = int((b & ~a).sum())
-    # Images on which the models agree do not enter the exact test, so their cells stay 0.
-    table = [[0, only_a], [only_b, 0]]
-    p_value = contingency_tables.mcnemar(table, exact=True).pvalue
-    return only_a, only_b, float(p_value)
+    return only_a, only_b, mcnemar_p(only_a, only_b)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
