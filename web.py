@@ -940,9 +940,9 @@ def show_where(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     if is_missing("looker", models, f"with a model in {panels.plain(str(runs))}"):
         return
     st.caption(
-        "How much each place counts for the score, on the scale of each map: cells with a high "
-        "value lower the score most when they are covered. It is an estimate by gradients, and "
-        "says where the score comes from, not why. The pale parts the model does not see."
+        "How much each place of the picture speaks for the class or sentence, estimated by "
+        "gradients; each map has its own scale. It says where a score comes from, not why, and "
+        "nothing of whether it is right. Parts without colour the model does not see."
     )
     try:
         columns = [painted_maps(*looks(data, i, runs, "after"))]
@@ -997,11 +997,12 @@ def painted_maps(
     if sentence:
         targets.append((explainer.text_target(sentence), "sentence"))
 
+    title = run.name if when == "after" else explainer.origin
     cells = []
     for wanted, what in targets:
         values, score = explainer.explain(file, wanted)
         jpeg = paint(file, values, explainer.resolution)
-        lines = [f"{when.title()}: {explainer.origin}", f"{what}: {wanted.name}"]
+        lines = [f"{when.title()}: {title}", f"{what}: {wanted.name}"]
         cells.append((jpeg, [*lines, f"{wanted.unit} {score:.3f}"]))
     return cells
 

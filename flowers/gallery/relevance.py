@@ -224,6 +224,7 @@ def load_start(folder: Path, class_names: Sequence[str]) -> Explainer:
         _check_is_here(arguments.get("architecture"))
         start = _starting_weights(folder)
         evaluate.interpolate(model, start, model.state_dict(), alpha=0.0)
+    if "architecture" in arguments:
         model.origin = weights.origin_of(arguments["architecture"])
     templates, prompts_file = own_prompts(folder)
     sentences = evaluate.read_prompts(prompts_file, class_names) if prompts_file else None
@@ -264,16 +265,17 @@ def _starting_weights(folder: Path) -> dict[str, torch.Tensor]:
 # pictures
 
 
-OPACITY = 0.65  # of the map's colours
-OUTSIDE = 0.35  # of what the model does not see, on white
+OPACITY = 0.5  # of the map's colours
+OUTSIDE = 0.3  # contrast of what the model does not see
+MIDDLE = 128  # a grey that is as far from a light page as from a dark one
 SHADES = "viridis"  # as legible to those who confuse colours, and in grey
 
 
 def paint(file: Path, values: np.ndarray, resolution: int) -> bytes:
     """Return a picture in grey, with a map (side, side) in colours over it, as a JPEG.
 
-    The colours lie where the model's crop was taken from, one square for each cell of the map: what
-    is outside of it the model does not see. resolution: R, the side of the model's images.
+    The colours lie where the model's crop was taken from, one square for each cell of the map. What
+    is outside the model does not see: it is faint. resolution: R, the side of the model's images.
     """
     rgb = read_rgb(file)
     grey = rgb.mean(2, keepdims=True).repeat(3, 2)  # (H, W, 3): the flower's colours would mislead
@@ -282,7 +284,7 @@ def paint(file: Path, values: np.ndarray, resolution: int) -> bytes:
     rows = np.arange(bottom - top) * len(values) // (bottom - top)  # the cell of each pixel
     columns = np.arange(right - left) * len(values) // (right - left)
 
-    painted = 255 - OUTSIDE * (255 - grey)
+    painted = MIDDLE + OUTSIDE * (grey - MIDDLE)
     inside = grey[top:bottom, left:right]
     painted[top:bottom, left:right] = (1 - OPACITY) * inside + OPACITY * shades[rows][:, columns]
     jpeg = io.BytesIO()
