@@ -738,6 +738,10 @@ CHOICES = [
     "order",
     "like",
     "q",
+    "where",
+    "looker",
+    "target",
+    "words",
 ]
 
 
