@@ -6,18 +6,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flowers.data import Flowers
 from flowers.gallery.predictions import run_arguments
 from flowers.images import UndecodableImage, read_rgb
-
-if TYPE_CHECKING:
-    import torch
-
-    from flowers.models import CLIP
 
 # One lock for each dataset, so that two sessions do not make its pixels and features twice.
 _locks = defaultdict(threading.Lock)
@@ -132,12 +126,12 @@ def _subset(flowers: Flowers, index: np.ndarray) -> Flowers:
 
 
 def run_head(
-    folder: Path, model: "CLIP", class_names: Sequence[str]
-) -> tuple[tuple["torch.Tensor", "torch.Tensor"], tuple[list[str] | None, str | None]]:
-    """Return the head of a run, weight (C, D) and bias (C,), and its templates and prompts file.
+    folder: Path, model, class_names: Sequence[str]
+) -> tuple[tuple, tuple[list[str] | None, str | None]]:
+    """Return the head of a run's model, and the run's templates and file of prompts.
 
-    The head is its own, learned one, or made from the prompts it was trained with. Raises UserError
-    if that is damaged or of other classes.
+    The head, weight (C, D) and bias (C,), is its own, learned one, or made from the prompts it was
+    trained with. Raises UserError if it is damaged or of other classes.
     """
     from flowers import evaluate
 
