@@ -1003,7 +1003,8 @@ def painted_maps(
         values, score = explainer.explain(file, wanted)
         jpeg = paint(file, values, explainer.resolution)
         lines = [f"{when.title()}: {title}", f"{what}: {wanted.name}"]
-        cells.append((jpeg, [*lines, f"{wanted.unit} {score:.3f}"]))
+        doubt = "" if values.any() else ", and no place speaks for it"
+        cells.append((jpeg, [*lines, f"{wanted.unit} {score:.3f}{doubt}"]))
     return cells
 
 

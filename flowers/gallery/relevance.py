@@ -45,8 +45,9 @@ def relevance(
     """How much each place of B images counts for their scores, and the scores (B,).
 
     images: (B, 3, R, R) normalised; directions: (B, D), one for each image.
-    The map (B, side, side) is at least 0; each of its cells is a patch of a ViT, or R / 32 pixels
-    of a ResNet. Nothing of the model is changed, nor are the gradients of its parameters.
+    The map is (B, side, side). Each of its cells is a patch of a ViT, and at least 0; or 32 x 32
+    pixels of a ResNet, and below 0 where it speaks against the score. Nothing of the model is
+    changed, nor are the gradients of its parameters.
     """
     if is_resnet(model):
         return pool_relevance(model, images, directions)
@@ -109,7 +110,7 @@ def pool_relevance(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`relevance` of a ResNet: what enters its attention pool, times the gradient there.
 
-    The positive part of the sum over channels. Grad-CAM (Selvaraju et al. 2017) first averages the
+    The sum over channels. Grad-CAM (Selvaraju et al. 2017) first averages the
     gradient over all places, as its networks pool by the mean; an attention pool does not.
     """
     trunk, _ = split_image_tower(model, 1)
@@ -118,7 +119,7 @@ def pool_relevance(
     cells.requires_grad_()
     scores = score(model.visual.attnpool(cells), directions)
     (gradient,) = torch.autograd.grad(scores.sum(), cells)
-    return (cells.detach() * gradient).sum(1).relu(), scores.detach()
+    return (cells.detach() * gradient).sum(1), scores.detach()
 
 
 def score(features: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -187,12 +188,14 @@ class Explainer:
     def explain(self, file: Path, target: Target) -> tuple[np.ndarray, float]:
         """Return where in a picture the model finds a target, and the target's score.
 
-        The map (side, side) is from 0 to 1, its most relevant cell; it is 0 everywhere if no place
-        speaks for the target. Raises UserError for a model that diverged.
+        The map (side, side) is from 0 to 1, its most relevant cell; what speaks against the target
+        is 0, and all of the map if no place speaks for it. Raises UserError for a model that
+        diverged.
         """
         maps, scores = relevance(self.model, self._read(file), target.direction[None])
         if not scores.isfinite().all() or not maps.isfinite().all():
             raise UserError("the model's scores are not numbers: it diverged")
+        maps = maps.relu()
         greatest = maps.max().clamp(min=torch.finfo(maps.dtype).tiny)
         return (maps[0] / greatest).numpy(), scores.item() + target.bias
 
