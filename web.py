@@ -100,7 +100,7 @@ NAMES_OF_ORDERS = {
     "confusions": "confused ones together",
 }
 CELLS = ("counts", "difference")  # of the confusion matrix of two runs
-BARS = ("hidden", "shown")  # of the class histogram
+BARS = ("hidden", "shown")  # of the class histogram, and of where a run looks
 
 # Columns of the table of runs that are filtered by.
 FILTERED = ("strategy", "architecture", "pretraining", "split")
@@ -154,10 +154,14 @@ DEFAULTS = {
     "sure": (0, 100),  # the least and the greatest confidence, in percent
     "like": "colours",  # what the nearest images are near by: colours, or a run's name
     "q": "",  # the sentence that is searched
+    "where": "hidden",  # where a run looks, under one image
+    "looker": None,  # the run that looks
+    "target": None,  # the class that it looks for; None: the true and the predicted one
+    "words": "",  # a sentence that it looks for, too
 }
 NUMBERS = ("page", "image")
-TEXTS = ("ids", "q")
-RUNS = ("run", "model", "like")
+TEXTS = ("ids", "q", "words")
+RUNS = ("run", "model", "like", "looker")
 LISTS = ("other",)  # each of their values is a parameter of the address
 MAX_TEXT = 300  # characters
 
@@ -497,6 +501,7 @@ def choose_from_list(
     key: str,
     placeholder: str = "all classes",
     reasons: dict[str, str] | None = None,
+    on_change: Callable[[], None] = change_filter,
 ) -> None:
     """Show a list of many options, searched by typing, of which one or none is chosen.
 
@@ -515,7 +520,7 @@ def choose_from_list(
         key=key,
         format_func=shown,
         placeholder=placeholder,
-        on_change=change_filter,
+        on_change=on_change,
         width=220,
     )
 
@@ -1109,6 +1114,7 @@ def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs:
     predictions = listing.predictions or newest_predictions(data, runs, i)
     rankings = rankings_of(flowers, i, predictions)
     draw(panels.image(jpeg, rgb, name, facts, captions, rankings), "image")
+    show_where(data, i, models, runs)
     show_neighbours(data, i, models, runs)
 
 
@@ -1184,6 +1190,106 @@ def newest_predictions(data: Dataset, runs: Path, i: int) -> list[Predictions]:
         if len(found) == NEWEST:
             break
     return found
+
+
+def show_where(data: Dataset, i: int, models: list[str], runs: Path) -> None:
+    """Show, once it is asked for, where a run looks in image i, and where it looked at its start.
+
+    models: the runs that have a model.
+    """
+    if not models:
+        return
+    choose_one("Where a run looks", BARS, "where", change)
+    if state["where"] == "hidden":
+        return
+    if state["looker"] is None:
+        used = [name for name in (state["run"], state["model"]) if name in models]
+        state["looker"] = (used or models)[0]
+    with st.container(horizontal=True):
+        choose_from_list("Looking run", models, "looker", on_change=change)
+        names = sorted(data.flowers.class_names)
+        choose_from_list("For", names, "target", "true and predicted class", on_change=change)
+        st.text_input(
+            "and for a sentence", key="words", max_chars=MAX_TEXT, on_change=change, width=420
+        )
+    if is_missing("looker", models, f"with a model in {panels.plain(str(runs))}"):
+        return
+    st.caption(
+        "How much each place of the picture speaks for the class or sentence, estimated by "
+        "gradients; each map has its own scale. It says where a score comes from, not why, and "
+        "nothing of whether it is right. Parts without colour the model does not see."
+    )
+    try:
+        columns = [painted_maps(*looks(data, i, runs, "after"))]
+    except UserError as error:
+        st.warning(panels.message(str(error)))
+        return
+    try:
+        columns.insert(0, painted_maps(*looks(data, i, runs, "before")))
+    except UserError as error:
+        st.info(panels.message(f"There is no map from before the fine-tuning: {error}"))
+    from flowers.gallery.relevance import legend  # loaded by now
+
+    draw(panels.maps(zip(*columns), legend()), "maps")
+
+
+def looks(data: Dataset, i: int, runs: Path, when: str) -> tuple:
+    """Return the arguments of painted_maps for image i and what is chosen."""
+    run = runs / state["looker"]
+    stamp = data.stamp + stamp_of(run / "model.pt", run / "classifier.pt", run / "args.json")
+    picture = stamp_of(data.flowers.files[i])
+    return data, i, run, when, state["target"], state["words"].strip(), stamp, picture
+
+
+@st.cache_data(show_spinner="Finding where the run looks", max_entries=200)
+def painted_maps(
+    _data: Dataset,
+    i: int,
+    run: Path,
+    when: str,
+    target: str | None,
+    sentence: str,
+    stamp: tuple,
+    picture: tuple,
+) -> list[tuple[bytes, list[str]]]:
+    """Return where a run looks in image i, as JPEGs with lines of text; once, until one of the
+    stamps of the run and of the picture changes.
+
+    when: 'after' the run, or 'before', at its start. target: a class; None: the true one, and the
+    one that the run predicts. sentence: looked for, too, unless it is empty.
+    """
+    from flowers.gallery.relevance import paint  # here, as it loads torch
+
+    class_names, file = _data.flowers.class_names, _data.flowers.files[i]
+    explainer = load_explainer(run, when, class_names, stamp)
+    if target:
+        names = {target: "chosen class"}
+    else:
+        names = {class_names[_data.flowers.labels[i]]: "true class"}
+        predicted = load_explainer(run, "after", class_names, stamp).predict(file)
+        names[predicted] = "true and predicted class" if predicted in names else "predicted class"
+    targets = [(explainer.class_target(name), what) for name, what in names.items()]
+    if sentence:
+        targets.append((explainer.text_target(sentence), "sentence"))
+
+    title = run.name if when == "after" else explainer.origin
+    cells = []
+    for wanted, what in targets:
+        values, score = explainer.explain(file, wanted)
+        jpeg = paint(file, values, explainer.resolution)
+        lines = [f"{when.title()}: {title}", f"{what}: {wanted.name}"]
+        doubt = "" if values.any() else ", and no place speaks for it"
+        cells.append((jpeg, [*lines, f"{wanted.unit} {score:.3f}{doubt}"]))
+    return cells
+
+
+@st.cache_resource(show_spinner=False, max_entries=2)
+def load_explainer(run: Path, when: str, class_names: tuple[str, ...], stamp: tuple):
+    """Return the model of a run, 'after' it or 'before'; once, until `stamp` changes."""
+    from flowers.gallery import relevance  # here, as it loads torch
+
+    load = relevance.load_run if when == "after" else relevance.load_start
+    return load(run, class_names)
 
 
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
@@ -1315,6 +1421,8 @@ def allowed_choices(data: Dataset) -> dict[str, Collection]:
         "part": PARTS,
         "show": SHOWS,
         "bars": BARS,
+        "where": BARS,
+        "target": data.flowers.class_names,
         "order": ORDERS,
         "sort": MATRIX_ORDERS,
         "cells": CELLS,

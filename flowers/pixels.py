@@ -64,17 +64,23 @@ def read_square(file: Path, resolution: int) -> torch.Tensor:
 
 def resize_and_crop(image: torch.Tensor, resolution: int) -> torch.Tensor:
     """Short side to R, then the centre: (3, H, W) uint8 -> (3, R, R) uint8."""
-    # Sizes are rounded as torchvision's Resize (down) and CenterCrop (half to even) do.
-    height, width = image.shape[1:]
+    height, width, top, left = geometry(*image.shape[1:], resolution)
+    batch = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)
+    return batch[0, :, top : top + resolution, left : left + resolution]
+
+
+def geometry(height: int, width: int, resolution: int) -> tuple[int, int, int, int]:
+    """The height and width to which a picture is resized, and the top and left of its R x R crop.
+
+    Sizes are rounded as torchvision's Resize (down) and CenterCrop (half to even) do.
+    """
     if width <= height:
         width, height = resolution, int(resolution * height / width)
     else:
         width, height = int(resolution * width / height), resolution
-    batch = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)
-
     top = round((height - resolution) / 2)
     left = round((width - resolution) / 2)
-    return batch[0, :, top : top + resolution, left : left + resolution]
+    return height, width, top, left
 
 
 def _decode_squares(files: tuple[Path, ...], resolution: int) -> Iterator[np.ndarray]:

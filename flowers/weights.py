@@ -448,7 +448,7 @@ def _download(name: str) -> CLIP:
     # TypeError: clip's, if the server does not say how long the file is.
     except (OSError, RuntimeError, HTTPException, TypeError) as error:
         url = clip.clip._MODELS[name]
-        target = _download_folder(name) / url.rsplit("/", 1)[1]
+        target = downloaded_file(name)
         raise UserError(
             f"{name} could not be downloaded ({error}): fetch {url} elsewhere and give its path, "
             f"--architecture /path/{target.name}, or put it at {target}; "
@@ -456,6 +456,11 @@ def _download(name: str) -> CLIP:
         ) from None
     attach_settings(model, OPENAI, f"OpenAI {name}")
     return model
+
+
+def downloaded_file(name: str) -> Path:
+    """Where OpenAI's weights of this name are, once they were downloaded."""
+    return _download_folder(name) / clip.clip._MODELS[name].rsplit("/", 1)[1]
 
 
 def _download_folder(name: str) -> Path:

@@ -884,6 +884,10 @@ CHOICES = [
     "order",
     "like",
     "q",
+    "where",
+    "looker",
+    "target",
+    "words",
 ]
 
 

@@ -5,7 +5,8 @@ thumbnails.py   small pictures and colour features of the whole dataset; picture
 predictions.py  what runs predicted, and how two runs differ
 filters.py      file ids, splits, and the list that a visitor downloads
 search.py       the nearest images, by colour or by a run's model
-overview.py    all runs in one table
+overview.py     all runs in one table
+relevance.py    where a run's model looks
 panels.py       HTML of grids, charts and rankings, shown with page.css and page.js
 
 The first view of the page must not wait for torch or pandas: they are imported where they are used.

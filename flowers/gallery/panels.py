@@ -144,6 +144,24 @@ def ranking(title: str, best: Iterable[tuple[str, float]]) -> str:
     return f"<table><tr><th>{escape(title)}</th></tr>{''.join(rows)}</table>"
 
 
+def maps(rows: Iterable[Sequence[tuple[bytes, list[str]]]], shades: Sequence[str]) -> str:
+    """Return pictures with maps painted over them, and the legend of their colours.
+
+    rows: those that stand side by side, each a JPEG and the lines of text above it. shades: the
+    colours of the map from 0 to the most relevant place, as '#rrggbb'.
+    """
+    html = []
+    for row in rows:
+        cells = []
+        for jpeg, lines in row:
+            cells.append(f"<div>{paragraphs(lines)}{picture(jpeg, ', '.join(lines))}</div>")
+        html.append(f'<div class="maps">{"".join(cells)}</div>')
+    gradient = f"background:linear-gradient(90deg,{','.join(shades)})"
+    ends = "<span>not at all</span><span>the most relevant place of each map</span>"
+    bar = f'<div class="legend"><div style="{gradient}"></div><div class="strip">{ends}</div></div>'
+    return bar + "".join(html)
+
+
 # -----------------------------------------------------------------------------
 # colours of one picture
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -55,21 +56,8 @@ class Searcher:
                 self.features = np.full((len(flowers.files), features.shape[1]), np.nan, "f4")
                 self.features[readable] = features
 
-        # The head is the run's own, learned one, or made from the prompts it was trained with.
-        learned = (folder / "classifier.pt").exists()
-        templates = None if learned else _prompt_templates(folder)
-        sentences = None
-        prompts_file = run_arguments(folder).get("prompts")
-        if isinstance(prompts_file, str) and not learned:
-            sentences = evaluate.read_prompts(prompts_file, flowers.class_names)
-            evaluate.warn_of_changed_prompts(str(folder), prompts_file)
-        self.head, _ = evaluate.load_head(
-            str(folder), self.model, flowers.class_names, templates, evaluate.TEMPLATE, sentences
-        )
-        own_prompts = prompts_file if sentences is not None else None
-        self.temperature = evaluate.own_temperature(
-            folder, flowers.class_names, templates, own_prompts
-        )
+        self.head, prompts = run_head(folder, self.model, flowers.class_names)
+        self.temperature = evaluate.own_temperature(folder, flowers.class_names, *prompts)
 
     def _features(self, flowers: Flowers) -> np.ndarray:
         """Return the features (N, D) of all images, whatever their split."""
@@ -137,10 +125,37 @@ def _subset(flowers: Flowers, index: np.ndarray) -> Flowers:
     return replace(flowers, files=files, labels=flowers.labels[index], splits={})
 
 
-def _prompt_templates(folder: Path) -> list[str] | None:
-    """Return the templates of a run; None if its arguments have none that can be used."""
-    templates = run_arguments(folder).get("prompt_template")
-    if not isinstance(templates, list):
-        return None
-    usable = all("{}" in str(template) for template in templates)
-    return templates if usable else None
+def run_head(
+    folder: Path, model, class_names: Sequence[str]
+) -> tuple[tuple, tuple[list[str] | None, str | None]]:
+    """Return the head of a run's model, and the run's templates and file of prompts.
+
+    The head, weight (C, D) and bias (C,), is its own, learned one, or made from the prompts it was
+    trained with. Raises UserError if it is damaged or of other classes.
+    """
+    from flowers import evaluate
+
+    learned = (folder / "classifier.pt").exists()
+    templates, prompts_file = (None, None) if learned else own_prompts(folder)
+    sentences = None
+    if prompts_file:
+        sentences = evaluate.read_prompts(prompts_file, class_names)
+        evaluate.warn_of_changed_prompts(str(folder), prompts_file)
+    head, _ = evaluate.load_head(
+        str(folder), model, class_names, templates, evaluate.TEMPLATE, sentences
+    )
+    return head, (templates, prompts_file)
+
+
+def own_prompts(folder: Path) -> tuple[list[str] | None, str | None]:
+    """Return the templates of a run and its file of prompts; None for what it has not.
+
+    They are None, too, if its arguments have none that can be used.
+    """
+    arguments = run_arguments(folder)
+    templates, prompts_file = arguments.get("prompt_template"), arguments.get("prompts")
+    usable = isinstance(templates, list) and all("{}" in str(template) for template in templates)
+    return (
+        templates if usable else None,
+        prompts_file if isinstance(prompts_file, str) else None,
+    )
