@@ -211,8 +211,12 @@ IMPORTED = (
     "flowers.tracking",
     "flowers.training",
     # what those import when they need it
+    "pandas",
+    "scipy.optimize",
+    "scipy.stats",
     "seaborn",
     "sklearn.linear_model",
+    "sklearn.metrics",
     "torch._dynamo",
 )
 HERE = Path(__file__).resolve().parent
