@@ -247,8 +247,12 @@ IMPORTED = (
     "flowers.tracking",
     "flowers.training",
     # what those import when they need it
+    "pandas",
+    "scipy.optimize",
+    "scipy.stats",
     "seaborn",
     "sklearn.linear_model",
+    "sklearn.metrics",
     "torch._dynamo",
 )
 QWEN_IMPORTED = ("transformers.models.qwen2_vl.modeling_qwen2_vl", "peft")

@@ -82,11 +82,14 @@ def main():
     print("|---|" + "---|" * len(trees))
     with tempfile.TemporaryDirectory() as folder:
         for title, words in works(args.data_root, folder).items():
-            for tree in trees:
+            # An older checkout may lack a script.
+            having = [tree for tree in trees if words[0] == "-c" or (tree / words[0]).exists()]
+            for tree in having:
                 cost(tree, words)  # fills the caches
             # The checkouts take turns, as the machine may be busy with other work for a while.
-            rounds = [[cost(tree, words) for tree in trees] for _ in range(args.rounds)]
-            cells = [median_cost(costs) for costs in zip(*rounds)]
+            rounds = [[cost(tree, words) for tree in having] for _ in range(args.rounds)]
+            costs_of = dict(zip(having, zip(*rounds)))
+            cells = [median_cost(costs_of[tree]) if tree in having else "-" for tree in trees]
             print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
     if args.points:
         for tree in trees:

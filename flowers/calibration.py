@@ -13,7 +13,6 @@ is the probability of its best class. All arrays are numpy's, so that no torch i
 import math
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 FILE = "calibration.json"  # in the folder of a run with --holdout
@@ -110,6 +109,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float | None:
     None if there is no such T, or none between 1 / MOST and MOST: of images that are all right the
     NLL falls for ever as T goes to 0, and of answers that are worse than chance as T grows.
     """
+    from scipy.optimize import minimize_scalar  # here, as training starts without
+
     end = math.log(MOST)
     # As a function of log T the NLL has one valley: it is convex in 1 / T.
     found = minimize_scalar(

@@ -9,14 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import (
-    label_ranking_average_precision_score,
-    precision_recall_fscore_support,
-    top_k_accuracy_score,
-)
 from tabulate import tabulate
 
 from flowers import UserError, calibration, devices, figures, frozen, runs, strategies
@@ -513,6 +507,9 @@ def classification(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, floa
     classes that occur (the dataset's official measure); precision, recall and F1 weighted by
     class size.
     """
+    # Here, as training starts without it: it takes more than a second, as does pandas below.
+    from sklearn.metrics import precision_recall_fscore_support, top_k_accuracy_score
+
     n, n_classes = scores.shape
     y = labels.numpy()
     predicted = _top1(scores)
@@ -610,6 +607,8 @@ def mean_average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> floa
 
     scores, relevant (bool): (Q, G); every query has a relevant item.
     """
+    from sklearn.metrics import label_ranking_average_precision_score
+
     precision = label_ranking_average_precision_score(relevant.numpy(), scores.double().numpy())
     return 100 * float(precision)
 
@@ -678,6 +677,9 @@ def per_class(
     probabilities: (N, C); labels: (N,). Precision, recall and F1 are in percent; `mistaken_for`
     is the name that most of its mistakes have, empty if it has none.
     """
+    import pandas as pd
+    from sklearn.metrics import precision_recall_fscore_support
+
     y = labels.numpy()
     predicted = _top1(probabilities)
     classes = np.arange(len(class_names))
@@ -743,6 +745,8 @@ def save_outputs(
 def _draw_reliability(
     probabilities: torch.Tensor, labels: np.ndarray, metrics: dict[str, float], path: Path
 ) -> None:
+    import pandas as pd
+
     confidence = probabilities.max(1).values.numpy()  # (N,)
     correct = _top1(probabilities) == labels
     rows = reliability(confidence, correct)

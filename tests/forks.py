@@ -152,9 +152,12 @@ def serve() -> None:
 
     # the encodings are those of PDF: another user may not be able to read Python's own files
     for package in (
+        "scipy.optimize",
+        "scipy.stats",
         "seaborn",
         "sklearn.linear_model",
         "sklearn.manifold",
+        "sklearn.metrics",
         "sklearn.neighbors",
         "scipy.fft",
         "torchvision.io",
