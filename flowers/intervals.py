@@ -17,5 +17,7 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     only_a, only_b: how many images only one of two models has right. Images on which they agree do
     not enter the test. With none, 1.
     """
+    from scipy.stats import binomtest
+
     n = only_a + only_b
     return float(binomtest(only_a, n).pvalue) if n else 1.0

@@ -14,6 +14,7 @@ import numpy as np
 from flowers import UserError
 from flowers.data import Flowers
 from flowers.files import read_json
+from flowers.intervals import mcnemar_p
 from flowers.layouts import OPENAI_NAMES, correct_name
 from flowers.runs import command_line
 
@@ -328,8 +329,6 @@ def class_table(flowers: Flowers, index: np.ndarray, *runs: Predictions) -> "pd.
     two runs, the lowest accuracy of the first.
     """
     import pandas as pd  # not needed by the first view
-
-    from flowers.intervals import mcnemar_p
 
     labels = flowers.labels[index]
     classes, counts = np.unique(labels, return_counts=True)
