@@ -137,7 +137,7 @@ from flowers.layouts import read_captions
 from flowers.models import CLIP, encode, image_features, text_features
 from flowers.pixels import load_pixels, to_device
 from flowers.study import figures as study_figures
-from flowers.tracking import Tracker, log_mistakes, start_wandb
+from flowers.tracking import Tracker, finish_evaluation, start_wandb
 from flowers.weights import load_model, state_for_saving
 
 
@@ -215,10 +215,7 @@ def main(args: argparse.Namespace):
     precision = devices.set_precision(args.precision, device)
     # Read first: a mistake in --compare should not be found after the work is done.
     # For the table at the end: its columns, and what each of them was measured on.
-    shown = {Path(run).name: runs.read_metrics(run, args.split) for run in args.compare}
-    protocols = {
-        Path(run).name: evaluate.recorded_protocol(run, args.split) for run in args.compare
-    }
+    shown, protocols = evaluate.recorded(args.compare, args.split)
 
     # The runs of a soup have the start, the data and the prompts of the first.
     models = args.soup or [args.architecture]
@@ -318,13 +315,9 @@ def main(args: argparse.Namespace):
     if overlap is not None:
         protocol["overlap"] = overlap
     runs.finish(folder, {"name": folder.name, **result, **config, **protocol})
-    tracker.log(result)
-    tracker.summarise(protocol)
-    log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, index))
-    tracker.finish()
-    shown[folder.name] = metrics | seen
-    protocols[folder.name] = evaluate.protocol_line(protocol, overlap)
-    print(evaluate.format_table(shown, protocols))
+    mistakes = figures.mistakes(probabilities.numpy(), flowers, index)
+    finish_evaluation(tracker, result, protocol, mistakes)
+    print(evaluate.results_table(folder.name, metrics, protocol, (shown, protocols)))
     print(f"{len(index):,} images in {seconds:.1f} s; results and pictures in {folder}/")
 
 

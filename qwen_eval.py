@@ -22,84 +22,36 @@ are listed in the question, --classes base asks once more, with the names of the
 """
 
 import argparse
-import dataclasses
-import textwrap
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
-from flowers import UserError, add_switch, command, devices, evaluate, figures, files, runs
+from flowers import UserError, add_device_arguments, add_switch, check_seed, command, files, runs
 from flowers.choices import templates_in_words
-from flowers.data import (
-    Flowers,
-    add_data_arguments,
-    base_classes,
-    open_from_flags,
-    select,
-    split_index,
-    subset,
-)
-from flowers.devices import Processes, autocast
-from flowers.intervals import wilson
-from flowers.qwen import adapters, memory, models
-from flowers.qwen.answers import contained, generate, match, one_line
-from flowers.qwen.features import digest_to_keep, load_images
-from flowers.qwen.memory import Work, read_batch_size
-from flowers.qwen.prompts import (
+from flowers.data import add_data_arguments
+from flowers.qwen_settings import (
+    CLASSES,
+    DEFAULTS,
     DESCRIBE,
-    LIST_ORDERS,
     NAME_CASES,
+    NEW_DEFAULTS,
     QUESTIONS,
+    add_model_arguments,
     add_question_arguments,
     check_questions,
-    encode,
-    generator_of_file,
-    move,
-    questions_of,
-    shuffle,
-    spell_names,
-    with_names,
+    fill_in,
+    read_batch_size,
+    read_training,
+    runs_behind,
+    settings_of,
 )
-from flowers.qwen.ranking import PackedNames, describe_and_rank, rank_questions, scores
-from flowers.tracking import Tracker, log_mistakes, start_wandb
 
-OUTSIDE = "(outside the list)"  # the class of the answers that are no class name
 SCORES = ("sum", "token", "pmi")
+OLD_PMI = "calibrated"  # what the flag and older runs call pmi
 # The names that a question lists, where it lists any: those of all classes, or of the image's own
 # half. These begin the keys of a record.
 ALL, OWN = "", "own_"
-OLD_PMI = "calibrated"  # what the flag and older runs call pmi
-CLASSES = ("all", "base", "new")
-# Of flags that are left out, where the adapter does not say more.
-DEFAULTS = {
-    "model": models.DEFAULT,
-    "load_4bit": False,
-    "max_pixels": 512 * 512,
-    "answer": "brief",
-}
-# The same, of flags that older runs of qwen_train.py did not have: these are what they did.
-NEW_DEFAULTS = {
-    "question": None,
-    "list_names": False,
-    "list_order": "given",
-    "name_case": "given",
-    "classes": "all",
-    "val_shots": None,
-    "seed": 0,
-}
-# What the args.json of an adapter may say of a flag.
-CHOICES = {
-    "answer": tuple(QUESTIONS),
-    "list_order": LIST_ORDERS,
-    "name_case": NAME_CASES,
-    "classes": CLASSES,
-}
+OUTSIDE = "(outside the list)"  # the class of the answers that are no class name
 BATCH_SIZE = 8
 
 
@@ -107,35 +59,9 @@ BATCH_SIZE = 8
 # settings
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    # model and question
+def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and question")
-    group.add_argument(
-        "--model",
-        "--architecture",
-        type=files.user_path,
-        help="a name on the hub, a folder, tiny or random-2b (random weights) "
-        f"(default: the adapter's, else {models.DEFAULT})",
-    )
-    add_switch(
-        group,
-        "--load_4bit",
-        help="the language model's blocks in 4 bits a weight, a quarter of the memory; needs "
-        "requirements-4bit.txt (default: as the adapter was trained)",
-        default=None,
-    )
-    group.add_argument(
-        "--adapter",
-        type=files.user_path,
-        metavar="RUN",
-        help="a run of qwen_train.py, or the folder of an adapter",
-    )
-    group.add_argument(
-        "--max_pixels",
-        type=int,
-        help="scale larger images down to so many pixels; a token stands for 28 x 28 of them in "
-        "Qwen2-VL and Qwen2.5-VL, 32 x 32 in Qwen3-VL (default: the adapter's, else 262144)",
-    )
+    add_model_arguments(group, inherits=True)
     group.add_argument(
         "--protocol",
         choices=["rank", "generate"],
@@ -199,8 +125,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --holdout: at most so many val images a class decide, drawn by --seed "
         "(default: the adapter's, else all)",
     )
-    add_model_arguments(parser)
-    devices.add_device_arguments(parser.add_argument_group("machine"))
+    add_protocol_arguments(parser)
+    add_device_arguments(parser.add_argument_group("machine"))
     # run
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -219,26 +145,6 @@ def make_parser() -> argparse.ArgumentParser:
     runs.add_overlap_argument(group)
     runs.add_run_arguments(group, resume=True, compare=True)
     return parser
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The flags; data, splits and names are those of the adapter where they are left out.
-
-    With --resume, those that the run was started with. Ends the program if that run is finished.
-    Raises UserError if there is no run to resume.
-    """
-    parser = make_parser()
-    args = parser.parse_args()
-    if not args.resume:
-        # A merged model is one of a run, too.
-        return runs.parse_inheriting(parser, "adapter" if args.adapter else "model")
-    stored = runs.arguments_to_resume(Path(args.resume), "qwen_eval")
-    if stored is None:
-        raise SystemExit  # it is finished, which was printed
-    args = runs.parse_stored(parser, args, stored)
-    # As a flag, false is left out, which must not stand for the adapter's.
-    args.list_names = bool(args.list_names)
-    return args
 
 
 @dataclass(frozen=True)
@@ -298,91 +204,33 @@ class Config:
         return (ALL, OWN) if self.list_names and self.classes != "all" else (ALL,)
 
 
-def fill_in_from_adapter(args: argparse.Namespace) -> None:
-    """Give flags that were left out the value that the adapter was trained with, or the default.
+def read_settings() -> tuple[argparse.Namespace, Config]:
+    """The flags of the command line, and the settings that they mean.
 
-    Says which model that is, and where flags that were typed ask for something else.
-    Raises UserError if there is no adapter, if it names no model, or has seen the val images.
+    With --resume, those that the run was started with. Ends the program where that run is finished.
+    Raises UserError as `parse_arguments` and `resolve` do.
     """
-    source = args.adapter or args.model
-    # None where adapter/ was copied out of its run, and for a model that no run made.
-    folder = runs.run_folder(source) if source else None
-    trained = NEW_DEFAULTS | runs.read_arguments(folder) if folder else {}
-    if args.adapter:
-        recorded = adapters.model_of_adapter(Path(args.adapter))
-        if recorded:
-            trained.setdefault("model", recorded)
-        if args.model is None and "model" not in trained:
-            raise UserError(
-                f"{args.adapter} does not say which model it was made for: give --model"
-            )
-        if args.model is None:
-            files.say(f"--model {trained['model']}, which {args.adapter} was made for")
-    elif folder:
-        trained["model"] = args.model  # merged: not the one that it started from
-    if args.holdout and folder and not trained.get("holdout"):
-        raise UserError(
-            f"{source} was trained on the val images: "
-            "--holdout needs an adapter that was trained with --holdout"
-        )
-    for flag, default in (DEFAULTS | NEW_DEFAULTS).items():
-        value = getattr(args, flag)
-        found = trained.get(flag, default)
-        if not is_sound(flag, found, default):
-            raise UserError(f"args.json of {source} is damaged ({flag} is {found!r})")
-        if not has_part(flag, args):
-            found = default
-        elif value is not None and flag in trained and found != value:
-            files.note(f"--{flag} {in_words(value)}: {source} was trained with {in_words(found)}")
-        if value is None:
-            setattr(args, flag, found)
+    args = parse_arguments()
+    return args, resolve(args)
 
 
-def has_part(flag: str, args: argparse.Namespace) -> bool:
-    """Whether a flag can mean something beside those that stand before it in NEW_DEFAULTS."""
-    # A description is asked for with a question of its own.
-    if args.describe and flag in NEW_DEFAULTS:
-        return False
-    if flag == "list_order":
-        return args.list_names
-    return flag != "val_shots" or args.holdout
+def parse_arguments() -> argparse.Namespace:
+    """The flags; data, splits and names are those of the adapter where they are left out.
 
-
-def is_sound(flag: str, value, default) -> bool:
-    """Whether a value of args.json is one that the flag can have."""
-    if flag == "question" and value is not None:
-        return isinstance(value, list) and all(isinstance(text, str) for text in value)
-    if flag == "val_shots" and value is not None:
-        return type(value) is int and value >= 1
-    has_type = type(value) is type(default)
-    return has_type and value in CHOICES.get(flag, (value,))
-
-
-def in_words(value) -> str:
-    """The value of a flag, as it is said to the user."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return templates_in_words(value) if isinstance(value, list) else str(value)
-
-
-def check_protocol(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that mean nothing together; all have their values."""
-    check_questions(args.question, args.list_names, args.list_order)
-    if len(args.question or ()) > 1 and (args.protocol == "generate" or args.answer == "described"):
-        raise UserError(
-            "--protocol generate and --answer described take one question, as there is one answer: "
-            "give --question one text"
-        )
-    if args.name_case == "best":
-        if args.protocol != "rank" or args.split != "test" or not args.holdout:
-            raise UserError(
-                "--name_case best is chosen on val, for --protocol rank of the test images: "
-                "give --holdout, or another --name_case"
-            )
-    if args.val_shots is not None and not (args.val_shots >= 1 and args.holdout):
-        raise UserError("--val_shots must be at least 1, and needs --holdout")
+    Raises UserError if there is no run to resume.
+    """
+    parser = make_parser()
+    args = parser.parse_args()
+    if not args.resume:
+        # A merged model is one of a run, too.
+        return runs.parse_inheriting(parser, "adapter" if args.adapter else "model")
+    stored = runs.arguments_to_resume(Path(args.resume), "qwen_eval")
+    if stored is None:
+        raise SystemExit  # it is finished, which was printed
+    args = runs.parse_stored(parser, args, stored)
+    # As a flag, false is left out, which must not stand for the adapter's.
+    args.list_names = bool(args.list_names)
+    return args
 
 
 def resolve(args: argparse.Namespace) -> Config:
@@ -398,20 +246,80 @@ def resolve(args: argparse.Namespace) -> Config:
         typed = [flag for flag in NEW_DEFAULTS if getattr(args, flag) not in (None, False)]
         if typed:
             raise UserError(f"--describe has a question of its own: leave out --{typed[0]}")
-    fill_in_from_adapter(args)
+    fill_in_from_training(args)
     check_protocol(args)
+    check_seed(args.seed)
     # 0 for auto, which is known when the names are
     if min(args.batch_size + 1, args.most_tokens) < 1 or args.images < 0:
         raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
-    models.check_max_pixels(args.model, args.max_pixels)
-    # After all checks: the device becomes torch's own.
-    device = devices.choose_device(args.device)
-    if args.load_4bit:
-        models.check_4bit(args.model, device)
-    args.device = str(device)
-    args.precision = devices.set_precision(args.precision, device)
-    return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
+    return settings_of(Config, args)
 
+
+def fill_in_from_training(args: argparse.Namespace) -> None:
+    """Fill in the flags that were left out, from the run that made the adapter or the model.
+
+    Raises UserError if it has seen the val images that are to decide, or as `read_training` does.
+    """
+    trained = read_training(args.adapter, args.model)
+    source = args.adapter or args.model
+    is_of_a_run = "job" in trained
+    if args.holdout and is_of_a_run and not trained.get("holdout"):
+        raise UserError(
+            f"{source} was trained on the val images: "
+            "--holdout needs an adapter that was trained with --holdout"
+        )
+    # What can mean nothing here is not taken over.
+    listed = trained.get("list_names") if args.list_names is None else args.list_names
+    meaningless = set()
+    if args.describe:
+        meaningless |= NEW_DEFAULTS.keys()  # a description has a question of its own
+    if not listed:
+        meaningless.add("list_order")
+    if not args.holdout:
+        meaningless.add("val_shots")
+    trained = {flag: value for flag, value in trained.items() if flag not in meaningless}
+    fill_in(args, trained, DEFAULTS | NEW_DEFAULTS)
+
+
+def check_protocol(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that mean nothing together; all have their values."""
+    check_questions(args.question, args.list_names, args.list_order)
+    has_one_answer = args.protocol == "generate" or args.answer == "described"
+    if len(args.question or ()) > 1 and has_one_answer:
+        raise UserError(
+            "--protocol generate and --answer described take one question, as there is one answer: "
+            "give --question one text"
+        )
+    ranks_test = args.protocol == "rank" and args.split == "test"
+    if args.name_case == "best" and not (ranks_test and args.holdout):
+        raise UserError(
+            "--name_case best is chosen on val, for --protocol rank of the test images: "
+            "give --holdout, or another --name_case"
+        )
+    if args.val_shots is not None and not (args.val_shots >= 1 and args.holdout):
+        raise UserError("--val_shots must be at least 1, and needs --holdout")
+
+
+if __name__ == "__main__":
+    args, config = command(read_settings)()  # before torch is imported: see flowers.command
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from flowers import devices, evaluate, figures
+from flowers.data import Flowers, base_classes, open_from_flags, split_index, subset, val_images
+from flowers.devices import Processes, autocast
+from flowers.intervals import wilson
+from flowers.qwen import memory, models
+from flowers.qwen.answers import contained, generate, match, one_line
+from flowers.qwen.features import digest_to_keep, load_images
+from flowers.qwen.prompts import encode, move, questions_about, questions_of, spell_names
+from flowers.qwen.ranking import PackedNames, describe_and_rank, rank_questions, scores
+from flowers.tracking import Tracker, finish_evaluation, start_wandb
 
 # -----------------------------------------------------------------------------
 # protocols: from a batch of images to what is recorded of each
@@ -439,16 +347,14 @@ class Task:
 
     def questions(self, i: int, listed: str = ALL) -> tuple[str, ...]:
         """Return the Q questions about image i of the dataset, the names in them where listed."""
-        if not self.config.list_names:
-            return self.texts
-        names = self.class_names
-        if listed == OWN:
+        names = self.class_names if self.config.list_names else None
+        if names and listed == OWN:
             n_base = base_classes(len(names))
             is_base = self.flowers.labels[i] < n_base
             names = names[:n_base] if is_base else names[n_base:]
-        if self.config.list_order == "drawn":
-            names = shuffle(names, generator_of_file(self.config.seed, self.flowers.file_names[i]))
-        return tuple(with_names(text, names) for text in self.texts)
+        file_name = self.flowers.file_names[i]
+        order, seed = self.config.list_order, self.config.seed
+        return questions_about(self.texts, names, order, seed, file_name)
 
     def generate(self, texts: Sequence[str], image: dict[str, torch.Tensor]) -> list[str]:
         """Return the model's answers to B questions, one about each image."""
@@ -830,30 +736,6 @@ def save_scores(
         np.savez_compressed(file, **arrays)
 
 
-def answer_sheet(
-    evaluation: Evaluation, flowers: Flowers, index: np.ndarray, path: Path, max_images: int = 24
-) -> None:
-    """Draw images, spread evenly over `index`: the true name above, the answer below.
-
-    Answers are blue where they are right, and orange where they are wrong.
-    """
-    n_images = min(max_images, len(index))
-    positions = np.linspace(0, len(index) - 1, n_images).round().astype(int)
-    cells = []
-    n_right = 0
-    for j in np.unique(positions):
-        row = evaluation.predictions[j]
-        answer = textwrap.shorten(evaluation.answers[j], 60, placeholder=" …") or "(nothing)"
-        if row["top1"] == row["label"]:
-            n_right += 1
-            below, colour = f"✓ {answer}", figures.PALETTE[0]
-        else:
-            below, colour = f"✗ {answer}", figures.PALETTE[1]
-        cells.append((flowers.files[index[j]], row["label"], below, colour))
-    title = f"True name above, answer below: {n_right} of {len(cells)} right (blue, ✓)"
-    figures.picture_sheet(cells, path, title, border=7)
-
-
 # -----------------------------------------------------------------------------
 # the run
 
@@ -866,8 +748,7 @@ def check_overlap(
     val: images that decide what is reported: the model must not have been trained on them
     either. Raises UserError if there are such images, unless they are asked for.
     """
-    sources = (config.adapter, config.model)
-    trained = [source for source in sources if source and runs.run_folder(source)]
+    trained = runs_behind(config.adapter, config.model)
     # A description is no evaluation, and it is training images that are described.
     if config.describe or not trained:
         return None
@@ -884,13 +765,9 @@ def images_of_val(config: Config, flowers: Flowers) -> np.ndarray:
     on half of the classes, the labels of the other half choose nothing. Raises UserError if
     --name_case best has no images to be chosen on.
     """
-    val = flowers.splits["val"]
     if not config.asks_val:
-        return val[:0]
-    n_classes = len(flowers.class_names)
-    if config.val_shots:
-        val = select(val, flowers.labels, n_classes, shots=config.val_shots, seed=config.seed)
-    val = select(val, flowers.labels, n_classes, config.classes)
+        return flowers.splits["val"][:0]
+    val = val_images(flowers, config.classes, config.val_shots, config.seed)
     if config.name_case == "best" and not len(val):
         raise UserError("--name_case best: there are no val images to choose it on")
     return subset(val, config.images, seed=0)
@@ -929,20 +806,8 @@ def prepare_task(config: Config, flowers: Flowers, processes: Processes) -> Task
     text_tokens = 50 + (name_tokens if config.protocol == "rank" else config.most_tokens)
     if config.list_names:
         text_tokens += name_tokens
-    skeleton = models.load_skeleton(config.model)
-    image_tokens = memory.tokens_of_image(config.model, skeleton, config.max_pixels)
-    work = Work(
-        config.batch_size or BATCH_SIZE,
-        image_tokens,
-        text_tokens,
-        precision=config.precision,
-        load_4bit=config.load_4bit,
-    )
-    free = memory.free_gigabytes(processes.device)
-    if config.batch_size == 0:
-        work = replace(work, batch_size=memory.largest_batch(skeleton, work, free))
-        config = replace(config, batch_size=work.batch_size)
-    files.say(memory.memory_line(config.model, skeleton, work, free))
+    batch_size = memory.evaluation_batch(config, text_tokens, processes.device, BATCH_SIZE)
+    config = replace(config, batch_size=batch_size)
     model, processor = models.load_model(
         config.model, processes.device, config.adapter, config.max_pixels, config.load_4bit
     )
@@ -967,21 +832,17 @@ def open_run_folder(
 
 
 @command
-def main():
-    args = parse_arguments()
-    processes = devices.start_processes(args.device)  # one, unless torchrun started more
-    args.device = str(processes.device)
-    config = resolve(args)
-    metrics_of_run = {Path(run).name: runs.read_metrics(run, config.split) for run in args.compare}
+def main(args: argparse.Namespace, config: Config):
+    processes = devices.start_processes(config.device)  # one, unless torchrun started more
+    config = models.on_machine(config, processes.device)
     devices.seed_everything(config.seed, processes.device)
-    protocols = {
-        Path(run).name: evaluate.recorded_protocol(run, config.split) for run in args.compare
-    }
+    # Read first: a mistake in --compare should not be found after the work is done.
+    compared = evaluate.recorded(args.compare, config.split)
 
     # -----------------------------------------------------------------------------
     # data and model
     with processes.main_first():
-        flowers = open_from_flags(dataclasses.asdict(config))
+        flowers = open_from_flags(asdict(config))
         config = replace(config, splits=flowers.convention)
         index = subset(split_index(flowers, config.split), config.images, seed=0)
         val = images_of_val(config, flowers)
@@ -993,7 +854,7 @@ def main():
     # run folder
     # `architecture` is what other scripts call the model.
     settings = {"job": "qwen_eval", "architecture": config.model}
-    settings |= dataclasses.asdict(config) | models.versions()
+    settings |= asdict(config) | models.versions()
     folder = open_run_folder(args, settings, flowers, processes)
     mode = config.wandb if processes.is_main else "disabled"
     tracker = start_wandb(mode, folder, settings, resume=bool(args.resume))
@@ -1040,19 +901,17 @@ def main():
     evaluate.save_outputs(folder, evaluation.probabilities, flowers, index, evaluation.metrics)
     # Again: free answers have no second best.
     files.write_csv(folder / "predictions.csv", evaluation.predictions)
-    answer_sheet(evaluation, flowers, index, folder / "answers.png")
+    image_files = [flowers.files[i] for i in index]
+    figures.answers_sheet(
+        evaluation.predictions, evaluation.answers, image_files, folder / "answers.png"
+    )
     protocol = describe_protocol(config, flowers, len(index))
     if overlap is not None:
         protocol["overlap"] = overlap
     runs.finish(folder, {"name": folder.name} | result | settings | protocol)
-    tracker.log(result)
-    tracker.summarise(protocol)
-    log_mistakes(tracker, figures.mistakes(evaluation.probabilities.numpy(), flowers, index))
-    tracker.finish()
-    seen = {"overlap": overlap} if overlap else {}
-    protocols[folder.name] = evaluate.protocol_line(protocol, overlap)
-    shown = metrics_of_run | {folder.name: evaluation.metrics | seen}
-    print(evaluate.format_table(shown, protocols))
+    mistakes = figures.mistakes(evaluation.probabilities.numpy(), flowers, index)
+    finish_evaluation(tracker, result, protocol, mistakes)
+    print(evaluate.results_table(folder.name, evaluation.metrics, protocol, compared))
     print(
         f"{len(index):,} images, {result['eval_images_per_s']} images/s; "
         f"results and pictures in {folder}/"
@@ -1060,4 +919,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args, config)

@@ -15,41 +15,25 @@ model's last hidden state after image and question, from which it predicts the a
 """
 
 import argparse
-import dataclasses
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
-from flowers import UserError, command, devices, evaluate, figures, files, runs
-from flowers.choices import MAX_VAL_SHOTS
-from flowers.data import (
-    Flowers,
-    add_data_arguments,
-    image_ids,
-    open_from_flags,
-    select,
-    split_index,
-    subset,
+from flowers import UserError, add_device_arguments, check_seed, command, files, runs
+from flowers.choices import DEFAULT_C, MAX_VAL_SHOTS
+from flowers.data import add_data_arguments
+from flowers.qwen_settings import (
+    DEFAULTS,
+    QUESTIONS,
+    add_model_arguments,
+    check_questions,
+    fill_in,
+    read_training,
+    runs_behind,
+    settings_of,
 )
-from flowers.devices import autocast
-from flowers.qwen import adapters, models
-from flowers.qwen.adapters import base_model
-from flowers.qwen.features import image_features
-from flowers.qwen.memory import memory_line
-from flowers.qwen.models import hidden_states
-from flowers.qwen.prompts import QUESTIONS, encode, move, open_images, patches, prefetch
-from flowers.strategies import DEFAULT_C, INVERSE_REGULARISATION, fit_linear
-from flowers.tracking import log_mistakes, start_wandb
 
 FEATURES = ("vision", "merged", "prompt")
-MAX_PIXELS = 512 * 512
 # The logit of a class that the head was not fitted to: its probability is 0 in fp32.
 NEVER = -1e4
 
@@ -91,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="which images --shots draws (default: %(default)s)"
     )
     add_probe_arguments(parser)
-    devices.add_device_arguments(parser.add_argument_group("machine"))
+    add_device_arguments(parser.add_argument_group("machine"))
     # run
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -105,25 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     # model and probe
     group = parser.add_argument_group("model and probe")
-    group.add_argument(
-        "--model",
-        "--architecture",
-        type=files.user_path,
-        help="a name on the hub, a folder, tiny or random-2b (random weights) "
-        f"(default: the adapter's, else {models.DEFAULT})",
-    )
-    group.add_argument(
-        "--adapter",
-        type=files.user_path,
-        metavar="RUN",
-        help="a run of qwen_train.py, or the folder of an adapter: the features are its model's",
-    )
-    group.add_argument(
-        "--max_pixels",
-        type=int,
-        help="scale larger images down to so many pixels "
-        f"(default: the adapter's, else {MAX_PIXELS})",
-    )
+    add_model_arguments(group, inherits=True)
     group.add_argument(
         "--features",
         choices=FEATURES,
@@ -162,6 +128,7 @@ class Config:
     # model and probe
     model: str
     adapter: str | None
+    load_4bit: bool
     max_pixels: int
     features: str
     answer: str  # which question is asked where there is none of one's own
@@ -189,51 +156,16 @@ class Config:
         return self.holdout and self.inverse_penalty is None
 
 
-def fill_in_from_adapter(args: argparse.Namespace) -> None:
-    """Give flags that were left out the value that the adapter was trained with, or the default.
+def read_settings() -> tuple[argparse.Namespace, Config]:
+    """The flags of the command line, and the settings that they mean.
 
-    Raises UserError if there is no adapter, if it names no model, or its args.json is damaged.
+    Raises UserError as `resolve` does.
     """
-    trained = {}
-    if args.adapter:
-        recorded = adapters.model_of_adapter(Path(args.adapter))
-        # None where adapter/ was copied out of its run.
-        folder = runs.run_folder(args.adapter)
-        trained = runs.read_arguments(folder) if folder else {}
-        if recorded:
-            trained.setdefault("model", recorded)
-        if args.model is None and "model" not in trained:
-            raise UserError(
-                f"{args.adapter} does not say which model it was made for: give --model"
-            )
-    for flag, default in {"model": models.DEFAULT, "max_pixels": MAX_PIXELS}.items():
-        value = getattr(args, flag)
-        found = trained.get(flag, default)
-        if type(found) is not type(default):
-            raise UserError(f"args.json of {args.adapter} is damaged ({flag} is {found!r})")
-        if value is None:
-            setattr(args, flag, found)
-        elif flag in trained and found != value:
-            files.note(f"--{flag} {value}: {args.adapter} was trained with {found}")
-    args.answer, question = question_of_training(trained, args.adapter)
-    # The other features are those of the image alone.
-    if args.features == "prompt":
-        args.question = [args.question] if args.question else question
-        if trained.get("list_names"):
-            files.note(f"{args.adapter} was trained with --list_names: they are not listed here")
-
-
-def question_of_training(trained: dict, adapter: str | None) -> tuple[str, list[str] | None]:
-    """The kind of answer that an adapter was trained for, and the first of its own questions.
-
-    trained: the args.json of its run; empty for none. Raises UserError if that is damaged.
-    """
-    answer = trained.get("answer") or "brief"
-    own = trained.get("question")
-    is_list = isinstance(own, list) and own != [] and all(isinstance(text, str) for text in own)
-    if answer not in QUESTIONS or not (own is None or is_list):
-        raise UserError(f"args.json of {adapter} is damaged (question or answer)")
-    return answer, own and own[:1]
+    parser = make_parser()
+    typed = parser.parse_args()
+    # A merged model is one of a run, too.
+    args = runs.parse_inheriting(parser, "adapter" if typed.adapter else "model")
+    return args, resolve(args)
 
 
 def resolve(args: argparse.Namespace) -> Config:
@@ -241,13 +173,14 @@ def resolve(args: argparse.Namespace) -> Config:
 
     Raises UserError if they contradict one another, or the adapter.
     """
+    check_seed(args.seed)
     if args.question is not None and args.features != "prompt":
         raise UserError("--question is asked for --features prompt alone: leave it out")
     if args.val_shots is not None and not args.holdout:
         raise UserError("--val_shots needs --holdout: without it no val is set apart")
     if args.val_shots is None and args.holdout and args.shots:
         args.val_shots = min(args.shots, MAX_VAL_SHOTS)
-    fill_in_from_adapter(args)
+    fill_in_from_training(args)
     numbers = [args.batch_size, args.images + 1]
     numbers += [value for value in (args.shots, args.val_shots) if value is not None]
     if min(numbers) < 1:
@@ -257,13 +190,56 @@ def resolve(args: argparse.Namespace) -> Config:
     # NaN fails the comparison, too.
     if args.inverse_penalty is not None and not 0 < args.inverse_penalty < math.inf:
         raise UserError("--inverse_penalty must be a number above 0")
-    models.check_max_pixels(args.model, args.max_pixels)
-    # After all checks: the device becomes torch's own.
-    device = devices.choose_device(args.device)
-    args.device = str(device)
-    args.precision = devices.set_precision(args.precision, device)
-    return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
+    return settings_of(Config, args)
 
+
+def fill_in_from_training(args: argparse.Namespace) -> None:
+    """Fill in the flags that were left out, from the run that made the adapter or the model.
+
+    Of several questions of the training the first is asked. Raises UserError as `read_training`
+    and `check_questions` do.
+    """
+    trained = read_training(args.adapter, args.model)
+    source = args.adapter or args.model
+    fill_in(args, trained, {flag: DEFAULTS[flag] for flag in ("model", "load_4bit", "max_pixels")})
+    args.answer = trained.get("answer", DEFAULTS["answer"])
+    # The other features are those of the image alone.
+    if args.features == "prompt":
+        own = trained.get("question")
+        args.question = [args.question] if args.question is not None else own and own[:1]
+        check_questions(args.question, list_names=False, list_order="given")
+        if trained.get("list_names"):
+            files.note(f"{source} was trained with --list_names: they are not listed here")
+
+
+if __name__ == "__main__":
+    args, config = command(read_settings)()  # before torch is imported: see flowers.command
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from flowers import devices, evaluate, figures
+from flowers.data import (
+    Flowers,
+    image_ids,
+    open_from_flags,
+    select,
+    split_index,
+    subset,
+    val_images,
+)
+from flowers.devices import autocast
+from flowers.qwen import memory, models
+from flowers.qwen.adapters import base_model
+from flowers.qwen.features import image_features
+from flowers.qwen.models import hidden_states
+from flowers.qwen.prompts import encode, move, open_images, patches, prefetch
+from flowers.strategies import INVERSE_REGULARISATION, fit_linear
+from flowers.tracking import finish_evaluation, start_wandb
 
 # -----------------------------------------------------------------------------
 # images
@@ -289,9 +265,9 @@ def choose_images(flowers: Flowers, config: Config) -> Images:
         raise UserError("the training images are of one class, so there is nothing to tell apart")
     val = train[:0]
     if config.holdout:
-        val = split_index(flowers, "val")
-        if config.val_shots:
-            val = select(val, labels, n_classes, shots=config.val_shots, seed=config.seed)
+        val = val_images(flowers, shots=config.val_shots, seed=config.seed)
+        if not len(val):
+            raise UserError("the splits list no image for val: --holdout has nothing to hold out")
     evaluated = val if config.split == "val" else split_index(flowers, "test")
     if not len(evaluated):
         raise UserError("the val split is empty: val needs --holdout")
@@ -307,32 +283,18 @@ def choose_images(flowers: Flowers, config: Config) -> Images:
 
 
 def check_overlap(config: Config, flowers: Flowers, images: Images) -> int | str:
-    """How many of the evaluated images the adapter or the head were trained on.
+    """How many of the evaluated images the adapter, the model or the head were trained on.
 
     "unknown" if nobody can tell. Raises UserError if there are such images, unless they are
     asked for with --allow_overlap.
     """
-    trained = set(image_ids(flowers, images.train))
-    evaluated = image_ids(flowers, images.evaluated)
-    doubles = runs.count_overlap(trained, evaluated)
-    if doubles and not config.allow_overlap:
-        raise UserError(
-            f"{doubles:,} of the {len(evaluated):,} {config.split} images are training images, "
-            "too: the same pictures under two names; remove them from the splits, or "
-            "--allow_overlap evaluates them all the same"
-        )
-    if not config.adapter:
-        return doubles
-    # The adapter may not have seen the images that decide, either.
+    starts = runs_behind(config.adapter, config.model)
+    # They may not have seen the images that decide, either.
     if len(images.val):
-        runs.check_overlap([config.adapter], flowers, images.val, "val", config.allow_overlap)
-    seen = runs.check_overlap(
-        [config.adapter], flowers, images.evaluated, config.split, config.allow_overlap
+        runs.check_overlap(starts, flowers, images.val, "val", config.allow_overlap)
+    return runs.check_overlap_of_training(
+        starts, flowers, images.train, images.evaluated, config.split, config.allow_overlap
     )
-    if seen == "unknown":
-        return seen
-    trained |= runs.read_trained_on(config.adapter) or set()
-    return runs.count_overlap(trained, evaluated)
 
 
 # -----------------------------------------------------------------------------
@@ -458,40 +420,33 @@ def describe_protocol(config: Config, flowers: Flowers, n: int) -> dict:
     )
 
 
-def recorded(compare: Sequence[str], split: str) -> tuple[dict, dict]:
-    """The metrics and the protocol lines of the runs to compare with, by name."""
-    metrics = {Path(run).name: runs.read_metrics(run, split) for run in compare}
-    protocols = {Path(run).name: evaluate.recorded_protocol(run, split) for run in compare}
-    return metrics, protocols
-
-
 @command
-def main():
-    parser = make_parser()
-    args = runs.parse_inheriting(parser, "adapter")
-    config = resolve(args)
-    metrics_of_run, protocol_of_run = recorded(args.compare, config.split)
-    device = torch.device(config.device)
+def main(args: argparse.Namespace, config: Config):
+    device = devices.choose_device(config.device)
+    config = models.on_machine(config, device)
     devices.seed_everything(config.seed, device)
+    # Read first: a mistake in --compare should not be found after the work is done.
+    compared = evaluate.recorded(args.compare, config.split)
 
     # -----------------------------------------------------------------------------
     # data and model
-    flowers = open_from_flags(dataclasses.asdict(config))
-    config = dataclasses.replace(config, splits=flowers.convention)
+    flowers = open_from_flags(asdict(config))
+    config = replace(config, splits=flowers.convention)
     images = choose_images(flowers, config)
     overlap = check_overlap(config, flowers, images)
     text_tokens = 50 if config.asks else 0  # about
-    sizes = (config.batch_size, config.max_pixels, text_tokens)
-    print(memory_line(config.model, *sizes, 0, config.precision))
-    model, processor = models.load_model(config.model, device, config.adapter, config.max_pixels)
+    memory.evaluation_batch(config, text_tokens, device)
+    model, processor = models.load_model(
+        config.model, device, config.adapter, config.max_pixels, config.load_4bit
+    )
 
     # -----------------------------------------------------------------------------
     # run folder
     # `architecture` is what other scripts call the model.
     settings = {"job": "qwen_probe", "architecture": config.model}
-    settings |= dataclasses.asdict(config) | models.versions()
+    settings |= asdict(config) | models.versions()
     folder = runs.new_run(config.runs, args.name, settings, flowers.splits)
-    starts = [config.adapter] if config.adapter else []
+    starts = runs_behind(config.adapter, config.model)
     runs.write_trained_on(folder, image_ids(flowers, images.train), *starts)
 
     # -----------------------------------------------------------------------------
@@ -522,15 +477,9 @@ def main():
     protocol = describe_protocol(config, flowers, len(images.evaluated)) | {"overlap": overlap}
     runs.finish(folder, {"name": folder.name} | result | settings | protocol)
     tracker = start_wandb(config.wandb, folder, settings)
-    tracker.log(result)
-    tracker.summarise(protocol)
     mistakes = figures.mistakes(probabilities.numpy(), flowers, images.evaluated)
-    log_mistakes(tracker, mistakes)
-    tracker.finish()
-    seen = {"overlap": overlap} if overlap else {}
-    line = evaluate.protocol_line(protocol, overlap)
-    shown = metrics_of_run | {folder.name: metrics | seen}
-    print(evaluate.format_table(shown, protocol_of_run | {folder.name: line}))
+    finish_evaluation(tracker, result, protocol, mistakes)
+    print(evaluate.results_table(folder.name, metrics, protocol, compared))
     print(
         f"features {result['feature_seconds']:.0f} s, head {result['train_seconds']:.0f} s; "
         f"results and pictures in {folder}/"
@@ -538,4 +487,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args, config)

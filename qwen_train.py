@@ -16,45 +16,30 @@ little, so its vision tower is trained whole.
 """
 
 import argparse
-import dataclasses
-import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from flowers import UserError, add_switch, command, devices, figures, files, runs, training
+from flowers import (
+    UserError,
+    add_device_arguments,
+    add_switch,
+    check_seed,
+    command,
+    files,
+    runs,
+    world_size,
+)
 from flowers.choices import MAX_VAL_SHOTS
-from flowers.data import Flowers, add_data_arguments, image_ids, open_from_flags, select, subset
-from flowers.devices import Processes, autocast
-from flowers.layouts import read_captions
-from flowers.qwen import adapters, memory, models
-from flowers.qwen.answers import answer_length, answer_loss, one_line
-from flowers.qwen.features import ImageFeatures, image_features
-from flowers.qwen.memory import Work, read_batch_size
-from flowers.qwen.prompts import (
+from flowers.data import add_data_arguments
+from flowers.qwen_settings import (
+    CLASSES,
     QUESTIONS,
+    add_model_arguments,
     add_question_arguments,
     check_questions,
-    draw_question,
-    draw_views,
-    encode,
-    generator_of_file,
-    move,
-    open_images,
-    patches,
-    prefetch,
-    questions_of,
-    shuffle,
-    spell_names,
-    with_names,
+    read_batch_size,
+    settings_of,
 )
-from flowers.qwen.ranking import PackedNames, describe_and_rank, rank_questions
-from flowers.tracking import Tracker, start_wandb
 
 # Share of the steps. train.py warms up twice as long; the results of Qwen were measured with this.
 WARMUP = 0.05
@@ -77,30 +62,10 @@ AS_FITS = -1  # the size of chunks until the free memory has decided it
 # settings
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_answer_arguments(parser: argparse.ArgumentParser) -> None:
     # model and answer
     group = parser.add_argument_group("model and answer")
-    group.add_argument(
-        "--model",
-        "--architecture",
-        type=files.user_path,
-        default=models.DEFAULT,
-        help="a name on the hub, a folder, tiny or random-2b (random weights) "
-        "(default: %(default)s)",
-    )
-    add_switch(
-        group,
-        "--load_4bit",
-        help="the frozen blocks of the language model in 4 bits a weight (QLoRA), a quarter of the "
-        "memory; needs requirements-4bit.txt",
-    )
-    group.add_argument(
-        "--max_pixels",
-        type=int,
-        default=512 * 512,
-        help="scale larger images down to so many pixels; a token stands for 28 x 28 of them in "
-        "Qwen2-VL and Qwen2.5-VL, 32 x 32 in Qwen3-VL (default: %(default)s)",
-    )
+    add_model_arguments(group)
     group.add_argument(
         "--answer",
         choices=list(QUESTIONS),
@@ -134,7 +99,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     # Which of the training images, as in train.py: a seed draws the same ones.
     group.add_argument(
         "--classes",
-        choices=["base", "new", "all"],
+        choices=CLASSES,
         default="all",
         help="train on the first half of the classes, the second, or all; only these are listed, "
         "and ranked between epochs (default: %(default)s)",
@@ -209,7 +174,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="of adapter, order and augmentation (default: %(default)s)",
     )
 
-    devices.add_device_arguments(parser.add_argument_group("machine"))
+    add_device_arguments(parser.add_argument_group("machine"))
 
     # run
     group = parser.add_argument_group("run")
@@ -234,44 +199,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_data_arguments(parser)
     add_image_arguments(parser)
-    add_model_arguments(parser)
+    add_answer_arguments(parser)
     add_training_arguments(parser)
     return parser
-
-
-def parse_arguments(processes: int) -> argparse.Namespace:
-    """The flags of the command line, or with --resume those that the run was started with.
-
-    Ends the program if that run is finished, and has been merged where that is asked for. Raises
-    UserError if there is no run to resume, or if it was started with another number of processes.
-    """
-    parser = make_parser()
-    args = parser.parse_args()
-    if not args.resume:
-        return args
-    folder = Path(args.resume)
-    stored = runs.arguments_to_resume(folder, "qwen_train")
-    if stored is None:
-        # It is finished, which was printed.
-        if args.merge:
-            export_merged(folder)
-        raise SystemExit
-    # Older runs had one.
-    begun_with = stored.get("processes", 1)
-    if begun_with != processes:
-        raise UserError(
-            f"{folder} was begun with {begun_with} processes: go on with as many, for the same "
-            "result"
-        )
-    stored["merge"] = stored.get("merge") or args.merge
-    # One flag with several values, or none.
-    also_train = stored.pop("also_train", None)
-    args = runs.parse_stored(parser, args, stored)
-    is_list = isinstance(also_train, list) and all(isinstance(name, str) for name in also_train)
-    if not (also_train is None or is_list):
-        raise UserError(f"nothing to resume in {folder}: its args.json is damaged (also_train)")
-    args.also_train = also_train
-    return args
 
 
 @dataclass(frozen=True)
@@ -314,10 +244,10 @@ class Config:
     keep_activations: bool
     lr: float
     wd: float
-    augment: str
+    augment: str | None  # None: not known before the modules to train are
     seed: int
     # machine
-    device: str  # of the main process
+    device: str  # of the main process; before `main` what the flag says, as precision
     precision: str
     # run
     save_every: int
@@ -333,8 +263,47 @@ class Config:
         return epoch % self.eval_every == 0 or epoch == self.epochs
 
 
-def resolve(args: argparse.Namespace, processes: Processes) -> Config:
+def read_settings() -> tuple[argparse.Namespace, Config | None]:
+    """The flags of the command line, and the settings that they mean.
+
+    With --resume, the settings that the run was started with; None where it is finished, and is to
+    be merged. Ends the program where nothing is left to do. Raises UserError if there is no run to
+    resume, if it was started with another number of processes, or as `resolve` does.
+    """
+    parser = make_parser()
+    args = parser.parse_args()
+    if args.resume:
+        stored = runs.arguments_to_resume(Path(args.resume), "qwen_train")
+        if stored is None and not args.merge:
+            raise SystemExit  # it is finished, which was printed
+        if stored is None:
+            return args, None
+        args = parse_stored(parser, args, stored)
+    return args, resolve(args, world_size())
+
+
+def parse_stored(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, stored: dict
+) -> argparse.Namespace:
+    """The arguments of a run that is resumed, as `runs.parse_stored` checks them."""
+    # Older runs had one process.
+    runs.check_processes(Path(args.resume), stored.get("processes", 1), world_size())
+    stored["merge"] = stored.get("merge") or args.merge
+    # One flag with several values, or none.
+    also_train = stored.pop("also_train", None)
+    args = runs.parse_stored(parser, args, stored)
+    is_list = isinstance(also_train, list) and all(isinstance(name, str) for name in also_train)
+    if not (also_train is None or is_list):
+        raise UserError(
+            f"nothing to resume in {args.resume}: its args.json is damaged (also_train)"
+        )
+    args.also_train = also_train
+    return args
+
+
+def resolve(args: argparse.Namespace, processes: int) -> Config:
     """Return the settings that the flags mean. Raises UserError if they contradict one another."""
+    check_seed(args.seed)
     defaults = TINY_DEFAULTS if args.model == "tiny" else DEFAULTS
     for flag, value in defaults.items():
         if getattr(args, flag) is None:
@@ -366,17 +335,8 @@ def resolve(args: argparse.Namespace, processes: Processes) -> Config:
         args.chunk_size = AS_FITS
     check_images(args)
     check_questions(args.question, args.list_names, args.list_order)
-    models.check_max_pixels(args.model, args.max_pixels)
-    skeleton = models.load_skeleton(args.model) if args.also_train else None
-    if args.augment is None:
-        crops = skeleton is not None and adapters.trains_vision(skeleton, args.also_train)
-        args.augment = "crop" if crops else "none"
-    if args.load_4bit:
-        models.check_4bit(args.model, processes.device)
-    args.device = str(processes.device)
-    args.precision = devices.set_precision(args.precision, processes.device)
-    args.processes = processes.world_size
-    return Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Config)})
+    args.processes = processes
+    return settings_of(Config, args)
 
 
 def check_images(args: argparse.Namespace) -> None:
@@ -401,6 +361,40 @@ def check_images(args: argparse.Namespace) -> None:
             "--eval_every and --val_images must not be below 0, --shots and --val_shots at least 1"
         )
 
+
+if __name__ == "__main__":
+    args, config = command(read_settings)()  # before torch is imported: see flowers.command
+
+import shutil
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flowers import devices, figures, training
+from flowers.data import Flowers, image_ids, open_from_flags, select, subset, val_images
+from flowers.devices import Processes, autocast
+from flowers.layouts import read_captions
+from flowers.qwen import adapters, memory, models
+from flowers.qwen.answers import answer_length, answer_loss, one_line
+from flowers.qwen.features import ImageFeatures, image_features
+from flowers.qwen.memory import Work
+from flowers.qwen.prompts import (
+    draw_question,
+    draw_views,
+    encode,
+    move,
+    open_images,
+    patches,
+    prefetch,
+    questions_about,
+    questions_of,
+    spell_names,
+)
+from flowers.qwen.ranking import PackedNames, describe_and_rank, rank_questions
+from flowers.tracking import Tracker, start_wandb
 
 # -----------------------------------------------------------------------------
 # images, questions and answers
@@ -519,25 +513,22 @@ class Data:
                 image = patches(processor, open_images([self.flowers.files[i] for i in index]))
             else:
                 image = features.batch((len(self.index) + batch).tolist())
-            questions = [[self._val_question(text, i) for i in index] for text in asked]
+            # From b images with Q questions each to Q questions about b images.
+            questions = list(zip(*(self._val_questions(asked, i) for i in index)))
             labels = np.searchsorted(self.classes, self.flowers.labels[index])
             yield image, questions, torch.from_numpy(labels)
 
-    def _val_question(self, text: str, i: int) -> str:
-        """Return what is asked about image i: the same after every epoch."""
-        names = self.listed_names
-        if names is None:
-            return text
-        if self.config.list_order == "drawn":
-            generator = generator_of_file(self.config.seed, self.flowers.file_names[i])
-            names = shuffle(names, generator)
-        return with_names(text, names)
+    def _val_questions(self, texts: tuple[str, ...], i: int) -> tuple[str, ...]:
+        """Return what is asked about image i of the dataset: the same after every epoch."""
+        order, seed = self.config.list_order, self.config.seed
+        file_name = self.flowers.file_names[i]
+        return questions_about(texts, self.listed_names, order, seed, file_name)
 
 
 def open_data(config: Config, processes: Processes) -> Data:
     """Open the dataset and the captions. Raises UserError for what is missing or damaged."""
-    flowers = open_from_flags(dataclasses.asdict(config))
-    config = dataclasses.replace(config, splits=flowers.convention)
+    flowers = open_from_flags(asdict(config))
+    config = replace(config, splits=flowers.convention)
     names = spell_names(flowers.class_names, config.name_case)
     # The halves are those of the class numbers, whatever images there are.
     labels = np.arange(len(names))
@@ -557,9 +548,7 @@ def open_data(config: Config, processes: Processes) -> Data:
     val = choose_val(flowers, config)
     data = Data(config, processes, flowers, index, val, captions, names, classes)
     if config.chunk_size == AS_FITS:
-        data = dataclasses.replace(
-            data, config=dataclasses.replace(config, chunk_size=chunk_that_fits(data))
-        )
+        data = replace(data, config=replace(config, chunk_size=chunk_that_fits(data)))
     return data
 
 
@@ -568,14 +557,9 @@ def choose_val(flowers: Flowers, config: Config) -> np.ndarray:
 
     With --val_shots they are drawn as train.py draws them. Raises UserError if val has none.
     """
-    val = flowers.splits["val"]
     if not config.eval_every:
-        return val[:0]
-    n_classes = len(flowers.class_names)
-    if config.val_shots:
-        shots = config.val_shots
-        val = select(val, flowers.labels, n_classes, shots=shots, seed=config.seed)
-    val = select(val, flowers.labels, n_classes, config.classes)
+        return flowers.splits["val"][:0]
+    val = val_images(flowers, config.classes, config.val_shots, config.seed)
     val = subset(val, config.val_images or 0, config.seed)
     if len(val) == 0:
         raise UserError("the splits list no image for val: --holdout has nothing to hold out")
@@ -587,17 +571,10 @@ def check_overlap(data: Data) -> None:
 
     Unless --allow_overlap is given.
     """
-    if not len(data.val):
-        return
     config = data.config
-    runs.check_overlap([config.model], data.flowers, data.val, "val", config.allow_overlap)
-    trained_on = set(image_ids(data.flowers, data.index))
-    doubles = runs.count_overlap(trained_on, image_ids(data.flowers, data.val))
-    if doubles and not config.allow_overlap:
-        raise UserError(
-            f"{doubles:,} of the {len(data.val):,} val images are training images, too: the same "
-            "pictures under two names; remove them from the splits, or --allow_overlap ranks them "
-            "all the same"
+    if len(data.val):
+        runs.check_overlap_of_training(
+            [config.model], data.flowers, data.index, data.val, "val", config.allow_overlap
         )
 
 
@@ -627,7 +604,7 @@ def work_of(data: Data, chunk_size: int | None = None) -> Work:
     )
     free = memory.free_gigabytes(data.processes.device)
     recompute = not config.keep_activations and memory.must_recompute(skeleton, work, free)
-    return dataclasses.replace(work, recompute=recompute)
+    return replace(work, recompute=recompute)
 
 
 def chunk_that_fits(data: Data) -> int:
@@ -675,7 +652,7 @@ def train_step(
     device = processes.device
     # Of the whole batch, so that the gradient is the same however the batch is cut up.
     n_tokens = sum(answer_length(processor, answer) for answer in batch.answers)
-    own_loss = 0.0
+    loss_sums = []
     for image, questions, answers in batch.chunks:
         inputs = move(encode(processor, questions, image["image_grid_thw"]), device)
         image = move(image, device)
@@ -684,9 +661,13 @@ def train_step(
         # The mean of the processes' gradients is then that of one process with all images.
         loss = loss_sum * processes.world_size / n_tokens
         scaler.scale(loss).backward()
-        own_loss += loss_sum.item() / n_tokens
+        loss_sums.append(loss_sum.detach())
     processes.average_gradients(parameters)
     training.update(optimizer, parameters, scaler)
+    # Read when the GPU has been given the whole step.
+    own_loss = 0.0
+    for loss_sum in torch.stack(loss_sums).tolist():
+        own_loss += loss_sum / n_tokens
     [batch_loss] = processes.sum([own_loss])
     return batch_loss
 
@@ -801,6 +782,11 @@ def export_merged(folder: Path) -> None:
     """
     settings = runs.read_arguments(folder)
     name = settings["model"]
+    if settings.get("load_4bit"):
+        files.note(
+            f"{folder} was trained with --load_4bit: its adapter is merged into the weights of "
+            f"{name} as they are without it, and answers may differ from those in 4 bits"
+        )
     # In the precision of the training, as the model is evaluated in.
     dtype = devices.DTYPES[devices.set_precision(settings.get("precision", "auto"), "cpu")]
     model, processor = models.load_model(name, "cpu", folder, settings["max_pixels"])
@@ -860,12 +846,26 @@ def restore(
         raise UserError(f"{path} is damaged: it does not say how far the run came") from None
 
 
+def complete(config: Config, device: torch.device) -> Config:
+    """The settings with what only the machine and the model say: device, precision, --augment.
+
+    Raises UserError for modules of --also_train that the model lacks, or as `on_machine` does.
+    """
+    config = models.on_machine(config, device)
+    crops = False
+    if config.also_train:
+        crops = adapters.trains_vision(models.load_skeleton(config.model), config.also_train)
+    return replace(config, augment=config.augment or ("crop" if crops else "none"))
+
+
 @command
-def main():
-    args = parse_arguments(devices.world_size())
-    processes = devices.start_processes(args.device)  # one, unless torchrun started more
-    config = resolve(args, processes)
+def main(args: argparse.Namespace, config: Config | None):
+    if config is None:
+        export_merged(Path(args.resume))
+        return
+    processes = devices.start_processes(config.device)  # one, unless torchrun started more
     device = processes.device
+    config = complete(config, device)
     devices.seed_everything(config.seed, device)
 
     # -----------------------------------------------------------------------------
@@ -890,13 +890,14 @@ def main():
     # -----------------------------------------------------------------------------
     # run folder and optimiser
     settings = {"job": "qwen_train", "architecture": config.model}
-    settings |= dataclasses.asdict(config) | models.versions()
+    settings |= asdict(config) | models.versions()
     folder = open_run_folder(data, settings, args.name, args.resume)
     metrics_file, checkpoint_file = folder / "metrics.jsonl", folder / "checkpoint.pt"
     # One group, unlike train.py: weight decay is for all parameters, and earlier checkpoints have
     # this layout.
     group = {"params": parameters, "weight_decay": config.wd, "peak": config.lr}
-    optimizer = torch.optim.AdamW([group], lr=config.lr, betas=(0.9, 0.98))
+    fused = device.type == "cuda" or None  # one kernel for all parameters, where that gains
+    optimizer = torch.optim.AdamW([group], lr=config.lr, betas=(0.9, 0.98), fused=fused)
     scaler = devices.gradient_scaler(device)
     total_steps = config.epochs * data.steps_per_epoch
 
@@ -979,4 +980,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(args, config)

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from flowers import calibration, devices, evaluate, figures, files, frozen, runs, strategies
-from flowers.data import Flowers, image_ids, open_from_flags, select
+from flowers.data import Flowers, image_ids, open_from_flags, select, val_images
 from flowers.duplicates import write_duplicates
 from flowers.layouts import read_captions
 from flowers.losses import (
@@ -54,7 +54,7 @@ from flowers.models import (
     towers,
 )
 from flowers.pixels import get_batch, load_pixels, to_device
-from flowers.tracking import Tracker, log_mistakes, start_wandb
+from flowers.tracking import Tracker, finish_evaluation, start_wandb
 from flowers.training import (
     LateNumbers,
     assign,
@@ -207,7 +207,8 @@ def main(config: Config):
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
     write_duplicates(folder, pixels, eval_index, flowers.file_names)
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
-    finish_tracker(tracker, result, protocol, probabilities, flowers, eval_index)
+    mistakes = figures.mistakes(probabilities.numpy(), flowers, eval_index)
+    finish_evaluation(tracker, result, protocol, mistakes)
     print_results(folder, metrics, result, protocol, config)
 
 
@@ -417,9 +418,7 @@ def choose_images(flowers: Flowers, config: Config) -> tuple[torch.Tensor, np.nd
     # Not by --classes: what was learned of one half is measured on both.
     eval_index = flowers.splits[config.eval_split]
     if config.val_shots:
-        eval_index = select(
-            eval_index, flowers.labels, n_classes, shots=config.val_shots, seed=config.seed
-        )
+        eval_index = val_images(flowers, shots=config.val_shots, seed=config.seed)
     if len(eval_index) == 0:
         raise UserError("the splits list no image for val: --holdout has nothing to hold out")
     return torch.from_numpy(train_index), eval_index
@@ -448,29 +447,20 @@ def check_overlap(
 ) -> int | str:
     """How many of the evaluated images will have been trained on; "unknown" if nobody can tell.
 
-    The run that this one starts from may have used them, and so may this one, where a dataset has
-    a picture twice under two names.
     Raises UserError if there are such images, unless --allow_overlap is given.
     """
     if not processes.is_main:
         return 0  # the main process evaluates
-    overlap = runs.check_overlap(
-        [config.architecture], flowers, eval_index, config.eval_split, config.allow_overlap
-    )
-    if overlap == "unknown":
-        return overlap
     # Here, so that it is found before the training and not after it.
-    trained_on = set(image_ids(flowers, train_index.numpy())) if config.trains else set()
-    evaluated = image_ids(flowers, eval_index)
-    doubles = runs.count_overlap(trained_on, evaluated)
-    if doubles and not config.allow_overlap:
-        raise UserError(
-            f"{doubles:,} of the {len(eval_index):,} {config.eval_split} images are training "
-            "images, too: the same pictures under two names; remove them from the splits, or "
-            "--allow_overlap evaluates them all the same"
-        )
-    trained_on |= runs.read_trained_on(config.architecture) or set()
-    return runs.count_overlap(trained_on, evaluated)
+    learned = train_index.numpy() if config.trains else np.array([], dtype=np.int64)
+    return runs.check_overlap_of_training(
+        [config.architecture],
+        flowers,
+        learned,
+        eval_index,
+        config.eval_split,
+        config.allow_overlap,
+    )
 
 
 @dataclass(frozen=True)
@@ -1088,30 +1078,12 @@ def describe(
     return protocol | {"overlap": overlap}
 
 
-def finish_tracker(
-    tracker: Tracker,
-    result: dict,
-    protocol: dict,
-    probabilities: torch.Tensor,
-    flowers: Flowers,
-    eval_index: np.ndarray,
-) -> None:
-    """The results in W&B, and the most confident of the mistakes."""
-    tracker.log(result)
-    tracker.summarise(protocol)
-    log_mistakes(tracker, figures.mistakes(probabilities.numpy(), flowers, eval_index))
-    tracker.finish()
-
-
 def print_results(
     folder: Path, metrics: dict[str, float], result: dict, protocol: dict, config: Config
 ) -> None:
     """A table of the metrics, a line of the costs, and the command that evaluates again."""
     column = f"{folder.name} ({config.eval_split})"
-    overlap = protocol["overlap"]
-    seen = {"overlap": overlap} if overlap else {}
-    line = evaluate.protocol_line(protocol, overlap)
-    print(evaluate.format_table({column: metrics | seen}, {column: line}))
+    print(evaluate.results_table(column, metrics, protocol))
     print(
         f"frozen parts {result['frozen_seconds']:.0f} s, training {result['train_seconds']:.0f} s, "
         f"peak memory {result['peak_memory_mb']:,} MB; results and pictures in {folder}/"
@@ -1120,7 +1092,7 @@ def print_results(
     flags = {"architecture": str(folder), "captions": config.captions}
     if config.holdout:
         flags["split"] = config.eval_split
-    flags["allow_overlap"] = bool(overlap)
+    flags["allow_overlap"] = bool(protocol["overlap"])
     flags |= runs.flags_for_next(config.runs, config.wandb)
     print(f"next: {runs.command_line('baseline_eval.py', flags)}")
 

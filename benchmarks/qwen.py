@@ -26,6 +26,7 @@ from flowers.devices import autocast
 from flowers.models import count_flops
 from flowers.qwen import adapters, answers, memory, models, prompts, ranking
 from flowers.qwen.offline import CLASS_NAMES_FILE
+from flowers.qwen_settings import QUESTIONS
 
 MAX_PIXELS = 512 * 512  # of an image
 LONG = 240  # tokens of the long question
@@ -72,7 +73,7 @@ def main():
 
     # -----------------------------------------------------------------------------
     # ranking
-    short = prompts.QUESTIONS["brief"]
+    short = QUESTIONS["brief"]
     patches = prompts.patches(processor, images[:1])
     longer = short
     while prompt_length(processor, longer, patches) < LONG:

@@ -28,8 +28,9 @@ from flowers.qwen.offline import (
     build_config,
     build_tokenizer,
 )
-from flowers.qwen.prompts import QUESTIONS, encode, patches
+from flowers.qwen.prompts import encode, patches
 from flowers.qwen.ranking import PackedNames, rank
+from flowers.qwen_settings import QUESTIONS
 
 # Qwen/Qwen2-VL-7B-Instruct, whose head is not its embedding
 SHAPE_7B = dataclasses.replace(

@@ -343,6 +343,18 @@ def select(
     return np.sort(np.concatenate(selected))
 
 
+def val_images(
+    flowers: Flowers, classes: str = "all", shots: int | None = None, seed: int = 0
+) -> np.ndarray:
+    """The images of val that decide something, (n,): as `select` says, but drawn in one way.
+
+    The shots are drawn among all classes, so that an image is drawn whichever `classes` count.
+    """
+    labels, n_classes = flowers.labels, len(flowers.class_names)
+    drawn = select(flowers.splits["val"], labels, n_classes, shots=shots, seed=seed)
+    return select(drawn, labels, n_classes, classes)
+
+
 def subset(index: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Return `count` random entries of `index`, in their order; all of them for a count of 0."""
     if count == 0 or count >= len(index):

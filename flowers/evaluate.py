@@ -857,6 +857,33 @@ def recorded_protocol(run: str | Path, split: str) -> str:
     return protocol_line(recorded, result.get("overlap"))
 
 
+def recorded(compare: Sequence[str], split: str) -> tuple[dict[str, dict], dict[str, str]]:
+    """The metrics and the protocol lines of earlier runs on a split, by their names.
+
+    Raises UserError for a run without a result on this split.
+    """
+    metrics = {Path(run).name: runs.read_metrics(run, split) for run in compare}
+    protocols = {Path(run).name: recorded_protocol(run, split) for run in compare}
+    return metrics, protocols
+
+
+def results_table(
+    name: str,
+    metrics: dict[str, float],
+    protocol: dict,
+    compared: tuple[dict[str, dict], dict[str, str]] = ({}, {}),
+) -> str:
+    """`format_table` of a run with its protocol, behind those that it is compared with.
+
+    compared: of `recorded`.
+    """
+    overlap = protocol.get("overlap")
+    seen = {"overlap": overlap} if overlap else {}
+    columns, lines = compared
+    columns = columns | {name: metrics | seen}
+    return format_table(columns, lines | {name: protocol_line(protocol, overlap)})
+
+
 def format_table(
     results: dict[str, dict[str, float]], protocols: dict[str, str] | None = None
 ) -> str:

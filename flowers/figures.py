@@ -376,6 +376,30 @@ def mistakes_sheet(rows: Sequence[Mistake], path: Path, most: int = 24) -> Path:
     return picture_sheet(cells, path, title)
 
 
+def answers_sheet(
+    rows: Sequence[dict], answers: Sequence[str], image_files: Sequence[Path], path: Path
+) -> Path:
+    """Draw up to 24 images, spread evenly: the true name above, the answer in words below.
+
+    rows: N of predictions.csv. Answers are blue where they are right, and orange where they are
+    wrong.
+    """
+    positions = np.linspace(0, len(rows) - 1, min(24, len(rows))).round().astype(int)
+    cells = []
+    n_right = 0
+    for j in np.unique(positions):
+        label = rows[j]["label"]
+        answer = textwrap.shorten(answers[j], 60, placeholder=" …") or "(nothing)"
+        if rows[j]["top1"] == label:
+            n_right += 1
+            below, colour = f"✓ {answer}", PALETTE[0]
+        else:
+            below, colour = f"✗ {answer}", PALETTE[1]
+        cells.append((image_files[j], label, below, colour))
+    title = f"True name above, answer below: {n_right} of {len(cells)} right (blue, ✓)"
+    return picture_sheet(cells, path, title, border=7)
+
+
 def picture_sheet(
     cells: Sequence[tuple[Path, str, str, str]],
     path: Path,

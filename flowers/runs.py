@@ -245,6 +245,15 @@ def arguments_to_resume(folder: Path, job: str) -> dict | None:
     return stored
 
 
+def check_processes(folder: Path, begun_with: int | None, processes: int) -> None:
+    """Raise UserError if a run is to go on with another number of processes."""
+    if begun_with != processes:
+        raise UserError(
+            f"{folder} was begun with {begun_with} processes: go on with as many, for the same "
+            "result"
+        )
+
+
 def parse_stored(
     parser: argparse.ArgumentParser, args: argparse.Namespace, stored: dict
 ) -> argparse.Namespace:
@@ -578,6 +587,35 @@ def check_overlap(
             "the splits that it was trained with, or --allow_overlap evaluates them all the same"
         )
     return overlap
+
+
+def check_overlap_of_training(
+    starts: Sequence[str | Path],
+    flowers: Flowers,
+    train_index: np.ndarray,
+    index: np.ndarray,
+    split: str,
+    allow: bool,
+) -> int | str:
+    """How many of the images at `index` a model will have seen that is trained on `train_index`.
+
+    As `check_overlap`, and before the training: its `starts` may have used them, and so may the
+    training itself, where a dataset has a picture twice under two names. "unknown" if nobody can
+    tell. Raises UserError if there are such images, unless they are allowed.
+    """
+    if check_overlap(starts, flowers, index, split, allow) == "unknown":
+        return "unknown"
+    trained_on = set(image_ids(flowers, train_index))
+    evaluated = image_ids(flowers, index)
+    doubles = count_overlap(trained_on, evaluated)
+    if doubles and not allow:
+        raise UserError(
+            f"{doubles:,} of the {len(index):,} {split} images are training images, too: the same "
+            "pictures under two names; remove them from the splits, or --allow_overlap evaluates "
+            "them all the same"
+        )
+    trained_on |= read_trained_on(*starts) or set()
+    return count_overlap(trained_on, evaluated)
 
 
 def count_overlap(trained_on: set[str], ids: Iterable[str]) -> int:

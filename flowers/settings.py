@@ -180,11 +180,7 @@ def parse_arguments(parser: argparse.ArgumentParser, processes: int) -> argparse
     stored = runs.arguments_to_resume(folder, "train")
     if stored is None:
         raise SystemExit  # it is finished, which was printed
-    if stored.get("processes") != processes:
-        raise UserError(
-            f"{folder} was begun with {stored.get('processes')} processes: go on with as many, "
-            "for the same result"
-        )
+    runs.check_processes(folder, stored.get("processes"), processes)
     for what in ("prompts", "captions"):
         path, digest = stored.get(what), stored.get(f"{what}_digest")
         # Older runs have no digest of their captions.
@@ -194,12 +190,7 @@ def parse_arguments(parser: argparse.ArgumentParser, processes: int) -> argparse
                 f"{path} has changed since {folder} was begun: go on with the same "
                 "sentences, for the same result"
             )
-    # What the file holds is checked as what a user types.
-    known = {key: value for key, value in stored.items() if key in vars(args)}
-    known["allow_overlap"] = known.get("allow_overlap") or args.allow_overlap
-    # These belong to this command, not to the run.
-    own = [f"--resume={folder}", f"--wandb={args.wandb}", f"--device={args.device}"]
-    return parser.parse_args([*runs.as_flags(known), *own])
+    return runs.parse_stored(parser, args, stored)
 
 
 def note_unused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -170,6 +170,19 @@ def log_mistakes(
     tracker.log(table)
 
 
+def finish_evaluation(
+    tracker: Tracker,
+    result: dict,
+    protocol: dict,
+    mistakes: Sequence[tuple[Path, str, str, float]],
+) -> None:
+    """Log what an evaluation came to, how it was measured and its mistakes, and end the W&B run."""
+    tracker.log(result)
+    tracker.summarise(protocol)
+    log_mistakes(tracker, mistakes)
+    tracker.finish()
+
+
 def _is_logged_in() -> bool:
     """Whether there is a key for W&B's server, in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):

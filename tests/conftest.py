@@ -1,5 +1,6 @@
 """What the tests share: a small drawn dataset, the real images, and the real scripts, run here."""
 
+import csv
 import importlib
 import json
 import os
@@ -100,6 +101,17 @@ def without_pictures():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch computes in one thread."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def settings_of_one_test(monkeypatch):
     """What scripts set for their process is as before after the test, for those that run in it."""
@@ -113,6 +125,11 @@ def settings_of_one_test(monkeypatch):
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.set_float32_matmul_precision(precision)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture

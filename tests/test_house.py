@@ -27,6 +27,7 @@ QUICK = (
     "flowers.choices",
     "flowers.runs",
     "flowers.settings",
+    "flowers.qwen_settings",
     "web",
     "ablate",
     "report",
@@ -38,11 +39,15 @@ QUICK = (
 # Scripts that read their flags before they import anything of this, and a mistake in them: one that
 # argparse finds, or one of flags that contradict each other.
 AFTER_FLAGS = SLOW | {"cv2", "matplotlib", "pandas", "scipy", "seaborn", "sklearn", "statsmodels"}
+AFTER_FLAGS |= {"transformers", "peft"}
 MISTAKES = {
     "train.py": ("--eval_every", "1"),
     "baseline_eval.py": ("--calibrated", "--wise_ft", "0"),
     "predict.py": ("rose.jpg", "--top", "0"),
     "test_models.py": ("--sort", "images_per_s"),
+    "qwen_eval.py": ("--list_order", "drawn"),
+    "qwen_train.py": ("--eval_every", "1"),
+    "qwen_probe.py": ("--val_shots", "1"),
     "ablate.py": ("temperature", "--no_such_flag_of_train"),
     "report.py": ("--bootstrap", "many"),
     "data_Exploration/dataset_Description.py": ("--levels", "few"),
@@ -92,7 +97,7 @@ def imports_of(name: str, late: bool = True) -> set[str]:
 def floor(name: str) -> int:
     if not name.startswith("flowers"):
         return 4
-    if name.startswith(WINGS):
+    if wing(name) in WINGS:
         return 3
     if name.startswith(SAMPLE):
         return 1

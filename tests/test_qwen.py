@@ -1,18 +1,16 @@
 """The tiny random model, built offline: its ranking against one plain forward a name, its loss by
 hand, and the real scripts."""
 
-import csv
 import json
 import os
 import runpy
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line
+from conftest import ROOT, call, error_line, read_csv
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 
@@ -20,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from qwen_helpers import with_adapter
 from qwen_scorer import forward_a_name, library_encoding, pictures, small_family
 from safetensors.torch import load_file, save_file
 
@@ -40,8 +39,12 @@ from flowers.qwen.models import (
     vision_features,
 )
 from flowers.qwen.offline import CLASS_NAMES_FILE, build
-from flowers.qwen.prompts import END, QUESTIONS, encode, open_images, patches
+from flowers.qwen.prompts import END, encode, open_images, patches
 from flowers.qwen.ranking import PackedNames, new_cache, rank, rank_after_answers
+from flowers.qwen_settings import QUESTIONS
+
+# Matrices this small gain nothing from a second thread, and lose much on a busy machine.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OXFORD = list(json.loads(CLASS_NAMES_FILE.read_text()).values())
 # prefixes of one another, and a name twice
@@ -70,29 +73,6 @@ def rank_images(model, processor, images, names, question=BRIEF):
 
 # -----------------------------------------------------------------------------
 # models
-
-
-def with_adapter(name, folder):
-    """A model with LoRA that does something; the same after saving and loading; its processor."""
-    trained, _ = load_model(name, "cpu")
-    trained = add_adapter(trained, rank=4, alpha=8.0)
-    torch.manual_seed(1)
-    for parameter_name, parameter in trained.named_parameters():
-        # B starts at zero, which is no change at all.
-        if "lora_B" in parameter_name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    trained.eval().save_pretrained(folder / "adapter")
-    loaded, processor = load_model(name, "cpu", folder)
-    return trained, loaded, processor
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -663,17 +643,10 @@ def test_a_matched_answer_is_the_whole_name():
 def trained(small, tmp_path_factory):
     """A run of qwen_train.py on the small dataset, val held out."""
     folder = tmp_path_factory.mktemp("qwen") / "runs"
-    argv = ["qwen_train.py", "--data_root", str(small), "--model", "tiny", "--holdout"]
-    argv += ["--epochs", "20", "--batch_size", "12"]
-    argv += ["--runs", str(folder), "--name", "train", "--wandb", "disabled"]
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(sys, "argv", argv)
-        runpy.run_path(str(ROOT / "qwen_train.py"), run_name="__main__")
+    flags = ["--data_root", small, "--model", "tiny", "--holdout", "--epochs", 20]
+    flags += ["--batch_size", 12, "--runs", folder, "--name", "train", "--wandb", "disabled"]
+    call("qwen_train.py", *flags)
     return folder / "train"
-
-
-def read_csv(path):
-    return list(csv.DictReader(path.open()))
 
 
 def read_losses(run):

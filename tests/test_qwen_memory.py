@@ -31,18 +31,13 @@ from flowers.qwen.memory import (
 )
 from flowers.qwen.models import load_model, load_skeleton
 from flowers.qwen.offline import build
-from flowers.qwen.prompts import QUESTIONS, encode, patches
+from flowers.qwen.prompts import encode, patches
+from flowers.qwen_settings import QUESTIONS
+
+# Matrices this small gain nothing from a second thread, and lose much on a busy machine.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -1,6 +1,5 @@
 """The linear probe on Qwen's features, against plain calls of transformers and scikit-learn."""
 
-import csv
 import json
 import runpy
 import shlex
@@ -10,34 +9,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line
+from conftest import ROOT, error_line, read_csv
 
 # Qwen's libraries are an extra.
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from PIL import Image
+from qwen_helpers import with_adapter
+from qwen_scorer import library_encoding, small_family
 from sklearn.linear_model import LogisticRegression
-from test_qwen import library_encoding, small_family, with_adapter
 
 from flowers import files, runs
 from flowers.data import image_ids, open_flowers, select
 from flowers.qwen.adapters import base_model
 from flowers.qwen.models import load_model
-from flowers.qwen.prompts import QUESTIONS
+from flowers.qwen_settings import QUESTIONS, read_training
 from flowers.study import comparable
+
+# Matrices this small gain nothing from a second thread, and lose much on a busy machine.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NO_WANDB = ("--wandb", "disabled")
 FEATURES = ("vision", "merged", "prompt")
 QUESTION = "Which flower?"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +100,7 @@ def test_features_are_those_of_a_plain_forward(family, probe, small, tmp_path):
 def read_probabilities(folder, class_names):
     """{file: (C,)} as far as predictions.csv has them, five classes an image."""
     rows = {}
-    for row in csv.DictReader((folder / "predictions.csv").open()):
+    for row in read_csv(folder / "predictions.csv"):
         scores = np.full(len(class_names), np.nan)
         for k in range(1, 6):
             scores[class_names.index(row[f"top{k}"])] = float(row[f"score{k}"])
@@ -219,16 +214,20 @@ def test_a_probe_of_an_adapter_takes_over_what_its_run_says(adapter, small, tmp_
 
 
 def test_the_question_of_training_is_asked(adapter, probe, tmp_path, capfd):
-    trained = {"question": ["Own words?", "Others?"], "answer": "brief"}
-    assert probe.question_of_training(trained, "run") == ("brief", ["Own words?"])
-    assert probe.question_of_training({}, None) == ("brief", None)
-    for damage in ({"question": "no list"}, {"question": [3]}, {"answer": "long"}):
-        with pytest.raises(probe.UserError, match="is damaged"):
-            probe.question_of_training(trained | damage, "run")
     folder = tmp_path / "run"
     shutil.copytree(adapter, folder)
     own = {"question": ["Own words?", "Others?"], "list_names": True}
-    files.write_json(folder / "args.json", files.read_json(folder / "args.json") | own)
+    stored = files.read_json(folder / "args.json")
+    for damage in (
+        {"question": "no list"},
+        {"question": [3]},
+        {"question": []},
+        {"answer": "long"},
+    ):
+        files.write_json(folder / "args.json", stored | own | damage)
+        with pytest.raises(probe.UserError, match="is damaged"):
+            read_training(str(folder), None)
+    files.write_json(folder / "args.json", stored | own)
     flags = ["--adapter", str(folder), "--features", "prompt"]
     config = probe.resolve(probe.make_parser().parse_args(flags))
     assert config.asks == "Own words?" and config.question == ["Own words?"]

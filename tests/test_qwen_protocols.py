@@ -4,7 +4,6 @@ Scores are compared with whole forwards of the library's own chat template, one 
 halves and choices with a few lines of numpy.
 """
 
-import csv
 import dataclasses
 import json
 import os
@@ -16,16 +15,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, ROOT, error_line
+from conftest import NAMES, ROOT, error_line, read_csv
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from qwen_helpers import with_adapter
+
 from flowers import UserError, evaluate, files, runs, tracking
 from flowers.data import image_ids, open_flowers, select
 from flowers.qwen import answers
-from flowers.qwen.adapters import add_adapter, base_model
+from flowers.qwen.adapters import base_model
 from flowers.qwen.answers import contained
 from flowers.qwen.models import load_model
 from flowers.qwen.prompts import (
@@ -40,15 +41,10 @@ from flowers.qwen.prompts import (
     with_names,
 )
 
+# Matrices this small gain nothing from a second thread, and lose much on a busy machine.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OWN_WORDS = ["Which flower is it?", "Name the flower in this picture."]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +59,7 @@ def base_run(small, tmp_path_factory):
     their defaults."""
     folder = tmp_path_factory.mktemp("protocols") / "runs" / "base"
     folder.mkdir(parents=True)
-    model, _ = load_model("tiny", "cpu")
-    model = add_adapter(model, rank=4, alpha=8.0)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.eval().save_pretrained(folder / "adapter")
+    with_adapter("tiny", folder)
     flowers = open_flowers(small, holdout=True)
     trained_on = select(flowers.splits["train"], flowers.labels, len(NAMES), "base")
     runs.write_trained_on(folder, image_ids(flowers, trained_on))
@@ -106,10 +96,6 @@ def rows_of_wandb(monkeypatch):
 
     monkeypatch.setattr(tracking, "start_wandb", lambda *_, **__: tracking.Tracker(Run()))
     return rows
-
-
-def read_csv(path):
-    return list(csv.DictReader(path.open()))
 
 
 def read_result(folder):
@@ -277,7 +263,7 @@ def test_what_was_switched_off_stays_off_in_a_resumed_run(script, base_run, tmp_
     stored = {"job": "qwen_eval"} | dataclasses.asdict(config)
     files.write_json(folder / "args.json", stored)
     monkeypatch.setattr(sys, "argv", ["qwen_eval.py", "--resume", str(folder)])
-    resumed = script["resolve"](script["parse_arguments"]())
+    _, resumed = script["read_settings"]()
     assert dataclasses.replace(resumed, runs=config.runs) == config
 
 

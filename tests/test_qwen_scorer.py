@@ -10,13 +10,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from qwen_helpers import random_adapter
 from qwen_scorer import FAMILIES, forward_a_name, load, pictures, small_family
 
 from flowers import devices
 from flowers.qwen import models
-from flowers.qwen.adapters import add_adapter
-from flowers.qwen.prompts import QUESTIONS, encode, patches
+from flowers.qwen.prompts import encode, patches
 from flowers.qwen.ranking import PackedNames, rank
+from flowers.qwen_settings import QUESTIONS
+
+# Matrices this small gain nothing from a second thread, and lose much on a busy machine.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # prefixes of one another, siblings, and names of one token and of many
 NAMES = ["rose", "rosemallow", "rose mallow", "rose mallow tree", "tree mallow", "r", "fire lily"]
@@ -38,28 +42,14 @@ def scores_of_library(folder, *arguments, **options):
     return torch.stack([forward_a_name(model, processor, image, NAMES) for image in IMAGES])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory):
     """A folder with model/, an adapter/ for it that changes its scores, and merged/."""
     folder = tmp_path_factory.mktemp(request.param)
     small_family(request.param, folder / "model")
     model, processor = models.load_model(str(folder / "model"), "cpu")
-    model = add_adapter(model, rank=4, alpha=8.0)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        # B starts at zero, which is no change at all.
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.eval().save_pretrained(folder / "adapter")
+    model = random_adapter(model)
+    model.save_pretrained(folder / "adapter")
     model.merge_and_unload().save_pretrained(folder / "merged")
     processor.save_pretrained(folder / "merged")
     return folder

@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+
 import transformers
 from safetensors.torch import load_file
 
@@ -27,7 +28,6 @@ from flowers.qwen.adapters import add_adapter
 from flowers.qwen.answers import answer_length, answer_loss
 from flowers.qwen.models import load_model
 from flowers.qwen.prompts import (
-    QUESTIONS,
     draw_views,
     encode,
     generator_of_file,
@@ -35,19 +35,14 @@ from flowers.qwen.prompts import (
     patches,
     shuffle,
 )
+from flowers.qwen_settings import QUESTIONS
+
+# Matrices this small gain nothing from a second thread, and lose much on a busy machine.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALONE = devices.Processes(0, 1, torch.device("cpu"))
 ADAPTER = "adapter/adapter_model.safetensors"
 NO_WANDB = ("--wandb", "disabled")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +54,7 @@ def script():
 def configure(script, *words):
     """What qwen_train.py makes of a command line, up to its Config."""
     args = script["make_parser"]().parse_args(["--model", "tiny", *map(str, words)])
-    return script["resolve"](args, ALONE)
+    return script["complete"](script["resolve"](args, 1), ALONE.device)
 
 
 def open_data(script, data_root, *words, processes=ALONE):

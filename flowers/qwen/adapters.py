@@ -10,7 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 
-from flowers import UserError, files, reason
+from flowers import UserError
+from flowers.qwen_settings import adapter_folder
 
 # The linear layers of the language model: attention and MLP of every block. None of the vision
 # tower, whose features can then be computed once.
@@ -42,26 +43,6 @@ def base_model(model):
 
 # -----------------------------------------------------------------------------
 # loading
-
-
-def adapter_folder(path: Path) -> Path:
-    """The folder of the adapter in a run, or `path` itself. Raises UserError if there is none."""
-    folder = path / "adapter" if (path / "adapter").is_dir() else path
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"no adapter in {path}: give a finished run of qwen_train.py")
-    return folder
-
-
-def model_of_adapter(path: Path) -> str | None:
-    """Return the model that an adapter was made for, by its adapter_config.json; None if unsaid.
-
-    Raises UserError if there is no adapter, or the file is damaged.
-    """
-    file = adapter_folder(path) / "adapter_config.json"
-    try:
-        return files.read_json(file).get("base_model_name_or_path") or None
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({reason(error)})") from None
 
 
 def load_adapter(model, name: str, path: Path):

@@ -160,4 +160,4 @@ def answer_loss(
     loss = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
-    return loss, int(answer_mask.sum())
+    return loss, int(encoding["attention_mask"].sum())

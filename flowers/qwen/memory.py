@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from flowers import files
 from flowers.qwen.adapters import LORA_TARGETS, modules_to_train
-from flowers.qwen.models import FULL_PRECISION, in_4bit
+from flowers.qwen.models import FULL_PRECISION, in_4bit, load_skeleton
 from flowers.qwen.offline import SHAPES
 from flowers.qwen.ranking import MAX_LOGITS
 
@@ -217,9 +218,25 @@ def largest_batch(skeleton, work: Work, free: float | None) -> int:
     return batch_size
 
 
-def read_batch_size(text: str) -> int:
-    """Return what --batch_size says, 0 for auto. Raises ValueError, as argparse wants it."""
-    return 0 if text == "auto" else int(text)
+def evaluation_batch(config, text_tokens: int, device: torch.device, most: int = 1) -> int:
+    """Return how many images an evaluation looks at together, and print what that takes.
+
+    config: the settings of the script; its batch_size is 0 for as many as fit, up to `most`.
+    text_tokens: of question and answer, about.
+    """
+    skeleton = load_skeleton(config.model)
+    work = Work(
+        config.batch_size or most,
+        tokens_of_image(config.model, skeleton, config.max_pixels),
+        text_tokens,
+        precision=config.precision,
+        load_4bit=config.load_4bit,
+    )
+    free = free_gigabytes(device)
+    if config.batch_size == 0:
+        work = dataclasses.replace(work, batch_size=largest_batch(skeleton, work, free))
+    files.say(memory_line(config.model, skeleton, work, free))
+    return work.batch_size
 
 
 # -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The released models come through transformers' Auto classes, from the hub or a f
 `random-2b` have random weights and are built in offline.py.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import tempfile
@@ -20,8 +21,8 @@ from flowers import UserError, devices, reason
 from flowers.qwen.adapters import base_model, load_adapter, some
 from flowers.qwen.offline import SHAPES, build
 from flowers.qwen.prompts import END
+from flowers.qwen_settings import Settings
 
-DEFAULT = "Qwen/Qwen2-VL-2B-Instruct"
 # Whose ranking is tested against one plain forward a name, by the model_type of their config.
 FAMILIES = {
     "qwen2_vl": "Qwen2-VL",
@@ -133,6 +134,19 @@ def load_config(name: str):
     if others:
         raise UserError(f"{name} has layers of {others[0]}, where names can't be ranked together")
     return config
+
+
+def on_machine(config: Settings, device: torch.device) -> Settings:
+    """The settings of a script, with the device and precision that it has here.
+
+    config: a dataclass with `model`, `max_pixels`, `load_4bit`, `device` and `precision`. Raises
+    UserError if the model can't be had, or not so.
+    """
+    check_max_pixels(config.model, config.max_pixels)
+    if config.load_4bit:
+        check_4bit(config.model, device)
+    precision = devices.set_precision(config.precision, device)
+    return dataclasses.replace(config, device=str(device), precision=precision)
 
 
 def check_max_pixels(name: str, max_pixels: int) -> None:

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import flowers
-from flowers.qwen.prompts import DESCRIBE, END, IMAGE, QUESTIONS
+from flowers.qwen.prompts import END, IMAGE
+from flowers.qwen_settings import DESCRIBE, QUESTIONS
 
 CLASS_NAMES_FILE = Path(flowers.__file__).with_name("cat_to_name.json")
 

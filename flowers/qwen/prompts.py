@@ -16,82 +16,11 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
-from flowers import UserError, add_switch, devices
+from flowers import UserError, devices
+from flowers.qwen_settings import QUESTIONS
 
 END = "<|im_end|>"  # ends every turn, and so every answer
 IMAGE = "<|image_pad|>"  # stands where one token of an image goes
-
-# The questions, by the kind of answer that they ask for.
-QUESTIONS = {
-    "brief": "What kind of flower is this? Answer with its name only.",
-    "described": "Describe this flower in one line, then give its name alone on a second line.",
-}
-DESCRIBE = "Describe the flower's colours, petals and centre in one sentence, without naming it."
-
-LIST_ORDERS = ("given", "drawn")
-NAME_CASES = ("given", "lower", "title")
-
-
-# -----------------------------------------------------------------------------
-# flags
-
-
-def add_question_arguments(group, inherits: bool = False) -> None:
-    """Add --question, --list_names, --list_order and --name_case to a parser, or a group of it.
-
-    inherits: a flag that is left out is None, for the value that the adapter was trained with.
-    """
-
-    def default_of(value: str) -> str:
-        return f"the adapter's, else {value}" if inherits else value
-
-    group.add_argument(
-        "--question",
-        nargs="+",
-        # Repeated flags add up, so that runs.as_flags can write the list back.
-        action="extend",
-        metavar="TEXT",
-        help="what is asked, in your own words. Of several texts, training draws one for each "
-        "image, and evaluation takes the mean log-likelihood "
-        f"(default: {default_of('the question of --answer')})",
-    )
-    add_switch(
-        group,
-        "--list_names",
-        help=f"name all classes in the question (default: {default_of('false')})",
-        default=None if inherits else False,
-    )
-    group.add_argument(
-        "--list_order",
-        choices=LIST_ORDERS,
-        default=None if inherits else "given",
-        help="order of the listed names: that of the classes, or drawn anew for each image "
-        f"(default: {default_of('given')})",
-    )
-    # The best of the spellings is chosen on val, by the evaluation.
-    cases = (*NAME_CASES, "best") if inherits else NAME_CASES
-    choice = "; best: what is best on val, with --holdout" if inherits else ""
-    group.add_argument(
-        "--name_case",
-        choices=cases,
-        default=None if inherits else "given",
-        help="spelling of the names, in the list and as answers: as the dataset has them, in lower "
-        f"case, or Each Word With A Capital{choice} (default: {default_of('given')})",
-    )
-
-
-def check_questions(question: Sequence[str] | None, list_names: bool, list_order: str) -> None:
-    """Raise UserError for flags of `add_question_arguments` that mean nothing, or too much."""
-    for text in question or ():
-        if not text.strip():
-            raise UserError("--question: there are no words in it")
-        # The tokenizer would take it for an end of the turn, or for one more image.
-        if "<|" in text:
-            raise UserError(f"--question {text!r}: <| begins a special token: leave it out")
-        if question.count(text) > 1:
-            raise UserError(f"--question {text!r}: it is given twice")
-    if list_order == "drawn" and not list_names:
-        raise UserError("--list_order drawn: it is for the names of --list_names: give both")
 
 
 # -----------------------------------------------------------------------------
@@ -121,6 +50,25 @@ def generator_of_file(seed: int, file_name: str) -> torch.Generator:
     """Return a generator for one image, whatever else is evaluated, and in which batches."""
     digest = hashlib.sha256(file_name.encode()).digest()
     return devices.generator(seed, int.from_bytes(digest[:8], "big"))
+
+
+def questions_about(
+    texts: Sequence[str],
+    class_names: Sequence[str] | None,
+    list_order: str,
+    seed: int,
+    file_name: str,
+) -> tuple[str, ...]:
+    """Return what is asked about an image in evaluation: each of the texts, and the names.
+
+    class_names: to list; None for none. An order that is drawn is the image's own, and the same in
+    all texts.
+    """
+    if class_names is None:
+        return tuple(texts)
+    if list_order == "drawn":
+        class_names = shuffle(class_names, generator_of_file(seed, file_name))
+    return tuple(with_names(text, class_names) for text in texts)
 
 
 def draw_question(
