@@ -36,6 +36,7 @@ from step import oxford_names, plain_step
 from torch.utils.data import DataLoader
 
 from flowers import UserError, command, devices, evaluate, files, models, runs, strategies, training
+from flowers.choices import LEARNING_RATES
 from flowers.data import Flowers
 from flowers.pixels import get_batch, load_pixels
 
@@ -370,8 +371,8 @@ def settings(strategy: str, compiled: bool, size: Size) -> SimpleNamespace:
         captions=None,
         no_cache=False,
         compile=compiled,
-        lr=strategies.LEARNING_RATES[strategy],
-        tau_lr=strategies.LEARNING_RATES[strategy],
+        lr=LEARNING_RATES[strategy],
+        tau_lr=LEARNING_RATES[strategy],
         lr_decay=1.0,
         wd=0.1,
         epochs=size.epochs,
