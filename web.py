@@ -32,7 +32,8 @@ from flowers import UserError, command
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.download import data_folder, default_root, is_complete
 from flowers.files import read_lines, user_path
-from flowers.gallery import panels
+from flowers.gallery import address, panels
+from flowers.gallery.address import MAX_TEXT, MOST_RUNS
 from flowers.gallery.filters import as_csv, export, image_ids, in_ranges, parse_ids, split_names
 from flowers.gallery.overview import METRICS, run_table
 from flowers.gallery.predictions import (
@@ -71,7 +72,6 @@ START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 # The options of buttons, the first of each being the default.
 VIEWS = ("browse", "runs", "search")
 PARTS = ("pictures", "classes", "confusion")  # of the view of runs
-MOST_RUNS = 6  # that are compared
 # Keys of `outcomes`, and what they are called where it is not the key.
 ONLY = tuple(f"only_{number}" for number in range(1, MOST_RUNS + 1))
 OF_SEVERAL = ("changed", "mended", "broken", "all_right", "all_wrong", *ONLY)
@@ -121,53 +121,14 @@ NEVER_CACHED = 1 << 40  # bytes, above any message
 streamlit.config.set_option("global.minCachedMessageSize", NEVER_CACHED)
 
 # -----------------------------------------------------------------------------
-# state: what a visitor has chosen
-#
-# Each choice has a name and a default here. Under this name it is in three places: in `state`,
-# Streamlit's session state; in the widget that shows and changes it, as its key; and in the address
-# of the page, unless it is at its default. A run of this file starts with `read_address` and
-# ends with `write_address`. Between these the views use `state` alone.
-#
-# After each run the three agree. Before the next, one of them has changed:
-# - A widget was used, or a picture clicked. Its callback, which Streamlit calls before the run,
-#   changes `state` by `change`, which also sets state["_acted"]. The address is then behind.
-# - The visitor opened an address or went back. No callback was called, and the address is not
-#   state["_address"], the one written last. It is then taken over into `state`.
-
-DEFAULTS = {
-    "view": "browse",
-    "class": None,
-    "split": "all",
-    "ids": "",
-    "bars": "hidden",
-    "page": 1,
-    "image": None,  # id of the image that is shown alone
-    "run": None,  # of the view of runs; None: all, in a table
-    "other": [],  # the runs that `run` is compared with
-    "model": None,  # the run whose model searches
-    "part": "pictures",
-    "show": "all",
-    "guess": None,  # predicted class
-    "order": "id",
-    "sort": "name",  # of the classes of the confusion matrix
-    "cells": "counts",
-    "sure": (0, 100),  # the least and the greatest confidence, in percent
-    "like": "colours",  # what the nearest images are near by: colours, or a run's name
-    "q": "",  # the sentence that is searched
-}
-NUMBERS = ("page", "image")
-TEXTS = ("ids", "q")
-RUNS = ("run", "model", "like")
-LISTS = ("other",)  # each of their values is a parameter of the address
-MAX_TEXT = 300  # characters
+# what a visitor has chosen: flowers/gallery/address.py says how it is kept
 
 state = st.session_state
 
 
 def change(**choices) -> None:
     """Change what is shown. The callback of every widget and click ends here."""
-    state.update(choices)
-    state["_acted"] = True
+    address.change(state, **choices)
 
 
 def change_filter() -> None:
@@ -176,57 +137,18 @@ def change_filter() -> None:
     change(page=1, image=None, _left=None)
 
 
-def read_address(allowed: dict[str, Collection]) -> None:
-    """Fill `state`, from the page's address where that is newer.
-
-    What an address says is checked: a choice that is not among the `allowed` ones of its name, or
-    not a number where one is due, becomes the default. The name of a run is kept, whether there is
-    such a run or not: under an old link, another run's numbers would be taken for its own.
-    """
-    address = current_names(page_address())
-    acted = state.pop("_acted", False)  # a callback of this run's click
-    opened = "_address" not in state
-    went_back = not acted and address != state.get("_address")
-    source = address if opened or went_back else state
-    for key, default in DEFAULTS.items():
-        # Streamlit forgets the value of a widget that is not on the page, unless it is set anew.
-        state[key] = checked_choice(key, source.get(key, default), allowed)
+def page_address() -> address.Address:
+    """Return the address of the page, as the browser shows it."""
+    parameters = st.query_params
+    lists = {key: parameters.get_all(key) for key in address.LISTS if key in parameters}
+    return parameters.to_dict() | lists
 
 
-def page_address() -> dict[str, str | list[str]]:
-    """Return the address of the page."""
-    address = st.query_params.to_dict()
-    for key in LISTS:
-        if key in address:
-            address[key] = st.query_params.get_all(key)
-    return address
-
-
-def current_names(address: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-    """Return an address with the names of today: older links call the model of a search `run`."""
-    if address.get("view") == "search" and "run" in address and "model" not in address:
-        address["model"] = address.pop("run")
-    return address
-
-
-def checked_choice(key: str, value: Any, allowed: dict[str, Collection]) -> Any:
-    """Return the value of a choice, or its default if the value is not possible."""
-    if key in allowed:
-        return value if value in allowed[key] else DEFAULTS[key]
-    if key in NUMBERS and isinstance(value, str):
-        return int(value) if re.fullmatch("[0-9]{1,9}", value) else DEFAULTS[key]
-    if key in TEXTS and isinstance(value, str):
-        return value[:MAX_TEXT]
-    if key in RUNS:
-        return str(value)[:MAX_TEXT] if value else DEFAULTS[key]
-    if key in LISTS:
-        # Once each, and none more than can be compared.
-        return list(dict.fromkeys(str(name)[:MAX_TEXT] for name in value))[: MOST_RUNS - 1]
-    if key == "sure" and isinstance(value, str):
-        ends = re.fullmatch("([0-9]{1,3})-([0-9]{1,3})", value)
-        least, most = sorted(min(int(end), 100) for end in ends.groups()) if ends else (0, 100)
-        return least, most
-    return value
+def write_address() -> None:
+    """Make the page's address say what `state` says."""
+    new = address.write(state, page_address())
+    if new is not None:
+        st.query_params.from_dict(new)
 
 
 def is_missing(key: str, names: Collection[str], what: str) -> bool:
@@ -234,7 +156,7 @@ def is_missing(key: str, names: Collection[str], what: str) -> bool:
 
     what: the runs that `names` lists, in words.
     """
-    chosen = state[key] if key in LISTS else [state[key]]
+    chosen = state[key] if key in address.LISTS else [state[key]]
     gone = [name for name in chosen if name is not None and name not in names]
     if not gone:
         return False
@@ -244,31 +166,6 @@ def is_missing(key: str, names: Collection[str], what: str) -> bool:
         "in the address. Choose another one."
     )
     return True
-
-
-def address_with(**choices) -> dict[str, str | list[str]]:
-    """Return the address of what `state` says, but for these choices."""
-    address = {}
-    for key, default in DEFAULTS.items():
-        value = choices.get(key, state.get(key, default))
-        if value is None or value == default:
-            continue
-        if key in LISTS:
-            address[key] = [str(one) for one in value]
-        elif key == "sure":
-            address[key] = "{}-{}".format(*value)
-        else:
-            address[key] = str(value)
-    return address
-
-
-def write_address() -> None:
-    """Make the page's address say what `state` says."""
-    address = address_with()
-    # Each time it is set the browser remembers a page to go back to: only when it is another one.
-    if address != page_address() or address != state.get("_address"):
-        st.query_params.from_dict(address)
-    state["_address"] = address
 
 
 # -----------------------------------------------------------------------------
@@ -464,7 +361,7 @@ def picture_grid(
     items = []
     for i, jpeg in zip(index, jpegs):
         title = f"{data.ids[i]} {flowers.class_names[flowers.labels[i]]}"
-        link = "?" + urlencode(address_with(image=data.ids[i]), doseq=True)
+        link = "?" + urlencode(address.address_of(state, image=data.ids[i]), doseq=True)
         items.append((data.ids[i], link, jpeg, [title, *lines(i)]))
     draw(panels.pictures(items, left), key, lambda image_id: change(image=int(image_id)))
 
@@ -1220,7 +1117,7 @@ def show_page(parser: argparse.ArgumentParser) -> None:
     # Asked anew each time: a run may end while the page is open.
     predicted = run_names(runs, "predictions.csv")
     models = run_names(runs, "model.pt")
-    read_address(allowed_choices(data))
+    address.read(state, page_address(), allowed_choices(data))
 
     with toolbar():
         st.segmented_control(

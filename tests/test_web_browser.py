@@ -5,6 +5,7 @@ Everything that is waited for may take up to PATIENCE on a busy machine.
 """
 
 import os
+import random
 import re
 import shutil
 import socket
@@ -356,6 +357,119 @@ def test_a_key_pressed_again_and_again_leaves_the_page_whole(page, server):
     # The grid is at the page of the last image.
     wait(page, lambda: "image=" not in page.url and len(captions(page)) in (24, 48))
     assert not page.get_by_text("Connection error").count()
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["[data-testid=stButton] button:has-text('Next')", PICTURE, ".matrix button", "[role=radio]"],
+)
+def test_three_hundred_clicks_leave_the_page_whole(page, server, target):
+    address = "?view=runs&part=confusion" if "matrix" in target else "?view=browse"
+    page.goto(f"{server}/{address}")
+    page.locator(target).nth(1 if target == PICTURE else 0).wait_for()
+    page.wait_for_selector(IDLE)
+    box = page.locator(target).nth(1 if target == PICTURE else 0).bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for _ in range(300):
+        page.mouse.click(x, y)
+        page.wait_for_timeout(5)
+    comes_to_rest(page)
+    assert_equals_a_fresh_page(page)
+
+
+# What a hurried visitor may hit, where it is in the window: its middle. Not what opens a window of
+# the browser, or lays something over the whole page.
+TARGETS = """() => {
+    const found = [];
+    function look(root) {
+        for (const element of root.querySelectorAll("button, label, .pictures a, [role=radio]")) {
+            const box = element.getBoundingClientRect();
+            const x = box.x + box.width / 2, y = box.y + box.height / 2;
+            const inside = x > 0 && y > 0 && x < innerWidth && y < innerHeight;
+            const left_out = "[data-testid=stFileUploader], [data-testid=stElementToolbar]";
+            if (box.width && inside && !element.closest(left_out)) found.push([x, y]);
+        }
+        for (const element of root.querySelectorAll("*"))
+            if (element.shadowRoot) look(element.shadowRoot);
+    }
+    look(document.querySelector("[data-testid=stMain]") || document);
+    return found;
+}"""
+HURRY = float(os.environ.get("HURRY", 10))  # seconds
+
+
+def act_at_random(page, rng):
+    """One thing that a hurried visitor does, at a random speed."""
+    action = rng.choice(["keys", "hold", "click", "click", "click", "scroll", "back", "forward"])
+    times = rng.randint(1, 20)
+    pause = rng.choice([0, 5, 20, 60, 150])  # milliseconds
+    if action == "keys":
+        for _ in range(times):
+            page.keyboard.press(
+                rng.choice(["ArrowLeft", "ArrowRight", "ArrowRight", "s", "Escape"])
+            )
+            page.wait_for_timeout(pause)
+    elif action == "hold":
+        key = rng.choice(["ArrowLeft", "ArrowRight"])
+        for _ in range(2 * times):
+            page.keyboard.down(key)  # again without `up`: as the keyboard repeats it
+            page.wait_for_timeout(30)
+        page.keyboard.up(key)
+    elif action == "click":
+        targets = page.evaluate(TARGETS)
+        for x, y in rng.choices(targets, k=min(times, 4)) if targets else ():
+            page.mouse.click(x, y)
+            page.wait_for_timeout(pause)
+    elif action == "scroll":
+        page.mouse.wheel(0, rng.choice([-1000, 400, 1000]))
+    else:
+        # Not to the empty page that was there before the first address.
+        can = f"navigation.canGo{action.title()}"
+        page.evaluate(f"() => {{ if ({can}) history.{action}() }}")
+        page.wait_for_timeout(pause)
+
+
+def comes_to_rest(page):
+    """Until the page is idle, and still is a while later."""
+    for _ in range(3):
+        page.wait_for_timeout(800)  # PAUSE of page.js is over
+        page.wait_for_selector(IDLE)
+
+
+def what_is_shown(page):
+    """The text of the page with its pictures, and what is chosen on it."""
+    page.wait_for_selector(IDLE)
+    text = page.locator(MAIN).inner_text()
+    pictures = page.locator(".pictures img, .image img").evaluate_all("all => all.map(i => i.src)")
+    chosen = page.locator("[aria-checked=true], [aria-pressed=true]").all_inner_texts()
+    cells = page.locator(".matrix button").all_inner_texts()
+    return text, pictures, captions(page), chosen, cells
+
+
+def assert_equals_a_fresh_page(page):
+    address = page.url
+    fresh = new_page(page.context)
+    fresh.goto(address)
+    wait(fresh, lambda: what_is_shown(fresh) == what_is_shown(page))
+    assert fresh.url == page.url == address
+    fresh.close()
+    assert not page.get_by_text("Connection error").count()
+    assert not page.locator("[data-testid=stException]").count()
+
+
+@pytest.mark.parametrize(
+    "seed, seconds",
+    [(0, HURRY), *(pytest.param(seed, 60, marks=pytest.mark.slow) for seed in (1, 2))],
+)
+def test_a_hurried_visitor_finds_the_page_right_at_the_end(page, server, seed, seconds):
+    rng = random.Random(seed)
+    page.goto(f"{server}/?image=30")
+    page.locator(".image img").wait_for()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        act_at_random(page, rng)
+    comes_to_rest(page)
+    assert_equals_a_fresh_page(page)
 
 
 # -----------------------------------------------------------------------------
