@@ -3,10 +3,11 @@
     streamlit run web.py                                           # data/flowers-102, or the sample
     streamlit run web.py -- --data_root PATH --runs runs           # another dataset, other runs
 
-Three views: Browse (filters, a grid, one image), Runs (a table of all runs, and the predictions of
-one or several) and Search (by a sentence, or by a picture of your own). The address of the
-page always opens the same view again. Nothing is written but thumbnails and features, to the
-dataset's `.cache/`.
+Four views: Browse (filters, a grid, one image), Runs (a table of all runs, and the predictions of
+one or several), Search (by a sentence, or by a picture of your own) and Map (all images, those that
+look alike close together). The address of the
+page always opens the same view again. Nothing is written but thumbnails, features and
+maps, to the dataset's `.cache/`.
 """
 
 # Streamlit runs this file from top to bottom for every visitor, after each of their clicks. To read
@@ -32,7 +33,7 @@ from flowers import UserError, command
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.download import data_folder, default_root, is_complete
 from flowers.files import read_lines, user_path
-from flowers.gallery import address, panels
+from flowers.gallery import address, atlas, panels
 from flowers.gallery.address import MAX_TEXT, MOST_RUNS
 from flowers.gallery.filters import as_csv, export, image_ids, in_ranges, parse_ids, split_names
 from flowers.gallery.overview import METRICS, run_table
@@ -70,7 +71,7 @@ BEST = 5  # names in the ranking of a visitor's picture
 START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 
 # The options of buttons, the first of each being the default.
-VIEWS = ("browse", "runs", "search")
+VIEWS = ("browse", "runs", "search", "map")
 PARTS = ("pictures", "classes", "confusion")  # of the view of runs
 # Keys of `outcomes`, and what they are called where it is not the key.
 ONLY = tuple(f"only_{number}" for number in range(1, MOST_RUNS + 1))
@@ -101,6 +102,8 @@ NAMES_OF_ORDERS = {
 }
 CELLS = ("counts", "difference")  # of the confusion matrix of two runs
 BARS = ("hidden", "shown")  # of the class histogram
+COLOURINGS = ("class", "split", "outcome")  # of the map
+NAMES_OF_COLOURINGS = {"outcome": "right and wrong"}
 
 # Columns of the table of runs that are filtered by.
 FILTERED = ("strategy", "architecture", "pretraining", "split")
@@ -273,15 +276,20 @@ def start_searcher(_flowers: Flowers, path: Path, stamp: tuple) -> Future:
 
     In the background: to load torch takes seconds, and the features of all images perhaps minutes.
     """
+    return in_background(lambda: Searcher(_flowers, path.parent))
+
+
+def in_background(make: Callable[[], Any]) -> Future:
+    """Start make() in a thread that ends with the server; return its result, which comes later."""
     future = Future()
 
-    def make() -> None:
+    def run() -> None:
         try:
-            future.set_result(Searcher(_flowers, path.parent))
+            future.set_result(make())
         except BaseException as error:  # raised where the result is asked for
             future.set_exception(error)
 
-    threading.Thread(target=make, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     return future
 
 
@@ -294,21 +302,29 @@ def searcher_of(data: Dataset, run: Path) -> tuple[Flowers, Path, tuple]:
 def load_searcher(data: Dataset, run: Path) -> Searcher:
     """Return the Searcher of a run; until it is made, a bar shows how far that is."""
     arguments = searcher_of(data, run)
-    future = start_searcher(*arguments)
+    return result_of(start_searcher, arguments, "Loading the model")
+
+
+def result_of(start: Callable[..., Future], arguments: tuple, what: str) -> Any:
+    """Return the result of what `start` has started; until it is there, a bar shows how far it is.
+
+    what: what is being done, in words.
+    """
+    future = start(*arguments)
     place = st.empty()
     # A click ends this loop, as it calls Streamlit; the work goes on.
     while not future.done():
-        title, fraction = progress()
+        title, fraction = progress(what)
         place.progress(fraction, f"{title}; this is done once.")
         wait([future], timeout=POLL)
     place.empty()
     if future.exception():
-        start_searcher.clear(*arguments)  # tried again the next time: a disk may have room then
+        start.clear(*arguments)  # tried again the next time: a disk may have room then
     return future.result()
 
 
-def progress() -> tuple[str, float]:
-    """Return what is being computed for a Searcher, and the part of it that is done, 0 to 1."""
+def progress(what: str) -> tuple[str, float]:
+    """Return what is being computed, and the part of it that is done, 0 to 1."""
     from tqdm import tqdm
 
     # The bars that the package writes to the terminal; a set that other threads change.
@@ -316,7 +332,19 @@ def progress() -> tuple[str, float]:
         if bar.total:
             counts = f"{bar.n:,} of {bar.total:,}"
             return f"{bar.desc.strip(': ').capitalize()}: {counts}", min(bar.n / bar.total, 1.0)
-    return "Loading the model", 0.0
+    return what, 0.0
+
+
+@st.cache_resource(show_spinner=False, max_entries=8)
+def start_map(_flowers: Flowers, _features: np.ndarray, name: str, stamp: tuple) -> Future:
+    """Start to lay out all images by their features; once for each name, until it changes."""
+    return in_background(lambda: atlas.image_map(_flowers, _features))
+
+
+@st.cache_resource(show_spinner=False, max_entries=2)
+def start_hover_pictures(_thumbnails: Thumbnails, stamp: tuple) -> Future:
+    """Start to make the pictures that the map shows under the mouse; once, until they change."""
+    return in_background(lambda: atlas.hover_pictures(_thumbnails))
 
 
 # -----------------------------------------------------------------------------
@@ -976,6 +1004,103 @@ def show_answer(
         draw(panels.ranking(title, best), "answer")
 
 
+def show_map(data: Dataset, runs: Path, models: list[str], predicted: list[str]) -> Listing | None:
+    """Show a map of all images; return those in the box that is drawn on it, if there is one.
+
+    models: the runs that have a model. predicted: those that have predictions.
+    """
+    flowers = data.flowers
+    is_shown = state["image"] is None  # one image is shown without the map
+    ways = ["colours", *models]
+    if is_shown:
+        map_choices(data, runs, ways, predicted)
+    if is_missing("laid", ways, f"with a model in {panels.plain(str(runs))}"):
+        return None
+    places = places_on_map(data, runs)
+    if places is None:
+        return None
+    if is_shown:
+        groups = groups_on_map(data, runs, predicted)
+        if groups is None:
+            return None
+        draw_map(data, places, groups)
+    box = atlas.parse_box(state["box"])
+    if box is None:
+        return None
+    chosen = atlas.in_box(places, box)
+    if state["class"]:
+        chosen &= flowers.labels == flowers.class_names.index(state["class"])
+    return Listing(np.flatnonzero(chosen))
+
+
+def map_choices(data: Dataset, runs: Path, ways: list[str], predicted: list[str]) -> None:
+    """Show what the map is laid out by, and what its dots are coloured by."""
+    with filters():
+        choose_from_list("Laid out by", ways, "laid")
+        choose_one("Coloured by", COLOURINGS, "colour", names=NAMES_OF_COLOURINGS)
+        if state["colour"] == "outcome" and predicted:
+            reasons = reasons_apart(data, runs, predicted)
+            if state["judged"] is None:
+                state["judged"] = next(iter(reasons))
+            choose_from_list("Right and wrong by", list(reasons), "judged", reasons=reasons)
+        choose_from_list("Class", sorted(data.flowers.class_names), "class")
+
+
+def places_on_map(data: Dataset, runs: Path) -> np.ndarray | None:
+    """Return the place of each image (N, 2) by the chosen features; None until there are some."""
+    if state["laid"] == "colours":
+        features, stamp = data.thumbnails.features, data.stamp
+    else:
+        features = load_searcher(data, runs / state["laid"]).features
+        stamp = searcher_of(data, runs / state["laid"])
+    if features is None:  # the thread of the thumbnails is not done
+        wait_for_colours(data.thumbnails)
+        return None
+    arguments = (data.flowers, features, state["laid"], stamp[-1])
+    return result_of(start_map, arguments, f"Laying out {len(features):,} images")
+
+
+def groups_on_map(data: Dataset, runs: Path, predicted: list[str]) -> np.ndarray | None:
+    """Return what each image is coloured by (N,) str; None where that is not known."""
+    if state["colour"] == "split":
+        return atlas.splits_of(data.splits)
+    if state["colour"] == "class":
+        return atlas.classes_of(data.flowers, state["class"])
+    where = f"with predictions in {panels.plain(str(runs))}"
+    if not predicted:
+        st.info(f"There is no run {where} yet: nothing is right or wrong.")
+        return None
+    if is_missing("judged", predicted, where):
+        return None
+    return atlas.outcomes_of(data.flowers, load_predictions(data, runs, state["judged"]))
+
+
+def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
+    """Show the map; what is selected on it becomes state["box"]. places: (N, 2), groups: (N,)."""
+
+    def box_drawn() -> None:
+        selection = state.get("map", {}).get("selection", {}).get(atlas.SELECTION, {})
+        box = atlas.box_text(selection)
+        if box != state["box"]:
+            change_filter()
+            change(box=box, _drawn=box)
+
+    # The chart keeps what is drawn on it. It is told of a box when it is new on the page, and of
+    # one that comes from the address.
+    if "map" not in state or state["box"] != state.get("_drawn"):
+        state["_given"] = state["_drawn"] = state["box"]
+    names = data.flowers.class_names
+    titles = [f"{i} {names[label]}" for i, label in zip(data.ids, data.flowers.labels)]
+    arguments = (data.thumbnails, data.stamp)
+    pictures = result_of(start_hover_pictures, arguments, "Making small pictures")
+    chart = atlas.chart(places, groups, titles, pictures, atlas.parse_box(state["_given"]))
+    st.caption(
+        "Each dot is an image, those that look alike close together (Isomap). Draw a box with the "
+        "mouse to see its images below; a click beside it removes it."
+    )
+    st.altair_chart(chart, key="map", on_select=box_drawn)
+
+
 # -----------------------------------------------------------------------------
 # one image
 
@@ -1140,6 +1265,8 @@ def show_page(parser: argparse.ArgumentParser) -> None:
         listing = browse(data)
     elif state["view"] == "runs":
         listing = compare_runs(data, runs, predicted)
+    elif state["view"] == "map":
+        listing = show_map(data, runs, models, predicted)
     else:
         listing = search(data, runs, models)
 
@@ -1167,6 +1294,8 @@ def title_of_page(flowers: Flowers, found: np.ndarray) -> str:
         what += filter(None, (state["run"], *state["other"]))
     elif state["view"] == "search":
         what.append(state["q"])
+    elif state["view"] == "map":
+        what.append(f"by {state['laid']}")
     elif state["class"]:
         what.append(state["class"])
     return " · ".join([*filter(None, what), "Flowers"])
@@ -1217,6 +1346,7 @@ def allowed_choices(data: Dataset) -> dict[str, Collection]:
         "order": ORDERS,
         "sort": MATRIX_ORDERS,
         "cells": CELLS,
+        "colour": COLOURINGS,
     }
 
 
@@ -1237,7 +1367,11 @@ def show_listing(data: Dataset, listing: Listing) -> None:
 
 def download(label: str, what: str, make: Callable[[], str], empty: bool = False) -> None:
     """Show a button to download a CSV file, named after the view, its runs and `what` it holds."""
-    names = {"runs": [state["run"], *state["other"]], "search": [state["model"]]}
+    names = {
+        "runs": [state["run"], *state["other"]],
+        "search": [state["model"]],
+        "map": [state["laid"]],
+    }
     parts = ["flowers", state["view"], *names.get(state["view"], []), what]
     name = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, parts)))
     st.download_button(

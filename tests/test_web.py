@@ -981,8 +981,8 @@ def test_what_is_computed_in_the_background_has_a_bar():
 
     with tqdm(total=200, desc="encoding images", file=io.StringIO()) as bar:
         bar.update(50)
-        assert web.progress() == ("Encoding images: 50 of 200", 0.25)
-    assert web.progress() == ("Loading the model", 0.0)
+        assert web.progress("Loading the model") == ("Encoding images: 50 of 200", 0.25)
+    assert web.progress("Loading the model") == ("Loading the model", 0.0)
 
 
 HEAD = b"file,label,top1,score1\n"

@@ -21,6 +21,7 @@ from PIL import Image
 
 from flowers import models
 from flowers.files import write_csv
+from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES
 
 PATIENCE = 180  # seconds
 POLL = 50  # milliseconds
@@ -253,7 +254,7 @@ def open_an_image_and_use_the_keyboard(page):
     wait(page, lambda: "image=" not in page.url and len(captions(page)) == 20)
 
 
-def search_by_a_sentence_and_by_files(page, good, bad):
+def search_by_a_sentence_and_by_files(page, good, bad, large):
     page.get_by_text("Search", exact=True).click()
     page.get_by_label("Sentence").fill("a red flower")
     page.get_by_label("Sentence").press("Enter")
@@ -264,14 +265,21 @@ def search_by_a_sentence_and_by_files(page, good, bad):
     wait(page, lambda: answer.count() == 1 and len(captions(page)) == 48)
     assert not page.locator("[data-testid=stAlert]").count()
 
+    # Streamlit itself refuses it: the answer about the file before must not stay.
+    page.locator("input[type=file]").set_input_files(large)
+    wait(page, lambda: answer.count() == 0 and page.get_by_text("must be 10").count() == 1)
+    page.locator("input[type=file]").set_input_files(good)
+    wait(page, lambda: answer.count() == 1)
+
     page.locator("input[type=file]").set_input_files(bad)
     wait(page, lambda: page.get_by_text("can't be read as a picture").count() == 1)
 
 
 def test_a_visit(page, server, tmp_path):
-    good, bad = tmp_path / "good.png", tmp_path / "bad.jpg"
+    good, bad, large = tmp_path / "good.png", tmp_path / "bad.jpg", tmp_path / "large.png"
     Image.new("RGB", (300, 200), (200, 30, 60)).save(good)
     bad.write_bytes(b"\xff\xd8 no picture")
+    large.write_bytes(bytes(MAX_UPLOAD_BYTES + 1))
 
     page.goto(server)
     wait(page, lambda: len(captions(page)) == 48)
@@ -283,10 +291,10 @@ def test_a_visit(page, server, tmp_path):
     open_an_image_and_use_the_keyboard(page)
 
     page.get_by_text("Runs", exact=True).click()
-    wait(page, lambda: "view=runs" in page.url and page.get_by_text("images right").count() == 1)
+    wait(page, lambda: "view=runs" in page.url and page.get_by_text("Of 30 images").count() == 1)
     page.goto(f"{server}/?view=runs&show=wrong")
     wait(page, lambda: captions(page) and all("✗" in line for line in predictions(page)))
-    search_by_a_sentence_and_by_files(page, good, bad)
+    search_by_a_sentence_and_by_files(page, good, bad, large)
 
 
 # -----------------------------------------------------------------------------

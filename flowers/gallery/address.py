@@ -45,10 +45,14 @@ DEFAULTS = {
     "sure": (0, 100),  # the least and the greatest confidence, in percent
     "like": "colours",  # what the nearest images are near by: colours, or a run's name
     "q": "",  # the sentence that is searched
+    "laid": "colours",  # what the map is laid out by: colours, or a run's name
+    "colour": "class",  # what its dots are coloured by
+    "judged": None,  # the run whose right and wrong colour the map
+    "box": "",  # what is selected on the map: left, right, bottom, top
 }
 NUMBERS = ("page", "image")
-TEXTS = ("ids", "q")
-RUNS = ("run", "model", "like")
+TEXTS = ("ids", "q", "box")
+RUNS = ("run", "model", "like", "laid", "judged")
 LISTS = ("other",)  # each of their values is a parameter of the address
 MAX_TEXT = 300  # characters
 MOST_RUNS = 6  # that are compared

@@ -45,6 +45,7 @@ PAGE_STYLE = """
 [data-baseweb=tag] { background: none !important; color: inherit !important; }
 [data-baseweb=tag] { border: 1px solid currentColor; }
 [data-testid=stHeader] { height: 0; min-height: 0; background: none; }
+#vg-tooltip-element img { width: 96px; max-width: none; max-height: none; }
 @media (max-width: 640px) {
   [data-testid=stMainBlockContainer] { padding-left: 0.75rem; padding-right: 0.75rem; }
 }
