@@ -67,6 +67,7 @@ SIMILARITY = "Similarity: 1 is the same. By colours, 0 is none in common; by a m
 POLL = 0.2  # seconds between two looks at what is computed in the background
 NEWEST = 3  # runs whose predictions are shown under an image, and how many are looked at for them
 NEWEST_LOOKED_AT = 8
+MAP_WIDTH = 1100  # pixels, at most
 BEST = 5  # names in the ranking of a visitor's picture
 START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 
@@ -673,7 +674,9 @@ def show_runs(runs: Path, predicted: list[str]) -> None:
     with filters():
         for column in FILTERED:
             values = sorted(table[column].dropna().unique())
-            chosen = st.multiselect(column.capitalize(), values, key=f"only_{column}", width=220)
+            chosen = st.multiselect(
+                column.capitalize(), values, key=f"only_{column}", placeholder="all", width=220
+            )
             if chosen:
                 table = table[table[column].isin(chosen)]
     formats = {name: st.column_config.NumberColumn(format="%.2f") for name in METRICS}
@@ -1098,7 +1101,8 @@ def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
         "Each dot is an image, those that look alike close together (Isomap). Draw a box with the "
         "mouse to see its images below; a click beside it removes it."
     )
-    st.altair_chart(chart, key="map", on_select=box_drawn)
+    with st.container(width=MAP_WIDTH):  # a window may be so wide that distances mean nothing
+        st.altair_chart(chart, key="map", on_select=box_drawn)
 
 
 # -----------------------------------------------------------------------------

@@ -89,12 +89,13 @@ def wait_for_server(process, address, log):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of `streamlit run web.py` on 120 discs, with a run that has a tiny model."""
+    """The address of `streamlit run web.py` on 120 discs, with two runs; `tiny` has a model."""
     folder = tmp_path_factory.mktemp("browser")
     data = write_dataset(folder / "data", per_class=20)
-    run = folder / "runs" / "tiny"
-    run.mkdir(parents=True)
-    write_predictions(run)
+    other, run = folder / "runs" / "other", folder / "runs" / "tiny"
+    for each in (other, run):  # `tiny` is the newest
+        each.mkdir(parents=True)
+        write_predictions(each)
     torch.manual_seed(0)
     torch.save(models.build("tiny").state_dict(), run / "model.pt")
 
@@ -500,10 +501,12 @@ def test_nothing_is_cut_off_on_a_telephone(chromium, server, theme):
         "?view=runs",
         "?view=runs&part=classes",
         "?view=runs&part=confusion",
+        "?view=map&laid=tiny",
         "?view=search&q=rose",
+        "?view=runs&run=tiny&other=other",
     ):
         page.goto(f"{server}/{address}")
-        page.wait_for_selector(".pictures a, [data-testid=stDataFrame], .matrix")
+        page.wait_for_selector(".pictures a, [data-testid=stDataFrame], .matrix, .vega-embed")
         page.wait_for_selector(IDLE)
         assert page.locator(MAIN).evaluate("e => e.scrollWidth") <= 400
         block = page.locator("[data-testid=stMainBlockContainer]")
@@ -514,4 +517,8 @@ def test_nothing_is_cut_off_on_a_telephone(chromium, server, theme):
     background, ink = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in style)
     assert (background < ink) == (theme == "dark")
     assert abs(background - ink) > 400
+    # So is the name of a chosen run, on the ground of the page.
+    ground, name = page.locator("[data-tag]").first.evaluate(COLOURS)
+    assert ground == "rgba(0, 0, 0, 0)"
+    assert abs(background - sum(map(int, re.findall(r"\d+", name)[:3]))) > 400
     context.close()

@@ -165,7 +165,7 @@ def chart(
     value = {"x": box[:2], "y": box[2:]} if box else altair.Undefined
     selection = altair.selection_interval(name=SELECTION, encodings=["x", "y"], value=value)
     axes = {"axis": None, "scale": altair.Scale(zero=False)}
-    dots = altair.Chart(table, height=560).mark_circle(size=26, opacity=0.8)
+    dots = altair.Chart(table, height=640).mark_circle(size=26, opacity=0.8)
     return dots.encode(
         x=altair.X("x:Q", **axes),
         y=altair.Y("y:Q", **axes),
