@@ -14,6 +14,7 @@ maps, to the dataset's `.cache/`.
 # it, start at the end with `show_page`. The HTML comes from flowers/gallery/panels.py.
 
 import argparse
+import importlib
 import random
 import re
 import threading
@@ -238,10 +239,10 @@ def made_once(_make: Callable[[Path], Any], path: Path, stamp: tuple) -> Any:
     return _make(path)
 
 
-@st.cache_data(show_spinner=False, max_entries=2000)
-def reason_apart(_data: Dataset, path: Path, stamp: tuple) -> str:
-    """Return why_apart of the run whose predictions.csv is at `path`; once, until it changes."""
-    return why_apart(path.parent, _data.flowers)
+@st.cache_resource(show_spinner=False)
+def known_reasons() -> dict[tuple, str]:
+    """Return the reasons that are known; a look-up in Streamlit's own cache takes 1 ms a run."""
+    return {}
 
 
 def reasons_apart(data: Dataset, runs: Path, names: Sequence[str]) -> dict[str, str]:
@@ -249,10 +250,14 @@ def reasons_apart(data: Dataset, runs: Path, names: Sequence[str]) -> dict[str, 
 
     Those without a reason come first; for the rest the order is kept.
     """
+    known = known_reasons()
     reasons = {}
     for name in names:
         path = runs / name / "predictions.csv"
-        reasons[name] = reason_apart(data, path, data.stamp + stamp_of(path))
+        key = (data.stamp, stamp_of(path))
+        if key not in known:
+            known[key] = why_apart(path.parent, data.flowers)
+        reasons[name] = known[key]
     return dict(sorted(reasons.items(), key=lambda item: bool(item[1])))
 
 
@@ -665,11 +670,18 @@ def choose_runs(names: list[str], reasons: dict[str, str]) -> None:
         choose_one("Part", PARTS, "part")
 
 
+@st.cache_resource(show_spinner=False)
+def start_statistics() -> Future:
+    """Start to load what a comparison of runs needs, which takes a second; once."""
+    return in_background(lambda: importlib.import_module("flowers.study.statistics"))
+
+
 def show_runs(runs: Path, predicted: list[str]) -> None:
     """Show all runs in one table; those that are ticked are compared, or one of them described.
 
     predicted: the runs that have predictions.
     """
+    start_statistics()  # while the visitor still reads the table
     table = all_runs_table(runs, run_names(runs, "args.json"))
     with filters():
         for column in FILTERED:
