@@ -3,16 +3,18 @@
     streamlit run web.py                                           # data/flowers-102, or the sample
     streamlit run web.py -- --data_root PATH --runs runs           # another dataset, other runs
 
-Three views: Browse (filters, a grid, one image), Runs (a table of all runs, and the predictions of
-one or several) and Search (by a sentence, or by a picture of your own). The address of the
-page always opens the same view again. Nothing is written but thumbnails and features, to the
-dataset's `.cache/`.
+Four views: Browse (filters, a grid, one image), Runs (a table of all runs, and the predictions of
+one or several), Search (by a sentence, or by a picture of your own) and Map (all images, those that
+look alike close together). The address of the
+page always opens the same view again. Nothing is written but thumbnails, features and
+maps, to the dataset's `.cache/`.
 """
 
 # Streamlit runs this file from top to bottom for every visitor, after each of their clicks. To read
 # it, start at the end with `show_page`. The HTML comes from flowers/gallery/panels.py.
 
 import argparse
+import importlib
 import random
 import re
 import threading
@@ -32,7 +34,8 @@ from flowers import UserError, command
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.download import data_folder, default_root, is_complete
 from flowers.files import read_lines, user_path
-from flowers.gallery import panels
+from flowers.gallery import address, atlas, panels
+from flowers.gallery.address import MAX_TEXT, MOST_RUNS
 from flowers.gallery.filters import as_csv, export, image_ids, in_ranges, parse_ids, split_names
 from flowers.gallery.overview import METRICS, run_table
 from flowers.gallery.predictions import (
@@ -65,13 +68,13 @@ SIMILARITY = "Similarity: 1 is the same. By colours, 0 is none in common; by a m
 POLL = 0.2  # seconds between two looks at what is computed in the background
 NEWEST = 3  # runs whose predictions are shown under an image, and how many are looked at for them
 NEWEST_LOOKED_AT = 8
+MAP_WIDTH = 1100  # pixels, at most
 BEST = 5  # names in the ranking of a visitor's picture
 START = "streamlit run web.py -- [--data_root PATH] [--runs PATH]"
 
 # The options of buttons, the first of each being the default.
-VIEWS = ("browse", "runs", "search")
+VIEWS = ("browse", "runs", "search", "map")
 PARTS = ("pictures", "classes", "confusion")  # of the view of runs
-MOST_RUNS = 6  # that are compared
 # Keys of `outcomes`, and what they are called where it is not the key.
 ONLY = tuple(f"only_{number}" for number in range(1, MOST_RUNS + 1))
 OF_SEVERAL = ("changed", "mended", "broken", "all_right", "all_wrong", *ONLY)
@@ -101,6 +104,8 @@ NAMES_OF_ORDERS = {
 }
 CELLS = ("counts", "difference")  # of the confusion matrix of two runs
 BARS = ("hidden", "shown")  # of the class histogram, and of where a run looks
+COLOURINGS = ("class", "split", "outcome")  # of the map
+NAMES_OF_COLOURINGS = {"outcome": "right and wrong"}
 
 # Columns of the table of runs that are filtered by.
 FILTERED = ("strategy", "architecture", "pretraining", "split")
@@ -121,57 +126,14 @@ NEVER_CACHED = 1 << 40  # bytes, above any message
 streamlit.config.set_option("global.minCachedMessageSize", NEVER_CACHED)
 
 # -----------------------------------------------------------------------------
-# state: what a visitor has chosen
-#
-# Each choice has a name and a default here. Under this name it is in three places: in `state`,
-# Streamlit's session state; in the widget that shows and changes it, as its key; and in the address
-# of the page, unless it is at its default. A run of this file starts with `read_address` and
-# ends with `write_address`. Between these the views use `state` alone.
-#
-# After each run the three agree. Before the next, one of them has changed:
-# - A widget was used, or a picture clicked. Its callback, which Streamlit calls before the run,
-#   changes `state` by `change`, which also sets state["_acted"]. The address is then behind.
-# - The visitor opened an address or went back. No callback was called, and the address is not
-#   state["_address"], the one written last. It is then taken over into `state`.
-
-DEFAULTS = {
-    "view": "browse",
-    "class": None,
-    "split": "all",
-    "ids": "",
-    "bars": "hidden",
-    "page": 1,
-    "image": None,  # id of the image that is shown alone
-    "run": None,  # of the view of runs; None: all, in a table
-    "other": [],  # the runs that `run` is compared with
-    "model": None,  # the run whose model searches
-    "part": "pictures",
-    "show": "all",
-    "guess": None,  # predicted class
-    "order": "id",
-    "sort": "name",  # of the classes of the confusion matrix
-    "cells": "counts",
-    "sure": (0, 100),  # the least and the greatest confidence, in percent
-    "like": "colours",  # what the nearest images are near by: colours, or a run's name
-    "q": "",  # the sentence that is searched
-    "where": "hidden",  # where a run looks, under one image
-    "looker": None,  # the run that looks
-    "target": None,  # the class that it looks for; None: the true and the predicted one
-    "words": "",  # a sentence that it looks for, too
-}
-NUMBERS = ("page", "image")
-TEXTS = ("ids", "q", "words")
-RUNS = ("run", "model", "like", "looker")
-LISTS = ("other",)  # each of their values is a parameter of the address
-MAX_TEXT = 300  # characters
+# what a visitor has chosen: flowers/gallery/address.py says how it is kept
 
 state = st.session_state
 
 
 def change(**choices) -> None:
     """Change what is shown. The callback of every widget and click ends here."""
-    state.update(choices)
-    state["_acted"] = True
+    address.change(state, **choices)
 
 
 def change_filter() -> None:
@@ -180,57 +142,18 @@ def change_filter() -> None:
     change(page=1, image=None, _left=None)
 
 
-def read_address(allowed: dict[str, Collection]) -> None:
-    """Fill `state`, from the page's address where that is newer.
-
-    What an address says is checked: a choice that is not among the `allowed` ones of its name, or
-    not a number where one is due, becomes the default. The name of a run is kept, whether there is
-    such a run or not: under an old link, another run's numbers would be taken for its own.
-    """
-    address = current_names(page_address())
-    acted = state.pop("_acted", False)  # a callback of this run's click
-    opened = "_address" not in state
-    went_back = not acted and address != state.get("_address")
-    source = address if opened or went_back else state
-    for key, default in DEFAULTS.items():
-        # Streamlit forgets the value of a widget that is not on the page, unless it is set anew.
-        state[key] = checked_choice(key, source.get(key, default), allowed)
+def page_address() -> address.Address:
+    """Return the address of the page, as the browser shows it."""
+    parameters = st.query_params
+    lists = {key: parameters.get_all(key) for key in address.LISTS if key in parameters}
+    return parameters.to_dict() | lists
 
 
-def page_address() -> dict[str, str | list[str]]:
-    """Return the address of the page."""
-    address = st.query_params.to_dict()
-    for key in LISTS:
-        if key in address:
-            address[key] = st.query_params.get_all(key)
-    return address
-
-
-def current_names(address: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
-    """Return an address with the names of today: older links call the model of a search `run`."""
-    if address.get("view") == "search" and "run" in address and "model" not in address:
-        address["model"] = address.pop("run")
-    return address
-
-
-def checked_choice(key: str, value: Any, allowed: dict[str, Collection]) -> Any:
-    """Return the value of a choice, or its default if the value is not possible."""
-    if key in allowed:
-        return value if value in allowed[key] else DEFAULTS[key]
-    if key in NUMBERS and isinstance(value, str):
-        return int(value) if re.fullmatch("[0-9]{1,9}", value) else DEFAULTS[key]
-    if key in TEXTS and isinstance(value, str):
-        return value[:MAX_TEXT]
-    if key in RUNS:
-        return str(value)[:MAX_TEXT] if value else DEFAULTS[key]
-    if key in LISTS:
-        # Once each, and none more than can be compared.
-        return list(dict.fromkeys(str(name)[:MAX_TEXT] for name in value))[: MOST_RUNS - 1]
-    if key == "sure" and isinstance(value, str):
-        ends = re.fullmatch("([0-9]{1,3})-([0-9]{1,3})", value)
-        least, most = sorted(min(int(end), 100) for end in ends.groups()) if ends else (0, 100)
-        return least, most
-    return value
+def write_address() -> None:
+    """Make the page's address say what `state` says."""
+    new = address.write(state, page_address())
+    if new is not None:
+        st.query_params.from_dict(new)
 
 
 def is_missing(key: str, names: Collection[str], what: str) -> bool:
@@ -238,7 +161,7 @@ def is_missing(key: str, names: Collection[str], what: str) -> bool:
 
     what: the runs that `names` lists, in words.
     """
-    chosen = state[key] if key in LISTS else [state[key]]
+    chosen = state[key] if key in address.LISTS else [state[key]]
     gone = [name for name in chosen if name is not None and name not in names]
     if not gone:
         return False
@@ -248,31 +171,6 @@ def is_missing(key: str, names: Collection[str], what: str) -> bool:
         "in the address. Choose another one."
     )
     return True
-
-
-def address_with(**choices) -> dict[str, str | list[str]]:
-    """Return the address of what `state` says, but for these choices."""
-    address = {}
-    for key, default in DEFAULTS.items():
-        value = choices.get(key, state.get(key, default))
-        if value is None or value == default:
-            continue
-        if key in LISTS:
-            address[key] = [str(one) for one in value]
-        elif key == "sure":
-            address[key] = "{}-{}".format(*value)
-        else:
-            address[key] = str(value)
-    return address
-
-
-def write_address() -> None:
-    """Make the page's address say what `state` says."""
-    address = address_with()
-    # Each time it is set the browser remembers a page to go back to: only when it is another one.
-    if address != page_address() or address != state.get("_address"):
-        st.query_params.from_dict(address)
-    state["_address"] = address
 
 
 # -----------------------------------------------------------------------------
@@ -341,10 +239,10 @@ def made_once(_make: Callable[[Path], Any], path: Path, stamp: tuple) -> Any:
     return _make(path)
 
 
-@st.cache_data(show_spinner=False, max_entries=2000)
-def reason_apart(_data: Dataset, path: Path, stamp: tuple) -> str:
-    """Return why_apart of the run whose predictions.csv is at `path`; once, until it changes."""
-    return why_apart(path.parent, _data.flowers)
+@st.cache_resource(show_spinner=False)
+def known_reasons() -> dict[tuple, str]:
+    """Return the reasons that are known; a look-up in Streamlit's own cache takes 1 ms a run."""
+    return {}
 
 
 def reasons_apart(data: Dataset, runs: Path, names: Sequence[str]) -> dict[str, str]:
@@ -352,10 +250,14 @@ def reasons_apart(data: Dataset, runs: Path, names: Sequence[str]) -> dict[str, 
 
     Those without a reason come first; for the rest the order is kept.
     """
+    known = known_reasons()
     reasons = {}
     for name in names:
         path = runs / name / "predictions.csv"
-        reasons[name] = reason_apart(data, path, data.stamp + stamp_of(path))
+        key = (data.stamp, stamp_of(path))
+        if key not in known:
+            known[key] = why_apart(path.parent, data.flowers)
+        reasons[name] = known[key]
     return dict(sorted(reasons.items(), key=lambda item: bool(item[1])))
 
 
@@ -380,15 +282,20 @@ def start_searcher(_flowers: Flowers, path: Path, stamp: tuple) -> Future:
 
     In the background: to load torch takes seconds, and the features of all images perhaps minutes.
     """
+    return in_background(lambda: Searcher(_flowers, path.parent))
+
+
+def in_background(make: Callable[[], Any]) -> Future:
+    """Start make() in a thread that ends with the server; return its result, which comes later."""
     future = Future()
 
-    def make() -> None:
+    def run() -> None:
         try:
-            future.set_result(Searcher(_flowers, path.parent))
+            future.set_result(make())
         except BaseException as error:  # raised where the result is asked for
             future.set_exception(error)
 
-    threading.Thread(target=make, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     return future
 
 
@@ -401,21 +308,29 @@ def searcher_of(data: Dataset, run: Path) -> tuple[Flowers, Path, tuple]:
 def load_searcher(data: Dataset, run: Path) -> Searcher:
     """Return the Searcher of a run; until it is made, a bar shows how far that is."""
     arguments = searcher_of(data, run)
-    future = start_searcher(*arguments)
+    return result_of(start_searcher, arguments, "Loading the model")
+
+
+def result_of(start: Callable[..., Future], arguments: tuple, what: str) -> Any:
+    """Return the result of what `start` has started; until it is there, a bar shows how far it is.
+
+    what: what is being done, in words.
+    """
+    future = start(*arguments)
     place = st.empty()
     # A click ends this loop, as it calls Streamlit; the work goes on.
     while not future.done():
-        title, fraction = progress()
+        title, fraction = progress(what)
         place.progress(fraction, f"{title}; this is done once.")
         wait([future], timeout=POLL)
     place.empty()
     if future.exception():
-        start_searcher.clear(*arguments)  # tried again the next time: a disk may have room then
+        start.clear(*arguments)  # tried again the next time: a disk may have room then
     return future.result()
 
 
-def progress() -> tuple[str, float]:
-    """Return what is being computed for a Searcher, and the part of it that is done, 0 to 1."""
+def progress(what: str) -> tuple[str, float]:
+    """Return what is being computed, and the part of it that is done, 0 to 1."""
     from tqdm import tqdm
 
     # The bars that the package writes to the terminal; a set that other threads change.
@@ -423,7 +338,19 @@ def progress() -> tuple[str, float]:
         if bar.total:
             counts = f"{bar.n:,} of {bar.total:,}"
             return f"{bar.desc.strip(': ').capitalize()}: {counts}", min(bar.n / bar.total, 1.0)
-    return "Loading the model", 0.0
+    return what, 0.0
+
+
+@st.cache_resource(show_spinner=False, max_entries=8)
+def start_map(_flowers: Flowers, _features: np.ndarray, name: str, stamp: tuple) -> Future:
+    """Start to lay out all images by their features; once for each name, until it changes."""
+    return in_background(lambda: atlas.image_map(_flowers, _features))
+
+
+@st.cache_resource(show_spinner=False, max_entries=2)
+def start_hover_pictures(_thumbnails: Thumbnails, stamp: tuple) -> Future:
+    """Start to make the pictures that the map shows under the mouse; once, until they change."""
+    return in_background(lambda: atlas.hover_pictures(_thumbnails))
 
 
 # -----------------------------------------------------------------------------
@@ -466,7 +393,7 @@ def picture_grid(
     items = []
     for i, jpeg in zip(index, jpegs):
         title = f"{data.ids[i]} {flowers.class_names[flowers.labels[i]]}"
-        link = "?" + urlencode(address_with(image=data.ids[i]), doseq=True)
+        link = "?" + urlencode(address.address_of(state, image=data.ids[i]), doseq=True)
         items.append((data.ids[i], link, jpeg, [title, *lines(i)]))
     draw(panels.pictures(items, left), key, lambda image_id: change(image=int(image_id)))
 
@@ -742,16 +669,25 @@ def choose_runs(names: list[str], reasons: dict[str, str]) -> None:
         choose_one("Part", PARTS, "part")
 
 
+@st.cache_resource(show_spinner=False)
+def start_statistics() -> Future:
+    """Start to load what a comparison of runs needs, which takes a second; once."""
+    return in_background(lambda: importlib.import_module("flowers.study.statistics"))
+
+
 def show_runs(runs: Path, predicted: list[str]) -> None:
     """Show all runs in one table; those that are ticked are compared, or one of them described.
 
     predicted: the runs that have predictions.
     """
+    start_statistics()  # while the visitor still reads the table
     table = all_runs_table(runs, run_names(runs, "args.json"))
     with filters():
         for column in FILTERED:
             values = sorted(table[column].dropna().unique())
-            chosen = st.multiselect(column.capitalize(), values, key=f"only_{column}", width=220)
+            chosen = st.multiselect(
+                column.capitalize(), values, key=f"only_{column}", placeholder="all", width=220
+            )
             if chosen:
                 table = table[table[column].isin(chosen)]
     formats = {name: st.column_config.NumberColumn(format="%.2f") for name in METRICS}
@@ -1082,6 +1018,104 @@ def show_answer(
         draw(panels.ranking(title, best), "answer")
 
 
+def show_map(data: Dataset, runs: Path, models: list[str], predicted: list[str]) -> Listing | None:
+    """Show a map of all images; return those in the box that is drawn on it, if there is one.
+
+    models: the runs that have a model. predicted: those that have predictions.
+    """
+    flowers = data.flowers
+    is_shown = state["image"] is None  # one image is shown without the map
+    ways = ["colours", *models]
+    if is_shown:
+        map_choices(data, runs, ways, predicted)
+    if is_missing("laid", ways, f"with a model in {panels.plain(str(runs))}"):
+        return None
+    places = places_on_map(data, runs)
+    if places is None:
+        return None
+    if is_shown:
+        groups = groups_on_map(data, runs, predicted)
+        if groups is None:
+            return None
+        draw_map(data, places, groups)
+    box = atlas.parse_box(state["box"])
+    if box is None:
+        return None
+    chosen = atlas.in_box(places, box)
+    if state["class"]:
+        chosen &= flowers.labels == flowers.class_names.index(state["class"])
+    return Listing(np.flatnonzero(chosen))
+
+
+def map_choices(data: Dataset, runs: Path, ways: list[str], predicted: list[str]) -> None:
+    """Show what the map is laid out by, and what its dots are coloured by."""
+    with filters():
+        choose_from_list("Laid out by", ways, "laid")
+        choose_one("Coloured by", COLOURINGS, "colour", names=NAMES_OF_COLOURINGS)
+        if state["colour"] == "outcome" and predicted:
+            reasons = reasons_apart(data, runs, predicted)
+            if state["judged"] is None:
+                state["judged"] = next(iter(reasons))
+            choose_from_list("Right and wrong by", list(reasons), "judged", reasons=reasons)
+        choose_from_list("Class", sorted(data.flowers.class_names), "class")
+
+
+def places_on_map(data: Dataset, runs: Path) -> np.ndarray | None:
+    """Return the place of each image (N, 2) by the chosen features; None until there are some."""
+    if state["laid"] == "colours":
+        features, stamp = data.thumbnails.features, data.stamp
+    else:
+        features = load_searcher(data, runs / state["laid"]).features
+        stamp = searcher_of(data, runs / state["laid"])
+    if features is None:  # the thread of the thumbnails is not done
+        wait_for_colours(data.thumbnails)
+        return None
+    arguments = (data.flowers, features, state["laid"], stamp[-1])
+    return result_of(start_map, arguments, f"Laying out {len(features):,} images")
+
+
+def groups_on_map(data: Dataset, runs: Path, predicted: list[str]) -> np.ndarray | None:
+    """Return what each image is coloured by (N,) str; None where that is not known."""
+    if state["colour"] == "split":
+        return atlas.splits_of(data.splits)
+    if state["colour"] == "class":
+        return atlas.classes_of(data.flowers, state["class"])
+    where = f"with predictions in {panels.plain(str(runs))}"
+    if not predicted:
+        st.info(f"There is no run {where} yet: nothing is right or wrong.")
+        return None
+    if is_missing("judged", predicted, where):
+        return None
+    return atlas.outcomes_of(data.flowers, load_predictions(data, runs, state["judged"]))
+
+
+def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
+    """Show the map; what is selected on it becomes state["box"]. places: (N, 2), groups: (N,)."""
+
+    def box_drawn() -> None:
+        selection = state.get("map", {}).get("selection", {}).get(atlas.SELECTION, {})
+        box = atlas.box_text(selection)
+        if box != state["box"]:
+            change_filter()
+            change(box=box, _drawn=box)
+
+    # The chart keeps what is drawn on it. It is told of a box when it is new on the page, and of
+    # one that comes from the address.
+    if "map" not in state or state["box"] != state.get("_drawn"):
+        state["_given"] = state["_drawn"] = state["box"]
+    names = data.flowers.class_names
+    titles = [f"{i} {names[label]}" for i, label in zip(data.ids, data.flowers.labels)]
+    arguments = (data.thumbnails, data.stamp)
+    pictures = result_of(start_hover_pictures, arguments, "Making small pictures")
+    chart = atlas.chart(places, groups, titles, pictures, atlas.parse_box(state["_given"]))
+    st.caption(
+        "Each dot is an image, those that look alike close together (Isomap). Draw a box with the "
+        "mouse to see its images below; a click beside it removes it."
+    )
+    with st.container(width=MAP_WIDTH):  # a window may be so wide that distances mean nothing
+        st.altair_chart(chart, key="map", on_select=box_drawn)
+
+
 # -----------------------------------------------------------------------------
 # one image
 
@@ -1324,7 +1358,7 @@ def show_page(parser: argparse.ArgumentParser) -> None:
     # Asked anew each time: a run may end while the page is open.
     predicted = run_names(runs, "predictions.csv")
     models = run_names(runs, "model.pt")
-    read_address(allowed_choices(data))
+    address.read(state, page_address(), allowed_choices(data))
 
     with toolbar():
         st.segmented_control(
@@ -1347,6 +1381,8 @@ def show_page(parser: argparse.ArgumentParser) -> None:
         listing = browse(data)
     elif state["view"] == "runs":
         listing = compare_runs(data, runs, predicted)
+    elif state["view"] == "map":
+        listing = show_map(data, runs, models, predicted)
     else:
         listing = search(data, runs, models)
 
@@ -1374,6 +1410,8 @@ def title_of_page(flowers: Flowers, found: np.ndarray) -> str:
         what += filter(None, (state["run"], *state["other"]))
     elif state["view"] == "search":
         what.append(state["q"])
+    elif state["view"] == "map":
+        what.append(f"by {state['laid']}")
     elif state["class"]:
         what.append(state["class"])
     return " · ".join([*filter(None, what), "Flowers"])
@@ -1426,6 +1464,7 @@ def allowed_choices(data: Dataset) -> dict[str, Collection]:
         "order": ORDERS,
         "sort": MATRIX_ORDERS,
         "cells": CELLS,
+        "colour": COLOURINGS,
     }
 
 
@@ -1446,7 +1485,11 @@ def show_listing(data: Dataset, listing: Listing) -> None:
 
 def download(label: str, what: str, make: Callable[[], str], empty: bool = False) -> None:
     """Show a button to download a CSV file, named after the view, its runs and `what` it holds."""
-    names = {"runs": [state["run"], *state["other"]], "search": [state["model"]]}
+    names = {
+        "runs": [state["run"], *state["other"]],
+        "search": [state["model"]],
+        "map": [state["laid"]],
+    }
     parts = ["flowers", state["view"], *names.get(state["view"], []), what]
     name = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, parts)))
     st.download_button(

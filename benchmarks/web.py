@@ -32,6 +32,7 @@ from measure import add_arguments, report
 
 from flowers import UserError, command, models
 from flowers.data import Flowers, add_data_arguments, open_flowers
+from flowers.files import write_csv
 from flowers.gallery.thumbnails import thumbnail
 
 # -----------------------------------------------------------------------------
@@ -87,11 +88,17 @@ RESTS = f"""n => {{
         && pictures.every(p => p.complete && p.naturalWidth)
         && sources != window.before;
 }}"""
+# The table of runs is drawn, or the confusion matrix; either after a click that led there.
+IDLE = 'document.querySelector("[data-testid=stApp]")?.dataset.testScriptState == "notRunning"'
+TABLE = f"""n => {IDLE} && document.querySelector("[data-testid=stDataFrame] canvas")"""
+MATRIX = f"""n => {IDLE} && [...document.querySelectorAll("*")]
+    .some(element => element.shadowRoot?.querySelector(".matrix button"))"""
 DECODED = "() => [...document.images].every(p => p.complete && p.naturalWidth)"
 
 VIEWPORT = {"width": 1440, "height": 900}
 PER_PAGE = 48  # pictures of a page of the grid
 SINGLE = 13  # web.py shows an image with 12 neighbours
+RUNS = 500  # in the table of runs
 PATIENCE_S = 300  # for a server that starts
 REST_MS = 120_000  # for a page
 
@@ -140,11 +147,15 @@ def main():
                 servers, web, ["--data_root", root, "--runs", str(folder / "runs")], environment
             ),
         }
+        many = start(
+            servers, web, ["--data_root", root, "--runs", str(folder / "many")], environment
+        )
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=args.chromium, args=FLAGS)
             visitor = Visitor(browser)
             first_visit(visitor, addresses, flowers, folder)
             static = visit(visitor, addresses, flowers, folder, args.rounds)
+            visit_runs(visitor, many, args.rounds)
             browser.close()
     finally:
         for process in servers:
@@ -187,10 +198,34 @@ def write_files(flowers: Flowers, folder: Path) -> None:
     (folder / "plain.py").write_text(PLAIN)
     (folder / "runs" / "tiny").mkdir(parents=True)
     torch.save(models.build("tiny").state_dict(), folder / "runs" / "tiny" / "model.pt")
+    write_runs(flowers, folder / "many")
     for i, file in enumerate(flowers.files[:PER_PAGE]):
         (folder / f"{i}.jpg").write_bytes(thumbnail(file))
     pictures = [f"<img src={i}.jpg width=160>" for i in range(PER_PAGE)]
     (folder / "static.html").write_text("".join(pictures))
+
+
+def write_runs(flowers: Flowers, runs: Path) -> None:
+    """Write RUNS made-up runs; two of them have predictions, three of four right."""
+    rng = np.random.default_rng(0)
+    strategies = ("full", "lora", "linear")
+    for k in range(RUNS):
+        run = runs / f"run-{k}"
+        run.mkdir(parents=True)
+        settings = {"architecture": "tiny", "strategy": strategies[k % 3], "epochs": 1, "seed": k}
+        (run / "args.json").write_text(json.dumps(settings))
+        top1 = rng.uniform(20, 90)
+        result = {"test/top1": top1, "test/top1_low": top1 - 3, "test/top1_high": top1 + 3}
+        (run / "result.json").write_text(json.dumps(result))
+    for k in range(2):
+        rows = []
+        for i in flowers.splits["test"]:
+            label = flowers.labels[i]
+            is_right = rng.random() < 0.75
+            guess = label if is_right else rng.integers(len(flowers.class_names))
+            row = {"file": flowers.file_names[i], "label": flowers.class_names[label]}
+            rows.append(row | {"top1": flowers.class_names[guess], "score1": rng.random()})
+        write_csv(runs / f"run-{k}" / "predictions.csv", rows)
 
 
 def start(servers: list, script: str, arguments: list[str], environment: dict) -> str:
@@ -238,11 +273,18 @@ class Visitor:
         self.seconds: dict[str, dict[str, list[float]]] = {}
 
     def measure(
-        self, what: str, way: str, address: str, pictures: int, act: Callable | None = None
+        self,
+        what: str,
+        way: str,
+        address: str,
+        pictures: int,
+        act: Callable | None = None,
+        rests: str = RESTS,
     ) -> None:
         """Note the seconds until the page at the address rests with at least so many pictures.
 
-        act(page): measure this action instead, on the grid that the address shows.
+        act(page): measure this action instead, on the grid that the address shows. rests: a
+        condition in place of the pictures.
         """
         # a context of its own has an empty cache
         page = self.browser.new_context(viewport=VIEWPORT).new_page()
@@ -251,7 +293,7 @@ class Visitor:
         else:
             wait_for(page, lambda: page.goto(address), PER_PAGE)
             page.wait_for_timeout(300)  # what the page still does in the background
-            seconds = wait_for(page, lambda: act(page), pictures)
+            seconds = wait_for(page, lambda: act(page), pictures, rests)
         self.seconds.setdefault(what, {}).setdefault(way, []).append(seconds)
         page.context.close()
 
@@ -266,12 +308,12 @@ class Visitor:
         return seconds
 
 
-def wait_for(page, act: Callable, pictures: int) -> float:
+def wait_for(page, act: Callable, pictures: int, rests: str = RESTS) -> float:
     """Seconds from act() until the page rests with at least so many pictures, all of them new."""
     page.evaluate(REMEMBER)
     begin = time.perf_counter()
     act()
-    page.wait_for_function(RESTS, arg=pictures, polling=10, timeout=REST_MS)
+    page.wait_for_function(rests, arg=pictures, polling=10, timeout=REST_MS)
     return time.perf_counter() - begin
 
 
@@ -281,6 +323,18 @@ def next_page(page) -> None:
 
 def choose_train(page) -> None:
     page.get_by_role("radio", name="train").click()
+
+
+def open_runs(page) -> None:
+    page.get_by_role("radio", name="Runs").click()
+
+
+def choose_changed(page) -> None:
+    page.get_by_role("radio", name="they disagree").click()
+
+
+def open_matrix(page) -> None:
+    page.get_by_role("radio", name="confusion").click()
 
 
 def open_image(page) -> None:
@@ -334,6 +388,16 @@ def visit(
         search = search_address(addresses)
         visitor.measure("search", "web.py", search, PER_PAGE, search_sentence)
     return static
+
+
+def visit_runs(visitor: Visitor, many: str, rounds: int) -> None:
+    """Measure the views of runs, of RUNS runs, two of which have predictions."""
+    compared = f"{many}?view=runs&run=run-0&other=run-1"
+    for _ in range(rounds):
+        visitor.measure(f"table of {RUNS} runs", "web.py", many, 0, open_runs, TABLE)
+        visitor.measure("two runs: page flip", "web.py", compared, PER_PAGE, next_page)
+        visitor.measure("two runs: they disagree", "web.py", compared, 1, choose_changed)
+        visitor.measure("two runs: confusion matrix", "web.py", compared, 0, open_matrix, MATRIX)
 
 
 def search_address(addresses: dict) -> str:

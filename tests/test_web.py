@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl
 
 import clip
 import numpy as np
+import pyarrow.ipc
 import pytest
 import scipy.io
 import scipy.special
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
-from flowers.gallery import colours, filters, panels
+from flowers.gallery import atlas, colours, filters, panels
 from flowers.gallery.predictions import (
     Predictions,
     class_table,
@@ -764,6 +765,103 @@ def test_transparent_parts_are_white_and_16_bits_are_scaled(tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# the map
+
+
+def on_a_circle(n):
+    """Points on three quarters of a circle in 5 dimensions, and their angles."""
+    angles = np.random.default_rng(0).permutation(np.linspace(0, 1.5 * np.pi, n))
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1)
+    turned = circle @ np.linalg.qr(np.random.default_rng(1).normal(size=(5, 5)))[0][:2]
+    return turned.astype(np.float32), angles
+
+
+def test_the_map_unrolls_what_is_curved_and_is_kept(many, tmp_path, monkeypatch):
+    shutil.copytree(many, tmp_path / "data", symlinks=True, ignore=lambda *_: {".cache"})
+    flowers = open_flowers(tmp_path / "data")
+    features, angles = on_a_circle(N)
+    features[7] = np.nan  # an image that can't be read
+    places = atlas.image_map(flowers, features)
+    assert np.isnan(places[7]).all()
+    readable = np.arange(N) != 7
+    assert np.isfinite(places[readable]).all()
+    # Along the first axis the images lie as along the arc, which straight distances would not give.
+    assert abs(np.corrcoef(places[readable, 0], angles[readable])[0, 1]) > 0.999
+
+    monkeypatch.setattr(atlas, "isomap", None)  # called once more, it would fail
+    assert np.array_equal(atlas.image_map(flowers, features), places, equal_nan=True)
+    with pytest.raises(TypeError):
+        atlas.image_map(flowers, features + 1)  # other features have a map of their own
+    with pytest.raises(UserError, match="3 images"):
+        atlas.image_map(flowers, np.full((N, 5), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("text", ["", "1,2,3", "1,2,3,nan", "1,2,3,4,5", "a,b,c,d", "1e9,1,1,1"])
+def test_a_box_that_is_none(text):
+    assert atlas.parse_box(text) is None
+
+
+def test_a_box_is_written_as_it_is_read():
+    text = atlas.box_text({"x": [1.25, -3], "y": [0.5, 0.0001]})
+    assert atlas.parse_box(text) == (-3, 1.25, 0, 0.5)
+    assert atlas.box_text({}) == ""
+    places = np.array([[0, 0.1], [2, 0.1], [0, -1], [np.nan, np.nan]])
+    assert atlas.in_box(places, atlas.parse_box(text)).tolist() == [True, False, False, False]
+
+
+def chart_of(at):
+    """The map's table, and its specification."""
+    (chart,) = at.get("vega_lite_chart")
+    table = pyarrow.ipc.open_stream(chart.proto.datasets[0].data.data).read_pandas()
+    return table, json.loads(chart.proto.spec)
+
+
+def test_the_map_shows_each_image_and_lists_those_in_a_box(page, truth, runs):
+    class_of, splits = truth
+    at = page(view="map", laid="first")
+    table, spec = chart_of(at)
+    assert not shown(at) and not at.button  # nothing is listed without a box
+    titles = {f"{i} {name}" for i, name in class_of.items()}
+    assert set(table["title"]) == titles
+    assert all(table["image"].str.startswith("data:image/webp;base64,"))
+    groups = dict(zip(table["title"], table["group"]))
+    assert groups == {title: title.split(" ", 1)[1] for title in titles}
+
+    choose(at, "colour", "split")
+    table, _ = chart_of(at)
+    assert Counter(table["group"]) == {name: len(ids) for name, ids in splits.items()}
+
+    choose(at, "colour", "outcome")
+    select(at, "judged", "second")
+    rows = predictions_of(runs, "second")
+    right = sum(row["top1"] == row["label"] for row in rows.values())
+    wrong = len(rows) - right
+    table, _ = chart_of(at)
+    expected = {"right": right, "wrong": wrong, "not predicted": N - right - wrong}
+    assert Counter(table["group"]) == expected
+    assert (table["group"][: expected["not predicted"]] == "not predicted").all()  # below the rest
+
+    # A box around the images on the left of the median, by the address.
+    left, right = table["x"].min(), table["x"].median()
+    box = f"{left - 1:.3f},{right:.3f},{table['y'].min() - 1:.3f},{table['y'].max() + 1:.3f}"
+    in_it = table["title"][table["x"] <= float(f"{right:.3f}")]
+    inside = {int(title.split()[0]) for title in in_it}
+    again = page(view="map", laid="first", box=box)
+    _, spec = chart_of(again)
+    value = next(p["value"] for p in spec["params"] if p["name"] == "box")
+    assert [*value["x"], *value["y"]] == [float(end) for end in box.split(",")]
+    n_listed = f"1 to 48 of {len(inside)} images"
+    assert n_listed in text(again)
+    assert shown(again) == sorted(inside)[:48]
+
+
+def test_a_map_by_a_run_that_is_gone_is_none(page):
+    at = page(view="map", laid="deleted")
+    assert "There is no run deleted" in text(at)
+    assert not at.get("vega_lite_chart")
+
+
+# -----------------------------------------------------------------------------
 # addresses
 
 
@@ -985,8 +1083,8 @@ def test_what_is_computed_in_the_background_has_a_bar():
 
     with tqdm(total=200, desc="encoding images", file=io.StringIO()) as bar:
         bar.update(50)
-        assert web.progress() == ("Encoding images: 50 of 200", 0.25)
-    assert web.progress() == ("Loading the model", 0.0)
+        assert web.progress("Loading the model") == ("Encoding images: 50 of 200", 0.25)
+    assert web.progress("Loading the model") == ("Loading the model", 0.0)
 
 
 HEAD = b"file,label,top1,score1\n"

@@ -5,6 +5,7 @@ Everything that is waited for may take up to PATIENCE on a busy machine.
 """
 
 import os
+import random
 import re
 import shutil
 import socket
@@ -20,6 +21,7 @@ from PIL import Image
 
 from flowers import models
 from flowers.files import write_csv
+from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES
 
 PATIENCE = 180  # seconds
 POLL = 50  # milliseconds
@@ -87,12 +89,13 @@ def wait_for_server(process, address, log):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of `streamlit run web.py` on 120 discs, with a run that has a tiny model."""
+    """The address of `streamlit run web.py` on 120 discs, with two runs; `tiny` has a model."""
     folder = tmp_path_factory.mktemp("browser")
     data = write_dataset(folder / "data", per_class=20)
-    run = folder / "runs" / "tiny"
-    run.mkdir(parents=True)
-    write_predictions(run)
+    other, run = folder / "runs" / "other", folder / "runs" / "tiny"
+    for each in (other, run):  # `tiny` is the newest
+        each.mkdir(parents=True)
+        write_predictions(each)
     torch.manual_seed(0)
     torch.save(models.build("tiny").state_dict(), run / "model.pt")
 
@@ -252,7 +255,7 @@ def open_an_image_and_use_the_keyboard(page):
     wait(page, lambda: "image=" not in page.url and len(captions(page)) == 20)
 
 
-def search_by_a_sentence_and_by_files(page, good, bad):
+def search_by_a_sentence_and_by_files(page, good, bad, large):
     page.get_by_text("Search", exact=True).click()
     page.get_by_label("Sentence").fill("a red flower")
     page.get_by_label("Sentence").press("Enter")
@@ -263,14 +266,21 @@ def search_by_a_sentence_and_by_files(page, good, bad):
     wait(page, lambda: answer.count() == 1 and len(captions(page)) == 48)
     assert not page.locator("[data-testid=stAlert]").count()
 
+    # Streamlit itself refuses it: the answer about the file before must not stay.
+    page.locator("input[type=file]").set_input_files(large)
+    wait(page, lambda: answer.count() == 0 and page.get_by_text("must be 10").count() == 1)
+    page.locator("input[type=file]").set_input_files(good)
+    wait(page, lambda: answer.count() == 1)
+
     page.locator("input[type=file]").set_input_files(bad)
     wait(page, lambda: page.get_by_text("can't be read as a picture").count() == 1)
 
 
 def test_a_visit(page, server, tmp_path):
-    good, bad = tmp_path / "good.png", tmp_path / "bad.jpg"
+    good, bad, large = tmp_path / "good.png", tmp_path / "bad.jpg", tmp_path / "large.png"
     Image.new("RGB", (300, 200), (200, 30, 60)).save(good)
     bad.write_bytes(b"\xff\xd8 no picture")
+    large.write_bytes(bytes(MAX_UPLOAD_BYTES + 1))
 
     page.goto(server)
     wait(page, lambda: len(captions(page)) == 48)
@@ -282,10 +292,10 @@ def test_a_visit(page, server, tmp_path):
     open_an_image_and_use_the_keyboard(page)
 
     page.get_by_text("Runs", exact=True).click()
-    wait(page, lambda: "view=runs" in page.url and page.get_by_text("images right").count() == 1)
+    wait(page, lambda: "view=runs" in page.url and page.get_by_text("Of 30 images").count() == 1)
     page.goto(f"{server}/?view=runs&show=wrong")
     wait(page, lambda: captions(page) and all("✗" in line for line in predictions(page)))
-    search_by_a_sentence_and_by_files(page, good, bad)
+    search_by_a_sentence_and_by_files(page, good, bad, large)
 
 
 # -----------------------------------------------------------------------------
@@ -358,6 +368,119 @@ def test_a_key_pressed_again_and_again_leaves_the_page_whole(page, server):
     assert not page.get_by_text("Connection error").count()
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["[data-testid=stButton] button:has-text('Next')", PICTURE, ".matrix button", "[role=radio]"],
+)
+def test_three_hundred_clicks_leave_the_page_whole(page, server, target):
+    address = "?view=runs&part=confusion" if "matrix" in target else "?view=browse"
+    page.goto(f"{server}/{address}")
+    page.locator(target).nth(1 if target == PICTURE else 0).wait_for()
+    page.wait_for_selector(IDLE)
+    box = page.locator(target).nth(1 if target == PICTURE else 0).bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for _ in range(300):
+        page.mouse.click(x, y)
+        page.wait_for_timeout(5)
+    comes_to_rest(page)
+    assert_equals_a_fresh_page(page)
+
+
+# What a hurried visitor may hit, where it is in the window: its middle. Not what opens a window of
+# the browser, or lays something over the whole page.
+TARGETS = """() => {
+    const found = [];
+    function look(root) {
+        for (const element of root.querySelectorAll("button, label, .pictures a, [role=radio]")) {
+            const box = element.getBoundingClientRect();
+            const x = box.x + box.width / 2, y = box.y + box.height / 2;
+            const inside = x > 0 && y > 0 && x < innerWidth && y < innerHeight;
+            const left_out = "[data-testid=stFileUploader], [data-testid=stElementToolbar]";
+            if (box.width && inside && !element.closest(left_out)) found.push([x, y]);
+        }
+        for (const element of root.querySelectorAll("*"))
+            if (element.shadowRoot) look(element.shadowRoot);
+    }
+    look(document.querySelector("[data-testid=stMain]") || document);
+    return found;
+}"""
+HURRY = float(os.environ.get("HURRY", 10))  # seconds
+
+
+def act_at_random(page, rng):
+    """One thing that a hurried visitor does, at a random speed."""
+    action = rng.choice(["keys", "hold", "click", "click", "click", "scroll", "back", "forward"])
+    times = rng.randint(1, 20)
+    pause = rng.choice([0, 5, 20, 60, 150])  # milliseconds
+    if action == "keys":
+        for _ in range(times):
+            page.keyboard.press(
+                rng.choice(["ArrowLeft", "ArrowRight", "ArrowRight", "s", "Escape"])
+            )
+            page.wait_for_timeout(pause)
+    elif action == "hold":
+        key = rng.choice(["ArrowLeft", "ArrowRight"])
+        for _ in range(2 * times):
+            page.keyboard.down(key)  # again without `up`: as the keyboard repeats it
+            page.wait_for_timeout(30)
+        page.keyboard.up(key)
+    elif action == "click":
+        targets = page.evaluate(TARGETS)
+        for x, y in rng.choices(targets, k=min(times, 4)) if targets else ():
+            page.mouse.click(x, y)
+            page.wait_for_timeout(pause)
+    elif action == "scroll":
+        page.mouse.wheel(0, rng.choice([-1000, 400, 1000]))
+    else:
+        # Not to the empty page that was there before the first address.
+        can = f"navigation.canGo{action.title()}"
+        page.evaluate(f"() => {{ if ({can}) history.{action}() }}")
+        page.wait_for_timeout(pause)
+
+
+def comes_to_rest(page):
+    """Until the page is idle, and still is a while later."""
+    for _ in range(3):
+        page.wait_for_timeout(800)  # PAUSE of page.js is over
+        page.wait_for_selector(IDLE)
+
+
+def what_is_shown(page):
+    """The text of the page with its pictures, and what is chosen on it."""
+    page.wait_for_selector(IDLE)
+    text = page.locator(MAIN).inner_text()
+    pictures = page.locator(".pictures img, .image img").evaluate_all("all => all.map(i => i.src)")
+    chosen = page.locator("[aria-checked=true], [aria-pressed=true]").all_inner_texts()
+    cells = page.locator(".matrix button").all_inner_texts()
+    return text, pictures, captions(page), chosen, cells
+
+
+def assert_equals_a_fresh_page(page):
+    address = page.url
+    fresh = new_page(page.context)
+    fresh.goto(address)
+    wait(fresh, lambda: what_is_shown(fresh) == what_is_shown(page))
+    assert fresh.url == page.url == address
+    fresh.close()
+    assert not page.get_by_text("Connection error").count()
+    assert not page.locator("[data-testid=stException]").count()
+
+
+@pytest.mark.parametrize(
+    "seed, seconds",
+    [(0, HURRY), *(pytest.param(seed, 60, marks=pytest.mark.slow) for seed in (1, 2))],
+)
+def test_a_hurried_visitor_finds_the_page_right_at_the_end(page, server, seed, seconds):
+    rng = random.Random(seed)
+    page.goto(f"{server}/?image=30")
+    page.locator(".image img").wait_for()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        act_at_random(page, rng)
+    comes_to_rest(page)
+    assert_equals_a_fresh_page(page)
+
+
 # -----------------------------------------------------------------------------
 # a telephone
 
@@ -378,10 +501,12 @@ def test_nothing_is_cut_off_on_a_telephone(chromium, server, theme):
         "?view=runs",
         "?view=runs&part=classes",
         "?view=runs&part=confusion",
+        "?view=map&laid=tiny",
         "?view=search&q=rose",
+        "?view=runs&run=tiny&other=other",
     ):
         page.goto(f"{server}/{address}")
-        page.wait_for_selector(".pictures a, [data-testid=stDataFrame], .matrix")
+        page.wait_for_selector(".pictures a, [data-testid=stDataFrame], .matrix, .vega-embed")
         page.wait_for_selector(IDLE)
         assert page.locator(MAIN).evaluate("e => e.scrollWidth") <= 400
         block = page.locator("[data-testid=stMainBlockContainer]")
@@ -392,4 +517,8 @@ def test_nothing_is_cut_off_on_a_telephone(chromium, server, theme):
     background, ink = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in style)
     assert (background < ink) == (theme == "dark")
     assert abs(background - ink) > 400
+    # So is the name of a chosen run, on the ground of the page.
+    ground, name = page.locator("[data-tag]").first.evaluate(COLOURS)
+    assert ground == "rgba(0, 0, 0, 0)"
+    assert abs(background - sum(map(int, re.findall(r"\d+", name)[:3]))) > 400
     context.close()

@@ -4,6 +4,8 @@ const PAUSE = 700; // milliseconds
 const SETTLE = 80; // milliseconds after which Streamlit has said that it is busy
 const BUTTON = "[data-testid=stButton] button";
 const KEYS = ["ArrowLeft", "ArrowRight", "Escape", "s", "S"]; // the shortcuts of web.py
+const MAX_UPLOAD = 10 * 2 ** 20; // bytes: MAX_UPLOAD_BYTES of thumbnails.py
+const REMOVE = "[data-testid=stFileChipDeleteBtn] button, button[data-testid=stFileChipDeleteBtn]";
 
 let lastPress = -Infinity;
 
@@ -27,11 +29,23 @@ function holdBack(event) {
     }
 }
 
+// Streamlit refuses a file that is too large, and says so, but the file before it stays: so does the
+// answer about that one, which would be taken for one about the new file.
+function removeFormer(event) {
+    const uploader = event.target.closest?.("[data-testid=stFileUploader]");
+    const files = event.type === "drop" ? event.dataTransfer?.files : event.target.files;
+    if (uploader && [...(files ?? [])].some(file => file.size > MAX_UPLOAD)) {
+        uploader.querySelector(REMOVE)?.click();
+    }
+}
+
 // Once for a document, before any listener of Streamlit's, however often this file is loaded.
 if (!window.flowersHoldBack) {
     window.flowersHoldBack = true;
     window.addEventListener("keydown", holdBack, true);
     window.addEventListener("click", holdBack, true);
+    window.addEventListener("change", removeFormer, true);
+    window.addEventListener("drop", removeFormer, true);
 }
 
 export default function ({ data, parentElement, setTriggerValue }) {

@@ -42,9 +42,10 @@ ELEMENT = {
 # writes the names of chosen runs in white on a light blue.
 PAGE_STYLE = """
 [data-testid=stMainBlockContainer] { padding-top: 1rem; padding-bottom: 2rem; }
-[data-baseweb=tag] { background: none !important; color: inherit !important; }
-[data-baseweb=tag] { border: 1px solid currentColor; }
+[data-tag] { background: none !important; color: inherit !important; }
+[data-tag] { border: 1px solid currentColor !important; }
 [data-testid=stHeader] { height: 0; min-height: 0; background: none; }
+#vg-tooltip-element img { width: 96px; max-width: none; max-height: none; }
 @media (max-width: 640px) {
   [data-testid=stMainBlockContainer] { padding-left: 0.75rem; padding-right: 0.75rem; }
 }

@@ -187,7 +187,7 @@ class Thumbnails:
 
     def _jpeg_rows(self) -> Iterator[np.ndarray]:
         """Yield each thumbnail's bytes, filled up with zeros, (SLOT,) uint8."""
-        for jpeg in _in_threads(thumbnail, self.files):
+        for jpeg in in_threads(thumbnail, self.files):
             yield np.frombuffer(jpeg.ljust(SLOT, b"\0"), np.uint8)
 
     def _colour_rows(self) -> Iterator[np.ndarray]:
@@ -196,10 +196,10 @@ class Thumbnails:
         def features_of(i: int) -> np.ndarray:
             return colour_features(read_thumbnail(self[i]))
 
-        yield from _in_threads(features_of, range(len(self.files)))
+        yield from in_threads(features_of, range(len(self.files)))
 
 
-def _in_threads(function: Callable, items: Sequence) -> Iterable:
+def in_threads(function: Callable, items: Sequence) -> Iterable:
     """Yield function(item) of every item in order, at most CHUNK ahead of the reader."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(items), CHUNK):
