@@ -255,7 +255,8 @@ IMPORTED = (
     "sklearn.metrics",
     "torch._dynamo",
 )
-QWEN_IMPORTED = ("transformers.models.qwen2_vl.modeling_qwen2_vl", "peft")
+# Not peft: where bitsandbytes is installed it imports that, which asks for the GPU.
+QWEN_IMPORTED = ("transformers.models.qwen2_vl.modeling_qwen2_vl",)
 HERE = Path(__file__).resolve().parent
 # These go on where they were killed; other scripts keep nothing on the way, and begin anew.
 RESUMED = ("train.py", "qwen_train.py", "qwen_eval.py")
