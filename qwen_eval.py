@@ -230,6 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     args = runs.parse_stored(parser, args, stored)
     # As a flag, false is left out, which must not stand for the adapter's.
     args.list_names = bool(args.list_names)
+    args.load_4bit = bool(args.load_4bit)
     return args
 
 
