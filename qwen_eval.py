@@ -230,6 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     args = runs.parse_stored(parser, args, stored)
     # As a flag, false is left out, which must not stand for the adapter's.
     args.list_names = bool(args.list_names)
+    args.load_4bit = bool(args.load_4bit)
     return args
 
 
@@ -317,7 +318,7 @@ from flowers.intervals import wilson
 from flowers.qwen import memory, models
 from flowers.qwen.answers import contained, generate, match, one_line
 from flowers.qwen.features import digest_to_keep, load_images
-from flowers.qwen.prompts import encode, move, questions_about, questions_of, spell_names
+from flowers.qwen.prompts import Tensors, encode, move, questions_about, questions_of, spell_names
 from flowers.qwen.ranking import PackedNames, describe_and_rank, rank_questions, scores
 from flowers.tracking import Tracker, finish_evaluation, start_wandb
 
@@ -356,7 +357,7 @@ class Task:
         order, seed = self.config.list_order, self.config.seed
         return questions_about(self.texts, names, order, seed, file_name)
 
-    def generate(self, texts: Sequence[str], image: dict[str, torch.Tensor]) -> list[str]:
+    def generate(self, texts: Sequence[str], image: Tensors) -> list[str]:
         """Return the model's answers to B questions, one about each image."""
         prompts = move(encode(self.processor, texts, image["image_grid_thw"]), self.device)
         image = move(image, self.device)
@@ -375,12 +376,12 @@ def respell(task: Task, case: str) -> Task:
     return replace(task, class_names=class_names, packed=packed)
 
 
-def describe_images(task: Task, image: dict[str, torch.Tensor], batch: Sequence[int]) -> list[dict]:
+def describe_images(task: Task, image: Tensors, batch: Sequence[int]) -> list[dict]:
     """A generated sentence for each image, as `read_captions` reads it."""
     return [{"captions": [one_line(text)]} for text in task.answers(batch, image)]
 
 
-def answer_freely(task: Task, image: dict[str, torch.Tensor], batch: Sequence[int]) -> list[dict]:
+def answer_freely(task: Task, image: Tensors, batch: Sequence[int]) -> list[dict]:
     """The model's own words for each image: `answer`, and `own_answer` where half is listed."""
     records = [{} for _ in batch]
     for listed in task.config.lists:
@@ -389,7 +390,7 @@ def answer_freely(task: Task, image: dict[str, torch.Tensor], batch: Sequence[in
     return records
 
 
-def rank_names(task: Task, image: dict[str, torch.Tensor], batch: Sequence[int]) -> list[dict]:
+def rank_names(task: Task, image: Tensors, batch: Sequence[int]) -> list[dict]:
     """The log-likelihood of every class name for each image: `sum`, and `own_sum`.
 
     Their mean over the questions. `prior` is that without the image, where each image is asked with

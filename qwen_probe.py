@@ -237,7 +237,7 @@ from flowers.qwen import memory, models
 from flowers.qwen.adapters import base_model
 from flowers.qwen.features import image_features
 from flowers.qwen.models import hidden_states
-from flowers.qwen.prompts import encode, move, open_images, patches, prefetch
+from flowers.qwen.prompts import Tensors, encode, move, open_images, patches, prefetch
 from flowers.strategies import INVERSE_REGULARISATION, fit_linear
 from flowers.tracking import finish_evaluation, start_wandb
 
@@ -318,7 +318,7 @@ def encode_images(
     if config.features != "vision":
         kept = image_features(model, processor, flowers, index, models.vision_digest(model))
 
-    def load(positions: list[int]) -> dict[str, torch.Tensor]:
+    def load(positions: list[int]) -> Tensors:
         if kept is not None:
             return kept.batch(positions)
         return patches(processor, open_images([flowers.files[index[j]] for j in positions]))
@@ -339,7 +339,7 @@ def encode_images(
     return F.normalize(features, dim=1)
 
 
-def features_of(model, processor, image: dict[str, torch.Tensor], config: Config) -> torch.Tensor:
+def features_of(model, processor, image: Tensors, config: Config) -> torch.Tensor:
     """Return --features of B images, (B, D), as the model makes them.
 
     image: image_grid_thw (B, 3), with pixel_values, or with the `features` that are kept.

@@ -382,6 +382,7 @@ from flowers.qwen.answers import answer_length, answer_loss, one_line
 from flowers.qwen.features import ImageFeatures, image_features
 from flowers.qwen.memory import Work
 from flowers.qwen.prompts import (
+    Tensors,
     draw_question,
     draw_views,
     encode,
@@ -407,7 +408,7 @@ class Batch:
     chunks: of b images each: the images, as `hidden_states` takes them, b questions, b answers.
     """
 
-    chunks: list[tuple[dict[str, torch.Tensor], list[str], list[str]]]
+    chunks: list[tuple[Tensors, list[str], list[str]]]
     answers: list[str]
 
 

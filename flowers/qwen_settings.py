@@ -226,7 +226,7 @@ def read_training(adapter: str | None, model: str | None) -> dict:
 def _is_sound(flag: str, value, default) -> bool:
     """Whether a value of args.json is one that the flag can have."""
     if flag == "question" and value is not None:
-        return isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+        return runs.is_list_of_texts(value)
     if flag == "val_shots" and value is not None:
         return type(value) is int and value >= 1
     has_type = type(value) is type(default)

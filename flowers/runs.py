@@ -282,14 +282,14 @@ def as_flags(stored: dict) -> list[str]:
             continue
         if value is True:
             flags.append(f"--{key}")
-        elif _is_list_of_texts(value):
+        elif is_list_of_texts(value):
             flags.extend(f"--{key}={text}" for text in value)
         else:
             flags.append(f"--{key}={value}")
     return flags
 
 
-def _is_list_of_texts(value) -> bool:
+def is_list_of_texts(value) -> bool:
     return isinstance(value, list) and value != [] and all(type(item) is str for item in value)
 
 

@@ -253,9 +253,11 @@ def test_an_adapter_of_4_bits_brings_them_to_its_evaluation(small, tmp_path, cli
     pytest.importorskip("bitsandbytes", reason="needs requirements-4bit.txt")
     common = ["--data_root", small, "--runs", tmp_path, "--wandb", "disabled"]
     arguments = ["--model", "tiny", "--load_4bit", "--also_train", "--epochs", 1]
-    arguments += ["--batch_size", "auto", "--name", "train"]
+    arguments += ["--batch_size", "auto", "--merge", "--name", "train"]
     code, out, err = cli("qwen_train.py", *common, *arguments)
     assert code == 0 and "in fp32, 4 bits a weight (weights" in out, err
+    assert "free on the GPU" not in out
+    assert "its adapter is merged into the weights of tiny as they are without it" in err
     stored = json.loads((tmp_path / "train" / "args.json").read_text())
     assert stored["load_4bit"] is True and stored["batch_size"] == 32
 

@@ -236,6 +236,24 @@ def test_the_question_of_training_is_asked(adapter, probe, tmp_path, capfd):
     assert config.asks == "Mine?"
 
 
+def test_a_merged_model_is_probed_as_its_adapter_is(adapter, probe, small, tmp_path, cli):
+    """It brings what its run says, and the images that it was trained on are refused."""
+    merged = tmp_path / "run" / "merged"
+    model, processor = load_model("tiny", "cpu")
+    model.save_pretrained(merged)
+    processor.save_pretrained(merged)
+    stored = files.read_json(adapter / "args.json") | {"load_4bit": True, "question": ["Own?"]}
+    files.write_json(merged / "args.json", stored | {"job": runs.MERGED})
+    runs.write_trained_on(merged, [], adapter)
+
+    flags = ["--model", str(merged), "--features", "prompt"]
+    config = probe.resolve(probe.make_parser().parse_args(flags))
+    assert config.model == str(merged) and config.max_pixels == 4096 and config.load_4bit
+    assert config.asks == "Own?"
+    words = [*flags, "--load_4bit=false", "--splits", "swapped", "--runs", tmp_path, *NO_WANDB]
+    assert "of the 12 test images were trained on by" in error_line(cli("qwen_probe.py", *words))
+
+
 def test_flags_that_mean_nothing_are_refused(small, tmp_path, cli):
     common = ["--data_root", small, "--model", "tiny", "--runs", tmp_path, *NO_WANDB]
     for flags, words in (
@@ -282,8 +300,9 @@ def test_a_killed_probe_is_begun_anew(tmp_path):
     assert json.loads((folder / "args.json").read_text())["job"] == "qwen_probe"
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_grid_evaluates_what_was_trained(small, tmp_path, cli):
-    """With ablate.py, and a training run that is there already."""
+    """The commands of ablate.py, run here, where a new process would import all again."""
     flags = ["qwen", "--architecture", "tiny", "--data_root", small, "--runs", tmp_path]
     flags += ["--seeds", 1, "--rank", 4, "--shots", 2, "--protocol", "probe"]
     flags += ["--features", "vision", "--wandb", "disabled"]
@@ -302,8 +321,11 @@ def test_the_grid_evaluates_what_was_trained(small, tmp_path, cli):
     train = select(flowers.splits["train"], flowers.labels, 6, shots=2, seed=1)
     runs.write_trained_on(tmp_path / name, image_ids(flowers, train))
 
-    code, out, err = cli("ablate.py", *flags)
-    assert code == 0 and "3 points finished, 0 failed" in out, out + err
+    probes = [words[1:] for words in lines if words[1] == "qwen_probe.py"]
+    assert len(probes) == 2
+    for words in probes:
+        code, _, err = cli(*words)
+        assert code == 0, err
     compared, _ = comparable.resolve(comparable.load(tmp_path)[0])
     found = {run.method: run for run in compared}
     assert set(found) == {"linear (probe of vision)", "lora + linear (probe of prompt)"}

@@ -255,9 +255,12 @@ def test_an_adapter_brings_what_it_was_asked_in_training(script, base_run, capfd
 
 def test_what_was_switched_off_stays_off_in_a_resumed_run(script, base_run, tmp_path, monkeypatch):
     """A switch that is off is no flag, and must not become the adapter's once more."""
-    config = config_of(
-        script, "--adapter", base_run, "--list_names=false", "--question=-a", "--question", "b"
-    )
+    run = shutil.copytree(base_run, tmp_path / "run")
+    trained = json.loads((run / "args.json").read_text())
+    files.write_json(run / "args.json", trained | {"load_4bit": True})
+    off = ["--list_names=false", "--load_4bit=false"]
+    config = config_of(script, "--adapter", run, *off, "--question=-a", "--question", "b")
+    assert not config.load_4bit
     folder = tmp_path / "eval"
     folder.mkdir()
     stored = {"job": "qwen_eval"} | dataclasses.asdict(config)

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from flowers.qwen.adapters import base_model
 from flowers.qwen.models import cache_argument, hidden_states, image_arguments
-from flowers.qwen.prompts import END
+from flowers.qwen.prompts import END, Tensors
 
 IGNORE = -100  # the label that cross_entropy leaves out
 
@@ -22,8 +22,8 @@ IGNORE = -100  # the label that cross_entropy leaves out
 def generate(
     model,
     processor,
-    inputs: dict[str, torch.Tensor],
-    image: dict[str, torch.Tensor],
+    inputs: Tensors,
+    image: Tensors,
     max_tokens: int,
     kv_cache: DynamicCache | None = None,
 ) -> list[str]:
@@ -126,8 +126,8 @@ def answer_length(processor, answer: str) -> int:
 def answer_loss(
     model,
     processor,
-    inputs: dict[str, torch.Tensor],
-    image: dict[str, torch.Tensor],
+    inputs: Tensors,
+    image: Tensors,
     answers: Sequence[str],
 ) -> tuple[torch.Tensor, int]:
     """Return the summed cross-entropy (nats) of the answers' tokens, and the number of these.

@@ -20,7 +20,7 @@ from flowers import cache, files
 from flowers.data import Flowers
 from flowers.qwen.adapters import base_model
 from flowers.qwen.models import feature_width, vision_digest, vision_features
-from flowers.qwen.prompts import move, open_images, patches, prefetch
+from flowers.qwen.prompts import Tensors, move, open_images, patches, prefetch
 
 PORTION = 512  # images whose features are computed before any of them is used, in evaluation
 
@@ -35,7 +35,7 @@ class ImageFeatures:
     tokens: list[torch.Tensor]
     grids: torch.Tensor
 
-    def batch(self, positions: list[int]) -> dict[str, torch.Tensor]:
+    def batch(self, positions: list[int]) -> Tensors:
         """Return what `hidden_states` takes of the images at some positions (0 to N - 1)."""
         features = torch.cat([self.tokens[i] for i in positions])
         return {"features": features, "image_grid_thw": self.grids[positions]}
@@ -90,7 +90,7 @@ def load_images(
     index: Sequence[int],
     batch_size: int,
     digest: str | None,
-) -> Iterator[tuple[dict[str, torch.Tensor], Sequence[int]]]:
+) -> Iterator[tuple[Tensors, Sequence[int]]]:
     """Yield images, as `hidden_states` takes them, with their part of `index`, batch by batch.
 
     digest: as for `image_features`, which keeps them in portions, so that a kill costs no

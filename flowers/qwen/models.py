@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 from flowers import UserError, devices, reason
 from flowers.qwen.adapters import base_model, load_adapter, some
 from flowers.qwen.offline import SHAPES, build
-from flowers.qwen.prompts import END
+from flowers.qwen.prompts import END, Tensors
 from flowers.qwen_settings import Settings
 
 # Whose ranking is tested against one plain forward a name, by the model_type of their config.
@@ -269,8 +269,8 @@ def _from_pretrained(auto_class, name: str, **options):
 
 def hidden_states(
     model,
-    inputs: dict[str, torch.Tensor],
-    image: dict[str, torch.Tensor] | None = None,
+    inputs: Tensors,
+    image: Tensors | None = None,
     kv_cache: transformers.DynamicCache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the language model's last hidden states (B, L, D), and each row's next position (B,).
@@ -291,9 +291,7 @@ def hidden_states(
     return output.last_hidden_state, next_position
 
 
-def prompt_positions(
-    model, inputs: dict[str, torch.Tensor], image: dict[str, torch.Tensor] | None
-) -> torch.Tensor:
+def prompt_positions(model, inputs: Tensors, image: Tensors | None) -> torch.Tensor:
     """Return the positions (3, B, L) of prompts: in time, height and width.
 
     The model itself remembers positions (`rope_deltas`) from whatever it saw last.
@@ -328,7 +326,7 @@ def feature_width(model) -> int:
     return config.get_text_config().hidden_size * (1 + len(levels))
 
 
-def vision_features(model, image: dict[str, torch.Tensor]) -> torch.Tensor:
+def vision_features(model, image: Tensors) -> torch.Tensor:
     """Return what the language model is given of images: (tokens of all images, feature_width).
 
     image: pixel_values and image_grid_thw.
@@ -339,7 +337,7 @@ def vision_features(model, image: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.cat(list(level)) for level in levels], 1)
 
 
-def image_arguments(model, image: dict[str, torch.Tensor] | None) -> dict:
+def image_arguments(model, image: Tensors | None) -> dict:
     """Return images, as pixels or features, as the model's keyword arguments."""
     if not image or "features" not in image:
         return image or {}

@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from flowers import UserError, devices
 from flowers.qwen_settings import QUESTIONS
 
+Tensors = dict[str, torch.Tensor]  # the tensors of a batch, by name
+
 END = "<|im_end|>"  # ends every turn, and so every answer
 IMAGE = "<|image_pad|>"  # stands where one token of an image goes
 
@@ -116,7 +118,7 @@ def encode(
     question: str | Sequence[str],
     grids: torch.Tensor | None,
     prefixes: Sequence[str] | None = None,
-) -> dict[str, torch.Tensor]:
+) -> Tensors:
     """Tokenise the conversation up to the answer, once for each image.
 
     question: one for all images, or B of them.
@@ -222,7 +224,7 @@ def crop_and_mirror(image: Image.Image, draw: Sequence[float]) -> Image.Image:
     return image
 
 
-def patches(processor, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+def patches(processor, images: list[Image.Image]) -> Tensors:
     """Resize and normalise images, and cut them into patches.
 
     Returns pixel_values (patches of all images, values of a patch), and image_grid_thw (B, 3):
@@ -235,7 +237,7 @@ def patches(processor, images: list[Image.Image]) -> dict[str, torch.Tensor]:
 # batches
 
 
-def move(tensors: dict[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+def move(tensors: Tensors, device: torch.device | str) -> Tensors:
     """Return the tensors of a batch on the device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 

@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from flowers.qwen.adapters import base_model
 from flowers.qwen.answers import first_line, generate
 from flowers.qwen.models import cache_argument, hidden_states, prompt_positions
-from flowers.qwen.prompts import END, encode, move
+from flowers.qwen.prompts import END, Tensors, encode, move
 
 MAX_LOGITS = 2**26  # at a time: those of all names at once would be gigabytes
 
@@ -56,18 +56,22 @@ class PackedNames:
             encoding = processor.tokenizer(class_name + END, add_special_tokens=False)
             names.append(torch.tensor(encoding["input_ids"], dtype=torch.long))
         self.lengths = torch.tensor([len(name) for name in names])  # (C,)
+        n_read = self.lengths - 1  # all tokens of a name but its END
 
         self.tokens = torch.cat([name[:-1] for name in names])  # (M,)
-        self.places = torch.cat([torch.arange(len(name) - 1) for name in names])  # (M,)
+        self.places = torch.cat([torch.arange(n) for n in n_read])  # (M,)
         every_name = torch.arange(len(names))
-        name_of_token = every_name.repeat_interleave(self.lengths - 1)  # (M,)
+        name_of_token = every_name.repeat_interleave(n_read)  # (M,)
         in_one_name = name_of_token[:, None] == name_of_token
-        self.sees = in_one_name & (self.places[:, None] >= self.places)  # (M, M)
+        comes_before = self.places[:, None] >= self.places
+        self.sees = in_one_name & comes_before  # (M, M)
 
         first_tokens = torch.stack([name[0] for name in names])  # (C,)
-        self.targets = torch.cat([first_tokens, *(name[1:] for name in names)])  # (T,)
-        from_prompt = torch.zeros(len(names), dtype=torch.long)
-        self.sources = torch.cat([from_prompt, torch.arange(len(self.tokens)) + 1])  # (T,)
+        others = [name[1:] for name in names]
+        self.targets = torch.cat([first_tokens, *others])  # (T,)
+        from_prompt = torch.zeros_like(first_tokens)
+        from_tokens = torch.arange(len(self.tokens)) + 1
+        self.sources = torch.cat([from_prompt, from_tokens])  # (T,)
         self.names = torch.cat([every_name, name_of_token])  # (T,)
 
 
@@ -75,8 +79,8 @@ class PackedNames:
 def rank(
     model,
     names: PackedNames,
-    inputs: dict[str, torch.Tensor],
-    image: dict[str, torch.Tensor] | None = None,
+    inputs: Tensors,
+    image: Tensors | None = None,
 ) -> torch.Tensor:
     """Return the log-likelihoods (B, C) of all names, END included, after each prompt.
 
@@ -95,8 +99,8 @@ def rank_after_answers(
     model,
     processor,
     names: PackedNames,
-    inputs: dict[str, torch.Tensor],
-    image: dict[str, torch.Tensor],
+    inputs: Tensors,
+    image: Tensors,
     kv_cache: DynamicCache,
     answers: Sequence[str],
 ) -> torch.Tensor:
@@ -118,12 +122,16 @@ def rank_after_answers(
     left = {"batch_first": True, "padding_side": "left"}
     padding = processor.tokenizer.pad_token_id
     tokens = pad_sequence(rows, padding_value=padding, **left).to(device)  # (B, P)
-    text_mask = pad_sequence([torch.ones_like(ids) for ids in rows], **left).to(device)
+    is_token = [torch.ones_like(ids) for ids in rows]
+    text_mask = pad_sequence(is_token, **left).to(device)  # (B, P)
 
-    next_position = prompt_positions(model, inputs, image).amax(dim=(0, 2)) + 1  # (B,)
+    # The text goes on from the last position of the prompt.
+    positions = prompt_positions(model, inputs, image)  # (3, B, L)
+    next_position = positions.amax(dim=(0, 2)) + 1  # (B,)
     places = (text_mask.cumsum(1) - 1).clamp(min=0)  # (B, P)
+    text_positions = next_position[:, None] + places
     mask = torch.cat([prompt_mask, text_mask], 1)  # (B, L + P)
-    states = _read_on(network, tokens, mask, next_position[:, None] + places, kv_cache)
+    states = _read_on(network, tokens, mask, text_positions, kv_cache)
     next_position = next_position + text_mask.sum(1)
     return _rank_after(model, names, states[:, -1:], mask, next_position, kv_cache)
 
@@ -134,7 +142,7 @@ def rank_questions(
     processor,
     names: PackedNames,
     questions: Sequence[Sequence[str]],
-    image: dict[str, torch.Tensor] | None,
+    image: Tensors | None,
     prefixes: Sequence[str] | None = None,
 ) -> torch.Tensor:
     """Return the log-likelihoods (B, C) of all names, their mean over Q questions.
@@ -142,6 +150,7 @@ def rank_questions(
     questions: Q sequences of B texts, one about each image. image: as for `hidden_states`, on the
     model's device; None for the questions alone. prefixes: B texts between question and name.
     """
+    # Prompts are put together on the CPU.
     grids = None if image is None else image["image_grid_thw"].cpu()
     sums = []
     for texts in questions:
@@ -156,7 +165,7 @@ def describe_and_rank(
     processor,
     names: PackedNames,
     texts: Sequence[str],
-    image: dict[str, torch.Tensor],
+    image: Tensors,
     most_tokens: int,
 ) -> tuple[list[str], torch.Tensor]:
     """Return B descriptions, and the log-likelihoods (B, C) of all names after them.
@@ -164,7 +173,8 @@ def describe_and_rank(
     texts: B questions, one about each image. image: as for `hidden_states`, on the model's device.
     Image and question are read once, for the description and the names.
     """
-    prompts = move(encode(processor, texts, image["image_grid_thw"].cpu()), model.device)
+    grids = image["image_grid_thw"].cpu()
+    prompts = move(encode(processor, texts, grids), model.device)
     kv_cache = new_cache(model)
     answers = generate(model, processor, prompts, image, most_tokens, kv_cache)
     descriptions = [first_line(answer) for answer in answers]
@@ -195,12 +205,16 @@ def _rank_after(
     device = last_state.device
     states = last_state
     if len(names.tokens):
-        batch_size, n_tokens = len(prompt_mask), len(names.tokens)
+        batch_size = len(prompt_mask)
+        n_tokens = len(names.tokens)
         # The prompt's padding is seen by none.
-        sees_prompt = prompt_mask.bool()[:, None].expand(-1, n_tokens, -1)  # (B, M, L)
+        is_prompt = prompt_mask.bool()[:, None]  # (B, 1, L)
+        sees_prompt = is_prompt.expand(-1, n_tokens, -1)  # (B, M, L)
         sees_names = names.sees.to(device).expand(batch_size, -1, -1)  # (B, M, M)
-        mask = torch.cat([sees_prompt, sees_names], 2)[:, None]  # (B, 1, M, L + M)
-        positions = next_position[:, None] + names.places.to(device)  # (B, M)
+        mask = torch.cat([sees_prompt, sees_names], 2)  # (B, M, L + M)
+        mask = mask[:, None]  # the same for all heads
+        places = names.places.to(device)
+        positions = next_position[:, None] + places  # (B, M)
         tokens = names.tokens.to(device).expand(batch_size, -1)
         name_states = _read_on(network, tokens, mask, positions, kv_cache)  # (B, M, D)
         states = torch.cat([states, name_states], 1)  # (B, 1 + M, D)
@@ -246,13 +260,13 @@ def _log_probabilities(network, names: PackedNames, states: torch.Tensor) -> tor
         sources = (names.sources[in_chunk] - start).to(states.device)
         targets = names.targets[in_chunk].to(states.device)
         # log softmax, where it is needed only
-        chunks.append(logits[:, sources, targets] - logits.logsumexp(-1)[:, sources])
+        normaliser = logits.logsumexp(-1)  # (B, chunk)
+        log_probabilities = logits[:, sources, targets] - normaliser[:, sources]
+        chunks.append(log_probabilities)
     return torch.cat(chunks, 1)
 
 
-def scores(
-    sums: torch.Tensor, lengths: torch.Tensor, without_image: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def scores(sums: torch.Tensor, lengths: torch.Tensor, without_image: torch.Tensor) -> Tensors:
     """Return three ways to compare names of different length and frequency, each (N, C).
 
     sums: (N, C) log-likelihoods. lengths: (C,) in tokens. without_image: (1, C), the
