@@ -251,7 +251,8 @@ IMPORTED = (
     "sklearn.linear_model",
     "torch._dynamo",
 )
-QWEN_IMPORTED = ("transformers.models.qwen2_vl.modeling_qwen2_vl", "peft")
+# Not peft: it imports bitsandbytes where that is installed, which asks for the GPU.
+QWEN_IMPORTED = ("transformers.models.qwen2_vl.modeling_qwen2_vl",)
 HERE = Path(__file__).resolve().parent
 # These go on where they were killed; other scripts keep nothing on the way, and begin anew.
 RESUMED = ("train.py", "qwen_train.py", "qwen_eval.py")
