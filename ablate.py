@@ -255,7 +255,7 @@ IMPORTED = (
     "sklearn.metrics",
     "torch._dynamo",
 )
-# Not peft: where bitsandbytes is installed it imports that, which asks for the GPU.
+# Not peft: it imports bitsandbytes where that is installed, which asks for the GPU.
 QWEN_IMPORTED = ("transformers.models.qwen2_vl.modeling_qwen2_vl",)
 HERE = Path(__file__).resolve().parent
 # These go on where they were killed; other scripts keep nothing on the way, and begin anew.
