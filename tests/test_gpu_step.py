@@ -280,6 +280,39 @@ def test_a_resnet_with_its_channels_last_is_the_same_model(monkeypatch):
     assert models.encode_images(model, images).allclose(expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("written_by", ["gpu", "cpu"])
+def test_a_resnet_goes_on_with_the_moments_of_another_layout(written_by, tmp_path):
+    """A checkpoint of a GPU on a CPU and the other way round: one step is that of its own place."""
+    layouts = {"gpu": torch.channels_last, "cpu": torch.contiguous_format}
+    (resumed_by,) = layouts.keys() - {written_by}
+
+    def start(layout):
+        torch.manual_seed(0)
+        model = models.build("tiny-rn")
+        model.visual.to(memory_format=layout)
+        parameters = dict(model.named_parameters())
+        groups = training.parameter_groups(parameters, 0.01, 0.1)
+        return parameters, torch.optim.AdamW(groups, lr=0.01, fused=True)
+
+    def step(parameters, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for p in parameters.values():
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+        optimizer.step()
+
+    expected, optimizer = start(layouts[written_by])
+    step(expected, optimizer, 1)
+    training.save_checkpoint(tmp_path / "checkpoint.pt", expected, optimizer)
+    step(expected, optimizer, 2)
+    resumed, optimizer = start(layouts[resumed_by])
+    training.load_checkpoint(tmp_path / "checkpoint.pt", resumed, optimizer)
+    for p, state in optimizer.state.items():
+        assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == p.stride()
+    step(resumed, optimizer, 2)
+    for name, p in resumed.items():
+        assert torch.allclose(p, expected[name], atol=1e-7), name
+
+
 def to_pretended_gpu(to):
     def stay(self, *args, **kwargs):
         device = args and isinstance(args[0], torch.device) and args[0].type == "cuda"
