@@ -224,6 +224,11 @@ def test_a_late_log_is_that_of_reading_at_once(small, tmp_path, cli, monkeypatch
         for (key, value), (other_key, other_value) in zip(once, late, strict=True):
             assert key == other_key
             assert value == other_value or key == "train/images_per_s"
+    for epoch in (1, 2):
+        # The seconds of the epoch so far, which the last steps, read at once, don't turn back.
+        steps = [row for row in map(dict, logs[1]) if row["epoch"] == epoch and "train/loss" in row]
+        passed = [4 * n / row["train/images_per_s"] for n, row in enumerate(steps, start=1)]
+        assert passed == sorted(passed)
     once, late = (torch.load(tmp_path / name / "model.pt") for name in ("once", "late"))
     assert all(torch.equal(once[name], late[name]) for name in once)
 
