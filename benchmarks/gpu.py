@@ -150,16 +150,19 @@ def main():
         others += [(name, COMPILED) for name, _ in whole]
     end = time.perf_counter() + args.seconds
     peak = peak_flops(device)
+    lines = []
     with tempfile.TemporaryDirectory() as folder:
         jpegs = write_jpegs(Path(folder))
         head = heading(size, device, peak, first_pass(jpegs, size))
-        lines = measure_all([*whole, *others], len(whole), size, device, jpegs, peak, end)
-
-    text = "\n".join(["# Training on a GPU", "", *head, "", *TABLE, *lines, ""])
+        rows = measure_all([*whole, *others], len(whole), size, device, jpegs, peak, end)
+        for line in rows:
+            print(line, flush=True)
+            lines.append(line)
+            text = "\n".join(["# Training on a GPU", "", *head, "", *TABLE, *lines, ""])
+            if output:  # after each line: a way that fails costs none of those before it
+                with files.atomic(output, "w") as out:
+                    out.write(text)
     print(text)
-    if output:
-        with files.atomic(output, "w") as out:
-            out.write(text)
 
 
 def heading(size: Size, device: torch.device, peak: float, first_pass_s: float) -> list[str]:
@@ -195,29 +198,29 @@ def measure_all(
     jpegs: list[Path],
     peak: float,
     end: float,
-) -> list[str]:
+) -> Iterator[str]:
     """A line of the table for each (architecture, way); the first n_whole run all their steps.
 
     peak: FLOPs a second. end: when all must be done, as perf_counter counts.
     """
-    lines, task = [], None
     for i, (architecture, name) in enumerate(entries):
         left = end - time.perf_counter()
         needed = COMPILING_S if name == COMPILED else 0  # a compiler can't be interrupted
         if left < needed:
-            lines.append(f"| {architecture} | {name} | no time was left | | | | | |")
+            yield f"| {architecture} | {name} | no time was left | | | | | |"
             continue
         # Half of the time is for the whole trainings, if they need it.
         allowed = left / 2 / (n_whole - i) if i < n_whole else min(PART_S, left)
-        if task is None or task.architecture != architecture:
-            task = None  # frees its pixels
+        try:
             task = make_task(architecture, size, device, jpegs)
-        lines.append(measure(task, name, needed + allowed, peak))
-        print(lines[-1], flush=True)
+            line = measure(task, name, needed + allowed, peak)
+        except torch.OutOfMemoryError:
+            line = f"| {architecture} | {name} | the memory was not enough | | | | | |"
+        task = None  # frees its pixels
+        yield line
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return lines
 
 
 def measure(task: Task, name: str, allowed: float, peak: float) -> str:
