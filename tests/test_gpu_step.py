@@ -202,6 +202,39 @@ def test_late_numbers_are_those_of_their_step(delay, monkeypatch):
         assert rest == [(2, {"a": 2.0, "b": 5.0}), (3, {"a": 3.0, "b": 5.0})]
 
 
+class Scalars:
+    """Numbers on a pretended GPU, which write down how they are copied."""
+
+    is_cuda = True
+
+    def __init__(self, numbers, events):
+        self.numbers, self.events = torch.tensor(numbers), events
+
+    def to(self, *args, **kwargs):
+        self.events.append(("copy", args, kwargs))
+        return self.numbers
+
+
+def test_a_log_on_a_gpu_copies_without_waiting_and_reads_two_steps_later(monkeypatch):
+    events = []
+    arrival = SimpleNamespace(
+        record=lambda: events.append("record"), synchronize=lambda: events.append("wait")
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda: arrival)
+    monkeypatch.setattr(
+        torch, "stack", lambda numbers: Scalars([n.item() for n in numbers], events)
+    )
+    late = training.LateNumbers("cuda:0")
+    came = []
+    for step in range(3):
+        late.put(step, {"loss": torch.tensor(float(step))})
+        came.append(list(late.take()))
+    copied = [("copy", ("cpu",), {"non_blocking": True}), "record"]
+    assert events == 3 * copied + ["wait"], "for the oldest, after two more steps were given"
+    assert came == [[], [], [(0, {"loss": 0.0})]]
+    assert [step for step, _ in late.take(everything=True)] == [1, 2]
+
+
 def run_train(cli, small, folder, name, *options):
     place = ("--data_root", small, "--runs", folder, "--name", name, "--wandb", "disabled")
     return cli("train.py", *place, "--architecture", "tiny", "--batch_size", 4, *options)
@@ -264,6 +297,18 @@ def test_what_is_no_number_is_found_late_and_named_by_its_step(
 
 # -----------------------------------------------------------------------------
 # how a GPU is given its work
+
+
+def test_a_tensor_goes_to_a_gpu_through_pinned_memory(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: calls.append((*a, k)) or self)
+    tensor = torch.zeros(3)
+    devices.send(tensor, "cuda:0")
+    assert calls == ["pinned", (torch.device("cuda", 0), {"non_blocking": True})]
+    calls.clear()
+    devices.send(tensor, CPU)
+    assert calls == [(CPU, {})]
 
 
 def test_a_resnet_with_its_channels_last_is_the_same_model(monkeypatch):
