@@ -128,9 +128,8 @@ def main(config: Config):
     checkpoint_file, metrics_file = folder / "checkpoint.pt", folder / "metrics.jsonl"
     first_epoch, seconds = 0, 0.0
     if config.resume and checkpoint_file.exists():
-        first_epoch, seconds = restore(
-            checkpoint_file, start_digest, trained, average, optimizer, scaler
-        )
+        state = trained, average, optimizer, scaler
+        first_epoch, seconds = restore(checkpoint_file, start_digest, *state)
     rows = rows_until(first_epoch, metrics_file)
     tracker = start_tracker(folder, rows, config, processes)
     if processes.is_main:
@@ -143,7 +142,7 @@ def main(config: Config):
     bar = progress_bar(first_epoch * steps_per_epoch, total_steps, processes)
     late, of_loss = LateNumbers(processes.device), loss_parameters(model)
     for epoch in range(first_epoch, config.epochs):
-        epoch_start = step_start = time.perf_counter()
+        epoch_start = time.perf_counter()
         for i, batch in enumerate(data.batches(epoch, batch_size, processes)):
             step = epoch * steps_per_epoch + i
             factor = learning_rate_factor(step, total_steps)
@@ -151,20 +150,12 @@ def main(config: Config):
             losses = training_step(objective, batch, optimizer, scaler, processes)
             update_average(average, trained, config.ema, step)
 
-            # The log is of steps that are done: a GPU is two behind, and catches up in the last.
-            late.put((step, config.lr * factor), losses | of_loss)
-            is_last = i == steps_per_epoch - 1
-            for (done, lr), numbers in late.take(everything=is_last):
-                # The weights are checked once an epoch, before they are saved.
-                checked = trained.values() if done == step and is_last else []
-                check_finite(numbers["loss"], checked, done, checkpoint_file)
-                row = step_row(epoch, done, lr, numbers)
-                row["train/images_per_s"] = batch_size / (time.perf_counter() - step_start)
-                step_start = time.perf_counter()
-                rows.append(row)
-                tracker.log_row(row)
-                bar.set_postfix(epoch=epoch + 1, loss=numbers["loss"], refresh=False)
-                bar.update()
+            images_per_s = (i + 1) * batch_size / (time.perf_counter() - epoch_start)
+            late.put((epoch, step, config.lr * factor, images_per_s), losses | of_loss)
+            done = late.take(everything=i == steps_per_epoch - 1)  # a GPU is two steps behind
+            log_steps(done, rows, tracker, bar, checkpoint_file)
+        # The weights once an epoch, before they are saved.
+        check_finite(rows[-1]["train/loss"], trained.values(), step, checkpoint_file)
         seconds += time.perf_counter() - epoch_start
 
         if not processes.is_main:
@@ -172,7 +163,7 @@ def main(config: Config):
         if config.evaluates_after(epoch + 1):
             with averaged(trained, average):
                 row = evaluate_val(model, flowers, pixels, eval_index, captions, sentences, config)
-            row = {"epoch": epoch + 1, "step": (epoch + 1) * steps_per_epoch, **row}
+            row = {"epoch": epoch + 1, "step": step + 1} | row
             rows.append(row)
             tracker.log_row(row)
             bar.write(f"epoch {epoch + 1}: val top-1 {row['val/top1']:.2f}%")
@@ -189,11 +180,9 @@ def main(config: Config):
     assign(trained, average)
     state, classifier = strategies.export(model)
     head = evaluate.zero_shot_head(model, flowers.class_names, config.prompt_template, sentences)
-    fitted = {}  # how the head of `linear` was fitted
+    fit = {}  # how the head of `linear` was fitted
     if config.strategy == "linear":
-        head, classifier, fitted, seconds = fit_head(
-            model, head, flowers, sentences, data, eval_index
-        )
+        head, classifier, fit, seconds = fit_head(model, head, flowers, sentences, data, eval_index)
     start = time.perf_counter()
     metrics, logits = evaluate_images(model, head, flowers, pixels, eval_index, captions)
     probabilities = logits.softmax(1)  # (m, C), at the model's own temperature
@@ -202,7 +191,7 @@ def main(config: Config):
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = evaluate.with_split(config.eval_split, metrics)
-    result |= fitted | calibrated | final_loss_parameters(model, config) | sizes
+    result |= fit | calibrated | final_loss_parameters(model, config) | sizes
     result |= costs(frozen_seconds, seconds, eval_seconds, n_images, processes.device)
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
     write_duplicates(folder, pixels, eval_index, flowers.file_names)
@@ -345,6 +334,29 @@ def gather_pairs(
 def loss_parameters(model: CLIP) -> dict[str, torch.Tensor]:
     """The scalars of the loss by name: the scale of the logits, and sigmoid's bias."""
     return {name: p for name, p in model.named_parameters() if name in LOSS_PARAMETERS}
+
+
+def log_steps(
+    done: Iterable[tuple[tuple[int, int, float, float], dict[str, float]]],
+    rows: list[dict],
+    tracker: Tracker,
+    bar: tqdm,
+    checkpoint_file: Path,
+) -> None:
+    """Add the steps that are done to the rows of metrics.jsonl, to W&B, and to the bar.
+
+    done: (epoch, step, learning rate, images per second) of each, epoch and step from 0, with its
+        losses and `loss_parameters`. The rate is of the epoch so far, as Python gave the step to
+        the device: when its numbers come back says nothing about one step.
+    Raises UserError if a loss is no finite number.
+    """
+    for (epoch, step, lr, images_per_s), numbers in done:
+        check_finite(numbers["loss"], [], step, checkpoint_file)
+        row = step_row(epoch, step, lr, numbers) | {"train/images_per_s": images_per_s}
+        rows.append(row)
+        tracker.log_row(row)
+        bar.set_postfix(epoch=epoch + 1, loss=numbers["loss"], refresh=False)
+        bar.update()
 
 
 def step_row(epoch: int, step: int, lr: float, numbers: dict[str, float]) -> dict[str, float]:

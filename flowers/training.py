@@ -263,6 +263,19 @@ def _copy_all(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Ten
     assign(target, source)
 
 
+def _lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments of each parameter its strides; their values stay.
+
+    They come as the device that wrote them lays out a kernel, which may be another order than
+    here (models.to_device). A fused AdamW walks through the memory of both side by side.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            # The number of steps has no dimension.
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def load_checkpoint(
     path: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> dict:
@@ -279,6 +292,7 @@ def load_checkpoint(
         weights = checkpoint.pop("model" if "model" in checkpoint else "trained")
         _copy_all(weights, parameters)
         optimizer.load_state_dict(checkpoint.pop("optimizer"))
+        _lay_out_moments(optimizer)
     except Exception as error:  # torch raises many kinds at what it did not expect
         raise UserError(
             f"{path} is not of this run: {type(error).__name__} {reason(error)}"

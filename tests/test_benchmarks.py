@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 from flowers.choices import STRATEGIES
@@ -84,3 +85,25 @@ def test_the_benchmark_for_a_gpu_needs_one_for_its_table(tmp_path):
     done = run_gpu("--output", tmp_path / "gpu.md")
     assert done.returncode == 2 and "no GPU here" in done.stderr
     assert not (tmp_path / "gpu.md").exists()
+
+
+def test_a_way_that_fails_costs_the_benchmark_for_a_gpu_no_line(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    def measure(task, name, allowed, peak):
+        if name == "text":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if name == "norm":
+            raise ZeroDivisionError
+        return f"| {task.architecture} | {name} | 1 |"
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    output = tmp_path / "gpu.md"
+    words = ["gpu.py", "--smoke", "--strategies", "text", "lora", "norm", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(ZeroDivisionError):
+        gpu.main()
+    rows = [line.split(" | ")[1:3] for line in output.read_text().splitlines() if "tiny" in line]
+    assert rows[-2:] == [["text", "the memory was not enough"], ["lora", "1 |"]]
+    assert len(rows) == 4, "and the two peers"

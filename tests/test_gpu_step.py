@@ -202,6 +202,39 @@ def test_late_numbers_are_those_of_their_step(delay, monkeypatch):
         assert rest == [(2, {"a": 2.0, "b": 5.0}), (3, {"a": 3.0, "b": 5.0})]
 
 
+class Scalars:
+    """Numbers on a pretended GPU, which write down how they are copied."""
+
+    is_cuda = True
+
+    def __init__(self, numbers, events):
+        self.numbers, self.events = torch.tensor(numbers), events
+
+    def to(self, *args, **kwargs):
+        self.events.append(("copy", args, kwargs))
+        return self.numbers
+
+
+def test_a_log_on_a_gpu_copies_without_waiting_and_reads_two_steps_later(monkeypatch):
+    events = []
+    arrival = SimpleNamespace(
+        record=lambda: events.append("record"), synchronize=lambda: events.append("wait")
+    )
+    monkeypatch.setattr(torch.cuda, "Event", lambda: arrival)
+    monkeypatch.setattr(
+        torch, "stack", lambda numbers: Scalars([n.item() for n in numbers], events)
+    )
+    late = training.LateNumbers("cuda:0")
+    came = []
+    for step in range(3):
+        late.put(step, {"loss": torch.tensor(float(step))})
+        came.append(list(late.take()))
+    copied = [("copy", ("cpu",), {"non_blocking": True}), "record"]
+    assert events == 3 * copied + ["wait"], "for the oldest, after two more steps were given"
+    assert came == [[], [], [(0, {"loss": 0.0})]]
+    assert [step for step, _ in late.take(everything=True)] == [1, 2]
+
+
 def run_train(cli, small, folder, name, *options):
     place = ("--data_root", small, "--runs", folder, "--name", name, "--wandb", "disabled")
     return cli("train.py", *place, "--architecture", "tiny", "--batch_size", 4, *options)
@@ -224,6 +257,11 @@ def test_a_late_log_is_that_of_reading_at_once(small, tmp_path, cli, monkeypatch
         for (key, value), (other_key, other_value) in zip(once, late, strict=True):
             assert key == other_key
             assert value == other_value or key == "train/images_per_s"
+    for epoch in (1, 2):
+        # The seconds of the epoch so far, which the last steps, read at once, don't turn back.
+        steps = [row for row in map(dict, logs[1]) if row["epoch"] == epoch and "train/loss" in row]
+        passed = [4 * n / row["train/images_per_s"] for n, row in enumerate(steps, start=1)]
+        assert passed == sorted(passed)
     once, late = (torch.load(tmp_path / name / "model.pt") for name in ("once", "late"))
     assert all(torch.equal(once[name], late[name]) for name in once)
 
@@ -261,6 +299,18 @@ def test_what_is_no_number_is_found_late_and_named_by_its_step(
 # how a GPU is given its work
 
 
+def test_a_tensor_goes_to_a_gpu_through_pinned_memory(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: calls.append((*a, k)) or self)
+    tensor = torch.zeros(3)
+    devices.send(tensor, "cuda:0")
+    assert calls == ["pinned", (torch.device("cuda", 0), {"non_blocking": True})]
+    calls.clear()
+    devices.send(tensor, CPU)
+    assert calls == [(CPU, {})]
+
+
 def test_a_resnet_with_its_channels_last_is_the_same_model(monkeypatch):
     torch.manual_seed(0)
     model = models.build("tiny-rn")
@@ -278,6 +328,39 @@ def test_a_resnet_with_its_channels_last_is_the_same_model(monkeypatch):
     assert not kernel.is_contiguous()
     assert frozen.fingerprint(model.state_dict()) == fingerprint
     assert models.encode_images(model, images).allclose(expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("written_by", ["gpu", "cpu"])
+def test_a_resnet_goes_on_with_the_moments_of_another_layout(written_by, tmp_path):
+    """A checkpoint of a GPU on a CPU and the other way round: one step is that of its own place."""
+    layouts = {"gpu": torch.channels_last, "cpu": torch.contiguous_format}
+    (resumed_by,) = layouts.keys() - {written_by}
+
+    def start(layout):
+        torch.manual_seed(0)
+        model = models.build("tiny-rn")
+        model.visual.to(memory_format=layout)
+        parameters = dict(model.named_parameters())
+        groups = training.parameter_groups(parameters, 0.01, 0.1)
+        return parameters, torch.optim.AdamW(groups, lr=0.01, fused=True)
+
+    def step(parameters, optimizer, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for p in parameters.values():
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+        optimizer.step()
+
+    expected, optimizer = start(layouts[written_by])
+    step(expected, optimizer, 1)
+    training.save_checkpoint(tmp_path / "checkpoint.pt", expected, optimizer)
+    step(expected, optimizer, 2)
+    resumed, optimizer = start(layouts[resumed_by])
+    training.load_checkpoint(tmp_path / "checkpoint.pt", resumed, optimizer)
+    for p, state in optimizer.state.items():
+        assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == p.stride()
+    step(resumed, optimizer, 2)
+    for name, p in resumed.items():
+        assert torch.allclose(p, expected[name], atol=1e-7), name
 
 
 def to_pretended_gpu(to):
