@@ -786,7 +786,7 @@ def export_merged(folder: Path) -> None:
     if settings.get("load_4bit"):
         files.note(
             f"{folder} was trained with --load_4bit: its adapter is merged into the weights of "
-            f"{name} as they are without it, and answers may differ from those in 4 bits"
+            f"{name} as they are without it: another model than that of {folder}, with other scores"
         )
     # In the precision of the training, as the model is evaluated in.
     dtype = devices.DTYPES[devices.set_precision(settings.get("precision", "auto"), "cpu")]
@@ -805,9 +805,9 @@ def export_merged(folder: Path) -> None:
     processor.save_pretrained(partial)
     # All images of tiny have one size, which its processor knows and --max_pixels does not.
     max_pixels = processor.image_processor.size["longest_edge"]
-    files.write_json(
-        partial / "args.json", settings | {"job": runs.MERGED, "max_pixels": max_pixels}
-    )
+    # Its evaluation would quantise what is whole now.
+    own = {"job": runs.MERGED, "max_pixels": max_pixels, "load_4bit": False}
+    files.write_json(partial / "args.json", settings | own)
     runs.write_trained_on(partial, [], folder)
     partial.rename(target)
     print(f"merged model: {target}")

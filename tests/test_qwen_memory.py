@@ -32,7 +32,7 @@ from flowers.qwen.memory import (
 from flowers.qwen.models import load_model, load_skeleton
 from flowers.qwen.offline import build
 from flowers.qwen.prompts import encode, patches
-from flowers.qwen_settings import QUESTIONS
+from flowers.qwen_settings import QUESTIONS, read_training
 
 # Matrices this small gain nothing from a second thread, and lose much on a busy machine.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,6 +260,7 @@ def test_an_adapter_of_4_bits_brings_them_to_its_evaluation(small, tmp_path, cli
     assert "its adapter is merged into the weights of tiny as they are without it" in err
     stored = json.loads((tmp_path / "train" / "args.json").read_text())
     assert stored["load_4bit"] is True and stored["batch_size"] == 32
+    assert read_training(None, str(tmp_path / "train" / "merged"))["load_4bit"] is False
 
     arguments = ["--adapter", tmp_path / "train", "--images", 3, "--batch_size", "auto"]
     code, out, err = cli("qwen_eval.py", *common, *arguments, "--name", "eval")

@@ -35,7 +35,7 @@ from flowers.qwen.prompts import (
     patches,
     shuffle,
 )
-from flowers.qwen_settings import QUESTIONS
+from flowers.qwen_settings import QUESTIONS, read_training
 
 # Matrices this small gain nothing from a second thread, and lose much on a busy machine.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -521,6 +521,16 @@ def test_a_finished_run_is_merged_on_request(merged, tmp_path, cli):
     # It is a model, and no run to go on with.
     outcome = cli("qwen_train.py", "--resume", run / "merged")
     assert "nothing to resume" in error_line(outcome)
+
+
+def test_a_run_of_4_bits_is_merged_to_a_model_in_full_precision(script, merged, tmp_path, capfd):
+    run = shutil.copytree(merged.parent, tmp_path / "run")
+    files.write_json(run / "args.json", read_arguments(run) | {"load_4bit": True})
+    script["export_merged"](run)
+    assert f"another model than that of {run}" in capfd.readouterr().err
+    # Its evaluation does not quantise the sum.
+    assert read_training(None, str(run / "merged"))["load_4bit"] is False
+    assert read_training(str(run), None)["load_4bit"] is True
 
 
 def test_a_merged_model_knows_what_it_was_trained_on(merged, small, tmp_path):
