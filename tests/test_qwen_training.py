@@ -364,6 +364,31 @@ def test_flags_that_mean_nothing_are_refused(script, small):
 
 
 # -----------------------------------------------------------------------------
+# features of the frozen vision tower
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", "cpu")
+
+
+@pytest.mark.parametrize("name", ["visual", "merger", "visual.blocks.0", "qkv"])
+def test_features_of_a_tower_that_is_trained_are_not_kept(script, tiny, small, name):
+    data = open_data(script, small, "--also_train", name, "--augment", "none")
+    assert data.config.augment == "none"
+    assert script["keep_features"](*tiny, data) is None
+
+
+def test_features_of_a_frozen_tower_are_kept_unless_images_change(script, tiny, small, tmp_path):
+    ignored = shutil.ignore_patterns(".cache")
+    own = shutil.copytree(small, tmp_path / "data", ignore=ignored)
+    data = open_data(script, own, "--also_train", "lm_head", "--shots", 1)
+    assert len(script["keep_features"](*tiny, data).batch([5])["image_grid_thw"]) == 1
+    data = open_data(script, small, "--also_train", "--augment", "flip")
+    assert script["keep_features"](*tiny, data) is None
+
+
+# -----------------------------------------------------------------------------
 # val between epochs
 
 
@@ -465,6 +490,16 @@ def test_rows_are_sent_to_wandb_while_the_run_is_at_work(watched, tmp_path, cli,
 # the model as one folder
 
 
+@pytest.mark.parametrize("stored", [{}, {"merge": False}, {"merge": True}])
+@pytest.mark.parametrize("typed", [[], ["--merge"]])
+def test_a_resumed_run_is_merged_if_it_or_the_command_says_so(script, stored, typed):
+    parser = script["make_parser"]()
+    args = parser.parse_args(["--resume", "run", *typed])
+    resumed = script["parse_stored"](parser, args, {"model": "tiny", **stored})
+    assert resumed.merge is bool(stored.get("merge") or typed)
+    assert script["resolve"](resumed, 1).merge is resumed.merge
+
+
 @pytest.fixture(scope="module")
 def merged(small, tmp_path_factory):
     """A run whose vision tower and head are trained whole, merged at its end."""
@@ -538,6 +573,8 @@ def test_a_merged_model_knows_what_it_was_trained_on(merged, small, tmp_path):
     flowers = open_flowers(small)
     expected = set(image_ids(flowers, flowers.splits["train"]))
     copied = shutil.copytree(merged, tmp_path / "copied")
+    # As on a machine without the dataset, from which it could be told anew.
+    files.write_json(copied / "args.json", read_arguments(copied) | {"data_root": "elsewhere"})
     for model in (merged, copied):
         assert runs.read_trained_on(model) == expected
     runs.write_trained_on(tmp_path, ["another"], copied)
