@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flowers import (
+    PRECISIONS,
     UserError,
     add_device_arguments,
     add_switch,
@@ -273,13 +274,28 @@ def read_settings() -> tuple[argparse.Namespace, Config | None]:
     parser = make_parser()
     args = parser.parse_args()
     if args.resume:
-        stored = runs.arguments_to_resume(Path(args.resume), "qwen_train")
+        folder = Path(args.resume)
+        stored = runs.arguments_to_resume(folder, "qwen_train")
         if stored is None and not args.merge:
             raise SystemExit  # it is finished, which was printed
         if stored is None:
+            check_merging(folder)
             return args, None
         args = parse_stored(parser, args, stored)
     return args, resolve(args, world_size())
+
+
+def check_merging(folder: Path) -> None:
+    """Raise UserError if args.json of a finished run does not say what its adapter belongs to."""
+    settings = runs.read_arguments(folder)
+    is_sound = {
+        "model": isinstance(settings.get("model"), str),
+        "max_pixels": type(settings.get("max_pixels")) is int,
+        "precision": settings.get("precision", "auto") in ("auto", *PRECISIONS),
+    }
+    for flag, sound in is_sound.items():
+        if not sound:
+            raise UserError(f"nothing to merge in {folder}: its args.json is damaged ({flag})")
 
 
 def parse_stored(

@@ -568,6 +568,18 @@ def test_a_run_of_4_bits_is_merged_to_a_model_in_full_precision(script, merged, 
     assert read_training(str(run), None)["load_4bit"] is True
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"), [("model", None), ("max_pixels", None), ("precision", "fp8")]
+)
+def test_a_damaged_run_is_not_merged(tmp_path, cli, flag, value):
+    settings = {"job": "qwen_train", "model": "tiny", "max_pixels": 4096, flag: value}
+    (tmp_path / "run").mkdir()
+    files.write_json(tmp_path / "run" / "args.json", settings)
+    files.write_json(tmp_path / "run" / "result.json", {"name": "run"})
+    outcome = cli("qwen_train.py", "--resume", tmp_path / "run", "--merge")
+    assert f"its args.json is damaged ({flag})" in error_line(outcome)
+
+
 def test_a_merged_model_knows_what_it_was_trained_on(merged, small, tmp_path):
     """Also where it is a copy, and where another run starts from it."""
     flowers = open_flowers(small)
