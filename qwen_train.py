@@ -276,13 +276,18 @@ def read_settings() -> tuple[argparse.Namespace, Config | None]:
     if args.resume:
         folder = Path(args.resume)
         stored = runs.arguments_to_resume(folder, "qwen_train")
-        if stored is None and not args.merge:
+        if stored is None and not (args.merge or lacks_merged(folder)):
             raise SystemExit  # it is finished, which was printed
         if stored is None:
             check_merging(folder)
             return args, None
         args = parse_stored(parser, args, stored)
     return args, resolve(args, world_size())
+
+
+def lacks_merged(folder: Path) -> bool:
+    """Whether a finished run was to be merged, and was killed before it was."""
+    return bool(runs.read_arguments(folder).get("merge")) and not (folder / "merged").exists()
 
 
 def check_merging(folder: Path) -> None:

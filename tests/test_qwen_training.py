@@ -580,6 +580,25 @@ def test_a_damaged_run_is_not_merged(tmp_path, cli, flag, value):
     assert f"its args.json is damaged ({flag})" in error_line(outcome)
 
 
+def test_a_run_that_was_killed_while_it_was_merged_is_merged(script, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    files.write_json(run / "result.json", {"name": "run"})
+    settings = {"job": "qwen_train", "model": "tiny", "max_pixels": 4096}
+    monkeypatch.setattr(sys, "argv", ["qwen_train.py", "--resume", str(run)])
+
+    files.write_json(run / "args.json", settings | {"merge": False})
+    with pytest.raises(SystemExit):
+        script["read_settings"]()
+    files.write_json(run / "args.json", settings | {"merge": True})
+    (run / "merged.partial").mkdir()
+    args, config = script["read_settings"]()
+    assert args.resume == str(run) and config is None  # what `main` merges
+    (run / "merged").mkdir()
+    with pytest.raises(SystemExit):
+        script["read_settings"]()
+
+
 def test_a_merged_model_knows_what_it_was_trained_on(merged, small, tmp_path):
     """Also where it is a copy, and where another run starts from it."""
     flowers = open_flowers(small)
