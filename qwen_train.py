@@ -820,8 +820,7 @@ def export_merged(folder: Path) -> None:
             config.tie_word_embeddings = False
 
     target, partial = folder / "merged", folder / "merged.partial"
-    for left in (target, partial):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     # All images of tiny have one size, which its processor knows and --max_pixels does not.
@@ -830,7 +829,13 @@ def export_merged(folder: Path) -> None:
     own = {"job": runs.MERGED, "max_pixels": max_pixels, "load_4bit": False}
     files.write_json(partial / "args.json", settings | own)
     runs.write_trained_on(partial, [], folder)
+    # An earlier one stays until this is whole.
+    earlier = folder / "merged.earlier"
+    if target.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        target.rename(earlier)
     partial.rename(target)
+    shutil.rmtree(earlier, ignore_errors=True)
     print(f"merged model: {target}")
     flags = {"model": str(target)} | runs.flags_for_next(str(folder.parent), "auto")
     print(f"next: {runs.command_line('qwen_eval.py', flags)}")
@@ -883,7 +888,9 @@ def complete(config: Config, device: torch.device) -> Config:
 @command
 def main(args: argparse.Namespace, config: Config | None):
     if config is None:
-        export_merged(Path(args.resume))
+        # On the CPU, whatever the machine has.
+        if devices.start_processes("cpu").is_main:
+            export_merged(Path(args.resume))
         return
     processes = devices.start_processes(config.device)  # one, unless torchrun started more
     device = processes.device

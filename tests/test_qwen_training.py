@@ -599,6 +599,34 @@ def test_a_run_that_was_killed_while_it_was_merged_is_merged(script, tmp_path, m
         script["read_settings"]()
 
 
+def test_a_merged_folder_stays_until_the_next_is_whole(script, merged, tmp_path, monkeypatch):
+    run = shutil.copytree(merged.parent, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (run / "merged").iterdir()}
+    (run / "merged" / "mark").touch()
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(runs, "write_trained_on", die)
+        script["export_merged"](run)
+    assert (run / "merged" / "mark").exists()
+    script["export_merged"](run)
+    assert {path.name: path.read_bytes() for path in (run / "merged").iterdir()} == before
+    assert [path.name for path in run.glob("merged*")] == ["merged"]
+
+
+def test_one_of_several_processes_merges(script, tmp_path, monkeypatch):
+    merging = []
+    main = script["main"].__wrapped__
+    monkeypatch.setitem(main.__globals__, "export_merged", lambda *_: merging.append(rank))
+    for rank in (0, 1):
+        processes = devices.Processes(rank, 2, ALONE.device)
+        monkeypatch.setattr(devices, "start_processes", lambda _, processes=processes: processes)
+        main(Namespace(resume=tmp_path, wandb="auto"), None)
+    assert merging == [0]
+
+
 def test_a_merged_model_knows_what_it_was_trained_on(merged, small, tmp_path):
     """Also where it is a copy, and where another run starts from it."""
     flowers = open_flowers(small)
