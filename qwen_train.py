@@ -16,6 +16,7 @@ little, so its vision tower is trained whole.
 """
 
 import argparse
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -338,10 +339,11 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
         args.batch_size = defaults["batch_size"]
     at_least_one = min(args.rank, args.epochs, args.batch_size, args.save_every) >= 1
     not_negative = min(args.chunk_size, args.images) >= 0
-    if not (at_least_one and not_negative and args.lr > 0 and args.wd >= 0):
+    in_range = 0 < args.lr < math.inf and 0 < args.alpha < math.inf and 0 <= args.wd < math.inf
+    if not (at_least_one and not_negative and in_range):
         raise UserError(
-            "--rank, --epochs, --batch_size and --save_every must be at least 1, --lr above 0, "
-            "--wd, --chunk_size and --images not below 0"
+            "--rank, --epochs, --batch_size and --save_every must be at least 1, --lr and --alpha "
+            "above 0, --wd, --chunk_size and --images not below 0, none of them infinite"
         )
     if (args.answer == "described") != bool(args.captions):
         raise UserError(

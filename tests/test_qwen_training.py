@@ -357,6 +357,12 @@ def test_flags_that_mean_nothing_are_refused(script, small):
         (["--shots", 0], "at least 1"),
         (["--list_order", "drawn"], "--list_names"),
         (["--answer", "described", "--captions", "x", "--question", "a", "b"], "one question"),
+        *((["--alpha", value], "--lr and --alpha above 0") for value in ("0", "-1", "nan", "inf")),
+        *((["--lr", value], "--lr and --alpha above 0") for value in ("0", "nan", "inf")),
+        *(
+            ([f"--wd={value}"], "not below 0, none of them infinite")
+            for value in (-1, "nan", "inf")
+        ),
     ):
         with pytest.raises(UserError, match=message):
             configure(script, *words)
