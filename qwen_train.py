@@ -798,11 +798,12 @@ def save_results(
 # the model as one folder
 
 
-def export_merged(folder: Path) -> None:
+def export_merged(folder: Path, wandb: str) -> None:
     """Leave merged/ in a finished run: the trained model by itself, with its processor.
 
     LoRA is added to the weights, modules of --also_train are in their places. What the run was
-    trained on goes along, as it would be lost with a copy of the folder.
+    trained on goes along, as it would be lost with a copy of the folder. wandb: for the next
+    command, which is printed.
     """
     settings = runs.read_arguments(folder)
     name = settings["model"]
@@ -839,7 +840,7 @@ def export_merged(folder: Path) -> None:
     partial.rename(target)
     shutil.rmtree(earlier, ignore_errors=True)
     print(f"merged model: {target}")
-    flags = {"model": str(target)} | runs.flags_for_next(str(folder.parent), "auto")
+    flags = {"model": str(target)} | runs.flags_for_next(str(folder.parent), wandb)
     print(f"next: {runs.command_line('qwen_eval.py', flags)}")
 
 
@@ -892,7 +893,7 @@ def main(args: argparse.Namespace, config: Config | None):
     if config is None:
         # On the CPU, whatever the machine has.
         if devices.start_processes("cpu").is_main:
-            export_merged(Path(args.resume))
+            export_merged(Path(args.resume), args.wandb)
         return
     processes = devices.start_processes(config.device)  # one, unless torchrun started more
     device = processes.device
@@ -1007,7 +1008,7 @@ def main(args: argparse.Namespace, config: Config | None):
 
     save_results(folder, model, rows, data, seconds, settings, tracker)
     if config.merge:
-        export_merged(folder)
+        export_merged(folder, config.wandb)
 
 
 if __name__ == "__main__":

@@ -552,8 +552,10 @@ def test_a_merged_model_gives_the_scores_of_its_adapter(merged, small):
 def test_a_finished_run_is_merged_on_request(merged, tmp_path, cli):
     run = shutil.copytree(merged.parent, tmp_path / "run")
     shutil.rmtree(run / "merged")
-    code, out, err = cli("qwen_train.py", "--resume", run, "--merge")
+    code, out, err = cli("qwen_train.py", "--resume", run, "--merge", *NO_WANDB)
     assert code == 0 and f"merged model: {run / 'merged'}" in out, err
+    flags = f"--model {run / 'merged'} --runs {tmp_path} --wandb disabled"
+    assert f"next: python qwen_eval.py {flags}" in out
     expected = load_file(merged / "model.safetensors")
     found = load_file(run / "merged" / "model.safetensors")
     assert expected.keys() == found.keys()
@@ -567,7 +569,7 @@ def test_a_finished_run_is_merged_on_request(merged, tmp_path, cli):
 def test_a_run_of_4_bits_is_merged_to_a_model_in_full_precision(script, merged, tmp_path, capfd):
     run = shutil.copytree(merged.parent, tmp_path / "run")
     files.write_json(run / "args.json", read_arguments(run) | {"load_4bit": True})
-    script["export_merged"](run)
+    script["export_merged"](run, "auto")
     assert f"another model than that of {run}" in capfd.readouterr().err
     # Its evaluation does not quantise the sum.
     assert read_training(None, str(run / "merged"))["load_4bit"] is False
@@ -615,9 +617,9 @@ def test_a_merged_folder_stays_until_the_next_is_whole(script, merged, tmp_path,
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(runs, "write_trained_on", die)
-        script["export_merged"](run)
+        script["export_merged"](run, "auto")
     assert (run / "merged" / "mark").exists()
-    script["export_merged"](run)
+    script["export_merged"](run, "auto")
     assert {path.name: path.read_bytes() for path in (run / "merged").iterdir()} == before
     assert [path.name for path in run.glob("merged*")] == ["merged"]
 
