@@ -4,6 +4,7 @@ decided by it; weights in 4 bits."""
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 
 import pytest
@@ -273,6 +274,13 @@ def test_an_adapter_of_4_bits_brings_them_to_its_evaluation(small, tmp_path, cli
     assert code == 0 and "4 bits a weight" not in out, err
     [note] = [line for line in err.lower().splitlines() if line.startswith("note: ")]
     assert "--load_4bit false: " in note and note.endswith("was trained with true")
+
+
+def test_what_bitsandbytes_lacks_on_a_cpu_is_not_said():
+    """It is where the import of it warns, on CPUs with AVX-512 in bf16."""
+    ops = pytest.importorskip("bitsandbytes.backends.cpu.ops", reason="needs requirements-4bit.txt")
+    assert not ops.logger.isEnabledFor(logging.WARNING)
+    assert ops.logger.isEnabledFor(logging.ERROR)
 
 
 def test_modules_in_4_bits_are_not_trained_whole():
