@@ -16,10 +16,12 @@ little, so its vision tower is trained whole.
 """
 
 import argparse
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flowers import (
+    PRECISIONS,
     UserError,
     add_device_arguments,
     add_switch,
@@ -273,13 +275,33 @@ def read_settings() -> tuple[argparse.Namespace, Config | None]:
     parser = make_parser()
     args = parser.parse_args()
     if args.resume:
-        stored = runs.arguments_to_resume(Path(args.resume), "qwen_train")
-        if stored is None and not args.merge:
+        folder = Path(args.resume)
+        stored = runs.arguments_to_resume(folder, "qwen_train")
+        if stored is None and not (args.merge or lacks_merged(folder)):
             raise SystemExit  # it is finished, which was printed
         if stored is None:
+            check_merging(folder)
             return args, None
         args = parse_stored(parser, args, stored)
     return args, resolve(args, world_size())
+
+
+def lacks_merged(folder: Path) -> bool:
+    """Whether a finished run was to be merged, and was killed before it was."""
+    return bool(runs.read_arguments(folder).get("merge")) and not (folder / "merged").exists()
+
+
+def check_merging(folder: Path) -> None:
+    """Raise UserError if args.json of a finished run does not say what its adapter belongs to."""
+    settings = runs.read_arguments(folder)
+    is_sound = {
+        "model": isinstance(settings.get("model"), str),
+        "max_pixels": type(settings.get("max_pixels")) is int,
+        "precision": settings.get("precision", "auto") in ("auto", *PRECISIONS),
+    }
+    for flag, sound in is_sound.items():
+        if not sound:
+            raise UserError(f"nothing to merge in {folder}: its args.json is damaged ({flag})")
 
 
 def parse_stored(
@@ -317,10 +339,11 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
         args.batch_size = defaults["batch_size"]
     at_least_one = min(args.rank, args.epochs, args.batch_size, args.save_every) >= 1
     not_negative = min(args.chunk_size, args.images) >= 0
-    if not (at_least_one and not_negative and args.lr > 0 and args.wd >= 0):
+    in_range = 0 < args.lr < math.inf and 0 < args.alpha < math.inf and 0 <= args.wd < math.inf
+    if not (at_least_one and not_negative and in_range):
         raise UserError(
-            "--rank, --epochs, --batch_size and --save_every must be at least 1, --lr above 0, "
-            "--wd, --chunk_size and --images not below 0"
+            "--rank, --epochs, --batch_size and --save_every must be at least 1, --lr and --alpha "
+            "above 0, --wd, --chunk_size and --images not below 0, none of them infinite"
         )
     if (args.answer == "described") != bool(args.captions):
         raise UserError(
@@ -775,18 +798,19 @@ def save_results(
 # the model as one folder
 
 
-def export_merged(folder: Path) -> None:
+def export_merged(folder: Path, wandb: str) -> None:
     """Leave merged/ in a finished run: the trained model by itself, with its processor.
 
     LoRA is added to the weights, modules of --also_train are in their places. What the run was
-    trained on goes along, as it would be lost with a copy of the folder.
+    trained on goes along, as it would be lost with a copy of the folder. wandb: for the next
+    command, which is printed.
     """
     settings = runs.read_arguments(folder)
     name = settings["model"]
     if settings.get("load_4bit"):
         files.note(
             f"{folder} was trained with --load_4bit: its adapter is merged into the weights of "
-            f"{name} as they are without it, and answers may differ from those in 4 bits"
+            f"{name} as they are without it: another model than that of {folder}, with other scores"
         )
     # In the precision of the training, as the model is evaluated in.
     dtype = devices.DTYPES[devices.set_precision(settings.get("precision", "auto"), "cpu")]
@@ -799,19 +823,24 @@ def export_merged(folder: Path) -> None:
             config.tie_word_embeddings = False
 
     target, partial = folder / "merged", folder / "merged.partial"
-    for left in (target, partial):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     # All images of tiny have one size, which its processor knows and --max_pixels does not.
     max_pixels = processor.image_processor.size["longest_edge"]
-    files.write_json(
-        partial / "args.json", settings | {"job": runs.MERGED, "max_pixels": max_pixels}
-    )
+    # Its evaluation would quantise what is whole now.
+    own = {"job": runs.MERGED, "max_pixels": max_pixels, "load_4bit": False}
+    files.write_json(partial / "args.json", settings | own)
     runs.write_trained_on(partial, [], folder)
+    # An earlier one stays until this is whole.
+    earlier = folder / "merged.earlier"
+    if target.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        target.rename(earlier)
     partial.rename(target)
+    shutil.rmtree(earlier, ignore_errors=True)
     print(f"merged model: {target}")
-    flags = {"model": str(target)} | runs.flags_for_next(str(folder.parent), "auto")
+    flags = {"model": str(target)} | runs.flags_for_next(str(folder.parent), wandb)
     print(f"next: {runs.command_line('qwen_eval.py', flags)}")
 
 
@@ -862,7 +891,9 @@ def complete(config: Config, device: torch.device) -> Config:
 @command
 def main(args: argparse.Namespace, config: Config | None):
     if config is None:
-        export_merged(Path(args.resume))
+        # On the CPU, whatever the machine has.
+        if devices.start_processes("cpu").is_main:
+            export_merged(Path(args.resume), args.wandb)
         return
     processes = devices.start_processes(config.device)  # one, unless torchrun started more
     device = processes.device
@@ -977,7 +1008,7 @@ def main(args: argparse.Namespace, config: Config | None):
 
     save_results(folder, model, rows, data, seconds, settings, tracker)
     if config.merge:
-        export_merged(folder)
+        export_merged(folder, config.wandb)
 
 
 if __name__ == "__main__":

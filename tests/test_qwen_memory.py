@@ -4,6 +4,7 @@ decided by it; weights in 4 bits."""
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 
 import pytest
@@ -32,7 +33,7 @@ from flowers.qwen.memory import (
 from flowers.qwen.models import load_model, load_skeleton
 from flowers.qwen.offline import build
 from flowers.qwen.prompts import encode, patches
-from flowers.qwen_settings import QUESTIONS
+from flowers.qwen_settings import QUESTIONS, read_training
 
 # Matrices this small gain nothing from a second thread, and lose much on a busy machine.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,6 +261,7 @@ def test_an_adapter_of_4_bits_brings_them_to_its_evaluation(small, tmp_path, cli
     assert "its adapter is merged into the weights of tiny as they are without it" in err
     stored = json.loads((tmp_path / "train" / "args.json").read_text())
     assert stored["load_4bit"] is True and stored["batch_size"] == 32
+    assert read_training(None, str(tmp_path / "train" / "merged"))["load_4bit"] is False
 
     arguments = ["--adapter", tmp_path / "train", "--images", 3, "--batch_size", "auto"]
     code, out, err = cli("qwen_eval.py", *common, *arguments, "--name", "eval")
@@ -272,6 +274,13 @@ def test_an_adapter_of_4_bits_brings_them_to_its_evaluation(small, tmp_path, cli
     assert code == 0 and "4 bits a weight" not in out, err
     [note] = [line for line in err.lower().splitlines() if line.startswith("note: ")]
     assert "--load_4bit false: " in note and note.endswith("was trained with true")
+
+
+def test_what_bitsandbytes_lacks_on_a_cpu_is_not_said():
+    """It is where the import of it warns, on CPUs with AVX-512 in bf16."""
+    ops = pytest.importorskip("bitsandbytes.backends.cpu.ops", reason="needs requirements-4bit.txt")
+    assert not ops.logger.isEnabledFor(logging.WARNING)
+    assert ops.logger.isEnabledFor(logging.ERROR)
 
 
 def test_modules_in_4_bits_are_not_trained_whole():

@@ -35,7 +35,7 @@ from flowers.qwen.prompts import (
     patches,
     shuffle,
 )
-from flowers.qwen_settings import QUESTIONS
+from flowers.qwen_settings import QUESTIONS, read_training
 
 # Matrices this small gain nothing from a second thread, and lose much on a busy machine.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +101,7 @@ def of_two(small, tmp_path_factory):
     common = ("--data_root", data, *TWO, "--runs", folder / "runs", *NO_WANDB)
     done = torchrun(ROOT / "qwen_train.py", *common, "--batch_size", 2, "--name", "two")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "Failed to load CPU" not in done.stderr  # of bitsandbytes, which is not used
     # Each process computed the features of its own part of the images, once.
     packs = [json.loads(path.read_text())["images"] for path in data.glob(".cache/qwen-*.json")]
     assert sorted(map(len, packs)) == [7, 8]  # 9 training and 6 val images
@@ -357,10 +358,41 @@ def test_flags_that_mean_nothing_are_refused(script, small):
         (["--shots", 0], "at least 1"),
         (["--list_order", "drawn"], "--list_names"),
         (["--answer", "described", "--captions", "x", "--question", "a", "b"], "one question"),
+        *((["--alpha", value], "--lr and --alpha above 0") for value in ("0", "-1", "nan", "inf")),
+        *((["--lr", value], "--lr and --alpha above 0") for value in ("0", "nan", "inf")),
+        *(
+            ([f"--wd={value}"], "not below 0, none of them infinite")
+            for value in (-1, "nan", "inf")
+        ),
     ):
         with pytest.raises(UserError, match=message):
             configure(script, *words)
     assert configure(script, "--architecture", "tiny").model == "tiny"
+
+
+# -----------------------------------------------------------------------------
+# features of the frozen vision tower
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny", "cpu")
+
+
+@pytest.mark.parametrize("name", ["visual", "merger", "visual.blocks.0", "qkv"])
+def test_features_of_a_tower_that_is_trained_are_not_kept(script, tiny, small, name):
+    data = open_data(script, small, "--also_train", name, "--augment", "none")
+    assert data.config.augment == "none"
+    assert script["keep_features"](*tiny, data) is None
+
+
+def test_features_of_a_frozen_tower_are_kept_unless_images_change(script, tiny, small, tmp_path):
+    ignored = shutil.ignore_patterns(".cache")
+    own = shutil.copytree(small, tmp_path / "data", ignore=ignored)
+    data = open_data(script, own, "--also_train", "lm_head", "--shots", 1)
+    assert len(script["keep_features"](*tiny, data).batch([5])["image_grid_thw"]) == 1
+    data = open_data(script, small, "--also_train", "--augment", "flip")
+    assert script["keep_features"](*tiny, data) is None
 
 
 # -----------------------------------------------------------------------------
@@ -465,6 +497,16 @@ def test_rows_are_sent_to_wandb_while_the_run_is_at_work(watched, tmp_path, cli,
 # the model as one folder
 
 
+@pytest.mark.parametrize("stored", [{}, {"merge": False}, {"merge": True}])
+@pytest.mark.parametrize("typed", [[], ["--merge"]])
+def test_a_resumed_run_is_merged_if_it_or_the_command_says_so(script, stored, typed):
+    parser = script["make_parser"]()
+    args = parser.parse_args(["--resume", "run", *typed])
+    resumed = script["parse_stored"](parser, args, {"model": "tiny", **stored})
+    assert resumed.merge is bool(stored.get("merge") or typed)
+    assert script["resolve"](resumed, 1).merge is resumed.merge
+
+
 @pytest.fixture(scope="module")
 def merged(small, tmp_path_factory):
     """A run whose vision tower and head are trained whole, merged at its end."""
@@ -511,8 +553,10 @@ def test_a_merged_model_gives_the_scores_of_its_adapter(merged, small):
 def test_a_finished_run_is_merged_on_request(merged, tmp_path, cli):
     run = shutil.copytree(merged.parent, tmp_path / "run")
     shutil.rmtree(run / "merged")
-    code, out, err = cli("qwen_train.py", "--resume", run, "--merge")
+    code, out, err = cli("qwen_train.py", "--resume", run, "--merge", *NO_WANDB)
     assert code == 0 and f"merged model: {run / 'merged'}" in out, err
+    flags = f"--model {run / 'merged'} --runs {tmp_path} --wandb disabled"
+    assert f"next: python qwen_eval.py {flags}" in out
     expected = load_file(merged / "model.safetensors")
     found = load_file(run / "merged" / "model.safetensors")
     assert expected.keys() == found.keys()
@@ -523,11 +567,82 @@ def test_a_finished_run_is_merged_on_request(merged, tmp_path, cli):
     assert "nothing to resume" in error_line(outcome)
 
 
+def test_a_run_of_4_bits_is_merged_to_a_model_in_full_precision(script, merged, tmp_path, capfd):
+    run = shutil.copytree(merged.parent, tmp_path / "run")
+    files.write_json(run / "args.json", read_arguments(run) | {"load_4bit": True})
+    script["export_merged"](run, "auto")
+    assert f"another model than that of {run}" in capfd.readouterr().err
+    # Its evaluation does not quantise the sum.
+    assert read_training(None, str(run / "merged"))["load_4bit"] is False
+    assert read_training(str(run), None)["load_4bit"] is True
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("model", None), ("max_pixels", None), ("precision", "fp8")]
+)
+def test_a_damaged_run_is_not_merged(tmp_path, cli, flag, value):
+    settings = {"job": "qwen_train", "model": "tiny", "max_pixels": 4096, flag: value}
+    (tmp_path / "run").mkdir()
+    files.write_json(tmp_path / "run" / "args.json", settings)
+    files.write_json(tmp_path / "run" / "result.json", {"name": "run"})
+    outcome = cli("qwen_train.py", "--resume", tmp_path / "run", "--merge")
+    assert f"its args.json is damaged ({flag})" in error_line(outcome)
+
+
+def test_a_run_that_was_killed_while_it_was_merged_is_merged(script, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    files.write_json(run / "result.json", {"name": "run"})
+    settings = {"job": "qwen_train", "model": "tiny", "max_pixels": 4096}
+    monkeypatch.setattr(sys, "argv", ["qwen_train.py", "--resume", str(run)])
+
+    files.write_json(run / "args.json", settings | {"merge": False})
+    with pytest.raises(SystemExit):
+        script["read_settings"]()
+    files.write_json(run / "args.json", settings | {"merge": True})
+    (run / "merged.partial").mkdir()
+    args, config = script["read_settings"]()
+    assert args.resume == str(run) and config is None  # what `main` merges
+    (run / "merged").mkdir()
+    with pytest.raises(SystemExit):
+        script["read_settings"]()
+
+
+def test_a_merged_folder_stays_until_the_next_is_whole(script, merged, tmp_path, monkeypatch):
+    run = shutil.copytree(merged.parent, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (run / "merged").iterdir()}
+    (run / "merged" / "mark").touch()
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(runs, "write_trained_on", die)
+        script["export_merged"](run, "auto")
+    assert (run / "merged" / "mark").exists()
+    script["export_merged"](run, "auto")
+    assert {path.name: path.read_bytes() for path in (run / "merged").iterdir()} == before
+    assert [path.name for path in run.glob("merged*")] == ["merged"]
+
+
+def test_one_of_several_processes_merges(script, tmp_path, monkeypatch):
+    merging = []
+    main = script["main"].__wrapped__
+    monkeypatch.setitem(main.__globals__, "export_merged", lambda *_: merging.append(rank))
+    for rank in (0, 1):
+        processes = devices.Processes(rank, 2, ALONE.device)
+        monkeypatch.setattr(devices, "start_processes", lambda _, processes=processes: processes)
+        main(Namespace(resume=tmp_path, wandb="auto"), None)
+    assert merging == [0]
+
+
 def test_a_merged_model_knows_what_it_was_trained_on(merged, small, tmp_path):
     """Also where it is a copy, and where another run starts from it."""
     flowers = open_flowers(small)
     expected = set(image_ids(flowers, flowers.splits["train"]))
     copied = shutil.copytree(merged, tmp_path / "copied")
+    # As on a machine without the dataset, from which it could be told anew.
+    files.write_json(copied / "args.json", read_arguments(copied) | {"data_root": "elsewhere"})
     for model in (merged, copied):
         assert runs.read_trained_on(model) == expected
     runs.write_trained_on(tmp_path, ["another"], copied)

@@ -10,9 +10,15 @@ offline.py    models with random weights, made without a download
 memory.py     how many gigabytes to expect
 """
 
+import logging
+
 from flowers import stop
 
 OLDEST_TRANSFORMERS = (5, 18)  # takes what a vision tower has made in the place of pixels
+
+# peft imports bitsandbytes where that is installed. On some CPUs it warns that a faster kernel is
+# missing, also where nothing is in 4 bits.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Here, before any module of the package: these libraries are an extra that most users lack.
 try:
