@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 
 from flowers import PRECISIONS, UserError, check_seed
-from flowers import add_device_arguments as add_device_arguments  # it needs no torch
-from flowers import world_size as world_size
 
 # -----------------------------------------------------------------------------
 # device
