@@ -57,7 +57,7 @@ from flowers.choices import (
     TEMPLATE,
 )
 from flowers.data import CONVENTIONS, open_flowers
-from flowers.settings import make_parser
+from flowers.settings import make_parser, resolve
 
 Process = subprocess.Popen | multiprocessing.process.BaseProcess
 
@@ -567,8 +567,26 @@ def check_levels(grid: str, levels: dict[str, tuple], common: Common) -> None:
     first_grid = "factorial" if grid in CHOOSING else grid
     for line in left_out(first_grid, levels, common):
         files.note(line)
-    if not settings_of(first_grid, levels, common):
+    rows = settings_of(first_grid, levels, common)
+    if not rows:
         raise UserError("--pretraining: there are no such weights of any --architecture")
+    one_of_each = {settings["strategy"]: settings for settings in rows}
+    check_values([make_point(first_grid, settings, common) for settings in one_of_each.values()])
+
+
+def check_values(points: Sequence[Point]) -> None:
+    """Raise UserError if train.py would refuse each of these points, for the same reason as it.
+
+    A flag that means nothing for one strategy costs the points of that one, and not the grid.
+    """
+    refusals = []
+    for point in points:
+        try:
+            resolve(make_parser().parse_args(point.arguments), processes=1)
+        except UserError as error:
+            refusals.append(error)
+    if len(refusals) == len(points):
+        raise refusals[0]
 
 
 def check_only(name: str, grid: str, common: Common, levels: dict[str, tuple]) -> None:

@@ -14,6 +14,7 @@ with 90%, more or fewer than 90% may be right).
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.prompts and args.prompt_template:
         raise UserError("--prompts and --prompt_template: give one of them")
-    prepare_outputs(args)
+    check_outputs(args)
     return args
 
 
@@ -112,18 +113,26 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prepare_outputs(args: argparse.Namespace) -> None:
-    """Check where results go, before any work is done, and make missing folders."""
+def check_outputs(args: argparse.Namespace) -> None:
+    """Check where results go, before any work is done. Makes nothing."""
     if args.top < 1:
         raise UserError(f"--top {args.top}: it must be at least 1")
     if args.sheet and args.sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet {args.sheet}: it is written as PNG, so its name must end in .png")
-    for path in (args.csv, args.json, args.sheet):
-        if path is None:
-            continue
+    for path in outputs(args):
         if path.is_dir():
             raise UserError(f"{path} is a folder: give the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # What is missing of its folders is made within the first one that exists.
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir():
+            raise UserError(f"{path} can't be written: {folder} is no folder")
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{path} can't be written: {folder} is read-only")
+
+
+def outputs(args: argparse.Namespace) -> list[Path]:
+    """The files to write."""
+    return [path for path in (args.csv, args.json, args.sheet) if path is not None]
 
 
 if __name__ == "__main__":
@@ -193,6 +202,8 @@ def main(args: argparse.Namespace):
     # -----------------------------------------------------------------------------
     # results
     print_rankings(readable, rankings)
+    for path in outputs(args):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if args.csv:
         files.write_csv(args.csv, [csv_row(*item) for item in zip(readable, rankings)])
     if args.json:

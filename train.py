@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from flowers import UserError, command
+from flowers.choices import cut_points
 from flowers.settings import Config, read_settings
 
 if __name__ == "__main__":
@@ -641,7 +642,7 @@ def compute_views(
     A list of tensors (n, ...), shaped as split_image_tower says; None if no part of the tower is
     frozen, or with --no_cache.
     """
-    cut, _ = strategies.cut_points(config.strategy, config.blocks)
+    cut, _ = cut_points(config.strategy, config.blocks)
     if cut is None or config.no_cache:
         return None
     # Without augmentation all views are the same.
@@ -662,7 +663,7 @@ def compute_text_activations(
 
     None if no part of it is frozen, or with --no_cache.
     """
-    _, blocks = strategies.cut_points(config.strategy, config.blocks)
+    _, blocks = cut_points(config.strategy, config.blocks)
     if blocks is None or config.no_cache:
         return None
     if blocks > 0 and config.captions:
@@ -680,7 +681,7 @@ def make_encoders(
 ) -> tuple[Callable, Callable]:
     """Two functions of a Batch's parts: images -> features (b, D), text_rows (p,) -> (p, D)."""
     device = model.logit_scale.device
-    image_cut, text_blocks = strategies.cut_points(config.strategy, config.blocks)
+    image_cut, text_blocks = cut_points(config.strategy, config.blocks)
     image_trunk, image_rest = split_image_tower(model, image_cut)
     text_trunk, text_rest = split_text_tower(model, text_blocks)
     tokens = texts.tokens.to(device)  # (P, L)

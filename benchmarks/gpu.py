@@ -36,7 +36,7 @@ from step import oxford_names, plain_step
 from torch.utils.data import DataLoader
 
 from flowers import UserError, command, devices, evaluate, files, models, runs, strategies, training
-from flowers.choices import LEARNING_RATES
+from flowers.choices import LEARNING_RATES, STRATEGIES, TEMPLATE, context_template, cut_points
 from flowers.data import Flowers
 from flowers.pixels import get_batch, load_pixels
 
@@ -124,8 +124,8 @@ def main():
     parser.add_argument(
         "--strategies",
         nargs="+",
-        default=strategies.STRATEGIES,
-        choices=strategies.STRATEGIES,
+        default=STRATEGIES,
+        choices=STRATEGIES,
         help="default: all",
     )
     parser.add_argument(
@@ -370,7 +370,7 @@ def random_model(task: Task) -> models.CLIP:
 
 def settings(strategy: str, compiled: bool, size: Size) -> SimpleNamespace:
     """What train.py takes from the flags, with the defaults of the strategy."""
-    image_cut, _ = strategies.cut_points(strategy, 2)
+    image_cut, _ = cut_points(strategy, 2)
     return SimpleNamespace(
         strategy=strategy,
         blocks=2,
@@ -402,9 +402,9 @@ def ours(task: Task, strategy: str, compiled: bool) -> Way:
     config = settings(strategy, compiled, size)
     model = random_model(task)
     train.prepare_model(model, config)
-    template = evaluate.TEMPLATE
+    template = TEMPLATE
     if strategy == "prompt":
-        template = strategies.context_template(config.context_tokens)
+        template = context_template(config.context_tokens)
     flowers = SimpleNamespace(labels=task.labels, class_names=task.class_names)
     texts = train.make_texts(flowers, None, [template], None, model.context_length)
 
@@ -456,7 +456,7 @@ def frozen_parts(
 
     One chunk of images is encoded, and stands for all others in time and in memory.
     """
-    image_cut, text_blocks = strategies.cut_points(config.strategy, config.blocks)
+    image_cut, text_blocks = cut_points(config.strategy, config.blocks)
     views = text_activations = None
     frozen_s = 0.0
     if image_cut is not None:
@@ -563,7 +563,7 @@ def plain(task: Task, stack: contextlib.ExitStack) -> Way:
     """OpenAI's own forward pass, a caption of 77 tokens for each image, and `loss.item()`."""
     device, size = task.device, task.size
     model = random_model(task)
-    prompts = evaluate.fill_templates(task.class_names, [evaluate.TEMPLATE])
+    prompts = evaluate.fill_templates(task.class_names, [TEMPLATE])
     step = plain_step(model, prompts)
     stream = endless(task, clip_transform(task.pixels.shape[-1]), stack)
 
@@ -594,7 +594,7 @@ def open_clip(task: Task, stack: contextlib.ExitStack) -> Way:
         model = open_clip_model(task.architecture)
     model = model.to(device)
     model.output_dict = True
-    prompts = evaluate.fill_templates(task.class_names, [evaluate.TEMPLATE])
+    prompts = evaluate.fill_templates(task.class_names, [TEMPLATE])
     tokens = full_tokens(prompts, torch.device("cpu"))  # (C, 77)
     stream = endless(task, open_clip_transform(task.pixels.shape[-1]), stack)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)

@@ -26,7 +26,7 @@ from peers import Pictures, clip_transform
 from torch.utils.data import DataLoader
 
 from flowers import command, evaluate, figures, models
-from flowers.choices import add_figure_arguments
+from flowers.choices import TEMPLATE, add_figure_arguments
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.losses import info_nce
 from flowers.pixels import get_batch, load_pixels, read_square
@@ -146,12 +146,12 @@ def class_works(model: torch.nn.Module) -> Callable[[int], dict[str, Callable]]:
         def plain():
             columns = []
             for name in names:
-                tokens = clip.tokenize([evaluate.TEMPLATE.replace("{}", name)])  # (1, 77)
+                tokens = clip.tokenize([TEMPLATE.replace("{}", name)])  # (1, 77)
                 columns.append(models.encode_texts(model, tokens))
             return torch.cat(columns)
 
         def ours():
-            return evaluate.zero_shot_head(model, names, [evaluate.TEMPLATE])
+            return evaluate.zero_shot_head(model, names, [TEMPLATE])
 
         return {"plain: one class at a time, 77 tokens": plain, "zero_shot_head": ours}
 
@@ -180,7 +180,7 @@ def token_works(model: torch.nn.Module) -> Callable[[int], dict[str, Callable]]:
 def batch_works(model: torch.nn.Module) -> Callable[[int], dict[str, Callable]]:
     """A full fine-tuning step with so many images."""
     names = [f"number {i}" for i in range(N_CLASSES)]
-    prompts = evaluate.fill_templates(names, [evaluate.TEMPLATE])
+    prompts = evaluate.fill_templates(names, [TEMPLATE])
     short = models.tokenize(prompts)  # (C, T)
     long = clip.tokenize(prompts)  # (C, 77)
     side = model.visual.input_resolution

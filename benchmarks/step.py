@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 
 import flowers
 from flowers import command, devices, evaluate, models
+from flowers.choices import TEMPLATE
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.losses import info_nce
 from flowers.pixels import get_batch, load_pixels, to_device
@@ -79,7 +80,7 @@ def main():
         class_names = dataset.class_names
     else:
         class_names = oxford_names()
-    prompts = evaluate.fill_templates(class_names, [evaluate.TEMPLATE])
+    prompts = evaluate.fill_templates(class_names, [TEMPLATE])
     model = models.build(args.architecture).to(device)
     steps = {
         PLAIN: plain_step(model, prompts),

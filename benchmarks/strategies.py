@@ -25,6 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
 
 from flowers import command, evaluate, frozen, models, strategies
+from flowers.choices import TEMPLATE, context_template, cut_points
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.losses import info_nce
 from flowers.pixels import get_batch, load_pixels
@@ -115,9 +116,9 @@ def prepare(strategy: str, flowers: Flowers, args: argparse.Namespace) -> Setup:
     else:
         trained = [p for p in model.parameters() if p.requires_grad]
 
-    template = evaluate.TEMPLATE
+    template = TEMPLATE
     if strategy == "prompt":
-        template = strategies.context_template(4)  # four learned words
+        template = context_template(4)  # four learned words
     prompts = evaluate.fill_templates(flowers.class_names, [template])
     return Setup(
         strategy=strategy,
@@ -175,7 +176,7 @@ def plain_epoch(setup: Setup, batch_size: int) -> Callable:
 def our_step(setup: Setup) -> Callable:
     """A step (index) -> loss, from what the frozen part has made of images and texts, kept."""
     model, device = setup.model, setup.device
-    image_cut, text_blocks = strategies.cut_points(setup.strategy, setup.blocks)
+    image_cut, text_blocks = cut_points(setup.strategy, setup.blocks)
     _, image_rest = models.split_image_tower(model, image_cut)
     text_trunk, text_rest = models.split_text_tower(model, text_blocks)
     tokens = setup.tokens.to(device)

@@ -30,6 +30,7 @@ from peers import (
 from torch.utils.data import DataLoader
 
 from flowers import command, devices, evaluate, models
+from flowers.choices import TEMPLATE
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.pixels import load_pixels
 
@@ -76,7 +77,7 @@ def main():
         def ours():
             pixels = load_pixels(flowers, model.visual.input_resolution)
             features = models.image_features(model, pixels, torch.arange(n))  # (N, D)
-            head = evaluate.zero_shot_head(model, flowers.class_names, [evaluate.TEMPLATE])
+            head = evaluate.zero_shot_head(model, flowers.class_names, [TEMPLATE])
             return evaluate.evaluate_features(features, head, flowers.labels)
 
         def ours_without_cache():
@@ -117,7 +118,7 @@ def clip_benchmark(architecture: str, flowers: Flowers, device: torch.device) ->
     def classifier():
         columns = []
         for name in flowers.class_names:
-            tokens = clip.tokenize([evaluate.TEMPLATE.replace("{}", name)]).to(device)  # (1, 77)
+            tokens = clip.tokenize([TEMPLATE.replace("{}", name)]).to(device)  # (1, 77)
             with devices.autocast(device):
                 features = F.normalize(model.encode_text(tokens), dim=-1).mean(0)
                 columns.append(features / features.norm())
@@ -157,7 +158,7 @@ def pipeline_of(
 
     def work():
         for file in files:
-            pipe(str(file), candidate_labels=names, hypothesis_template=evaluate.TEMPLATE)
+            pipe(str(file), candidate_labels=names, hypothesis_template=TEMPLATE)
 
     return work
 

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 
 from flowers import PRECISIONS, UserError, check_seed
-from flowers import add_device_arguments as add_device_arguments  # it needs no torch
-from flowers import world_size as world_size
 
 # -----------------------------------------------------------------------------
 # device
@@ -140,8 +138,8 @@ def seed_everything(seed: int, device: torch.device | None = None) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    # Not use_deterministic_algorithms, which does the same, and imports torch.compile for it: a
-    # fifth of what training takes to its first step.
+    # Not use_deterministic_algorithms, which imports torch.compile: a fifth of what training takes
+    # to its first step. It would also set Inductor's deterministic mode, for --compile alone.
     torch.set_deterministic_debug_mode("error" if device.type == "cpu" else "default")
     # Deterministic mode would fill new memory with NaN, although it is never read before it is
     # written: that costs a tenth of a step.

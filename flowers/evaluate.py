@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 from flowers import UserError, calibration, devices, figures, frozen, runs, strategies
-from flowers.choices import TEMPLATE as TEMPLATE  # it needs no torch
-from flowers.choices import templates_in_words
+from flowers.choices import KEEPS_WEIGHTS, context_template, templates_in_words
 from flowers.data import Flowers, base_classes
 from flowers.files import checked, digest_of_prompts, load_tensors, read_json, write_csv
 from flowers.intervals import wilson
@@ -307,7 +306,7 @@ def load_head(
     if _holds_context(learned, model):
         context = learned["context"]  # (context tokens, text width)
         strategies.attach_context(model, context.to(model.token_embedding.weight.device))
-        templates = [strategies.context_template(len(context))]
+        templates = [context_template(len(context))]
         return zero_shot_head(model, class_names, templates), templates
     if _holds_linear_head(learned, model, class_names):
         # It needs no prompts: the default stands in the record of the run only.
@@ -327,7 +326,7 @@ def _check_classifier_is_there(architecture: str) -> None:
     if folder is None or (folder / "classifier.pt").exists():
         return
     strategy = runs.read_arguments(folder).get("strategy")
-    if strategy in strategies.KEEPS_WEIGHTS:
+    if strategy in KEEPS_WEIGHTS:
         raise UserError(
             f"{folder} was trained with --strategy {strategy} and lacks its classifier.pt: copy "
             "the whole folder, or give --prompt_template to evaluate its start by prompts"
@@ -972,7 +971,7 @@ def _arguments_of_training(run: str) -> tuple[Path, dict]:
             f"{run} is no run of train.py, whose args.json says where the weights started"
         ) from None
     strategy = args.get("strategy")
-    if strategy in strategies.KEEPS_WEIGHTS:
+    if strategy in KEEPS_WEIGHTS:
         raise UserError(
             f"{folder} was trained with --strategy {strategy}, which leaves the weights as they "
             "were: there is nothing to interpolate"

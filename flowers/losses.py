@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from flowers import UserError
-from flowers.choices import LOSSES as LOSSES  # it needs no torch
 
 
 def info_nce(

@@ -21,8 +21,6 @@ from tqdm import tqdm
 
 from flowers import UserError, reason, stop
 from flowers.choices import ACTIVATION_NAMES, CONTEXT_MARK, PROJECTION, SHAPES, Cut, Shape
-from flowers.choices import PRETRAINED as PRETRAINED  # it needs no torch
-from flowers.choices import RANDOM as RANDOM
 from flowers.devices import autocast
 from flowers.pixels import CLIP_MEAN, CLIP_STD, get_batch
 

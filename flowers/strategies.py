@@ -22,10 +22,6 @@ from torch.nn.utils import parametrize
 
 from flowers import UserError
 from flowers.choices import DEFAULT_C, DEFAULT_PULL
-from flowers.choices import KEEPS_WEIGHTS as KEEPS_WEIGHTS  # it needs no torch
-from flowers.choices import STRATEGIES as STRATEGIES
-from flowers.choices import context_template as context_template
-from flowers.choices import cut_points as cut_points
 from flowers.files import note
 from flowers.models import (
     CLIP,

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from flowers import UserError, reason
+from flowers.choices import PRETRAINED, RANDOM
 from flowers.download import patience
 from flowers.files import load_tensors, note, read_json
 from flowers.models import (
@@ -27,8 +28,6 @@ from flowers.models import (
     CLIP,
     CONTEXT_LENGTH,
     OPENAI,
-    PRETRAINED,
-    RANDOM,
     VOCABULARY,
     Settings,
     Shape,

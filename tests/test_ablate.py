@@ -116,6 +116,31 @@ def test_the_grids_are_what_they_say(cli, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--nothing", 1), "--nothing"),
+        (("--wd", -4), "--wd"),
+        (("--views", 0), "--views"),
+        (("--ema", 2), "--ema"),
+        (("--logit_bias", -10), "--loss sigmoid"),
+    ],
+)
+def test_flags_that_train_refuses_are_refused_before_any_point(flags, word, cli, tmp_path):
+    outcome = cli("ablate.py", "factorial", "--data_root", "sample", "--runs", tmp_path, *flags)
+    assert outcome[0] == 2
+    assert word in outcome[2].splitlines()[-1]
+    assert not list(tmp_path.iterdir()), "nothing was run"
+
+
+def test_a_flag_that_one_strategy_refuses_costs_its_points_alone(cli, tmp_path):
+    # --ema acts on steps, and linear has none
+    arguments = ("factorial", "--runs", tmp_path, "--dry_run", "--ema", 0.9)
+    code, out, err = cli("ablate.py", *arguments)
+    assert code == 0 and "--strategy full" in out, err
+    assert "act on steps" in error_line(cli("ablate.py", *arguments, "--strategy", "linear"))
+
+
 def test_pretraining_decides_which_weights_are_named(cli, tmp_path):
     def dry(*arguments):
         code, out, err = cli("ablate.py", *arguments, "--dry_run", "--runs", tmp_path, "--seeds", 0)

@@ -12,6 +12,7 @@ from conftest import COUNTS, ROOT, error_line
 from PIL import Image
 
 from flowers import UserError, figures, models, strategies
+from flowers.choices import STRATEGIES
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_the_table_has_the_published_counts_and_touches_no_weights(cli, tmp_path
     assert {name: parameters[name] for name in COUNTS} == COUNTS
     assert list(parameters.values()) == sorted(parameters.values())
     assert all(f"{count:,}" in out for count in COUNTS.values())
-    assert all(f"trainable_{strategy}" in rows[0] for strategy in strategies.STRATEGIES)
+    assert all(f"trainable_{strategy}" in rows[0] for strategy in STRATEGIES)
 
     with Image.open(tmp_path / "models.png") as picture:
         assert min(picture.size) > 400
@@ -51,7 +52,7 @@ def test_the_table_has_the_published_counts_and_touches_no_weights(cli, tmp_path
 @pytest.mark.parametrize("name", ["tiny", "RN50"])
 def test_meta_counts_equal_those_of_a_real_model(tool, name, tmp_path):
     # A real RN50 takes its time.
-    checked = strategies.STRATEGIES if name == "tiny" else ("last_blocks", "lora")
+    checked = STRATEGIES if name == "tiny" else ("last_blocks", "lora")
     row = tool["describe"](name, list(checked))
     model = models.build(name)
     assert row["parameters"] == sum(p.numel() for p in model.parameters())

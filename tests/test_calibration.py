@@ -14,6 +14,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
 from flowers import UserError, calibration, evaluate, runs
+from flowers.choices import TEMPLATE
 from flowers.data import open_flowers
 from flowers.gallery.search import Searcher
 
@@ -190,7 +191,7 @@ def test_a_holdout_leaves_its_temperature_and_an_evaluation_uses_it(held, folder
 
     place = ["--runs", folder, "--wandb", "disabled", "--architecture", held]
     # The run's own template may be typed: it is the same head.
-    own = ("--prompt_template", evaluate.TEMPLATE, "--split", "val", "--name", "soft")
+    own = ("--prompt_template", TEMPLATE, "--split", "val", "--name", "soft")
     code, out, err = cli("baseline_eval.py", *place, "--calibrated", *own)
     assert code == 0, err
     assert (

@@ -32,7 +32,8 @@ from PIL import Image
 from test_report import write_run
 from test_web import html, pictures
 
-from flowers import UserError, cache, evaluate, files, pixels, runs, strategies, training, weights
+from flowers import UserError, cache, evaluate, files, pixels, runs, training, weights
+from flowers.choices import context_template
 from flowers.data import open_flowers
 from flowers.gallery import filters, predictions, thumbnails
 from flowers.layouts import read_captions
@@ -732,7 +733,7 @@ def test_classifiers(survive, count, tmp_path, kind):
         expected = loaded(data)
         (weight, bias), templates, context = result
         if kind == "prompt":
-            template = strategies.context_template(len(context))
+            template = context_template(len(context))
             return torch.equal(context, expected["context"]) and templates == [template]
         return (
             torch.equal(weight, expected["weight"])

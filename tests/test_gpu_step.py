@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from flowers import devices, frozen, losses, models, strategies, training
+from flowers import devices, frozen, losses, models, training
+from flowers.choices import STRATEGIES, context_template, cut_points
 
 META = torch.device("meta")
 CPU = torch.device("cpu")
@@ -68,13 +69,13 @@ def a_step(strategy="full", architecture="tiny", device=META, **options):
     flowers = SimpleNamespace(labels=labels.numpy(), class_names=names)
     templates = ["{} flower", "a {}"]
     if strategy == "prompt":
-        templates = [strategies.context_template(4)]
+        templates = [context_template(4)]
     texts = train.make_texts(flowers, None, templates, None, 77)
     side = model.visual.input_resolution
     pixels = torch.randint(0, 256, (len(labels), 3, side, side), dtype=torch.uint8)
 
     # What frozen.py would read from the cache.
-    image_cut, text_blocks = strategies.cut_points(strategy, config.blocks)
+    image_cut, text_blocks = cut_points(strategy, config.blocks)
     views = text_activations = None
     if image_cut is not None and not config.no_cache:
         trunk, _ = models.split_image_tower(model, image_cut)
@@ -104,7 +105,7 @@ def a_step(strategy="full", architecture="tiny", device=META, **options):
     return step
 
 
-STEPS = [{"strategy": name} for name in strategies.STRATEGIES if name != "linear"]
+STEPS = [{"strategy": name} for name in STRATEGIES if name != "linear"]
 STEPS += [{"loss": name} for name in ("cross_entropy", "sigmoid")]
 STEPS += [{"architecture": "tiny-rn", "strategy": name} for name in ("full", "last_blocks")]
 STEPS += [

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 
 import train
-from flowers import UserError, devices, evaluate, models
+from flowers import UserError, devices, models
+from flowers.choices import LOSSES, TEMPLATE
 from flowers.data import open_flowers
 from flowers.losses import (
-    LOSSES,
     backward_in_chunks,
     best_bias,
     class_cross_entropy,
@@ -222,7 +222,7 @@ def test_distinct_prompts_and_chunks_give_the_plain_gradient(chunk_size):
 # the losses in train.py
 
 ONE_PROCESS = devices.Processes(0, 1, torch.device("cpu"))
-TEMPLATES = [evaluate.TEMPLATE, "a photo of a {}.", "{}"]
+TEMPLATES = [TEMPLATE, "a photo of a {}.", "{}"]
 
 
 def training_data(small, loss, classes="all", logit_bias=None):

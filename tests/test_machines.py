@@ -18,7 +18,17 @@ import pytest
 import torch
 from conftest import ROOT, error_line
 
-from flowers import UserError, add_switch, cache, devices, files, frozen, tracking, training
+from flowers import (
+    UserError,
+    add_switch,
+    cache,
+    devices,
+    files,
+    frozen,
+    tracking,
+    training,
+    world_size,
+)
 from flowers import weights as weight_files
 from flowers.data import open_flowers
 from flowers.models import build
@@ -122,7 +132,7 @@ def test_torchrun_gives_each_process_its_gpu(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert devices.world_size() == 2
+    assert world_size() == 2
     pretend_gpus(monkeypatch, 2)
     started = []
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda _: iter([("store", 1, 2)]))

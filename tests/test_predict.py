@@ -309,6 +309,11 @@ def test_mistakes_end_with_one_line(predict, tmp_path):
     assert ".png" in refused(predict(options=("--sheet", tmp_path / "a.jpg")))
     assert "--top" in refused(predict(options=("--top", 0)))
     assert "is a folder" in refused(predict(options=("--csv", tmp_path)))
+    (tmp_path / "file").touch()
+    assert "is no folder" in refused(predict(options=("--csv", tmp_path / "file" / "a.csv")))
+    new = ("--csv", tmp_path / "new" / "a.csv", "--sheet", tmp_path / "new" / "b" / "a.png")
+    assert "no picture or folder" in refused(predict(tmp_path / "none.jpg", options=new))
+    assert not (tmp_path / "new").exists(), "a mistake leaves nothing"
     assert "no names at" in refused(predict(options=("--names", tmp_path / "none.txt")))
 
 

@@ -10,6 +10,7 @@ from conftest import error_line
 from sklearn.linear_model import LogisticRegression
 
 from flowers import devices, evaluate, models, strategies, weights
+from flowers.choices import TEMPLATE
 from flowers.data import open_flowers
 from flowers.files import load_tensors
 from flowers.pixels import load_pixels
@@ -202,7 +203,7 @@ def test_a_plain_cross_modal_run_is_scikit_learn_s_with_weights(small, tmp_path,
     model = weights.load_model("tiny")
     flowers = open_flowers(small)
     images, labels = features_of(flowers, model, "train")
-    prompts = evaluate.fill_templates(flowers.class_names, [evaluate.TEMPLATE])
+    prompts = evaluate.fill_templates(flowers.class_names, [TEMPLATE])
     # Images and prompts in turn, so that there are as many of both: six prompts, n images.
     texts = models.text_features(model, prompts).repeat(len(images) // 6, 1)
     regression = LogisticRegression(C=strategies.DEFAULT_C / 2, max_iter=1000)

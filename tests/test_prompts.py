@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import NAMES, ROOT, error_line, write_dataset
 
-from flowers import UserError, evaluate, files, layouts, models, runs, strategies
+from flowers import UserError, evaluate, files, layouts, models, runs
+from flowers.choices import context_template
 from flowers.data import open_flowers
 from flowers.gallery import predictions as gallery
 from flowers.study import comparable
@@ -91,10 +92,10 @@ def test_a_prompt_is_refused_wherever_it_comes_from(job, tmp_path):
 
     # A learned context takes up tokens as well.
     names = ["rose", "word " * 40]
-    fits = [strategies.context_template(34)]  # 34 + 40 words + "flower" + start and end
+    fits = [context_template(34)]  # 34 + 40 words + "flower" + start and end
     assert evaluate.class_prompts(names, fits)[1][0].endswith("flower")
     with pytest.raises(UserError, match="has 78 tokens"):
-        evaluate.class_prompts(names, [strategies.context_template(35)])
+        evaluate.class_prompts(names, [context_template(35)])
     # The model says how much it reads.
     with pytest.raises(UserError, match="has 43 tokens.*reads 32"):
         evaluate.class_prompts(names, ["a {}"], context_length=32)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import call, error_line
 
-from flowers import UserError, evaluate, models, runs, strategies
+from flowers import UserError, evaluate, models, runs
+from flowers.choices import KEEPS_WEIGHTS
 from flowers.data import image_ids, open_flowers
 from flowers.files import load_tensors, read_json, write_json
 
@@ -191,7 +192,7 @@ def test_runs_that_have_no_mean_are_refused(folder, changed, tmp_path):
     assert "no run of train.py" in refused(a, str(tmp_path / "missing"))
     assert "no run of train.py" in refused("tiny", "tiny-rn")
     assert "started from other weights" in refused(a, changed(start="0" * 64))
-    for strategy in strategies.KEEPS_WEIGHTS:
+    for strategy in KEEPS_WEIGHTS:
         assert "leaves the weights as they were" in refused(a, changed(strategy=strategy))
     assert "is a soup already" in refused(a, str(folder / "soup"))
     unfinished = changed()

@@ -31,8 +31,9 @@ from flowers import (
     training,
     weights,
 )
+from flowers.choices import LOSSES, STRATEGIES, TEMPLATE, context_template
 from flowers.data import open_flowers, select
-from flowers.losses import LOSSES, info_nce
+from flowers.losses import info_nce
 from flowers.pixels import get_batch, load_pixels
 
 NO_WANDB = ("--wandb", "disabled")
@@ -145,7 +146,7 @@ def load(path):
 # what changes, and what is left behind
 
 
-@pytest.mark.parametrize("strategy", strategies.STRATEGIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_strategy(strategy, start, tmp_path, train, evaluate_run):
     """Only the named parameters change; the export is evaluated to the same predictions.
 
@@ -272,12 +273,12 @@ def test_a_learned_prompt_starts_as_the_words_and_leaves_other_texts_alone():
     torch.manual_seed(0)
     model = models.build("tiny")
     names = ["rose", "globe thistle"]
-    prompts = evaluate.fill_templates(names, [evaluate.TEMPLATE])
+    prompts = evaluate.fill_templates(names, [TEMPLATE])
     with torch.no_grad():
         plain = models.text_features(model, prompts)
         other = models.text_features(model, ["red petals"])
         strategies.prepare(model, "prompt", context_tokens=4)
-        marked = evaluate.fill_templates(names, [strategies.context_template(4)])
+        marked = evaluate.fill_templates(names, [context_template(4)])
         assert torch.allclose(models.text_features(model, marked), plain, atol=1e-6)
         model.context.add_(torch.randn_like(model.context))
         assert not torch.allclose(models.text_features(model, marked), plain, atol=1e-2)
@@ -325,7 +326,7 @@ def test_linear_is_scikit_learn_s_regression(small, tmp_path, cli, train):
     assert result(tmp_path / "h")["val/top1"] == pytest.approx(100 * max(scores))
 
     saved = load(tmp_path / "base" / "classifier.pt")
-    zero_shot, _ = evaluate.zero_shot_head(model, flowers.class_names, [evaluate.TEMPLATE])
+    zero_shot, _ = evaluate.zero_shot_head(model, flowers.class_names, [TEMPLATE])
     assert torch.allclose(saved["weight"][3:], zero_shot[3:], atol=1e-5)
 
     other = shutil.copytree(small, tmp_path / "other", ignore=shutil.ignore_patterns(".cache"))
@@ -385,7 +386,7 @@ def test_a_run_is_this_loop(small, tmp_path, train):
     model = weights.load_model(str(tmp_path / "start.pt"))
     index = torch.from_numpy(flowers.splits["train"].copy())
     labels = torch.tensor(flowers.labels)[index]
-    prompts = evaluate.fill_templates(flowers.class_names, [evaluate.TEMPLATE])
+    prompts = evaluate.fill_templates(flowers.class_names, [TEMPLATE])
     texts = models.text_features(model, prompts)[labels]  # (n, D)
     images = get_batch(load_pixels(flowers, 64), index, "cpu")
     entering = []
@@ -595,7 +596,8 @@ import torch.distributed as dist
 
 import train
 from flowers import devices, models
-from flowers.losses import LOSSES, same_class
+from flowers.choices import LOSSES
+from flowers.losses import same_class
 
 processes = devices.start_processes()
 torch.manual_seed(0)

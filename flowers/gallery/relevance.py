@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from flowers import UserError, evaluate, pixels, weights
-from flowers.choices import KEEPS_WEIGHTS, PRETRAINED, RANDOM
+from flowers.choices import KEEPS_WEIGHTS, PRETRAINED, RANDOM, TEMPLATE
 from flowers.files import load_tensors
 from flowers.gallery.predictions import run_arguments
 from flowers.gallery.search import own_prompts, run_head
@@ -232,7 +232,7 @@ def load_start(folder: Path, class_names: Sequence[str]) -> Explainer:
     templates, prompts_file = own_prompts(folder)
     sentences = evaluate.read_prompts(prompts_file, class_names) if prompts_file else None
     if strategy == "prompt" or not (templates or sentences):
-        templates = [evaluate.TEMPLATE]  # the words that a learned context starts from
+        templates = [TEMPLATE]  # the words that a learned context starts from
     head = evaluate.zero_shot_head(model, class_names, templates, sentences)
     return Explainer(model, head, class_names, learned=False)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flowers.choices import TEMPLATE
 from flowers.data import Flowers
 from flowers.gallery.predictions import run_arguments
 from flowers.images import UndecodableImage, read_rgb
@@ -141,9 +142,7 @@ def run_head(
     if prompts_file:
         sentences = evaluate.read_prompts(prompts_file, class_names)
         evaluate.warn_of_changed_prompts(str(folder), prompts_file)
-    head, _ = evaluate.load_head(
-        str(folder), model, class_names, templates, evaluate.TEMPLATE, sentences
-    )
+    head, _ = evaluate.load_head(str(folder), model, class_names, templates, TEMPLATE, sentences)
     return head, (templates, prompts_file)
 
 
