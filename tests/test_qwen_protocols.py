@@ -203,6 +203,12 @@ def test_an_answer_that_contains_just_one_name():
         ("I see a globe-flower.", 2),
         ("Colt\u2019s foot, a yellow flower", 3),
         ("a rose mallow of some kind", 4),
+        # punctuation without a space
+        ("This is a rose\u2014a garden flower.", 0),
+        ("rose(Rosa)", 0),
+        ("rose:red", 0),
+        ("Answer:rose", 0),
+        ("\u2018rose\u2019", 0),
         # two names
         ("rose or lenten rose", None),
         ("rose/globe-flower", None),
