@@ -22,6 +22,7 @@ are listed in the question, --classes base asks once more, with the names of the
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -493,7 +494,7 @@ def record_images(
     took.
     """
     flowers, processes = task.flowers, task.processes
-    record_of = collect(path, processes)
+    record_of = collect(path, task)
     index_of = {flowers.file_names[i]: i for i in index}
     for name, record in record_of.items():
         if name in index_of:
@@ -529,7 +530,7 @@ def record_images(
         "eval_seconds": round(seconds, 3),
         "eval_images_per_s": round(len(remaining) / seconds, 2),
     }
-    return collect(path, processes), timing
+    return collect(path, task), timing
 
 
 def path_of_process(path: Path, processes: Processes) -> Path:
@@ -537,19 +538,54 @@ def path_of_process(path: Path, processes: Processes) -> Path:
     return path if processes.is_main else path.with_suffix(f".{processes.rank}{path.suffix}")
 
 
-def collect(path: Path, processes: Processes) -> dict[str, dict]:
+def collect(path: Path, task: Task) -> dict[str, dict]:
     """Return all records so far by file name; those of several processes are joined in `path`.
 
-    Also those that a killed run of another number of processes has left.
+    Also those that a killed run of another number of processes has left. Records that can't be
+    read or evaluated are left out, with a warning, so that their images are asked about again.
     """
+    processes = task.processes
     with processes.main_first():
         if processes.is_main:
             parts = sorted(path.parent.glob(f"{path.stem}.[0-9]*{path.suffix}"))
-            rows = [row for file in (path, *parts) for row in files.read_lines(file, "file")]
+            rows = [row for file in (path, *parts) for row in sound_records(file, task)]
             files.write_lines(path, rows)  # without the lines that a kill cut off
             for part in parts:
                 part.unlink()
-        return {row["file"]: row for row in files.read_lines(path, "file")}
+        return {row["file"]: row for row in files.read_lines(path)}
+
+
+def sound_records(path: Path, task: Task) -> list[dict]:
+    """Return the records of a file that can be evaluated, with a warning if others are left out."""
+    rows = files.read_lines(path)
+    sound = [row for row in rows if is_sound(row, task)]
+    if len(sound) < len(rows):
+        n_left_out = len(rows) - len(sound)
+        print(
+            f"warning: {n_left_out} of the {len(rows)} records of {path} left out, which lack what "
+            "is evaluated: their images are asked about again",
+            file=sys.stderr,
+        )
+    return sound
+
+
+def is_sound(row: dict, task: Task) -> bool:
+    """Whether a record has a file name, and all that the protocol of the task writes."""
+    config, n_classes = task.config, len(task.class_names)
+    if not isinstance(row.get("file"), str):
+        return False
+    if config.describe:
+        return runs.is_list_of_texts(row.get("captions"))
+    if config.protocol == "generate":
+        return all(isinstance(row.get(f"{listed}answer"), str) for listed in config.lists)
+    keys = ("sum", "prior") if config.list_order == "drawn" else ("sum",)
+    for value in (row.get(listed + key) for listed in config.lists for key in keys):
+        # The log-likelihoods of the C names.
+        if not (isinstance(value, list) and len(value) == n_classes):
+            return False
+        if not all(map(files.is_number, value)):
+            return False
+    return True
 
 
 # -----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ pytest.importorskip("transformers")
 
 from qwen_helpers import with_adapter
 
-from flowers import UserError, evaluate, files, runs, tracking
+from flowers import UserError, devices, evaluate, files, runs, tracking
 from flowers.data import image_ids, open_flowers, select
 from flowers.qwen import answers
 from flowers.qwen.adapters import base_model
@@ -44,6 +44,7 @@ from flowers.qwen.prompts import (
 # Matrices this small gain nothing from a second thread, and lose much on a busy machine.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ALONE = devices.Processes(0, 1, torch.device("cpu"))
 OWN_WORDS = ["Which flower is it?", "Name the flower in this picture."]
 
 
@@ -535,6 +536,41 @@ def test_free_answers_are_counted_whole_by_what_they_contain_and_in_halves(
     own_right = np.array([row["own_answer"] == name for row, name in zip(given, named)])
     assert result["test/base_top1"] == pytest.approx(100 * own_right[labels < 3].mean())
     assert result["test/new_top1"] == pytest.approx(100 * own_right[labels >= 3].mean())
+
+
+def test_records_that_can_not_be_evaluated_are_asked_again(script, tmp_path, capfd):
+    """A file that was damaged, or edited: what is left of it can be evaluated."""
+    sound = {
+        "rank": {"sum": [-1, -2.5], "prior": [-1, -1], "own_sum": [-1, 0], "own_prior": [0, 0]},
+        "generate": {"answer": "rose", "own_answer": ""},
+        "describe": {"captions": ["Red."]},
+    }
+    damages = {
+        "rank": ([-1], [-1, "2"], [-1, True], [-1, None], [-1, float("nan")], [-1, 10**400], -1),
+        "generate": (None, 3, ["rose"]),
+        "describe": ("Red.", [], [3]),
+    }
+    for protocol, record in sound.items():
+        config = SimpleNamespace(
+            describe=protocol == "describe",
+            protocol=protocol,
+            list_order="drawn",
+            lists=("", "own_"),
+        )
+        task = SimpleNamespace(config=config, class_names=("rose", "iris"), processes=ALONE)
+        lines = [{"file": "a.jpg"} | record]
+        for key in record:
+            lines.append({"file": "b.jpg"} | {k: v for k, v in record.items() if k != key})
+            lines += [{"file": "b.jpg"} | record | {key: value} for value in damages[protocol]]
+        lines += [record, {"file": ["a.jpg"]} | record]
+        path = tmp_path / f"{protocol}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "[]\n")
+        assert script["collect"](path, task) == {"a.jpg": lines[0]}
+        err = capfd.readouterr().err
+        assert f"{len(lines) - 1} of the {len(lines)} records" in err and "1 damaged line" in err
+        # They are not in the file any more.
+        assert script["collect"](path, task) == {"a.jpg": lines[0]}
+        assert capfd.readouterr().err == ""
 
 
 def test_accuracy_of_halves():
