@@ -118,7 +118,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="images to evaluate; val needs --holdout (default: %(default)s)",
     )
     parser.add_argument(
-        "--images", type=int, default=0, help="so many of them, drawn with seed 0 (default: 0, all)"
+        "--images",
+        type=int,
+        default=0,
+        help="so many of them, drawn with seed 0; of the val images that choose score and "
+        "spelling, too (default: 0, all)",
     )
     parser.add_argument(
         "--val_shots",
@@ -685,7 +689,7 @@ def evaluate_ranking(
         score = max(val_top1, key=val_top1.get)
         extra |= {f"val/{name}_top1": top1 for name, top1 in val_top1.items()}
         table = ", ".join(f"{name} {top1:.2f}%" for name, top1 in val_top1.items())
-        print(f"top-1 on val: {table}; {score} is reported")
+        print(f"top-1 on {len(val):,} val images: {table}; {score} is reported")
     extra["reported_score"] = score
 
     labels = torch.from_numpy(flowers.labels[index])
@@ -745,7 +749,7 @@ def choose_spelling(
         top1[case] = max(top1_on_val(spelled, records[case], val).values())
     best = max(top1, key=top1.get)  # the first of equals
     table = ", ".join(f"{case} {value:.2f}%" for case, value in top1.items())
-    files.say(f"top-1 on val: {table}; names are spelled as in {best}")
+    files.say(f"top-1 on {len(val):,} val images: {table}; names are spelled as in {best}")
     extra = {"reported_name_case": best}
     extra |= {f"val/name_case_{case}_top1": value for case, value in top1.items()}
     return tasks[best], records[best], extra

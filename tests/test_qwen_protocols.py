@@ -329,6 +329,10 @@ def test_val_images_that_choose_are_those_of_train_py_and_of_the_trained_half(sc
         expected = [i for i in drawn if flowers.labels[i] in half]
         assert images_of_val(config, flowers).tolist() == expected
         assert len(expected) == len(half) * (shots or 2)
+    # --images counts for them, too.
+    config.images = 2
+    few = images_of_val(config, flowers).tolist()
+    assert len(few) == 2 and set(few) < set(expected)
     with pytest.raises(UserError, match="no val images"):
         images_of_val(config, open_flowers(small))
 
@@ -355,7 +359,7 @@ def test_questions_lists_and_halves_are_scored_as_by_hand(base_run, small, cli, 
     flowers = open_flowers(small, holdout=True)
     test = flowers.splits["test"]
     # Of val one image of each base class was asked about.
-    assert len(rows) == len(test) + 3
+    assert len(rows) == len(test) + 3 and "top-1 on 3 val images: " in out
 
     model, processor = load_model("tiny", "cpu", base_run, 512)
     title = [name.title() for name in NAMES]
