@@ -186,7 +186,7 @@ class Config:
     precision: str
     # run
     seed: int
-    batch_size: int
+    batch_size: int | str  # AUTO until the names are known
     allow_overlap: bool
     runs: str
     wandb: str
@@ -255,9 +255,8 @@ def resolve(args: argparse.Namespace) -> Config:
     fill_in_from_training(args)
     check_protocol(args)
     check_seed(args.seed)
-    # 0 for auto, which is known when the names are
-    if min(args.batch_size + 1, args.most_tokens) < 1 or args.images < 0:
-        raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
+    if args.most_tokens < 1 or args.images < 0:
+        raise UserError("--most_tokens must be at least 1, --images not below 0")
     return settings_of(Config, args)
 
 

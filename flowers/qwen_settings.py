@@ -23,6 +23,7 @@ QUESTIONS = {
     "described": "Describe this flower in one line, then give its name alone on a second line.",
 }
 DESCRIBE = "Describe the flower's colours, petals and centre in one sentence, without naming it."
+AUTO = "auto"  # --batch_size: as many images as fit
 LIST_ORDERS = ("given", "drawn")
 NAME_CASES = ("given", "lower", "title")
 
@@ -144,9 +145,15 @@ def add_question_arguments(group, inherits: bool = False) -> None:
     )
 
 
-def read_batch_size(text: str) -> int:
-    """Return what --batch_size says, 0 for auto. Raises ValueError, as argparse wants it."""
-    return 0 if text == "auto" else int(text)
+def read_batch_size(text: str) -> int | str:
+    """Return what --batch_size says: AUTO, or a number above 0. A type for argparse."""
+    if text == AUTO:
+        return AUTO
+    # As many digits as no number of images has would be an error of its own to int().
+    number = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a whole number above 0")
+    return number
 
 
 def check_questions(question: Sequence[str] | None, list_names: bool, list_order: str) -> None:

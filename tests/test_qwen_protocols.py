@@ -315,6 +315,17 @@ def test_flags_that_mean_nothing_together_are_refused(script, base_run, tmp_path
             config_of(script, "--adapter", damaged, "--holdout")
 
 
+@pytest.mark.parametrize("name", ["qwen_eval.py", "qwen_train.py"])
+def test_only_the_word_auto_leaves_the_batch_size_open(name, capsys):
+    parser = runpy.run_path(str(ROOT / name))["make_parser"]()
+    assert parser.parse_args(["--batch_size", "auto"]).batch_size == "auto"
+    assert parser.parse_args(["--batch_size", "3"]).batch_size == 3
+    for text in ("0", "-1", "1.5", "", "Auto", "9" * 5000):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--batch_size={text}"])
+        assert "neither auto nor a whole number above 0" in capsys.readouterr().err
+
+
 def test_val_images_that_choose_are_those_of_train_py_and_of_the_trained_half(script, small):
     flowers = open_flowers(small, holdout=True)
     images_of_val = script["images_of_val"]
