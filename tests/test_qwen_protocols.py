@@ -348,6 +348,22 @@ def test_val_images_that_choose_are_those_of_train_py_and_of_the_trained_half(sc
         images_of_val(config, open_flowers(small))
 
 
+def test_val_images_that_an_adapter_was_trained_on_choose_nothing(script, small, tmp_path):
+    flowers = open_flowers(small, holdout=True)
+    val, test = flowers.splits["val"], flowers.splits["test"]
+    files.write_json(tmp_path / "args.json", {"job": "qwen_train"})
+    runs.write_trained_on(tmp_path, image_ids(flowers, val))
+    config = SimpleNamespace(
+        adapter=str(tmp_path), model="tiny", describe=False, allow_overlap=False, split="test"
+    )
+    check = script["check_overlap"]
+    with pytest.raises(UserError, match=f"{len(val)} of the {len(val)} val images"):
+        check(config, flowers, test, val)
+    assert check(config, flowers, test, val[:0]) == 0
+    config.allow_overlap = True
+    assert check(config, flowers, test, val) == 0
+
+
 # -----------------------------------------------------------------------------
 # ranking
 
