@@ -41,6 +41,7 @@ from flowers.qwen_settings import (
     add_question_arguments,
     check_questions,
     fill_in,
+    parse_inheriting,
     read_batch_size,
     read_training,
     runs_behind,
@@ -227,8 +228,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if not args.resume:
-        # A merged model is one of a run, too.
-        return runs.parse_inheriting(parser, "adapter" if args.adapter else "model")
+        return parse_inheriting(parser)
     stored = runs.arguments_to_resume(Path(args.resume), "qwen_eval")
     if stored is None:
         raise SystemExit  # it is finished, which was printed

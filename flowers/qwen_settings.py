@@ -203,6 +203,25 @@ def runs_behind(adapter: str | None, model: str) -> list[str]:
 # what an adapter was trained with
 
 
+def parse_inheriting(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; data, splits and names that it leaves out are those of the training.
+
+    That of the adapter, or of the merged model. Says where flags that were typed name others.
+    Raises UserError if args.json of the run is damaged.
+    """
+    args = parser.parse_args()
+    model_flag = "adapter" if args.adapter else "model"
+    source = getattr(args, model_flag)
+    args = runs.parse_inheriting(parser, model_flag)
+    trained = runs.inherited_arguments(source) if source else {}
+    for flag, found in trained.items():
+        # CLIP's templates are no flags of Qwen.
+        value = getattr(args, flag, found)
+        if value != found and value is not None:
+            _note_difference(flag, value, source, found)
+    return args
+
+
 def read_training(adapter: str | None, model: str | None) -> dict:
     """The args.json of the run that made an adapter, or merged a model; empty if no run did.
 
@@ -251,7 +270,11 @@ def fill_in(args: argparse.Namespace, trained: Mapping, defaults: Mapping) -> No
         if value is None:
             setattr(args, flag, found)
         elif flag in trained and found != value:
-            files.note(f"--{flag} {_in_words(value)}: {source} was trained with {_in_words(found)}")
+            _note_difference(flag, value, source, found)
+
+
+def _note_difference(flag: str, value, source: str, found) -> None:
+    files.note(f"--{flag} {_in_words(value)}: {source} was trained with {_in_words(found)}")
 
 
 def _in_words(value) -> str:

@@ -260,6 +260,30 @@ def test_an_adapter_brings_what_it_was_asked_in_training(script, base_run, capfd
     assert not described.list_names and described.question is None and described.classes == "all"
 
 
+@pytest.mark.parametrize("name", ["qwen_eval.py", "qwen_probe.py"])
+def test_other_data_than_that_of_the_training_is_noted(
+    name, base_run, tmp_path, monkeypatch, capfd
+):
+    run = shutil.copytree(base_run, tmp_path / "run")
+    trained = files.read_json(run / "args.json")
+    trained |= {"splits": "swapped", "splits_path": None, "load_4bit": False}
+    files.write_json(run / "args.json", trained)
+    read_settings = runpy.run_path(str(ROOT / name))["read_settings"]
+    same = ["--splits", "swapped", "--class_names=oxford"]
+    other = ["--splits", "official", "--class_names", "openai", "--data_root", "sample"]
+    for flags, noted in (
+        ([], []),
+        (same, []),
+        (other, ["--data_root", "--splits", "--class_names"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [name, "--adapter", str(run), *flags])
+        read_settings()
+        lines = capfd.readouterr().err.splitlines()
+        notes = [line for line in lines if line.startswith("note: ")]
+        assert [line.split()[1] for line in notes] == noted
+    assert f"--splits official: {run} was trained with swapped" in notes[1]
+
+
 def test_what_was_switched_off_stays_off_in_a_resumed_run(script, base_run, tmp_path, monkeypatch):
     """A switch that is off is no flag, and must not become the adapter's once more."""
     run = shutil.copytree(base_run, tmp_path / "run")
