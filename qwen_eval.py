@@ -23,7 +23,7 @@ are listed in the question, --classes base asks once more, with the names of the
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -200,14 +200,19 @@ class Config:
     @property
     def asks_val(self) -> bool:
         """Whether the val images, if there are any, decide which score or spelling is reported."""
-        ranks = self.protocol == "rank" and not self.describe
-        has_choice = self.score == "auto" or self.name_case == "best"
-        return ranks and has_choice and self.split == "test"
+        return val_decides(self)
 
     @property
     def lists(self) -> tuple[str, ...]:
         """What names the question lists: ALL, and where base and new are told apart, OWN."""
         return (ALL, OWN) if self.list_names and self.classes != "all" else (ALL,)
+
+
+def val_decides(settings: argparse.Namespace | Config) -> bool:
+    """Whether val images, if there are any, decide which score or spelling is reported."""
+    ranks = settings.protocol == "rank" and not settings.describe
+    has_choice = settings.score == "auto" or settings.name_case == "best"
+    return ranks and has_choice and settings.split == "test"
 
 
 def read_settings() -> tuple[argparse.Namespace, Config]:
@@ -254,6 +259,8 @@ def resolve(args: argparse.Namespace) -> Config:
             raise UserError(f"--describe has a question of its own: leave out --{typed[0]}")
     fill_in_from_training(args)
     check_protocol(args)
+    if not args.resume:
+        check_parts(args)
     check_seed(args.seed)
     if args.most_tokens < 1 or args.images < 0:
         raise UserError("--most_tokens must be at least 1, --images not below 0")
@@ -273,17 +280,37 @@ def fill_in_from_training(args: argparse.Namespace) -> None:
             f"{source} was trained on the val images: "
             "--holdout needs an adapter that was trained with --holdout"
         )
-    # What can mean nothing here is not taken over.
-    listed = trained.get("list_names") if args.list_names is None else args.list_names
-    meaningless = set()
-    if args.describe:
-        meaningless |= NEW_DEFAULTS.keys()  # a description has a question of its own
-    if not listed:
-        meaningless.add("list_order")
-    if not args.holdout:
-        meaningless.add("val_shots")
-    trained = {flag: value for flag, value in trained.items() if flag not in meaningless}
+    # What has no part here is neither taken over nor compared.
+    without_part = flags_without_part(args, trained)
+    trained = {flag: value for flag, value in trained.items() if flag not in without_part}
     fill_in(args, trained, DEFAULTS | NEW_DEFAULTS)
+
+
+def flags_without_part(args: argparse.Namespace, trained: Mapping) -> set[str]:
+    """The flags of NEW_DEFAULTS whose value in the training changes nothing of what is asked for.
+
+    args: as typed. trained: of `read_training`, for those that were left out.
+    """
+    if args.describe:
+        return set(NEW_DEFAULTS)  # a description has a question of its own
+
+    def value_of(flag: str):
+        typed = getattr(args, flag)
+        return trained.get(flag) if typed is None else typed
+
+    without_part = set()
+    if not value_of("list_names"):
+        without_part.add("list_order")
+        if args.protocol == "generate":
+            without_part.add("name_case")  # answers are matched whatever their case
+    if not (args.holdout and val_decides(args)):
+        without_part.add("val_shots")
+    draws_order = "list_order" not in without_part and value_of("list_order") == "drawn"
+    draws_val = "val_shots" not in without_part and value_of("val_shots") is not None
+    # A seed that was left out is the training's all the same: tables tell runs apart by it.
+    if args.seed is not None and not (draws_order or draws_val):
+        without_part.add("seed")
+    return without_part
 
 
 def check_protocol(args: argparse.Namespace) -> None:
@@ -303,6 +330,17 @@ def check_protocol(args: argparse.Namespace) -> None:
         )
     if args.val_shots is not None and not (args.val_shots >= 1 and args.holdout):
         raise UserError("--val_shots must be at least 1, and needs --holdout")
+
+
+def check_parts(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that were typed, and have no part in what is asked for."""
+    if args.score != "auto" and (args.describe or args.protocol == "generate"):
+        raise UserError("--score is what --protocol rank reports: leave it out")
+    if args.val_shots is not None and not val_decides(args):
+        raise UserError(
+            "--val_shots is for val images that choose a score or a spelling, and here they choose "
+            "nothing: leave it out"
+        )
 
 
 if __name__ == "__main__":

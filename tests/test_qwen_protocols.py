@@ -256,6 +256,17 @@ def test_an_adapter_brings_what_it_was_asked_in_training(script, base_run, capfd
     ]
     assert f"'{OWN_WORDS[0]}' and '{OWN_WORDS[1]}'" in notes[0] and "with true" in notes[1]
 
+    # What has no part is neither noted nor taken over.
+    flags = ["--list_names=false", "--protocol", "generate", "--holdout"]
+    flags += ["--question", *OWN_WORDS[:1]]
+    config = config_of(script, "--adapter", base_run, *flags, "--seed", 5)
+    assert (config.seed, config.val_shots, config.name_case) == (5, None, "given")
+    err = capfd.readouterr().err
+    assert "--list_names" in err and "--question" in err and err.count("note: ") == 2
+    flags = ["--holdout", "--list_names=false", "--seed", 5]
+    assert config_of(script, "--adapter", base_run, *flags).val_shots == 1
+    assert "--seed 5" in capfd.readouterr().err
+
     described = config_of(script, "--adapter", base_run, "--describe")
     assert not described.list_names and described.question is None and described.classes == "all"
 
@@ -316,6 +327,11 @@ def test_flags_that_mean_nothing_together_are_refused(script, base_run, tmp_path
         (["--name_case", "best", "--holdout", "--split", "val"], "give --holdout"),
         (["--val_shots", "1"], "needs --holdout"),
         (["--val_shots", "0", "--holdout"], "at least 1"),
+        (["--val_shots", "1", "--holdout", "--protocol", "generate"], "choose nothing"),
+        (["--val_shots", "1", "--holdout", "--split", "val"], "choose nothing"),
+        (["--val_shots", "1", "--holdout", "--score", "sum"], "choose nothing"),
+        (["--score", "sum", "--protocol", "generate"], "leave it out"),
+        (["--score", "pmi", "--describe"], "leave it out"),
         (["--describe", "--question", "a"], "leave out --question"),
         (["--describe", "--list_names"], "leave out --list_names"),
     ):
