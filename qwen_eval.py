@@ -22,7 +22,8 @@ are listed in the question, --classes base asks once more, with the names of the
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from flowers.qwen_settings import (
     add_question_arguments,
     check_questions,
     fill_in,
+    parse_inheriting,
     read_batch_size,
     read_training,
     runs_behind,
@@ -117,7 +119,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="images to evaluate; val needs --holdout (default: %(default)s)",
     )
     parser.add_argument(
-        "--images", type=int, default=0, help="so many of them, drawn with seed 0 (default: 0, all)"
+        "--images",
+        type=int,
+        default=0,
+        help="so many of them, drawn with seed 0; of the val images that choose score and "
+        "spelling, too (default: 0, all)",
     )
     parser.add_argument(
         "--val_shots",
@@ -181,7 +187,7 @@ class Config:
     precision: str
     # run
     seed: int
-    batch_size: int
+    batch_size: int | str  # AUTO until the names are known
     allow_overlap: bool
     runs: str
     wandb: str
@@ -194,14 +200,19 @@ class Config:
     @property
     def asks_val(self) -> bool:
         """Whether the val images, if there are any, decide which score or spelling is reported."""
-        ranks = self.protocol == "rank" and not self.describe
-        has_choice = self.score == "auto" or self.name_case == "best"
-        return ranks and has_choice and self.split == "test"
+        return val_decides(self)
 
     @property
     def lists(self) -> tuple[str, ...]:
         """What names the question lists: ALL, and where base and new are told apart, OWN."""
         return (ALL, OWN) if self.list_names and self.classes != "all" else (ALL,)
+
+
+def val_decides(settings: argparse.Namespace | Config) -> bool:
+    """Whether val images, if there are any, decide which score or spelling is reported."""
+    ranks = settings.protocol == "rank" and not settings.describe
+    has_choice = settings.score == "auto" or settings.name_case == "best"
+    return ranks and has_choice and settings.split == "test"
 
 
 def read_settings() -> tuple[argparse.Namespace, Config]:
@@ -222,8 +233,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if not args.resume:
-        # A merged model is one of a run, too.
-        return runs.parse_inheriting(parser, "adapter" if args.adapter else "model")
+        return parse_inheriting(parser)
     stored = runs.arguments_to_resume(Path(args.resume), "qwen_eval")
     if stored is None:
         raise SystemExit  # it is finished, which was printed
@@ -249,10 +259,11 @@ def resolve(args: argparse.Namespace) -> Config:
             raise UserError(f"--describe has a question of its own: leave out --{typed[0]}")
     fill_in_from_training(args)
     check_protocol(args)
+    if not args.resume:
+        check_parts(args)
     check_seed(args.seed)
-    # 0 for auto, which is known when the names are
-    if min(args.batch_size + 1, args.most_tokens) < 1 or args.images < 0:
-        raise UserError("--batch_size and --most_tokens must be at least 1, --images not below 0")
+    if args.most_tokens < 1 or args.images < 0:
+        raise UserError("--most_tokens must be at least 1, --images not below 0")
     return settings_of(Config, args)
 
 
@@ -269,17 +280,37 @@ def fill_in_from_training(args: argparse.Namespace) -> None:
             f"{source} was trained on the val images: "
             "--holdout needs an adapter that was trained with --holdout"
         )
-    # What can mean nothing here is not taken over.
-    listed = trained.get("list_names") if args.list_names is None else args.list_names
-    meaningless = set()
-    if args.describe:
-        meaningless |= NEW_DEFAULTS.keys()  # a description has a question of its own
-    if not listed:
-        meaningless.add("list_order")
-    if not args.holdout:
-        meaningless.add("val_shots")
-    trained = {flag: value for flag, value in trained.items() if flag not in meaningless}
+    # What has no part here is neither taken over nor compared.
+    without_part = flags_without_part(args, trained)
+    trained = {flag: value for flag, value in trained.items() if flag not in without_part}
     fill_in(args, trained, DEFAULTS | NEW_DEFAULTS)
+
+
+def flags_without_part(args: argparse.Namespace, trained: Mapping) -> set[str]:
+    """The flags of NEW_DEFAULTS whose value in the training changes nothing of what is asked for.
+
+    args: as typed. trained: of `read_training`, for those that were left out.
+    """
+    if args.describe:
+        return set(NEW_DEFAULTS)  # a description has a question of its own
+
+    def value_of(flag: str):
+        typed = getattr(args, flag)
+        return trained.get(flag) if typed is None else typed
+
+    without_part = set()
+    if not value_of("list_names"):
+        without_part.add("list_order")
+        if args.protocol == "generate":
+            without_part.add("name_case")  # answers are matched whatever their case
+    if not (args.holdout and val_decides(args)):
+        without_part.add("val_shots")
+    draws_order = "list_order" not in without_part and value_of("list_order") == "drawn"
+    draws_val = "val_shots" not in without_part and value_of("val_shots") is not None
+    # A seed that was left out is the training's all the same: tables tell runs apart by it.
+    if args.seed is not None and not (draws_order or draws_val):
+        without_part.add("seed")
+    return without_part
 
 
 def check_protocol(args: argparse.Namespace) -> None:
@@ -299,6 +330,17 @@ def check_protocol(args: argparse.Namespace) -> None:
         )
     if args.val_shots is not None and not (args.val_shots >= 1 and args.holdout):
         raise UserError("--val_shots must be at least 1, and needs --holdout")
+
+
+def check_parts(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that were typed, and have no part in what is asked for."""
+    if args.score != "auto" and (args.describe or args.protocol == "generate"):
+        raise UserError("--score is what --protocol rank reports: leave it out")
+    if args.val_shots is not None and not val_decides(args):
+        raise UserError(
+            "--val_shots is for val images that choose a score or a spelling, and here they choose "
+            "nothing: leave it out"
+        )
 
 
 if __name__ == "__main__":
@@ -493,7 +535,7 @@ def record_images(
     took.
     """
     flowers, processes = task.flowers, task.processes
-    record_of = collect(path, processes)
+    record_of = collect(path, task)
     index_of = {flowers.file_names[i]: i for i in index}
     for name, record in record_of.items():
         if name in index_of:
@@ -529,7 +571,7 @@ def record_images(
         "eval_seconds": round(seconds, 3),
         "eval_images_per_s": round(len(remaining) / seconds, 2),
     }
-    return collect(path, processes), timing
+    return collect(path, task), timing
 
 
 def path_of_process(path: Path, processes: Processes) -> Path:
@@ -537,19 +579,54 @@ def path_of_process(path: Path, processes: Processes) -> Path:
     return path if processes.is_main else path.with_suffix(f".{processes.rank}{path.suffix}")
 
 
-def collect(path: Path, processes: Processes) -> dict[str, dict]:
+def collect(path: Path, task: Task) -> dict[str, dict]:
     """Return all records so far by file name; those of several processes are joined in `path`.
 
-    Also those that a killed run of another number of processes has left.
+    Also those that a killed run of another number of processes has left. Records that can't be
+    read or evaluated are left out, with a warning, so that their images are asked about again.
     """
+    processes = task.processes
     with processes.main_first():
         if processes.is_main:
             parts = sorted(path.parent.glob(f"{path.stem}.[0-9]*{path.suffix}"))
-            rows = [row for file in (path, *parts) for row in files.read_lines(file, "file")]
+            rows = [row for file in (path, *parts) for row in sound_records(file, task)]
             files.write_lines(path, rows)  # without the lines that a kill cut off
             for part in parts:
                 part.unlink()
-        return {row["file"]: row for row in files.read_lines(path, "file")}
+        return {row["file"]: row for row in files.read_lines(path)}
+
+
+def sound_records(path: Path, task: Task) -> list[dict]:
+    """Return the records of a file that can be evaluated, with a warning if others are left out."""
+    rows = files.read_lines(path)
+    sound = [row for row in rows if is_sound(row, task)]
+    if len(sound) < len(rows):
+        n_left_out = len(rows) - len(sound)
+        print(
+            f"warning: {n_left_out} of the {len(rows)} records of {path} left out, which lack what "
+            "is evaluated: their images are asked about again",
+            file=sys.stderr,
+        )
+    return sound
+
+
+def is_sound(row: dict, task: Task) -> bool:
+    """Whether a record has a file name, and all that the protocol of the task writes."""
+    config, n_classes = task.config, len(task.class_names)
+    if not isinstance(row.get("file"), str):
+        return False
+    if config.describe:
+        return runs.is_list_of_texts(row.get("captions"))
+    if config.protocol == "generate":
+        return all(isinstance(row.get(f"{listed}answer"), str) for listed in config.lists)
+    keys = ("sum", "prior") if config.list_order == "drawn" else ("sum",)
+    for value in (row.get(listed + key) for listed in config.lists for key in keys):
+        # The log-likelihoods of the C names.
+        if not (isinstance(value, list) and len(value) == n_classes):
+            return False
+        if not all(map(files.is_number, value)):
+            return False
+    return True
 
 
 # -----------------------------------------------------------------------------
@@ -649,7 +726,7 @@ def evaluate_ranking(
         score = max(val_top1, key=val_top1.get)
         extra |= {f"val/{name}_top1": top1 for name, top1 in val_top1.items()}
         table = ", ".join(f"{name} {top1:.2f}%" for name, top1 in val_top1.items())
-        print(f"top-1 on val: {table}; {score} is reported")
+        print(f"top-1 on {len(val):,} val images: {table}; {score} is reported")
     extra["reported_score"] = score
 
     labels = torch.from_numpy(flowers.labels[index])
@@ -709,7 +786,7 @@ def choose_spelling(
         top1[case] = max(top1_on_val(spelled, records[case], val).values())
     best = max(top1, key=top1.get)  # the first of equals
     table = ", ".join(f"{case} {value:.2f}%" for case, value in top1.items())
-    files.say(f"top-1 on val: {table}; names are spelled as in {best}")
+    files.say(f"top-1 on {len(val):,} val images: {table}; names are spelled as in {best}")
     extra = {"reported_name_case": best}
     extra |= {f"val/name_case_{case}_top1": value for case, value in top1.items()}
     return tasks[best], records[best], extra

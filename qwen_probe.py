@@ -28,6 +28,7 @@ from flowers.qwen_settings import (
     add_model_arguments,
     check_questions,
     fill_in,
+    parse_inheriting,
     read_training,
     runs_behind,
     settings_of,
@@ -161,10 +162,7 @@ def read_settings() -> tuple[argparse.Namespace, Config]:
 
     Raises UserError as `resolve` does.
     """
-    parser = make_parser()
-    typed = parser.parse_args()
-    # A merged model is one of a run, too.
-    args = runs.parse_inheriting(parser, "adapter" if typed.adapter else "model")
+    args = parse_inheriting(make_parser())
     return args, resolve(args)
 
 

@@ -34,6 +34,7 @@ from flowers import (
 from flowers.choices import MAX_VAL_SHOTS
 from flowers.data import add_data_arguments
 from flowers.qwen_settings import (
+    AUTO,
     CLASSES,
     QUESTIONS,
     add_model_arguments,
@@ -334,7 +335,7 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
         args.alpha = 2.0 * args.rank
 
     # nan fails every comparison, so these say what must hold.
-    fits_chunk = args.batch_size == 0  # auto
+    fits_chunk = args.batch_size == AUTO
     if fits_chunk:
         args.batch_size = defaults["batch_size"]
     at_least_one = min(args.rank, args.epochs, args.batch_size, args.save_every) >= 1

@@ -241,7 +241,8 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 # what the values of a row must be
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
+    """Whether a value of a file is a finite number that a run can have written."""
     # By type, as True is an int to Python. A comparison with nan is false.
     return type(value) in (int, float) and abs(value) < 1e15
 
@@ -267,7 +268,7 @@ TEXTS = (
     "augment error activation"
 )
 CHECK_OF_KEY = {
-    **dict.fromkeys(NUMBERS.split(), _is_number),
+    **dict.fromkeys(NUMBERS.split(), is_number),
     **dict.fromkeys(SETTINGS.split(), _is_setting),
     **dict.fromkeys(TEXTS.split(), _is_text),
 }
@@ -279,9 +280,9 @@ def _is_plausible(key: str, value) -> bool:
         # The NLL is in nats and has no upper end.
         is_nll = key.partition("/")[2].startswith("nll")
         is_percentage = not (key.startswith("train/") or key.endswith("/n") or is_nll)
-        return _is_percentage(value) if is_percentage else _is_number(value)
+        return _is_percentage(value) if is_percentage else is_number(value)
     if key.startswith("trainable_"):
-        return _is_number(value)
+        return is_number(value)
     if key in CHECK_OF_KEY:
         return CHECK_OF_KEY[key](value)
     return True

@@ -23,6 +23,7 @@ QUESTIONS = {
     "described": "Describe this flower in one line, then give its name alone on a second line.",
 }
 DESCRIBE = "Describe the flower's colours, petals and centre in one sentence, without naming it."
+AUTO = "auto"  # --batch_size: as many images as fit
 LIST_ORDERS = ("given", "drawn")
 NAME_CASES = ("given", "lower", "title")
 
@@ -144,9 +145,15 @@ def add_question_arguments(group, inherits: bool = False) -> None:
     )
 
 
-def read_batch_size(text: str) -> int:
-    """Return what --batch_size says, 0 for auto. Raises ValueError, as argparse wants it."""
-    return 0 if text == "auto" else int(text)
+def read_batch_size(text: str) -> int | str:
+    """Return what --batch_size says: AUTO, or a number above 0. A type for argparse."""
+    if text == AUTO:
+        return AUTO
+    # As many digits as no number of images has would be an error of its own to int().
+    number = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a whole number above 0")
+    return number
 
 
 def check_questions(question: Sequence[str] | None, list_names: bool, list_order: str) -> None:
@@ -194,6 +201,25 @@ def runs_behind(adapter: str | None, model: str) -> list[str]:
 
 # -----------------------------------------------------------------------------
 # what an adapter was trained with
+
+
+def parse_inheriting(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; data, splits and names that it leaves out are those of the training.
+
+    That of the adapter, or of the merged model. Says where flags that were typed name others.
+    Raises UserError if args.json of the run is damaged.
+    """
+    args = parser.parse_args()
+    model_flag = "adapter" if args.adapter else "model"
+    source = getattr(args, model_flag)
+    args = runs.parse_inheriting(parser, model_flag)
+    trained = runs.inherited_arguments(source) if source else {}
+    for flag, found in trained.items():
+        # CLIP's templates are no flags of Qwen.
+        value = getattr(args, flag, found)
+        if value != found and value is not None:
+            _note_difference(flag, value, source, found)
+    return args
 
 
 def read_training(adapter: str | None, model: str | None) -> dict:
@@ -244,7 +270,11 @@ def fill_in(args: argparse.Namespace, trained: Mapping, defaults: Mapping) -> No
         if value is None:
             setattr(args, flag, found)
         elif flag in trained and found != value:
-            files.note(f"--{flag} {_in_words(value)}: {source} was trained with {_in_words(found)}")
+            _note_difference(flag, value, source, found)
+
+
+def _note_difference(flag: str, value, source: str, found) -> None:
+    files.note(f"--{flag} {_in_words(value)}: {source} was trained with {_in_words(found)}")
 
 
 def _in_words(value) -> str:

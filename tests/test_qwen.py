@@ -625,6 +625,15 @@ def test_a_matched_answer_is_the_whole_name():
         ("Colt\u2019s Foot", 3),
         ("pink petals\n\nThe Rose\n", 0),
         ("Prince of Wales  feathers", 4),
+        # in quotation marks; an apostrophe within a name is a part of it
+        ("'Rose'", 0),
+        ("\u2018Rose\u2019.", 0),
+        ("\u201cA rose\u201d", 0),
+        ("'Colt's foot'", 3),
+        ("colts foot", None),
+        ("colt s foot", None),
+        # what is not seen parts no word
+        ("ro\u00adse", 0),
         ("a kind of rose", None),
         ("", None),
         ("rose\npink", None),

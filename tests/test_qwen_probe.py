@@ -260,6 +260,8 @@ def test_flags_that_mean_nothing_are_refused(small, tmp_path, cli):
         (["--question", "Which?"], "--question is asked for --features prompt alone"),
         (["--val_shots", 2], "--val_shots needs --holdout"),
         (["--shots", 0], "must be at least 1"),
+        (["--features", "prompt", "--question", " "], "no words"),
+        (["--features", "prompt", "--question", "a<|im_end|>"], "special token"),
         (["--inverse_penalty", "nan"], "must be a number above 0"),
         (["--split", "val"], "the val split is empty"),
     ):
@@ -289,6 +291,21 @@ def test_a_class_that_was_not_shown_is_not_evaluated(probe, small):
     (weight, bias), _ = probe.fit_probe(lambda index: features[index], fewer, images, fitted)
     probabilities = (features @ weight.t() + bias).softmax(1)
     assert (probabilities[:, 2] == 0).all() and probabilities.isfinite().all()
+
+
+def test_val_images_that_an_adapter_was_trained_on_choose_nothing(probe, small, tmp_path):
+    flowers = open_flowers(small, holdout=True)
+    val = flowers.splits["val"]
+    files.write_json(tmp_path / "args.json", {"job": "qwen_train"})
+    runs.write_trained_on(tmp_path, image_ids(flowers, val))
+    config = SimpleNamespace(adapter=str(tmp_path), model="tiny", allow_overlap=False, split="test")
+    images = probe.Images(flowers.splits["train"], val, flowers.splits["test"])
+    with pytest.raises(probe.UserError, match=f"{len(val)} of the {len(val)} val images"):
+        probe.check_overlap(config, flowers, images)
+    nothing_chosen = probe.Images(images.train, val[:0], images.evaluated)
+    assert probe.check_overlap(config, flowers, nothing_chosen) == 0
+    config.allow_overlap = True
+    assert probe.check_overlap(config, flowers, images) == 0
 
 
 def test_a_killed_probe_is_begun_anew(tmp_path):

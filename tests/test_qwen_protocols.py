@@ -23,7 +23,7 @@ pytest.importorskip("transformers")
 
 from qwen_helpers import with_adapter
 
-from flowers import UserError, evaluate, files, runs, tracking
+from flowers import UserError, devices, evaluate, files, runs, tracking
 from flowers.data import image_ids, open_flowers, select
 from flowers.qwen import answers
 from flowers.qwen.adapters import base_model
@@ -44,6 +44,7 @@ from flowers.qwen.prompts import (
 # Matrices this small gain nothing from a second thread, and lose much on a busy machine.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ALONE = devices.Processes(0, 1, torch.device("cpu"))
 OWN_WORDS = ["Which flower is it?", "Name the flower in this picture."]
 
 
@@ -203,6 +204,12 @@ def test_an_answer_that_contains_just_one_name():
         ("I see a globe-flower.", 2),
         ("Colt\u2019s foot, a yellow flower", 3),
         ("a rose mallow of some kind", 4),
+        # punctuation without a space
+        ("This is a rose\u2014a garden flower.", 0),
+        ("rose(Rosa)", 0),
+        ("rose:red", 0),
+        ("Answer:rose", 0),
+        ("\u2018rose\u2019", 0),
         # two names
         ("rose or lenten rose", None),
         ("rose/globe-flower", None),
@@ -249,8 +256,43 @@ def test_an_adapter_brings_what_it_was_asked_in_training(script, base_run, capfd
     ]
     assert f"'{OWN_WORDS[0]}' and '{OWN_WORDS[1]}'" in notes[0] and "with true" in notes[1]
 
+    # What has no part is neither noted nor taken over.
+    flags = ["--list_names=false", "--protocol", "generate", "--holdout"]
+    flags += ["--question", *OWN_WORDS[:1]]
+    config = config_of(script, "--adapter", base_run, *flags, "--seed", 5)
+    assert (config.seed, config.val_shots, config.name_case) == (5, None, "given")
+    err = capfd.readouterr().err
+    assert "--list_names" in err and "--question" in err and err.count("note: ") == 2
+    flags = ["--holdout", "--list_names=false", "--seed", 5]
+    assert config_of(script, "--adapter", base_run, *flags).val_shots == 1
+    assert "--seed 5" in capfd.readouterr().err
+
     described = config_of(script, "--adapter", base_run, "--describe")
     assert not described.list_names and described.question is None and described.classes == "all"
+
+
+@pytest.mark.parametrize("name", ["qwen_eval.py", "qwen_probe.py"])
+def test_other_data_than_that_of_the_training_is_noted(
+    name, base_run, tmp_path, monkeypatch, capfd
+):
+    run = shutil.copytree(base_run, tmp_path / "run")
+    trained = files.read_json(run / "args.json")
+    trained |= {"splits": "swapped", "splits_path": None, "load_4bit": False}
+    files.write_json(run / "args.json", trained)
+    read_settings = runpy.run_path(str(ROOT / name))["read_settings"]
+    same = ["--splits", "swapped", "--class_names=oxford"]
+    other = ["--splits", "official", "--class_names", "openai", "--data_root", "sample"]
+    for flags, noted in (
+        ([], []),
+        (same, []),
+        (other, ["--data_root", "--splits", "--class_names"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [name, "--adapter", str(run), *flags])
+        read_settings()
+        lines = capfd.readouterr().err.splitlines()
+        notes = [line for line in lines if line.startswith("note: ")]
+        assert [line.split()[1] for line in notes] == noted
+    assert f"--splits official: {run} was trained with swapped" in notes[1]
 
 
 def test_what_was_switched_off_stays_off_in_a_resumed_run(script, base_run, tmp_path, monkeypatch):
@@ -285,6 +327,11 @@ def test_flags_that_mean_nothing_together_are_refused(script, base_run, tmp_path
         (["--name_case", "best", "--holdout", "--split", "val"], "give --holdout"),
         (["--val_shots", "1"], "needs --holdout"),
         (["--val_shots", "0", "--holdout"], "at least 1"),
+        (["--val_shots", "1", "--holdout", "--protocol", "generate"], "choose nothing"),
+        (["--val_shots", "1", "--holdout", "--split", "val"], "choose nothing"),
+        (["--val_shots", "1", "--holdout", "--score", "sum"], "choose nothing"),
+        (["--score", "sum", "--protocol", "generate"], "leave it out"),
+        (["--score", "pmi", "--describe"], "leave it out"),
         (["--describe", "--question", "a"], "leave out --question"),
         (["--describe", "--list_names"], "leave out --list_names"),
     ):
@@ -308,6 +355,17 @@ def test_flags_that_mean_nothing_together_are_refused(script, base_run, tmp_path
             config_of(script, "--adapter", damaged, "--holdout")
 
 
+@pytest.mark.parametrize("name", ["qwen_eval.py", "qwen_train.py"])
+def test_only_the_word_auto_leaves_the_batch_size_open(name, capsys):
+    parser = runpy.run_path(str(ROOT / name))["make_parser"]()
+    assert parser.parse_args(["--batch_size", "auto"]).batch_size == "auto"
+    assert parser.parse_args(["--batch_size", "3"]).batch_size == 3
+    for text in ("0", "-1", "1.5", "", "Auto", "9" * 5000):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--batch_size={text}"])
+        assert "neither auto nor a whole number above 0" in capsys.readouterr().err
+
+
 def test_val_images_that_choose_are_those_of_train_py_and_of_the_trained_half(script, small):
     flowers = open_flowers(small, holdout=True)
     images_of_val = script["images_of_val"]
@@ -322,8 +380,28 @@ def test_val_images_that_choose_are_those_of_train_py_and_of_the_trained_half(sc
         expected = [i for i in drawn if flowers.labels[i] in half]
         assert images_of_val(config, flowers).tolist() == expected
         assert len(expected) == len(half) * (shots or 2)
+    # --images counts for them, too.
+    config.images = 2
+    few = images_of_val(config, flowers).tolist()
+    assert len(few) == 2 and set(few) < set(expected)
     with pytest.raises(UserError, match="no val images"):
         images_of_val(config, open_flowers(small))
+
+
+def test_val_images_that_an_adapter_was_trained_on_choose_nothing(script, small, tmp_path):
+    flowers = open_flowers(small, holdout=True)
+    val, test = flowers.splits["val"], flowers.splits["test"]
+    files.write_json(tmp_path / "args.json", {"job": "qwen_train"})
+    runs.write_trained_on(tmp_path, image_ids(flowers, val))
+    config = SimpleNamespace(
+        adapter=str(tmp_path), model="tiny", describe=False, allow_overlap=False, split="test"
+    )
+    check = script["check_overlap"]
+    with pytest.raises(UserError, match=f"{len(val)} of the {len(val)} val images"):
+        check(config, flowers, test, val)
+    assert check(config, flowers, test, val[:0]) == 0
+    config.allow_overlap = True
+    assert check(config, flowers, test, val) == 0
 
 
 # -----------------------------------------------------------------------------
@@ -348,7 +426,7 @@ def test_questions_lists_and_halves_are_scored_as_by_hand(base_run, small, cli, 
     flowers = open_flowers(small, holdout=True)
     test = flowers.splits["test"]
     # Of val one image of each base class was asked about.
-    assert len(rows) == len(test) + 3
+    assert len(rows) == len(test) + 3 and "top-1 on 3 val images: " in out
 
     model, processor = load_model("tiny", "cpu", base_run, 512)
     title = [name.title() for name in NAMES]
@@ -529,6 +607,41 @@ def test_free_answers_are_counted_whole_by_what_they_contain_and_in_halves(
     own_right = np.array([row["own_answer"] == name for row, name in zip(given, named)])
     assert result["test/base_top1"] == pytest.approx(100 * own_right[labels < 3].mean())
     assert result["test/new_top1"] == pytest.approx(100 * own_right[labels >= 3].mean())
+
+
+def test_records_that_can_not_be_evaluated_are_asked_again(script, tmp_path, capfd):
+    """A file that was damaged, or edited: what is left of it can be evaluated."""
+    sound = {
+        "rank": {"sum": [-1, -2.5], "prior": [-1, -1], "own_sum": [-1, 0], "own_prior": [0, 0]},
+        "generate": {"answer": "rose", "own_answer": ""},
+        "describe": {"captions": ["Red."]},
+    }
+    damages = {
+        "rank": ([-1], [-1, "2"], [-1, True], [-1, None], [-1, float("nan")], [-1, 10**400], -1),
+        "generate": (None, 3, ["rose"]),
+        "describe": ("Red.", [], [3]),
+    }
+    for protocol, record in sound.items():
+        config = SimpleNamespace(
+            describe=protocol == "describe",
+            protocol=protocol,
+            list_order="drawn",
+            lists=("", "own_"),
+        )
+        task = SimpleNamespace(config=config, class_names=("rose", "iris"), processes=ALONE)
+        lines = [{"file": "a.jpg"} | record]
+        for key in record:
+            lines.append({"file": "b.jpg"} | {k: v for k, v in record.items() if k != key})
+            lines += [{"file": "b.jpg"} | record | {key: value} for value in damages[protocol]]
+        lines += [record, {"file": ["a.jpg"]} | record]
+        path = tmp_path / f"{protocol}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "[]\n")
+        assert script["collect"](path, task) == {"a.jpg": lines[0]}
+        err = capfd.readouterr().err
+        assert f"{len(lines) - 1} of the {len(lines)} records" in err and "1 damaged line" in err
+        # They are not in the file any more.
+        assert script["collect"](path, task) == {"a.jpg": lines[0]}
+        assert capfd.readouterr().err == ""
 
 
 def test_accuracy_of_halves():

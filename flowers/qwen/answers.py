@@ -12,6 +12,9 @@ from flowers.qwen.models import cache_argument, hidden_states, image_arguments
 from flowers.qwen.prompts import END, Tensors
 
 IGNORE = -100  # the label that cross_entropy leaves out
+APOSTROPHES = "'\u2018\u2019"  # straight, and the two curly ones
+# Marks on a letter, and what is not seen, such as a soft hyphen: they part no word.
+WITHIN_WORDS = ("Mn", "Mc", "Cf")
 
 
 # -----------------------------------------------------------------------------
@@ -59,18 +62,23 @@ def first_line(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """Return a name as it is compared.
+    """Return a name as it is compared: its words in lower case, with one space between them.
 
-    Lower case, hyphens and slashes as spaces, no punctuation but apostrophes, no article in front.
+    An apostrophe within a word is a part of it. All other punctuation parts words, and an article
+    in front is left out.
     """
-    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
+    text = unicodedata.normalize("NFKC", text).casefold()
     characters = []
     for character in text:
-        if character.isalnum() or character == "'":
+        if character in APOSTROPHES:
+            characters.append("'")
+        elif character.isalnum():
             characters.append(character)
-        elif character.isspace() or character in "-\u2013_/":
+        elif unicodedata.category(character) not in WITHIN_WORDS:
             characters.append(" ")
-    words = "".join(characters).split()
+    # At the ends of a word apostrophes are quotation marks.
+    words = [word.strip("'") for word in "".join(characters).split()]
+    words = [word for word in words if word]
     if len(words) > 1 and words[0] in ("a", "an", "the"):
         words = words[1:]
     return " ".join(words)
@@ -94,8 +102,8 @@ def contained(answer: str, class_names: Sequence[str]) -> int | None:
     Words are compared whole, after `normalise`: roses is no rose. Of names within one another the
     longest counts: lenten rose is no rose, either.
     """
-    words = _words(answer)
-    class_of = {tuple(_words(name)): c for c, name in enumerate(class_names)}
+    words = normalise(answer).split()
+    class_of = {tuple(normalise(name).split()): c for c, name in enumerate(class_names)}
     class_of.pop((), None)  # of a name without letters
     spans = []
     # Longest first, so that what lies within a longer one is seen.
@@ -107,11 +115,6 @@ def contained(answer: str, class_names: Sequence[str]) -> int | None:
                 spans.append((start, end, class_of[name]))
     classes = {c for _, _, c in spans}
     return classes.pop() if len(classes) == 1 else None
-
-
-def _words(text: str) -> list[str]:
-    # Within a word an apostrophe is a part of it, around it a quotation mark.
-    return [word.strip("'") for word in normalise(text).split()]
 
 
 # -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from flowers.qwen.adapters import LORA_TARGETS, modules_to_train
 from flowers.qwen.models import FULL_PRECISION, in_4bit, load_skeleton
 from flowers.qwen.offline import SHAPES
 from flowers.qwen.ranking import MAX_LOGITS
+from flowers.qwen_settings import AUTO
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of a number
 FP32 = 4
@@ -221,19 +222,20 @@ def largest_batch(skeleton, work: Work, free: float | None) -> int:
 def evaluation_batch(config, text_tokens: int, device: torch.device, most: int = 1) -> int:
     """Return how many images an evaluation looks at together, and print what that takes.
 
-    config: the settings of the script; its batch_size is 0 for as many as fit, up to `most`.
+    config: the settings of the script; its batch_size is AUTO for as many as fit, up to `most`.
     text_tokens: of question and answer, about.
     """
     skeleton = load_skeleton(config.model)
+    is_auto = config.batch_size == AUTO
     work = Work(
-        config.batch_size or most,
+        most if is_auto else config.batch_size,
         tokens_of_image(config.model, skeleton, config.max_pixels),
         text_tokens,
         precision=config.precision,
         load_4bit=config.load_4bit,
     )
     free = free_gigabytes(device)
-    if config.batch_size == 0:
+    if is_auto:
         work = dataclasses.replace(work, batch_size=largest_batch(skeleton, work, free))
     files.say(memory_line(config.model, skeleton, work, free))
     return work.batch_size
