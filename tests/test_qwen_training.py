@@ -140,17 +140,24 @@ def test_a_run_goes_on_with_as_many_processes(of_two, tmp_path, cli):
     assert "begun with 2 processes: go on with as many" in error_line(outcome)
 
 
-def test_two_processes_evaluate_as_one(of_two, cli):
-    """A base-trained model: each image is asked twice, with all names and those of its half."""
+@pytest.fixture(scope="module")
+def evaluation_of_two(of_two):
+    """What two processes printed that made the evaluation eval-two, its flags, and its folder."""
     folder, _ = of_two
     arguments = ["--adapter", folder / "two", "--runs", folder, "--batch_size", 3, *NO_WANDB]
     done = torchrun(ROOT / "qwen_eval.py", *arguments, "--name", "eval-two")
     assert done.returncode == 0, done.stderr[-2000:]
+    return done, arguments, folder / "eval-two"
+
+
+def test_two_processes_evaluate_as_one(evaluation_of_two, cli):
+    """A base-trained model: each image is asked twice, with all names and those of its half."""
+    done, arguments, two = evaluation_of_two
     for line in ("taken over from", "GB for ", "is reported", "images/s; results"):
         assert done.stdout.count(line) == 1, line
     code, _, err = cli("qwen_eval.py", *arguments, "--name", "eval-one")
     assert code == 0, err
-    one, two = folder / "eval-one", folder / "eval-two"
+    one = two.parent / "eval-one"
     expected, found = np.load(one / "scores.npz"), np.load(two / "scores.npz")
     assert expected["files"].tolist() == found["files"].tolist()
     for key in ("sum", "own_sum", "pmi"):
@@ -164,9 +171,9 @@ def test_two_processes_evaluate_as_one(of_two, cli):
     )
 
 
-def test_what_each_of_two_killed_processes_wrote_is_kept(of_two, tmp_path, cli):
+def test_what_each_of_two_killed_processes_wrote_is_kept(evaluation_of_two, tmp_path, cli):
     """Whatever number of processes goes on: here it is one."""
-    run = shutil.copytree(of_two[0] / "eval-two", tmp_path / "eval")
+    run = shutil.copytree(evaluation_of_two[2], tmp_path / "eval")
     (run / "result.json").unlink()
     lines = (run / "answers.jsonl").read_text().splitlines(keepends=True)
     marked = json.loads(lines[4])
