@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flowers import UserError, add_switch, files, reason, runs
-from flowers.choices import templates_in_words
+from flowers.choices import MAX_VAL_SHOTS, templates_in_words
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 MAX_PIXELS = 512 * 512  # of an image
@@ -284,3 +284,34 @@ def _in_words(value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return templates_in_words(value) if isinstance(value, list) else str(value)
+
+
+# -----------------------------------------------------------------------------
+# a run in the words of the report and the page
+
+
+def protocol_in_words(settings: Mapping, result: Mapping) -> str:
+    """How Qwen was asked, in words; of a probe its features, and a penalty that was not tuned."""
+    if settings["job"] == "qwen_eval":
+        listed = ", names listed" if settings.get("list_names") else ""
+        return f"{settings.get('protocol')}{listed}"
+    words = f"probe of {settings.get('features')}"
+    shots, val_shots = settings.get("shots"), settings.get("val_shots")
+    if result.get("chosen_on") != "val":
+        return f"{words}, C = {result.get('fitted_C')}"
+    by_shots = shots and val_shots == min(shots, MAX_VAL_SHOTS)
+    # On val itself, the images say it.
+    if val_shots and not by_shots and "val/top1" not in result:
+        words += f", C on {val_shots} images a class"
+    return words
+
+
+def strategy_in_words(job: str, is_tuned: bool, protocol: str) -> str:
+    """Training and protocol of a run: zero-shot (rank), lora (rank), linear (probe of ...).
+
+    is_tuned: whether the model has an adapter. protocol: as `protocol_in_words` says it.
+    """
+    method = "lora" if is_tuned else "zero-shot"
+    if job == "qwen_probe":
+        method = "lora + linear" if is_tuned else "linear"
+    return f"{method} ({protocol})"

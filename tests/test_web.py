@@ -39,6 +39,7 @@ from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
 from flowers.gallery import atlas, colours, filters, panels
+from flowers.gallery.overview import run_table
 from flowers.gallery.predictions import (
     Predictions,
     class_table,
@@ -558,6 +559,77 @@ def test_all_runs_in_one_table(page, three_runs, tmp_path):
     assert at.dataframe[0].value.set_index("run").loc["third", "top-1 (%)"] == 50.0
     at = press(page(runs=runs, view="runs", run="first", other="second"), "all_runs")
     assert address_of(at) == {"view": "runs"}
+
+
+def write_run(folder, result=None, **settings):
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps(settings))
+    if result is not None:
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+def table_of(runs):
+    return run_table(runs, [folder.name for folder in runs.iterdir()]).set_index("run")
+
+
+def test_the_table_says_what_was_trained_as_the_report_does(tmp_path):
+    done = {"test/top1": 50.0, "convention": "swapped"}
+    trained = {"job": "train", "architecture": "tiny", "epochs": 3}
+    for k, strategy in enumerate(("full", "full", "lora")):
+        write_run(tmp_path / f"{k}", done, **trained, strategy=strategy, seed=k, lr=0.1)
+    for name, members in (("full", "01"), ("mixed", "02"), ("unknown", "03")):
+        soup = [f"elsewhere/{member}" for member in members]
+        write_run(tmp_path / f"{name} soup", done, job="eval", architecture="tiny", soup=soup)
+    asked = {"job": "qwen_eval", "architecture": "Qwen2", "protocol": "rank"}
+    write_run(tmp_path / "zero-shot (rank)", done, **asked)
+    write_run(tmp_path / "lora (rank, names listed)", done, **asked, adapter="q", list_names=True)
+    probe = {"job": "qwen_probe", "architecture": "Qwen2", "features": "pooled"}
+    write_run(tmp_path / "linear (probe of pooled)", done | {"chosen_on": "val"}, **probe)
+    table = table_of(tmp_path).drop(["0", "1", "2"])
+    assert table["strategy"].tolist() == table.index.tolist()
+    assert table.loc["full soup", "learning rate"] == 0.1
+    assert np.isnan(table.loc["full soup", "seed"])  # they differ
+    assert not {"trained on", "overlap"} & set(table.columns)
+
+
+def test_the_table_says_what_can_t_be_compared(tmp_path):
+    done = {"test/top1": 50.0, "convention": "swapped"}
+    trained = {"job": "train", "architecture": "tiny", "strategy": "full", "epochs": 3}
+    write_run(tmp_path / "base", done, **trained, classes="base")
+    write_run(tmp_path / "all", done | {"overlap": 0}, **trained, classes="all")
+    seen = done | {"overlap": 7, "convention": "official"}
+    write_run(tmp_path / "eval", seen, job="eval", architecture="base/model.pt")
+    table = table_of(tmp_path)
+    assert table.loc[["base", "eval"], "trained on"].tolist() == ["base", "base"]
+    assert table["trained on"].notna().sum() == 2
+    assert table.loc["eval", ["split", "overlap"]].tolist() == ["test (official)", "7"]
+    assert table.loc["all", "split"] == "test (swapped)"
+    assert table["overlap"].notna().sum() == 1
+
+
+def test_the_table_looks_for_the_run_that_was_meant(tmp_path, monkeypatch):
+    """Not one that is called like a model, nor another of the same name elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    done = {"test/top1": 50.0}
+    for folder in ("RN50", "start", "runs/RN50", "runs/start"):
+        strategy = "lora" if folder.startswith("runs") else "full"
+        trained = {"job": "train", "architecture": "tiny", "strategy": strategy, "epochs": 3}
+        write_run(tmp_path / folder, done, **trained)
+    write_run(tmp_path / "runs/zero", done, job="eval", architecture="RN50")
+    write_run(tmp_path / "runs/eval", done, job="eval", architecture="start")
+    (tmp_path / "runs/cut").mkdir()
+    (tmp_path / "runs/cut/args.json").write_text('{"job": "tr')
+    write_run(tmp_path / "runs/of_cut", done, job="eval", architecture="runs/cut/model.pt")
+    table = table_of(tmp_path / "runs")
+    zero = table.loc["zero", ["strategy", "architecture", "pretraining"]]
+    assert zero.tolist() == ["none", "RN50", "openai"]
+    assert table.loc["eval", "strategy"] == "lora"
+    assert table.loc["of_cut", ["strategy", "split", "top-1 (%)"]].tolist() == [
+        "unknown",
+        "test",
+        50.0,
+    ]
 
 
 def test_true_and_predicted_class_open_a_cell_of_the_confusion_matrix(page, runs):

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowers.choices import RANDOM, split_architecture
+from flowers.choices import RANDOM, SHAPES, split_architecture
 from flowers.files import checked, read_json
+from flowers.qwen_settings import protocol_in_words, strategy_in_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,9 +24,9 @@ METRICS = {
     "new (%)": "new_top1",
 }
 TRAINED = ("trainable_image", "trainable_text", "trainable_scale", "trainable_head", "trainable")
-OPTIONAL = ("shots", "ECE (%)", "base (%)", "new (%)")
+OPTIONAL = ("shots", "trained on", "overlap", "ECE (%)", "base (%)", "new (%)")
 SPLITS = ("test", "val", "train")
-EVALUATIONS = ("eval", "qwen_eval")  # jobs that evaluate what another run has trained
+EVALUATIONS = ("eval", "qwen_eval", "qwen_probe")  # jobs that evaluate what another run has trained
 INNER = ("model.pt", "adapter")  # parts of a run that its path may end with
 UNFINISHED = "not finished"
 DAMAGED = "damaged"
@@ -34,16 +35,18 @@ DAMAGED = "damaged"
 def run_table(runs: Path, names: Sequence[str]) -> "pd.DataFrame":
     """Return a table of the runs with these names, a row a run, in their order.
 
-    Columns: run, strategy, architecture, pretraining, those of SETTINGS, split, images, those of
-    METRICS (`from` and `to` are the ends of the 95% interval of top-1), parameters that were
-    trained, seconds of training. What a run does not have is empty; a column of OPTIONAL that no
-    run has is left out. The split of a run without a result is UNFINISHED, or DAMAGED.
+    Columns: run, strategy, architecture, pretraining, those of SETTINGS, the classes trained on
+    where not all, split with its convention, images, overlap (how many of them the model was
+    trained on), those of METRICS (`from` and `to` are the ends of the 95% interval of top-1),
+    parameters that were trained, seconds of training. What a run does not have is empty; a column
+    of OPTIONAL that no run has is left out. The split of a run without a result is UNFINISHED, or
+    DAMAGED.
     """
     import pandas as pd  # not needed by the first view
 
     rows = [_row(runs, name) for name in names]
-    columns = ["run", "strategy", "architecture", "pretraining", *SETTINGS, "split", "images"]
-    columns += [*METRICS, "parameters trained", "seconds"]
+    columns = ["run", "strategy", "architecture", "pretraining", *SETTINGS, "trained on"]
+    columns += ["split", "images", "overlap", *METRICS, "parameters trained", "seconds"]
     table = pd.DataFrame(rows, columns=columns)
     return table.drop(columns=[name for name in OPTIONAL if table[name].isna().all()])
 
@@ -54,15 +57,15 @@ def _row(runs: Path, name: str) -> dict:
     row = {"run": name}
     try:
         settings = checked(read_json(folder / "args.json"))
-        row |= _description(folder, settings)
-        if not (folder / "result.json").exists():
-            return row | {"split": UNFINISHED}
-        return row | _results(checked(read_json(folder / "result.json")))
+        is_finished = (folder / "result.json").exists()
+        result = checked(read_json(folder / "result.json")) if is_finished else {}
+        row |= _description(folder, settings, result)
+        return row | (_results(result) if is_finished else {"split": UNFINISHED})
     except (OSError, ValueError, TypeError, KeyError):
         return row | {"split": DAMAGED}
 
 
-def _description(folder: Path, settings: dict) -> dict:
+def _description(folder: Path, settings: dict, result: dict) -> dict:
     """Return what was trained and how; of an evaluation, the run that it evaluates."""
     chain = chain_of(folder, settings)
     evaluates = settings.get("job") in EVALUATIONS and len(chain) > 1
@@ -73,23 +76,45 @@ def _description(folder: Path, settings: dict) -> dict:
         pretraining = "random"
         if first is not trained:  # a run of one's own stands in for it
             pretraining = "captions" if first.get("captions") else "prompts"
-    row = {
-        "strategy": _strategy(settings, trained),
-        "architecture": architecture,
-        "pretraining": pretraining,
-    }
+    # Of a soup, all of its runs were trained.
+    members = _members(folder, settings) or [trained]
+    strategy = _strategy(settings, result, trained, members)
+    row = {"strategy": strategy, "architecture": architecture, "pretraining": pretraining}
     for column, key in SETTINGS.items():
-        row[column] = trained.get(key)
+        values = [member.get(key) for member in members]
+        row[column] = values[0] if values == values[:1] * len(values) else None
+    if settings.get("job") == "qwen_probe":  # it has images of its own to be fitted to
+        row["shots"] = settings.get("shots")
+    classes = {member.get("classes") or "all" for member in members}
+    if classes != {"all"} and strategy != "none":
+        row["trained on"] = " and ".join(sorted(classes))
     return row
 
 
-def _strategy(settings: dict, trained: dict) -> str:
-    """Return the strategy of training, or what else was done."""
+def _members(folder: Path, settings: dict) -> list[dict]:
+    """Return the settings of the runs that a soup is the mean of; {} for one that is not here."""
+    starts = [_start(folder, {"architecture": path}) for path in settings.get("soup") or []]
+    return [_settings_of(start) or {} for start in starts]
+
+
+def _strategy(settings: dict, result: dict, trained: dict, members: list[dict]) -> str:
+    """Return the strategy of training in the words of the report, or what else was done.
+
+    members: the runs of a soup.
+    """
+    job = settings.get("job")
     if settings.get("soup"):
-        return "soup"
-    if str(settings.get("job")).startswith("qwen"):
-        how = "lora" if trained.get("job") == "qwen_train" else "none"
-        return f"{how} ({settings['protocol']})" if settings.get("protocol") else how
+        strategies = {member.get("strategy") for member in members}
+        if None in strategies:  # a run that is not here
+            return "unknown soup"
+        return f"{strategies.pop() if len(strategies) == 1 else 'mixed'} soup"
+    if job == "qwen_train":
+        return "lora"
+    if job in EVALUATIONS and job != "eval":
+        is_tuned = bool(settings.get("adapter") or trained.get("job") == "qwen_train")
+        return strategy_in_words(job, is_tuned, protocol_in_words(settings, result))
+    if trained.get("job") == "eval" and Path(str(trained.get("architecture"))).name == "model.pt":
+        return "unknown"  # it evaluates a run that is not here
     is_trained = trained.get("epochs") or trained.get("strategy") == "linear"
     return str(trained.get("strategy")) if is_trained else "none"
 
@@ -98,7 +123,7 @@ def chain_of(folder: Path, settings: dict) -> list[dict]:
     """Return the settings of a run, of the run that it starts from or evaluates, and so on.
 
     settings: those of the run in `folder`. The chain ends where a run starts from no other, or from
-    one that is no longer there.
+    one that is no longer there or damaged.
     """
     chain = [settings]
     visited = {folder.resolve()}
@@ -107,27 +132,48 @@ def chain_of(folder: Path, settings: dict) -> list[dict]:
         # Damaged runs may name each other in a circle.
         if start is None or start.resolve() in visited:
             return chain
+        settings = _settings_of(start)
+        if settings is None:
+            return chain
         visited.add(start.resolve())
         folder = start
-        chain.append(checked(read_json(folder / "args.json")))
+        chain.append(settings)
+
+
+def _settings_of(folder: Path | None) -> dict | None:
+    """Return the args.json of a run; None if there is no whole one."""
+    try:
+        return checked(read_json(folder / "args.json")) if folder else None
+    except (OSError, ValueError):
+        return None
 
 
 def _start(folder: Path, settings: dict) -> Path | None:
     """Return the folder of the run that a run starts from; None if it starts from no run."""
-    path = Path(str(settings.get("adapter") or settings.get("architecture")))
+    soup = settings.get("soup")
+    name = str(settings.get("adapter") or (soup[0] if soup else settings.get("architecture")))
+    # Names come first: a folder may be called like a model.
+    if name in SHAPES or name.startswith(("open_clip:", "hf:")):
+        return None
+    path = Path(name)
     if path.name in INNER:
         path = path.parent
-    # As it was typed, or beside the run: the runs may have been moved together.
-    places = (path, folder.parent / path.name)
-    return next((place for place in places if (place / "args.json").is_file()), None)
+    # Beside the run first: the runs may have been moved together. Or as it was typed.
+    for place in (folder.parent / path.name, path):
+        if (place / "args.json").is_file() and place.resolve() != folder.resolve():
+            return place
+    return None
 
 
 def _results(result: dict) -> dict:
     """Return split, metrics, parameters trained and seconds of a run's result.json."""
     split = next((split for split in SPLITS if f"{split}/top1" in result), "")
+    convention = result.get("convention")
+    overlap = result.get("overlap")  # a number, or "unknown"
     row = {
-        "split": split,
+        "split": f"{split} ({convention})" if split and convention else split,
         "images": result.get(f"{split}/n"),
+        "overlap": str(overlap) if overlap else None,
         "seconds": result.get("train_seconds"),
     }
     for column, key in METRICS.items():

@@ -25,6 +25,7 @@ from flowers.choices import (
     split_tag,
 )
 from flowers.files import checked, read_json
+from flowers.qwen_settings import protocol_in_words, strategy_in_words
 from flowers.runs import read_predictions
 from flowers.study import statistics
 
@@ -292,7 +293,7 @@ def _qwen_settings(settings: dict, result: dict, folder: Path) -> dict:
     # Which images, their digest says; in batches of another size they are the same.
     merged |= dict.fromkeys(("images", "batch_size"))
     # How they were asked, the protocol says.
-    merged["protocol"] = _qwen_protocol(settings, result)
+    merged["protocol"] = protocol_in_words(settings, result)
     said = ("list_names", "features", "chosen_on", "val_shots", "inverse_penalty")
     merged |= dict.fromkeys(said)
     for key, default in QWEN_DEFAULTS.items():
@@ -334,22 +335,6 @@ def _training_of_adapter(settings: dict, folder: Path) -> dict:
             if trained.get("job") == "qwen_train":
                 return trained
     return {}
-
-
-def _qwen_protocol(settings: dict, result: dict) -> str:
-    """How Qwen was asked, in words; of a probe its features, and a penalty that was not tuned."""
-    if settings["job"] == "qwen_eval":
-        listed = ", names listed" if settings.get("list_names") else ""
-        return f"{settings.get('protocol')}{listed}"
-    words = f"probe of {settings.get('features')}"
-    shots, val_shots = settings.get("shots"), settings.get("val_shots")
-    if result.get("chosen_on") != "val":
-        return f"{words}, C = {result.get('fitted_C')}"
-    by_shots = shots and val_shots == min(shots, MAX_VAL_SHOTS)
-    # On val itself, the images say it.
-    if val_shots and not by_shots and "val/top1" not in result:
-        words += f", C on {val_shots} images a class"
-    return words
 
 
 def read_clusters(folder: Path, files: Sequence[str]) -> np.ndarray:
@@ -606,10 +591,7 @@ def _qwen_strategy(run: Run) -> str:
     """Training and protocol of a Qwen run: zero-shot (rank), lora (rank), linear (probe of ...)."""
     # An adapter whose run is not here has no known rank.
     is_tuned = bool(run.settings.get("adapter") or run.settings.get("rank"))
-    method = "lora" if is_tuned else "zero-shot"
-    if run.settings.get("job") == "qwen_probe":
-        method = "lora + linear" if is_tuned else "linear"
-    return f"{method} ({run.settings.get('protocol')})"
+    return strategy_in_words(run.settings["job"], is_tuned, run.settings["protocol"])
 
 
 def _members(run: Run, by_name: dict[str, Run]) -> list[Run | None]:
