@@ -620,7 +620,8 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
         return show_classes(flowers, predictions, images_of["all"])
     if state["part"] == "confusion":
         return show_confusion(flowers, predictions, images_of["all"])
-    images_of["doubted"] = likely_label_errors(flowers.labels, *predictions)
+    n_classes = len(flowers.class_names)
+    images_of["doubted"] = likely_label_errors(flowers.labels, n_classes, *predictions)
     groups = duplicates_of(runs / state["run"], flowers, images_of["all"])
     if groups:
         images_of["alike"] = np.concatenate(groups)

@@ -681,6 +681,29 @@ def read_predictions(folder: Path) -> "pd.DataFrame":
     return table
 
 
+def read_duplicate_groups(folder: Path) -> list[list[str]]:
+    """Read the groups of near-duplicates that a run found, each two or more names of files.
+
+    None for a run that has not looked for them. Raises ValueError if duplicates.json is damaged,
+    OSError if it can't be read.
+    """
+    path = folder / "duplicates.json"
+    if not path.exists():
+        return []
+    try:
+        groups = read_json(path).get("groups")
+    except ValueError:
+        raise ValueError("duplicates.json is damaged") from None
+    if not isinstance(groups, list) or not all(_is_group(group) for group in groups):
+        raise ValueError("duplicates.json is damaged")
+    return groups
+
+
+def _is_group(value) -> bool:
+    is_list = isinstance(value, list) and len(value) > 1
+    return is_list and all(isinstance(name, str) for name in value)
+
+
 # -----------------------------------------------------------------------------
 # class names
 

@@ -46,6 +46,7 @@ from flowers.gallery.predictions import (
     confusion_table,
     likely_label_errors,
     order_of_confusions,
+    read_duplicates,
     read_predictions,
 )
 from flowers.gallery.thumbnails import (
@@ -56,6 +57,7 @@ from flowers.gallery.thumbnails import (
     read_thumbnail,
     thumbnail,
 )
+from flowers.study.comparable import read_clusters
 from flowers.study.statistics import difference_interval
 
 N = 120  # images of `many`: three pages
@@ -1266,7 +1268,7 @@ def test_planted_label_errors_come_first():
     planted = rng.choice(300, 12, replace=False)
     given = labels.copy()
     given[planted] = (labels[planted] + 1 + rng.integers(0, 5, 12)) % 6
-    found = likely_label_errors(given, *runs)
+    found = likely_label_errors(given, 6, *runs)
     assert len(set(found[:12]) & set(planted)) >= 10
     assert len(found) < 40
 
@@ -1284,6 +1286,12 @@ def test_planted_label_errors_come_first():
             others = [mean[i, c] for c in range(6) if c != given[i]]
             doubted[i] = mean[i, given[i]] - max(others)
     assert found.tolist() == sorted(doubted, key=doubted.get)
+
+
+def test_a_class_without_images_casts_no_doubt():
+    probabilities = np.array([[0.2, 0.1, 0.7], [0.1, 0.8, 0.1]])
+    found = likely_label_errors(np.array([0, 1]), 3, predictions_from(probabilities))
+    assert not len(found)
 
 
 def test_confused_classes_stand_together():
@@ -1319,14 +1327,26 @@ def test_doubted_labels_and_near_duplicates_are_lists(page, runs, many, tmp_path
     alike = [int(name[6:11]) for group in groups for name in group]
     assert shown(choose(at, "show", "alike")) == alike
     flowers = open_flowers(many)
-    doubted = likely_label_errors(flowers.labels, read_predictions(folder / "first", flowers))
+    n_classes = len(flowers.class_names)
+    first = read_predictions(folder / "first", flowers)
+    doubted = likely_label_errors(flowers.labels, n_classes, first)
     assert shown(choose(at, "show", "doubted"))[:5] == [i + 1 for i in doubted[:5]]
     assert (
         "alike"
         not in page(runs=runs, view="runs", run="first").segmented_control(key="show").options
     )
 
-    (folder / "first" / "duplicates.json").write_text('{"groups": [["none.jpg"]]}')
+    # Images of another dataset are none of these.
+    groups.append(["none.jpg", files[3]])
+    (folder / "first" / "duplicates.json").write_text(json.dumps({"groups": groups}))
+    assert [len(group) for group in read_duplicates(folder / "first", flowers)] == [2, 2]
+    for groups in ([[], files[:2]], [[None, files[0]]], [files[:1]], files[0], None):
+        (folder / "first" / "duplicates.json").write_text(json.dumps({"groups": groups}))
+        with pytest.raises(UserError, match=r"duplicates.json is damaged"):
+            read_duplicates(folder / "first", flowers)
+        with pytest.raises(ValueError, match=r"duplicates.json is damaged"):
+            read_clusters(folder / "first", files)
+
     at = page(runs=folder, view="runs", run="first")
     assert "duplicates.json is damaged" in text(at)
     assert shown(at)

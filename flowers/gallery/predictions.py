@@ -16,7 +16,7 @@ from flowers.data import Flowers
 from flowers.files import read_json
 from flowers.intervals import mcnemar_p
 from flowers.layouts import OPENAI_NAMES, correct_name
-from flowers.runs import command_line
+from flowers.runs import command_line, read_duplicate_groups
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -271,7 +271,7 @@ def seen_by_all(runs: Sequence[Predictions]) -> np.ndarray:
     return functools.reduce(np.intersect1d, [run.index for run in runs])
 
 
-def likely_label_errors(labels: np.ndarray, *runs: Predictions) -> np.ndarray:
+def likely_label_errors(labels: np.ndarray, n_classes: int, *runs: Predictions) -> np.ndarray:
     """Return the indices of the images whose label may be wrong, the likeliest first.
 
     Confident learning (Northcutt, Jiang and Chuang 2021): a class is likely for an image if its
@@ -279,9 +279,10 @@ def likely_label_errors(labels: np.ndarray, *runs: Predictions) -> np.ndarray:
     those classes is not the label, the label is doubted. In order of the probability of the label
     less the greatest of another class. The probabilities are the mean over the runs; those that a
     run has not written, as they are not among its best five, count as 0.
+
+    n_classes: of all names; the last ones may have no image.
     """
     index = seen_by_all(runs)
-    n_classes = int(labels.max()) + 1
     probabilities = np.zeros((len(index), n_classes))
     for run in runs:
         for row, i in zip(probabilities, index):
@@ -306,17 +307,17 @@ def likely_label_errors(labels: np.ndarray, *runs: Predictions) -> np.ndarray:
 def read_duplicates(folder: Path, flowers: Flowers) -> list[np.ndarray]:
     """Return the groups of near-duplicates that a run found, each as indices of images.
 
-    None for a run that has not looked for them. Raises UserError if duplicates.json is damaged.
+    None for a run that has not looked for them. Images of another dataset are left out. Raises
+    UserError if duplicates.json is damaged.
     """
-    path = folder / "duplicates.json"
-    if not path.exists():
-        return []
     index_of = {name: i for i, name in enumerate(flowers.file_names)}
     try:
-        groups = read_json(path)["groups"]
-        return [np.array([index_of[name] for name in group]) for group in groups]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        groups = read_duplicate_groups(folder)
+    except (OSError, ValueError) as error:
+        path = folder / "duplicates.json"
         raise UserError(f"{path} is damaged ({type(error).__name__})") from None
+    known = [[index_of[name] for name in group if name in index_of] for group in groups]
+    return [np.array(group) for group in known if len(group) > 1]
 
 
 def class_table(flowers: Flowers, index: np.ndarray, *runs: Predictions) -> "pd.DataFrame":

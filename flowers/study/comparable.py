@@ -26,7 +26,7 @@ from flowers.choices import (
 )
 from flowers.files import checked, read_json
 from flowers.qwen_settings import protocol_in_words, strategy_in_words
-from flowers.runs import read_predictions
+from flowers.runs import read_duplicate_groups, read_predictions
 from flowers.study import statistics
 
 # Keys of args.json that may differ between runs of one configuration: where and how a run was
@@ -343,15 +343,9 @@ def read_clusters(folder: Path, files: Sequence[str]) -> np.ndarray:
     Older runs have not looked for near-duplicates: each image is a cluster of its own. Raises
     ValueError if duplicates.json is damaged.
     """
-    path = folder / "duplicates.json"
-    if not path.exists():
-        return np.arange(len(files))
     first_of = {}  # file -> the first file of its group
-    try:
-        for group in read_json(path)["groups"]:
-            first_of.update(dict.fromkeys(group, group[0]))
-    except (KeyError, TypeError, IndexError):
-        raise ValueError("duplicates.json is damaged") from None
+    for group in read_duplicate_groups(folder):
+        first_of.update(dict.fromkeys(group, group[0]))
     return np.unique([first_of.get(file, file) for file in files], return_inverse=True)[1]
 
 
