@@ -29,6 +29,7 @@ from flowers.gallery.relevance import (
     paint,
     relevance,
 )
+from flowers.gallery.search import own_prompts
 from flowers.pixels import read_square
 
 PATIENCE = 180  # seconds that a busy machine may take for one run of the page
@@ -394,6 +395,27 @@ def test_a_start_is_not_downloaded(runs, flowers, start, tmp_path, monkeypatch):
     (folder / "args.json").write_text(json.dumps(arguments))
     with pytest.raises(UserError, match=f"started from {start}, which is not on this machine"):
         load_start(folder, flowers.class_names)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"architecture": None},
+        {"architecture": 5},
+        {"prompt_template": 7},
+        {"prompt_template": [{"{}": 1}]},
+        {"prompts": 5},
+    ],
+)
+def test_damaged_arguments_are_a_sentence(runs, flowers, damage, tmp_path):
+    folder = shutil.copytree(runs / "linear", tmp_path / "run")
+    arguments = json.loads((folder / "args.json").read_text()) | damage
+    (folder / "args.json").write_text(json.dumps(arguments))
+    with pytest.raises(UserError, match=r"args.json .*damaged"):
+        load_start(folder, flowers.class_names)
+    if "architecture" not in damage:
+        with pytest.raises(UserError, match=r"args.json .*damaged"):
+            own_prompts(folder)
 
 
 def test_a_model_that_diverged_has_no_map(runs, flowers):

@@ -13,7 +13,7 @@ import numpy as np
 
 from flowers import UserError
 from flowers.data import Flowers
-from flowers.files import read_json
+from flowers.files import checked, read_json
 from flowers.intervals import mcnemar_p
 from flowers.layouts import OPENAI_NAMES, correct_name
 from flowers.runs import command_line, read_duplicate_groups
@@ -103,6 +103,27 @@ def run_arguments(folder: Path) -> dict:
         return read_json(folder / "args.json")
     except (OSError, ValueError):  # the page only quotes from it, and can do without
         return {}
+
+
+def model_arguments(folder: Path) -> dict:
+    """Return run_arguments, where what they say of the model's start and prompts is texts.
+
+    Raises UserError if it is not. A file that can't be read at all says nothing.
+    """
+    arguments = run_arguments(folder)
+    path = folder / "args.json"
+    try:
+        checked(arguments)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error})") from None
+    if not isinstance(arguments.get("architecture", ""), str):
+        raise UserError(f"{path} is damaged (architecture is no text)")
+    if not isinstance(arguments.get("prompts") or "", str):
+        raise UserError(f"{path} is damaged (prompts is no text)")
+    templates = arguments.get("prompt_template") or []
+    if not isinstance(templates, list) or not all(isinstance(text, str) for text in templates):
+        raise UserError(f"{path} is damaged (prompt_template is no list of texts)")
+    return arguments
 
 
 # -----------------------------------------------------------------------------

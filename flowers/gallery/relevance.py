@@ -21,7 +21,7 @@ from PIL import Image
 from flowers import UserError, evaluate, pixels, weights
 from flowers.choices import KEEPS_WEIGHTS, PRETRAINED, RANDOM, TEMPLATE
 from flowers.files import load_tensors
-from flowers.gallery.predictions import run_arguments
+from flowers.gallery.predictions import model_arguments
 from flowers.gallery.search import own_prompts, run_head
 from flowers.images import read_rgb
 from flowers.models import (
@@ -217,11 +217,11 @@ def load_run(folder: Path, class_names: Sequence[str]) -> Explainer:
 def load_start(folder: Path, class_names: Sequence[str]) -> Explainer:
     """Return the model that a run started from, with the head of the run's prompts.
 
-    Raises UserError if it is not known, has changed since, or is no longer on this machine: nothing
-    is downloaded.
+    Raises UserError if it is not known, has changed since, or is no longer on this machine (nothing
+    is downloaded), and if the run's arguments are damaged.
     """
     model = weights.load_model(str(folder))
-    arguments = run_arguments(folder)
+    arguments = model_arguments(folder)
     strategy = arguments.get("strategy")
     if strategy not in KEEPS_WEIGHTS:
         _check_is_here(arguments.get("architecture"))
@@ -242,10 +242,10 @@ def _has_linear_head(folder: Path) -> bool:
     return path.exists() and "context" not in load_tensors(path)
 
 
-def _check_is_here(architecture) -> None:
+def _check_is_here(architecture: str | None) -> None:
     """Raise UserError for a start that would be fetched from the network."""
-    if not isinstance(architecture, str):
-        return  # damaged arguments, which are refused below
+    if architecture is None:
+        return  # no arguments: that is refused below
     if architecture in RANDOM or Path(architecture).exists():
         return
     _, colon, path = architecture.rpartition(":")

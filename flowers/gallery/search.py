@@ -11,7 +11,7 @@ import numpy as np
 
 from flowers.choices import TEMPLATE
 from flowers.data import Flowers
-from flowers.gallery.predictions import run_arguments
+from flowers.gallery.predictions import model_arguments
 from flowers.images import UndecodableImage, read_rgb
 
 # One lock for each dataset, so that two sessions do not make its pixels and features twice.
@@ -149,12 +149,10 @@ def run_head(
 def own_prompts(folder: Path) -> tuple[list[str] | None, str | None]:
     """Return the templates of a run and its file of prompts; None for what it has not.
 
-    They are None, too, if its arguments have none that can be used.
+    They are None, too, if its arguments have none that can be used. Raises UserError if they are no
+    texts.
     """
-    arguments = run_arguments(folder)
-    templates, prompts_file = arguments.get("prompt_template"), arguments.get("prompts")
-    usable = isinstance(templates, list) and all("{}" in str(template) for template in templates)
-    return (
-        templates if usable else None,
-        prompts_file if isinstance(prompts_file, str) else None,
-    )
+    arguments = model_arguments(folder)
+    templates = arguments.get("prompt_template") or []
+    usable = templates and all("{}" in template for template in templates)
+    return templates if usable else None, arguments.get("prompts") or None
