@@ -55,7 +55,7 @@ from flowers.gallery.thumbnails import (
     read_thumbnail,
     thumbnail,
 )
-from flowers.study.statistics import difference_interval
+from flowers.study.statistics import difference_interval, mean_interval
 
 N = 120  # images of `many`: three pages
 PATIENCE = 180  # seconds that a busy machine may take for one run of the page
@@ -558,6 +558,32 @@ def test_all_runs_in_one_table(page, three_runs, tmp_path):
     assert at.dataframe[0].value.set_index("run").loc["third", "top-1 (%)"] == 50.0
     at = press(page(runs=runs, view="runs", run="first", other="second"), "all_runs")
     assert address_of(at) == {"view": "runs"}
+
+
+def tick(at, *names):
+    """Tick runs in the table of all runs."""
+    key = re.search("runs_table.*", at.dataframe[0].proto.id)[0]
+    shown = at.dataframe[0].value["run"].tolist()
+    rows = [shown.index(name) for name in names]
+    at.session_state[key] = {"selection": {"rows": rows, "columns": [], "cells": []}}
+    return whole(at.run())
+
+
+def test_ticks_are_of_runs_and_not_of_rows(page, three_runs, tmp_path):
+    runs = shutil.copytree(three_runs, tmp_path / "runs")
+    (runs / "bare").mkdir()
+    strategies = {"first": "full", "second": "linear", "third": "linear", "bare": "full"}
+    for name, strategy in strategies.items():
+        settings = {"job": "train", "architecture": "tiny", "strategy": strategy}
+        (runs / name / "args.json").write_text(json.dumps(settings))
+    at = tick(page(runs=runs, view="runs"), "first", "second", "bare")
+    assert "Left out, as they have no predictions: bare." in text(at)
+    assert "compare" in [button.key for button in at.button]
+    # Other rows stand where the ticked ones stood.
+    whole(at.multiselect(key="only_strategy").set_value(["linear"]).run())
+    assert "compare" not in [button.key for button in at.button]
+    at = press(tick(at, "third", "second"), "compare")
+    assert address_of(at) == {"view": "runs", "run": "third", "other": "second"}
 
 
 def test_true_and_predicted_class_open_a_cell_of_the_confusion_matrix(page, runs):
@@ -1238,13 +1264,27 @@ def test_the_difference_of_two_matrices(page, runs):
     assert any(int(n) < 0 for *_, n in drawn)
 
 
+@pytest.mark.parametrize("guesser", ["first", "any"])
+def test_a_predicted_class_is_of_the_first_run_or_of_any(page, runs, guesser):
+    first, second = predictions_of(runs, "first"), predictions_of(runs, "second")
+    # An image that the second run alone gives this name.
+    i = next(i for i in first if first[i]["top1"] != second[i]["top1"])
+    true, guess = first[i]["label"], second[i]["top1"]
+    address = {"view": "runs", "run": "first", "other": "second", "class": true, "guess": guess}
+    ids = shown(page(**address, guesser=guesser))
+    guessing = [first] if guesser == "first" else [first, second]
+    of_class = [k for k in first if first[k]["label"] == true]
+    assert ids == [k for k in of_class if any(rows[k]["top1"] == guess for rows in guessing)]
+    assert (i in ids) == (guesser == "any")
+
+
 def test_doubted_labels_and_near_duplicates_are_lists(page, runs, many, tmp_path):
     folder = shutil.copytree(runs, tmp_path / "runs")
     files = [row["file"] for row in predictions_of(runs, "first").values()]
     groups = [[files[5], files[9]], [files[0], files[2]]]
     (folder / "first" / "duplicates.json").write_text(json.dumps({"groups": groups}))
     at = page(runs=folder, view="runs", run="first")
-    alike = [int(name[6:11]) for group in groups for name in group]
+    alike = [int(name[6:11]) for group in groups[::-1] for name in group]  # by their first image
     assert shown(choose(at, "show", "alike")) == alike
     flowers = open_flowers(many)
     doubted = likely_label_errors(flowers.labels, read_predictions(folder / "first", flowers))
@@ -1258,6 +1298,31 @@ def test_doubted_labels_and_near_duplicates_are_lists(page, runs, many, tmp_path
     at = page(runs=folder, view="runs", run="first")
     assert "duplicates.json is damaged" in text(at)
     assert shown(at)
+
+
+def test_intervals_are_the_same_whichever_run_is_first(page, runs, tmp_path):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    rows = list(predictions_of(runs, "first").values())
+    files = [row["file"] for row in rows]
+    (folder / "first" / "duplicates.json").write_text(json.dumps({"groups": [files[:9]]}))
+    (folder / "second" / "duplicates.json").write_text(json.dumps({"groups": [files[8:15]]}))
+    right = np.array([[row["top1"] == row["label"] for row in rows]])
+    clusters = np.maximum(np.arange(len(files)) - 14, 0)  # the 15 are one, by both lists together
+    _, low, high = mean_interval(right, clusters)
+    for names in (("first", "second"), ("second", "first")):
+        at = page(runs=folder, view="runs", run=names[0], other=names[1])
+        assert accuracies(at).loc["first", "95% interval"] == f"{low:.1f} to {high:.1f}"
+        assert f"Of {len(files)} images" in text(at)
+        ids = [int(file[6:11]) for file in files[:15]]
+        assert shown(choose(at, "show", "alike")) == ids
+
+
+def test_runs_of_other_images_say_how_many_are_compared(page, three_runs, tmp_path):
+    runs = shutil.copytree(three_runs, tmp_path / "runs")
+    rows = list(predictions_of(runs, "third").values())
+    write_csv(runs / "third" / "predictions.csv", rows[:10])
+    at = page(runs=runs, view="runs", run="first", other="third")
+    assert f"Of 10 images that all predicted (first {len(rows)}, third 10)" in text(at)
 
 
 def test_the_newest_runs_speak_of_any_image(page, runs):
