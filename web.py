@@ -54,8 +54,9 @@ from flowers.gallery.predictions import (
     run_names,
     why_apart,
 )
-from flowers.gallery.search import Searcher, nearest
+from flowers.gallery.search import Searcher, nearest, own_prompts
 from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES, Thumbnails, open_picture
+from flowers.images import read_rgb
 from flowers.layouts import read_captions
 from flowers.runs import command_line
 from flowers.splits import MissingImages
@@ -214,6 +215,16 @@ def stamp_of(*paths: Path) -> tuple:
     return tuple(times)
 
 
+def stamp_of_run(run: Path) -> tuple:
+    """Return something that changes when one of the files does that a run's model is made from."""
+    names = ("model.pt", "classifier.pt", "args.json", "calibration.json")
+    files = [run / name for name in names]
+    _, prompts_file = own_prompts(run)
+    if prompts_file:
+        files.append(Path(prompts_file))
+    return stamp_of(*files)
+
+
 @st.cache_resource(
     show_spinner="opening the dataset; the sample is drawn the first time, which takes 20 s",
     max_entries=2,
@@ -308,8 +319,7 @@ def in_background(make: Callable[[], Any]) -> Future:
 
 def searcher_of(data: Dataset, run: Path) -> tuple[Flowers, Path, tuple]:
     """Return the arguments of start_searcher for a run."""
-    path = run / "model.pt"
-    return data.flowers, path, data.stamp + stamp_of(path, run / "calibration.json")
+    return data.flowers, run / "model.pt", data.stamp + stamp_of_run(run)
 
 
 def load_searcher(data: Dataset, run: Path) -> Searcher:
@@ -1128,8 +1138,13 @@ def show_map(data: Dataset, runs: Path, models: list[str], predicted: list[str])
 
 def map_choices(data: Dataset, runs: Path, ways: list[str], predicted: list[str]) -> None:
     """Show what the map is laid out by, and what its dots are coloured by."""
+
+    def lay_out_anew() -> None:
+        change_filter()
+        change(box="", _drawn="")  # elsewhere on another map are other images
+
     with filters():
-        choose_from_list("Laid out by", ways, "laid")
+        choose_from_list("Laid out by", ways, "laid", on_change=lay_out_anew)
         choose_one("Coloured by", COLOURINGS, "colour", names=NAMES_OF_COLOURINGS)
         if state["colour"] == "outcome" and predicted:
             reasons = reasons_apart(data, runs, predicted)
@@ -1171,8 +1186,10 @@ def groups_on_map(data: Dataset, runs: Path, predicted: list[str]) -> np.ndarray
 def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
     """Show the map; what is selected on it becomes state["box"]. places: (N, 2), groups: (N,)."""
 
+    key = f"map-{state['laid']}"  # another map begins without a selection
+
     def box_drawn() -> None:
-        selection = state.get("map", {}).get("selection", {}).get(atlas.SELECTION, {})
+        selection = state.get(key, {}).get("selection", {}).get(atlas.SELECTION, {})
         box = atlas.box_text(selection)
         if box != state["box"]:
             change_filter()
@@ -1180,7 +1197,7 @@ def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
 
     # The chart keeps what is drawn on it. It is told of a box when it is new on the page, and of
     # one that comes from the address.
-    if "map" not in state or state["box"] != state.get("_drawn"):
+    if key not in state or state["box"] != state.get("_drawn"):
         state["_given"] = state["_drawn"] = state["box"]
     names = data.flowers.class_names
     titles = [f"{i} {names[label]}" for i, label in zip(data.ids, data.flowers.labels)]
@@ -1192,7 +1209,7 @@ def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
         "mouse to see its images below; a click beside it removes it."
     )
     with st.container(width=MAP_WIDTH):  # a window may be so wide that distances mean nothing
-        st.altair_chart(chart, key="map", on_select=box_drawn)
+        st.altair_chart(chart, key=key, on_select=box_drawn)
 
 
 # -----------------------------------------------------------------------------
@@ -1209,7 +1226,7 @@ def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs:
     file = flowers.files[i]
     try:
         jpeg = file.read_bytes()
-        rgb = open_picture(jpeg)  # (H, W, 3)
+        rgb = read_rgb(file)  # (H, W, 3)
     except (OSError, UserError) as error:
         problem = (
             f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: "
@@ -1349,7 +1366,7 @@ def show_where(data: Dataset, i: int, models: list[str], runs: Path) -> None:
 def looks(data: Dataset, i: int, runs: Path, when: str) -> tuple:
     """Return the arguments of painted_maps for image i and what is chosen."""
     run = runs / state["looker"]
-    stamp = data.stamp + stamp_of(run / "model.pt", run / "classifier.pt", run / "args.json")
+    stamp = data.stamp + stamp_of_run(run)
     picture = stamp_of(data.flowers.files[i])
     return data, i, run, when, state["target"], state["words"].strip(), stamp, picture
 

@@ -35,6 +35,7 @@ from streamlit.runtime.forward_msg_cache import populate_hash_if_needed
 from streamlit.testing.v1 import AppTest
 from tqdm import tqdm
 
+import web
 from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
@@ -881,6 +882,14 @@ def test_the_map_shows_each_image_and_lists_those_in_a_box(page, truth, runs):
     assert shown(again) == sorted(inside)[:48]
 
 
+def test_another_layout_begins_without_a_box(page):
+    at = page(view="map", laid="first", box="-9,9,-9,9")
+    assert shown(at)
+    select(at, "laid", "colours")
+    assert address_of(at) == {"view": "map"}
+    assert not shown(at)
+
+
 def test_a_map_by_a_run_that_is_gone_is_none(page):
     at = page(view="map", laid="deleted")
     assert "There is no run deleted" in text(at)
@@ -1075,6 +1084,22 @@ def test_a_damaged_image_does_not_hide_the_others(page, many, tmp_path):
     assert [picture["id"] for picture in pictures(page(root)) if not picture["src"]] == [3]
     message = as_read(page(root, image="3", fails=True).error[0])
     assert "python -m flowers.data" in message
+
+
+def test_an_image_of_the_dataset_may_be_larger_than_an_upload(page, many, tmp_path):
+    root = copy(many, tmp_path)
+    Image.new("RGB", (2100, 100), "red").save(root / "jpg" / "image_00003.jpg")
+    assert "2100 x 100 pixels" in text(page(root, image="3"))
+
+
+def test_the_stamp_of_a_run_changes_with_each_of_its_files(tmp_path):
+    prompts = tmp_path / "prompts.json"
+    (tmp_path / "args.json").write_text(json.dumps({"prompts": str(prompts)}))
+    stamps = {web.stamp_of_run(tmp_path)}
+    for name in ("model.pt", "classifier.pt", "calibration.json", "prompts.json"):
+        (tmp_path / name).touch()
+        stamps.add(web.stamp_of_run(tmp_path))
+    assert len(stamps) == 5
 
 
 def test_a_missing_image_costs_that_image_alone(page, many, tmp_path):
