@@ -1398,6 +1398,17 @@ def test_tables_as_csv(many, runs, tmp_path):
     matrix = list(confusion_table(flowers, second, second.index).itertuples(index=False))
     assert {(true, guess): n for true, guess, n in matrix} == counts
 
+    # Of two runs: both counts, also of a pair that only one of them has, and the difference.
+    first = read_predictions(runs / "first", flowers)
+    table = web.matrix_table(flowers, [first, second], second.index)
+    names = ["class", "prediction", "images by first", "images by second", "difference"]
+    assert table.columns.tolist() == names
+    of_first = Counter(
+        (row["label"], row["top1"]) for row in predictions_of(runs, "first").values()
+    )
+    wanted = {(*k, of_first[k], counts[k], counts[k] - of_first[k]) for k in of_first | counts}
+    assert set(table.itertuples(index=False, name=None)) == wanted
+
 
 def test_each_list_has_a_file_of_its_own(page, monkeypatch):
     files = {}
