@@ -14,6 +14,7 @@ maps, to the dataset's `.cache/`.
 # it, start at the end with `show_page`. The HTML comes from flowers/gallery/panels.py.
 
 import argparse
+import hashlib
 import importlib
 import random
 import re
@@ -53,8 +54,9 @@ from flowers.gallery.predictions import (
     run_names,
     why_apart,
 )
-from flowers.gallery.search import Searcher, nearest
+from flowers.gallery.search import Searcher, nearest, own_prompts
 from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES, Thumbnails, open_picture
+from flowers.images import read_rgb
 from flowers.layouts import read_captions
 from flowers.runs import command_line
 from flowers.splits import MissingImages
@@ -102,6 +104,7 @@ NAMES_OF_ORDERS = {
     "doubt": "least confident",
     "confusions": "confused ones together",
 }
+GUESSERS = ("first", "any")  # of the runs that are compared, which predicts the chosen class
 CELLS = ("counts", "difference")  # of the confusion matrix of two runs
 BARS = ("hidden", "shown")  # of the class histogram, and of where a run looks
 COLOURINGS = ("class", "split", "outcome")  # of the map
@@ -111,9 +114,14 @@ NAMES_OF_COLOURINGS = {"outcome": "right and wrong"}
 FILTERED = ("strategy", "architecture", "pretraining", "split")
 # Keys of metrics.jsonl that are drawn, and what they are called.
 CURVES = {"train/loss": "training loss", "val/top1": "top-1 on val (%)"}
-MCNEMAR = (
+MCNEMAR_OF_TWO = (
     "The exact test of McNemar: how likely so uneven a count of images that only one of the two "
-    "has right is, if neither is better. Of several runs, corrected for their number (Holm)."
+    "has right is, if neither is better."
+)
+MCNEMAR = f"{MCNEMAR_OF_TWO} Of several runs, corrected for their number (Holm)."
+MCNEMAR_OF_CLASS = (
+    f"{MCNEMAR_OF_TWO} Of each class alone, not corrected for their number: of a hundred classes, "
+    "up to five are expected below 0.05 by chance."
 )
 
 # A visitor's picture stays in memory: from 1 MB on it would go to a temporary file.
@@ -205,6 +213,16 @@ def stamp_of(*paths: Path) -> tuple:
         # A missing file has a time, too, as it may come.
         times.append((str(path), path.stat().st_mtime_ns if path.exists() else 0))
     return tuple(times)
+
+
+def stamp_of_run(run: Path) -> tuple:
+    """Return something that changes when one of the files does that a run's model is made from."""
+    names = ("model.pt", "classifier.pt", "args.json", "calibration.json")
+    files = [run / name for name in names]
+    _, prompts_file = own_prompts(run)
+    if prompts_file:
+        files.append(Path(prompts_file))
+    return stamp_of(*files)
 
 
 @st.cache_resource(
@@ -301,8 +319,7 @@ def in_background(make: Callable[[], Any]) -> Future:
 
 def searcher_of(data: Dataset, run: Path) -> tuple[Flowers, Path, tuple]:
     """Return the arguments of start_searcher for a run."""
-    path = run / "model.pt"
-    return data.flowers, path, data.stamp + stamp_of(path, run / "calibration.json")
+    return data.flowers, run / "model.pt", data.stamp + stamp_of_run(run)
 
 
 def load_searcher(data: Dataset, run: Path) -> Searcher:
@@ -615,27 +632,50 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
         raise UserError(
             f"{' and '.join(chosen)} predicted different images: choose runs of one split"
         )
-    show_accuracies(data, runs, predictions, images_of["all"])
+    clusters = clusters_of(runs, chosen, flowers, images_of["all"])
+    show_accuracies(flowers, predictions, images_of["all"], clusters)
     if state["part"] == "classes":
         return show_classes(flowers, predictions, images_of["all"])
     if state["part"] == "confusion":
         return show_confusion(flowers, predictions, images_of["all"])
-    n_classes = len(flowers.class_names)
-    images_of["doubted"] = likely_label_errors(flowers.labels, n_classes, *predictions)
-    groups = duplicates_of(runs / state["run"], flowers, images_of["all"])
-    if groups:
-        images_of["alike"] = np.concatenate(groups)
+    images_of["doubted"] = images_of["all"][:0]
+    if state["show"] == "doubted":  # else it is not looked at
+        n_classes = len(flowers.class_names)
+        images_of["doubted"] = likely_label_errors(flowers.labels, n_classes, *predictions)
+    alike = near_duplicates(images_of["all"], clusters)
+    if len(alike):
+        images_of["alike"] = alike
     return list_outcomes(flowers, predictions, images_of)
 
 
-def duplicates_of(folder: Path, flowers: Flowers, index: np.ndarray) -> list[np.ndarray]:
-    """Return the groups of near-duplicates among the images at `index`, by a run's own list."""
-    try:
-        groups = read_duplicates(folder, flowers)
-    except UserError as error:
-        st.warning(panels.message(str(error)))
-        return []
-    return [group for group in groups if np.isin(group, index).all()]
+def clusters_of(
+    runs: Path, names: Sequence[str], flowers: Flowers, index: np.ndarray
+) -> np.ndarray:
+    """Return the cluster of each image at `index`, (n,) int from 0: near-duplicates share one.
+
+    Near-duplicates by the list of any of these runs: whichever is first, the same.
+    """
+    from flowers.study.comparable import joined_clusters
+
+    clusterings = []
+    for name in names:
+        try:
+            groups = read_duplicates(runs / name, flowers)
+        except UserError as error:
+            st.warning(panels.message(f"The intervals take no account of one list: {error}."))
+            continue
+        first_of = np.arange(len(flowers.files))  # the first image of each image's group
+        for group in groups:
+            first_of[group] = group[0]
+        clusterings.append(np.unique(first_of[index], return_inverse=True)[1])
+    return joined_clusters(clusterings) if clusterings else np.arange(len(index))
+
+
+def near_duplicates(index: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Return the images at `index` that share their cluster with another, cluster by cluster."""
+    of_several = np.bincount(clusters)[clusters] > 1
+    order = np.argsort(clusters[of_several], kind="stable")
+    return index[of_several][order]
 
 
 def choose_runs(names: list[str], reasons: dict[str, str]) -> None:
@@ -700,28 +740,44 @@ def show_runs(runs: Path, predicted: list[str]) -> None:
         "of a column sorts by it. From and to are the ends of the 95% interval of top-1. Tick one "
         "run to see its settings and curve, several to compare what they say about each image."
     )
+    # The ticks are numbers of rows, and must not outlive the rows: another key begins without any.
+    shown = hashlib.sha256("\n".join(table["run"]).encode()).hexdigest()[:12]
     event = st.dataframe(
         table,
         hide_index=True,
-        key="runs_table",
+        key=f"runs_table-{shown}",
         on_select="rerun",
         selection_mode="multi-row",
         column_config=formats,
         placeholder="",
     )
-    # Of a filter that left fewer rows, the rows that were ticked before may be gone.
-    rows = [row for row in event.selection.rows if row < len(table)]
-    ticked = table["run"].iloc[rows].tolist()
-    compared = [name for name in ticked if name in predicted]
-    label = "See predictions of the ticked run"
-    if len(compared) > 1:
-        label = f"Compare the {len(compared[:MOST_RUNS])} ticked runs"
-    if compared:
-        choice = {"run": compared[0], "other": compared[1:MOST_RUNS], "page": 1}
-        st.button(label, on_click=change, kwargs=choice, key="compare")
+    ticked = table["run"].iloc[event.selection.rows].tolist()
+    compare_button(ticked, predicted)
     download("The table as CSV", "runs", lambda: as_csv(table))
     if len(ticked) == 1:
         describe_run(runs / ticked[0])
+
+
+def compare_button(ticked: list[str], predicted: Collection[str]) -> None:
+    """Show the button that compares the ticked runs, and name those that it leaves out.
+
+    predicted: the runs that have predictions.
+    """
+    with_predictions = [name for name in ticked if name in predicted]
+    compared, too_many = with_predictions[:MOST_RUNS], with_predictions[MOST_RUNS:]
+    label = "See predictions of the ticked run"
+    if len(compared) > 1:
+        label = f"Compare {len(compared)} ticked runs"
+    if compared:
+        choice = {"run": compared[0], "other": compared[1:], "page": 1}
+        st.button(label, on_click=change, kwargs=choice, key="compare")
+    left_out = {
+        "have no predictions": [name for name in ticked if name not in predicted],
+        f"are more than the {MOST_RUNS} that can be compared": too_many,
+    }
+    for why, names in left_out.items():
+        if names and len(ticked) > 1:
+            st.caption(f"Left out, as they {why}: {panels.plain(', '.join(names))}.")
 
 
 def all_runs_table(runs: Path, names: list[str]) -> "pd.DataFrame":
@@ -755,24 +811,16 @@ def as_text(value: Any) -> str:
 
 
 def show_accuracies(
-    data: Dataset, runs: Path, predictions: list[Predictions], index: np.ndarray
+    flowers: Flowers, predictions: list[Predictions], index: np.ndarray, clusters: np.ndarray
 ) -> None:
     """Show the accuracy of each run with its interval, and what tells it from the first run.
 
-    index: the images that all of them predicted.
+    index: the images that all of them predicted. clusters: of these, (n,) int.
     """
-    from flowers.study.comparable import read_clusters
     from flowers.study.statistics import difference_interval, holm, mcnemar, mean_interval
 
-    flowers = data.flowers
     labels = flowers.labels[index]
     correct = [run.guess[index] == labels for run in predictions]
-    files = [flowers.file_names[i] for i in index]
-    try:
-        clusters = read_clusters(runs / predictions[0].name, files)
-    except ValueError as error:
-        st.warning(panels.message(f"The intervals take no account of near-duplicates: {error}."))
-        clusters = None
     tests = [mcnemar(right, correct[0]) for right in correct[1:]]
     p_values = holm([p for _, _, p in tests])
     first = predictions[0].name
@@ -795,8 +843,26 @@ def show_accuracies(
     number = st.column_config.NumberColumn(format="%.2f")
     formats = {"top-1 (%)": number, difference: number}
     formats["p"] = st.column_config.NumberColumn(format="%.3g", help=MCNEMAR)
-    st.caption(f"Of {len(index):,} images")
+    st.caption(compared_images(predictions, index))
     st.dataframe(rows, hide_index=True, column_config=formats, key="accuracies", placeholder="")
+
+
+def compared_images(predictions: list[Predictions], index: np.ndarray) -> str:
+    """Return of how many images the page speaks, those at `index`, and how many each run predicted
+    where that is not the same.
+    """
+    counts = {panels.plain(run.name): len(run.index) for run in predictions}
+    if set(counts.values()) == {len(index)}:
+        return f"Of {len(index):,} images"
+    of_each = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return f"Of {len(index):,} images that all predicted ({of_each})"
+
+
+def list_all(true: str, guess: str | None = None, guesser: str = "first") -> None:
+    """List all pictures of a class, or those that are given the name `guess`, by `guesser`."""
+    choices = {"class": true, "guess": guess, "guesser": guesser}
+    # No other filter stays: the list has as many pictures as the cell that was clicked says.
+    change(part="pictures", show="all", sure=(0, 100), page=1, **choices)
 
 
 def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.ndarray) -> None:
@@ -810,12 +876,12 @@ def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.nda
         rows = [*selection.get("rows", []), *(row for row, _ in selection.get("cells", []))]
         if rows:
             name = table["class"][rows[0]]
-            change(part="pictures", show="all", page=1, guess=None, **{"class": name})
+            list_all(true=name)
 
     one_decimal = st.column_config.NumberColumn(format="%.1f")
     percentages = [column for column in table.columns if column.endswith(IN_PERCENT)]
     formats = dict.fromkeys(percentages, one_decimal)
-    formats[P_VALUE] = st.column_config.NumberColumn(format="%.3f", help=MCNEMAR)
+    formats[P_VALUE] = st.column_config.NumberColumn(format="%.3f", help=MCNEMAR_OF_CLASS)
     st.caption("Accuracy of each class; click on a cell to see the pictures of its class.")
     st.dataframe(
         table,
@@ -835,7 +901,7 @@ def show_confusion(flowers: Flowers, predictions: list[Predictions], index: np.n
 
     def open_cell(cell: str) -> None:
         true, guess = (flowers.class_names[int(number)] for number in cell.split(","))
-        change(part="pictures", show="all", page=1, guess=guess, **{"class": true})
+        list_all(true, guess, "any" if is_difference else "first")
 
     with toolbar():
         choose_one("Order of the classes", MATRIX_ORDERS, "sort", names=NAMES_OF_ORDERS)
@@ -848,12 +914,13 @@ def show_confusion(flowers: Flowers, predictions: list[Predictions], index: np.n
         "cell is shaded, the larger its part of the row. Click on a cell to see its pictures."
     )
     meanings = ("right", "wrong")
-    if len(predictions) == 2 and state["cells"] == "difference":
+    is_difference = len(predictions) == 2 and state["cells"] == "difference"
+    if is_difference:
         other = predictions[1].guess[index]
         second = panels.plain(predictions[1].name)
         caption = (
             f"How many images of each class (row) {second} gives a name (column) more often than "
-            f"{first} does. Click on a cell to see those of {first}."
+            f"{first} does. Click on a cell to see those that either gives it."
         )
         meanings = (f"more by {predictions[1].name}", f"fewer by {predictions[1].name}")
     st.caption(caption)
@@ -862,9 +929,26 @@ def show_confusion(flowers: Flowers, predictions: list[Predictions], index: np.n
     draw(panels.confusion(flowers.class_names, classes, true, guess, other), "confusion", open_cell)
     download(
         "The matrix as CSV",
-        "confusion",
-        lambda: as_csv(confusion_table(flowers, run, index)),
+        "confusion-difference" if is_difference else "confusion",
+        lambda: as_csv(matrix_table(flowers, predictions[: 1 + is_difference], index)),
     )
+
+
+def matrix_table(
+    flowers: Flowers, predictions: list[Predictions], index: np.ndarray
+) -> "pd.DataFrame":
+    """Return the confusion_table of a run; of two, with the counts of both and the difference."""
+    first, *others = (confusion_table(flowers, run, index) for run in predictions)
+    if not others:
+        return first
+    pair = ["class", "prediction"]
+    names = [f"images by {run.name}" for run in predictions]
+    table = first.merge(others[0], "outer", pair, suffixes=(" 1", " 2")).set_axis(
+        pair + names, axis=1
+    )
+    table[names] = table[names].fillna(0).astype(int)  # a pair that only one run has
+    table["difference"] = table[names[1]] - table[names[0]]
+    return table
 
 
 def shown_classes(
@@ -895,7 +979,8 @@ def list_outcomes(
         index = index[flowers.labels[index] == true]
     if state["guess"]:
         guess = flowers.class_names.index(state["guess"])
-        index = index[first.guess[index] == guess]
+        guessing = predictions if state["guesser"] == "any" else [first]
+        index = index[np.any([run.guess[index] == guess for run in guessing], axis=0)]
     least, most = state["sure"]
     percent = 100 * first.score[index]
     index = index[(percent >= least) & (percent <= most)]
@@ -923,7 +1008,11 @@ def outcome_filters(flowers: Flowers, predictions: list[Predictions], shows: lis
     with filters():
         choose_one(f"Right and wrong{by}", shows, "show", names=NAMES_OF_SHOWS | only)
         choose_from_list("True class", names, "class")
-        choose_from_list(f"Predicted class{by}", names, "guess")
+        by_any = " by any of these" if len(predictions) > 1 and state["guesser"] == "any" else by
+        choose_from_list(f"Predicted class{by_any}", names, "guess")
+        if len(predictions) > 1:
+            called = {"first": predictions[0].name, "any": "any of these"}
+            choose_one("It is predicted by", GUESSERS, "guesser", names=called)
         choose_one(f"Order (confidence{by})", ORDERS, "order", names=NAMES_OF_ORDERS)
         st.slider(f"Confidence{by} (%)", 0, 100, key="sure", on_change=change_filter, width=200)
     if len(predictions) > 1:
@@ -1050,8 +1139,13 @@ def show_map(data: Dataset, runs: Path, models: list[str], predicted: list[str])
 
 def map_choices(data: Dataset, runs: Path, ways: list[str], predicted: list[str]) -> None:
     """Show what the map is laid out by, and what its dots are coloured by."""
+
+    def lay_out_anew() -> None:
+        change_filter()
+        change(box="", _drawn="")  # elsewhere on another map are other images
+
     with filters():
-        choose_from_list("Laid out by", ways, "laid")
+        choose_from_list("Laid out by", ways, "laid", on_change=lay_out_anew)
         choose_one("Coloured by", COLOURINGS, "colour", names=NAMES_OF_COLOURINGS)
         if state["colour"] == "outcome" and predicted:
             reasons = reasons_apart(data, runs, predicted)
@@ -1093,8 +1187,10 @@ def groups_on_map(data: Dataset, runs: Path, predicted: list[str]) -> np.ndarray
 def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
     """Show the map; what is selected on it becomes state["box"]. places: (N, 2), groups: (N,)."""
 
+    key = f"map-{state['laid']}"  # another map begins without a selection
+
     def box_drawn() -> None:
-        selection = state.get("map", {}).get("selection", {}).get(atlas.SELECTION, {})
+        selection = state.get(key, {}).get("selection", {}).get(atlas.SELECTION, {})
         box = atlas.box_text(selection)
         if box != state["box"]:
             change_filter()
@@ -1102,7 +1198,7 @@ def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
 
     # The chart keeps what is drawn on it. It is told of a box when it is new on the page, and of
     # one that comes from the address.
-    if "map" not in state or state["box"] != state.get("_drawn"):
+    if key not in state or state["box"] != state.get("_drawn"):
         state["_given"] = state["_drawn"] = state["box"]
     names = data.flowers.class_names
     titles = [f"{i} {names[label]}" for i, label in zip(data.ids, data.flowers.labels)]
@@ -1114,7 +1210,7 @@ def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
         "mouse to see its images below; a click beside it removes it."
     )
     with st.container(width=MAP_WIDTH):  # a window may be so wide that distances mean nothing
-        st.altair_chart(chart, key="map", on_select=box_drawn)
+        st.altair_chart(chart, key=key, on_select=box_drawn)
 
 
 # -----------------------------------------------------------------------------
@@ -1131,7 +1227,7 @@ def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs:
     file = flowers.files[i]
     try:
         jpeg = file.read_bytes()
-        rgb = open_picture(jpeg)  # (H, W, 3)
+        rgb = read_rgb(file)  # (H, W, 3)
     except (OSError, UserError) as error:
         problem = (
             f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: "
@@ -1271,7 +1367,7 @@ def show_where(data: Dataset, i: int, models: list[str], runs: Path) -> None:
 def looks(data: Dataset, i: int, runs: Path, when: str) -> tuple:
     """Return the arguments of painted_maps for image i and what is chosen."""
     run = runs / state["looker"]
-    stamp = data.stamp + stamp_of(run / "model.pt", run / "classifier.pt", run / "args.json")
+    stamp = data.stamp + stamp_of_run(run)
     picture = stamp_of(data.flowers.files[i])
     return data, i, run, when, state["target"], state["words"].strip(), stamp, picture
 
@@ -1459,6 +1555,7 @@ def allowed_choices(data: Dataset) -> dict[str, Collection]:
         "split": {"all", *data.splits.tolist()},
         "part": PARTS,
         "show": SHOWS,
+        "guesser": GUESSERS,
         "bars": BARS,
         "where": BARS,
         "target": data.flowers.class_names,

@@ -35,6 +35,7 @@ from streamlit.runtime.forward_msg_cache import populate_hash_if_needed
 from streamlit.testing.v1 import AppTest
 from tqdm import tqdm
 
+import web
 from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
@@ -58,7 +59,7 @@ from flowers.gallery.thumbnails import (
     thumbnail,
 )
 from flowers.study.comparable import read_clusters
-from flowers.study.statistics import difference_interval
+from flowers.study.statistics import difference_interval, mean_interval
 
 N = 120  # images of `many`: three pages
 PATIENCE = 180  # seconds that a busy machine may take for one run of the page
@@ -634,6 +635,32 @@ def test_the_table_looks_for_the_run_that_was_meant(tmp_path, monkeypatch):
     ]
 
 
+def tick(at, *names):
+    """Tick runs in the table of all runs."""
+    key = re.search("runs_table.*", at.dataframe[0].proto.id)[0]
+    shown = at.dataframe[0].value["run"].tolist()
+    rows = [shown.index(name) for name in names]
+    at.session_state[key] = {"selection": {"rows": rows, "columns": [], "cells": []}}
+    return whole(at.run())
+
+
+def test_ticks_are_of_runs_and_not_of_rows(page, three_runs, tmp_path):
+    runs = shutil.copytree(three_runs, tmp_path / "runs")
+    (runs / "bare").mkdir()
+    strategies = {"first": "full", "second": "linear", "third": "linear", "bare": "full"}
+    for name, strategy in strategies.items():
+        settings = {"job": "train", "architecture": "tiny", "strategy": strategy}
+        (runs / name / "args.json").write_text(json.dumps(settings))
+    at = tick(page(runs=runs, view="runs"), "first", "second", "bare")
+    assert "Left out, as they have no predictions: bare." in text(at)
+    assert "compare" in [button.key for button in at.button]
+    # Other rows stand where the ticked ones stood.
+    whole(at.multiselect(key="only_strategy").set_value(["linear"]).run())
+    assert "compare" not in [button.key for button in at.button]
+    at = press(tick(at, "third", "second"), "compare")
+    assert address_of(at) == {"view": "runs", "run": "third", "other": "second"}
+
+
 def test_true_and_predicted_class_open_a_cell_of_the_confusion_matrix(page, runs):
     first = predictions_of(runs, "first")
     pairs = [(row["label"], row["top1"]) for row in first.values()]
@@ -929,6 +956,14 @@ def test_the_map_shows_each_image_and_lists_those_in_a_box(page, truth, runs):
     assert shown(again) == sorted(inside)[:48]
 
 
+def test_another_layout_begins_without_a_box(page):
+    at = page(view="map", laid="first", box="-9,9,-9,9")
+    assert shown(at)
+    select(at, "laid", "colours")
+    assert address_of(at) == {"view": "map"}
+    assert not shown(at)
+
+
 def test_a_map_by_a_run_that_is_gone_is_none(page):
     at = page(view="map", laid="deleted")
     assert "There is no run deleted" in text(at)
@@ -1125,6 +1160,22 @@ def test_a_damaged_image_does_not_hide_the_others(page, many, tmp_path):
     assert "python -m flowers.data" in message
 
 
+def test_an_image_of_the_dataset_may_be_larger_than_an_upload(page, many, tmp_path):
+    root = copy(many, tmp_path)
+    Image.new("RGB", (2100, 100), "red").save(root / "jpg" / "image_00003.jpg")
+    assert "2100 x 100 pixels" in text(page(root, image="3"))
+
+
+def test_the_stamp_of_a_run_changes_with_each_of_its_files(tmp_path):
+    prompts = tmp_path / "prompts.json"
+    (tmp_path / "args.json").write_text(json.dumps({"prompts": str(prompts)}))
+    stamps = {web.stamp_of_run(tmp_path)}
+    for name in ("model.pt", "classifier.pt", "calibration.json", "prompts.json"):
+        (tmp_path / name).touch()
+        stamps.add(web.stamp_of_run(tmp_path))
+    assert len(stamps) == 5
+
+
 def test_a_missing_image_costs_that_image_alone(page, many, tmp_path):
     root = copy(many, tmp_path)
     lost = root / "jpg" / "image_00003.jpg"
@@ -1318,13 +1369,27 @@ def test_the_difference_of_two_matrices(page, runs):
     assert any(int(n) < 0 for *_, n in drawn)
 
 
+@pytest.mark.parametrize("guesser", ["first", "any"])
+def test_a_predicted_class_is_of_the_first_run_or_of_any(page, runs, guesser):
+    first, second = predictions_of(runs, "first"), predictions_of(runs, "second")
+    # An image that the second run alone gives this name.
+    i = next(i for i in first if first[i]["top1"] != second[i]["top1"])
+    true, guess = first[i]["label"], second[i]["top1"]
+    address = {"view": "runs", "run": "first", "other": "second", "class": true, "guess": guess}
+    ids = shown(page(**address, guesser=guesser))
+    guessing = [first] if guesser == "first" else [first, second]
+    of_class = [k for k in first if first[k]["label"] == true]
+    assert ids == [k for k in of_class if any(rows[k]["top1"] == guess for rows in guessing)]
+    assert (i in ids) == (guesser == "any")
+
+
 def test_doubted_labels_and_near_duplicates_are_lists(page, runs, many, tmp_path):
     folder = shutil.copytree(runs, tmp_path / "runs")
     files = [row["file"] for row in predictions_of(runs, "first").values()]
     groups = [[files[5], files[9]], [files[0], files[2]]]
     (folder / "first" / "duplicates.json").write_text(json.dumps({"groups": groups}))
     at = page(runs=folder, view="runs", run="first")
-    alike = [int(name[6:11]) for group in groups for name in group]
+    alike = [int(name[6:11]) for group in groups[::-1] for name in group]  # by their first image
     assert shown(choose(at, "show", "alike")) == alike
     flowers = open_flowers(many)
     n_classes = len(flowers.class_names)
@@ -1350,6 +1415,31 @@ def test_doubted_labels_and_near_duplicates_are_lists(page, runs, many, tmp_path
     at = page(runs=folder, view="runs", run="first")
     assert "duplicates.json is damaged" in text(at)
     assert shown(at)
+
+
+def test_intervals_are_the_same_whichever_run_is_first(page, runs, tmp_path):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    rows = list(predictions_of(runs, "first").values())
+    files = [row["file"] for row in rows]
+    (folder / "first" / "duplicates.json").write_text(json.dumps({"groups": [files[:9]]}))
+    (folder / "second" / "duplicates.json").write_text(json.dumps({"groups": [files[8:15]]}))
+    right = np.array([[row["top1"] == row["label"] for row in rows]])
+    clusters = np.maximum(np.arange(len(files)) - 14, 0)  # the 15 are one, by both lists together
+    _, low, high = mean_interval(right, clusters)
+    for names in (("first", "second"), ("second", "first")):
+        at = page(runs=folder, view="runs", run=names[0], other=names[1])
+        assert accuracies(at).loc["first", "95% interval"] == f"{low:.1f} to {high:.1f}"
+        assert f"Of {len(files)} images" in text(at)
+        ids = [int(file[6:11]) for file in files[:15]]
+        assert shown(choose(at, "show", "alike")) == ids
+
+
+def test_runs_of_other_images_say_how_many_are_compared(page, three_runs, tmp_path):
+    runs = shutil.copytree(three_runs, tmp_path / "runs")
+    rows = list(predictions_of(runs, "third").values())
+    write_csv(runs / "third" / "predictions.csv", rows[:10])
+    at = page(runs=runs, view="runs", run="first", other="third")
+    assert f"Of 10 images that all predicted (first {len(rows)}, third 10)" in text(at)
 
 
 def test_the_newest_runs_speak_of_any_image(page, runs):
@@ -1399,6 +1489,17 @@ def test_tables_as_csv(many, runs, tmp_path):
     counts = Counter((row["label"], row["top1"]) for row in rows)
     matrix = list(confusion_table(flowers, second, second.index).itertuples(index=False))
     assert {(true, guess): n for true, guess, n in matrix} == counts
+
+    # Of two runs: both counts, also of a pair that only one of them has, and the difference.
+    first = read_predictions(runs / "first", flowers)
+    table = web.matrix_table(flowers, [first, second], second.index)
+    names = ["class", "prediction", "images by first", "images by second", "difference"]
+    assert table.columns.tolist() == names
+    of_first = Counter(
+        (row["label"], row["top1"]) for row in predictions_of(runs, "first").values()
+    )
+    wanted = {(*k, of_first[k], counts[k], counts[k] - of_first[k]) for k in of_first | counts}
+    assert set(table.itertuples(index=False, name=None)) == wanted
 
 
 def test_each_list_has_a_file_of_its_own(page, monkeypatch):

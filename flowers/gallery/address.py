@@ -39,6 +39,7 @@ DEFAULTS = {
     "part": "pictures",
     "show": "all",
     "guess": None,  # predicted class
+    "guesser": "first",  # who predicts it: the first run, or any of those that are compared
     "order": "id",
     "sort": "name",  # of the classes of the confusion matrix
     "cells": "counts",

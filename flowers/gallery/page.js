@@ -8,9 +8,11 @@ const MAX_UPLOAD = 10 * 2 ** 20; // bytes: MAX_UPLOAD_BYTES of thumbnails.py
 const REMOVE = "[data-testid=stFileChipDeleteBtn] button, button[data-testid=stFileChipDeleteBtn]";
 
 let lastPress = -Infinity;
+let lastPressed = null; // a key, or a button
 
-// Until the answer has come, the buttons do what they did at the last press: another press, or a
-// key that is held, asks for the same once more. Hundreds of these would stop the browser.
+// Until the answer has come, the buttons do what they did at the last press: another press of the
+// same, or a key that is held, asks for the same once more. Hundreds of these would stop the browser.
+// Another key or button is another wish, but for the moment in which a hand hits two at once.
 function holdBack(event) {
     const target = event.composedPath()[0];
     const typing = target.closest("input, textarea");
@@ -19,13 +21,15 @@ function holdBack(event) {
     if (!isShortcut && !isButton) {
         return;
     }
+    const pressed = isShortcut ? event.key.toLowerCase() : isButton;
     const pause = Date.now() - lastPress;
     const running = document.querySelector("[data-test-script-state=running]");
-    if (pause < SETTLE || (running && pause < PAUSE)) {
+    if (pause < SETTLE || (running && pause < PAUSE && pressed === lastPressed)) {
         event.stopImmediatePropagation();
         event.preventDefault();
     } else {
         lastPress = Date.now();
+        lastPressed = pressed;
     }
 }
 

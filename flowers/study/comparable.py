@@ -466,11 +466,13 @@ def _with_joined_clusters(runs: Sequence[Run]) -> list[Run]:
     clusterings = defaultdict(dict)  # images -> bytes -> clusters, as most runs have the same
     for run in runs:
         clusterings[run.images][run.clusters.tobytes()] = run.clusters
-    joined = {images: _joined(list(found.values())) for images, found in clusterings.items()}
+    joined = {
+        images: joined_clusters(list(found.values())) for images, found in clusterings.items()
+    }
     return [replace(run, clusters=joined[run.images]) for run in runs]
 
 
-def _joined(clusterings: list[np.ndarray]) -> np.ndarray:
+def joined_clusters(clusterings: list[np.ndarray]) -> np.ndarray:
     """The finest clusters (N,) in which all are together that are so in one of `clusterings`."""
     n = len(clusterings[0])
     # Each image has an edge to the first one of its cluster.
