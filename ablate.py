@@ -477,17 +477,20 @@ def check_train_flags(train_flags: Sequence[str]) -> None:
 
     Ends the program, as train.py would, for a flag or a value that train.py does not know.
     """
-    wrong = [flag for flag in train_flags if flag.split("=")[0] in RESERVED]
-    if train_flags and not train_flags[0].startswith("--"):
-        wrong.append(train_flags[0])
-    if wrong:
-        raise UserError(
-            f"{wrong[0]}: ablate.py sets the learning rate (--times), seeds (--seeds), "
-            "names and --holdout itself"
-        )
+    own = "ablate.py sets the learning rate (--times), seeds (--seeds), names and --holdout itself"
+    refuse_reserved(train_flags, RESERVED, own)
     parser = make_parser()
     parser.prog = "train.py"
     parser.parse_args(train_flags)  # here, and not in each point
+
+
+def refuse_reserved(train_flags: Sequence[str], reserved: Sequence[str], own: str) -> None:
+    """Raise UserError for a flag that a grid sets itself, or a word that is no flag. own: why."""
+    wrong = [flag for flag in train_flags if flag.split("=")[0] in reserved]
+    if train_flags and not train_flags[0].startswith("--"):
+        wrong.append(train_flags[0])
+    if wrong:
+        raise UserError(f"{wrong[0]}: {own}")
 
 
 def add_forgetting_arguments(parser: argparse.ArgumentParser) -> None:
@@ -813,14 +816,8 @@ def parse_qwen_levels(words: Sequence[str]) -> tuple[dict[str, tuple], int, list
 
 def check_qwen(train_flags: Sequence[str], args: argparse.Namespace) -> None:
     """Raise UserError for flags of other grids, and for those that this one sets itself."""
-    wrong = [flag for flag in train_flags if flag.split("=")[0] in QWEN_RESERVED]
-    if train_flags and not train_flags[0].startswith("--"):
-        wrong.append(train_flags[0])
-    if wrong:
-        raise UserError(
-            f"{wrong[0]}: {QWEN} sets seeds (--seeds), epochs (--seen), names, images and "
-            "--holdout itself"
-        )
+    own = f"{QWEN} sets seeds (--seeds), epochs (--seen), names, images and --holdout itself"
+    refuse_reserved(train_flags, QWEN_RESERVED, own)
     foreign = ("pretraining", "strategy", "times", "start_captions")
     foreign = [key for key in foreign if getattr(args, key)]
     if foreign:
