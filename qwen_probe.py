@@ -233,9 +233,9 @@ from flowers.data import (
 from flowers.devices import autocast
 from flowers.qwen import memory, models
 from flowers.qwen.adapters import base_model
-from flowers.qwen.features import image_features
+from flowers.qwen.features import load_images
 from flowers.qwen.models import hidden_states
-from flowers.qwen.prompts import Tensors, encode, move, open_images, patches, prefetch
+from flowers.qwen.prompts import Tensors, encode, move
 from flowers.strategies import INVERSE_REGULARISATION, fit_linear
 from flowers.tracking import finish_evaluation, start_wandb
 
@@ -309,25 +309,16 @@ def encode_images(
     for a model that gives no finite numbers.
     """
     device = torch.device(config.device)
-    starts = range(0, len(index), config.batch_size)
-    batches = [list(range(i, min(i + config.batch_size, len(index)))) for i in starts]
-    kept = None
     # The patches before the merger are not among what is kept.
-    if config.features != "vision":
-        kept = image_features(model, processor, flowers, index, models.vision_digest(model))
-
-    def load(positions: list[int]) -> Tensors:
-        if kept is not None:
-            return kept.batch(positions)
-        return patches(processor, open_images([flowers.files[index[j]] for j in positions]))
-
+    digest = None if config.features == "vision" else models.vision_digest(model)
+    batches = load_images(model, processor, flowers, index, config.batch_size, digest)
     features = []
     with tqdm(total=len(index), unit="img", desc=f"{config.features} features") as bar:
-        for positions, image in zip(batches, prefetch(load, batches)):
+        for image, batch in batches:
             image = move(image, device)
             with autocast(device):
                 features.append(features_of(model, processor, image, config).float().cpu())
-            bar.update(len(positions))
+            bar.update(len(batch))
     features = torch.cat(features)
     if not features.isfinite().all():
         raise UserError(
