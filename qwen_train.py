@@ -571,10 +571,7 @@ def open_data(config: Config, processes: Processes) -> Data:
     if config.captions:
         captions = read_captions(config.captions, tuple(flowers.files[i] for i in index))
     val = choose_val(flowers, config)
-    data = Data(config, processes, flowers, index, val, captions, names, classes)
-    if config.chunk_size == AS_FITS:
-        data = replace(data, config=replace(config, chunk_size=chunk_that_fits(data)))
-    return data
+    return Data(config, processes, flowers, index, val, captions, names, classes)
 
 
 def choose_val(flowers: Flowers, config: Config) -> np.ndarray:
@@ -607,19 +604,35 @@ def check_overlap(data: Data) -> None:
 # memory
 
 
-def work_of(data: Data, chunk_size: int | None = None) -> Work:
-    """Return what the model does at a time: with the images of a chunk, or so many.
+def plan_memory(data: Data) -> tuple[Data, Work]:
+    """Return the data, with a size of its chunks, and the work on a chunk; print what that takes.
+
+    AS_FITS becomes as many images as fit into the free memory of the GPU.
+    """
+    config = data.config
+    skeleton = models.load_skeleton(config.model)
+    free = memory.free_gigabytes(data.processes.device)
+    if config.chunk_size == AS_FITS:
+        work = work_of(data, skeleton, config.batch_size, free)
+        chunk_size = memory.largest_batch(skeleton, work, free)
+        data = replace(data, config=replace(config, chunk_size=chunk_size))
+    work = work_of(data, skeleton, data.chunk_size, free)
+    files.say(memory.memory_line(config.model, skeleton, work, free))
+    return data, work
+
+
+def work_of(data: Data, skeleton, n_images: int, free: float | None) -> Work:
+    """Return what the model does with so many images at a time. free: GB, None on a CPU.
 
     Blocks are computed again where their results don't fit into the free memory of the GPU, unless
     they are to be kept.
     """
     config = data.config
-    skeleton = models.load_skeleton(config.model)
     # Of question and answer, about; a name has about eight tokens with its separator.
     text_tokens = 100 if config.captions else 50
     text_tokens += 8 * len(data.listed_names or ())
     work = Work(
-        chunk_size or data.chunk_size,
+        n_images,
         memory.tokens_of_image(config.model, skeleton, config.max_pixels),
         text_tokens,
         config.rank,
@@ -627,23 +640,8 @@ def work_of(data: Data, chunk_size: int | None = None) -> Work:
         config.load_4bit,
         config.also_train,
     )
-    free = memory.free_gigabytes(data.processes.device)
     recompute = not config.keep_activations and memory.must_recompute(skeleton, work, free)
     return replace(work, recompute=recompute)
-
-
-def chunk_that_fits(data: Data) -> int:
-    """Return how many images fit into the free memory at a time, at most those of a step."""
-    skeleton = models.load_skeleton(data.config.model)
-    free = memory.free_gigabytes(data.processes.device)
-    return memory.largest_batch(skeleton, work_of(data, data.config.batch_size), free)
-
-
-def print_memory(data: Data, work: Work) -> None:
-    """Print how much memory the training takes, about."""
-    skeleton = models.load_skeleton(data.config.model)
-    free = memory.free_gigabytes(data.processes.device)
-    print(memory.memory_line(data.config.model, skeleton, work, free))
 
 
 # -----------------------------------------------------------------------------
@@ -905,11 +903,10 @@ def main(args: argparse.Namespace, config: Config | None):
     # data and model
     with processes.main_first():
         data = open_data(config, processes)
-        config = data.config
-        work = work_of(data)
         if processes.is_main:
             check_overlap(data)
-            print_memory(data, work)
+        data, work = plan_memory(data)
+        config = data.config
         model, processor = models.load_model(
             config.model, device, max_pixels=config.max_pixels, load_4bit=config.load_4bit
         )
