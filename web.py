@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -48,7 +49,6 @@ from flowers.gallery.predictions import (
     likely_label_errors,
     order_of_confusions,
     outcomes,
-    read_duplicates,
     read_predictions,
     run_arguments,
     run_names,
@@ -451,22 +451,22 @@ def choose_from_list(
 
     reasons: why an option stands apart from the others, shown behind it.
     """
-    reasons = reasons or {}
     if state[key] is not None and state[key] not in options:
         options = [state[key], *options]  # a run that is gone: `is_missing` says so
-
-    def shown(option: str) -> str:
-        return f"{option} ({reasons[option]})" if reasons.get(option) else option
-
     st.selectbox(
         label,
         options,
         key=key,
-        format_func=shown,
+        format_func=partial(with_reason, reasons=reasons or {}),
         placeholder=placeholder,
         on_change=on_change,
         width=220,
     )
+
+
+def with_reason(option: str, reasons: dict[str, str]) -> str:
+    """Return an option of a list, with the reason why it stands apart, if there is one."""
+    return f"{option} ({reasons[option]})" if reasons.get(option) else option
 
 
 def step_button(label: str, key: str, shortcut: str | None, enabled: bool, **choices) -> None:
@@ -608,8 +608,9 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     names: the runs that have predictions.
     """
     flowers = data.flowers
-    if state["run"] is None and run_names(runs, "args.json"):
-        show_runs(runs, names)
+    everything = run_names(runs, "args.json") if state["run"] is None else []
+    if everything:
+        show_runs(runs, everything, names)
         return None
     if not names:
         remedy = training_command(flowers, runs)
@@ -655,19 +656,16 @@ def clusters_of(
 
     Near-duplicates by the list of any of these runs: whichever is first, the same.
     """
-    from flowers.study.comparable import joined_clusters
+    from flowers.study.comparable import joined_clusters, read_clusters
 
+    files = [flowers.file_names[i] for i in index]
     clusterings = []
     for name in names:
         try:
-            groups = read_duplicates(runs / name, flowers)
-        except UserError as error:
-            st.warning(panels.message(f"The intervals take no account of one list: {error}."))
-            continue
-        first_of = np.arange(len(flowers.files))  # the first image of each image's group
-        for group in groups:
-            first_of[group] = group[0]
-        clusterings.append(np.unique(first_of[index], return_inverse=True)[1])
+            clusterings.append(read_clusters(runs / name, files))
+        except (OSError, ValueError) as error:
+            problem = f"The intervals take no account of the list of {name}: {error}."
+            st.warning(panels.message(problem))
     return joined_clusters(clusterings) if clusterings else np.arange(len(index))
 
 
@@ -686,10 +684,6 @@ def choose_runs(names: list[str], reasons: dict[str, str]) -> None:
     state["other"] = [name for name in state["other"] if name != state["run"]]
     others = [name for name in names if name != state["run"]]
     gone = [name for name in state["other"] if name not in others]  # `is_missing` says so
-
-    def shown(name: str) -> str:
-        return f"{name} ({reasons[name]})" if reasons.get(name) else name
-
     with st.container(horizontal=True, vertical_alignment="bottom"):
         all_runs = {"run": None, "other": [], "image": None, "page": 1}
         st.button("All runs", on_click=change, kwargs=all_runs, key="all_runs")
@@ -698,7 +692,7 @@ def choose_runs(names: list[str], reasons: dict[str, str]) -> None:
             "Compare with",
             [*others, *gone],
             key="other",
-            format_func=shown,
+            format_func=partial(with_reason, reasons=reasons),
             placeholder="no other run",
             max_selections=MOST_RUNS - 1,
             on_change=change_filter,
@@ -716,13 +710,13 @@ def start_statistics() -> Future:
     return in_background(lambda: importlib.import_module("flowers.study.statistics"))
 
 
-def show_runs(runs: Path, predicted: list[str]) -> None:
+def show_runs(runs: Path, names: list[str], predicted: list[str]) -> None:
     """Show all runs in one table; those that are ticked are compared, or one of them described.
 
-    predicted: the runs that have predictions.
+    names: all runs. predicted: those that have predictions.
     """
     start_statistics()  # while the visitor still reads the table
-    table = all_runs_table(runs, run_names(runs, "args.json"))
+    table = all_runs_table(runs, names)
     with filters():
         for column in FILTERED:
             values = sorted(table[column].dropna().unique())

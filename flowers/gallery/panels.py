@@ -297,7 +297,7 @@ def count_pairs(true: np.ndarray, predicted: np.ndarray) -> Counter:
 
 
 def legend(*meanings: str) -> str:
-    """Return what the blue and the orange cells of a matrix mean, as markdown."""
+    """Return what the blue and the orange cells of a matrix mean, as HTML."""
     colours = (BLUE, ORANGE)
     return " ".join(
         f'<b style="color:rgb({colour})">■</b> {escape(meaning)}'

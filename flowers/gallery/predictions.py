@@ -16,7 +16,7 @@ from flowers.data import Flowers
 from flowers.files import checked, read_json
 from flowers.intervals import mcnemar_p
 from flowers.layouts import OPENAI_NAMES, correct_name
-from flowers.runs import command_line, read_duplicate_groups
+from flowers.runs import command_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -323,22 +323,6 @@ def likely_label_errors(labels: np.ndarray, n_classes: int, *runs: Predictions) 
     margin = of_label - others.max(axis=1)
     order = np.argsort(margin, kind="stable")
     return index[order[doubted[order]]]
-
-
-def read_duplicates(folder: Path, flowers: Flowers) -> list[np.ndarray]:
-    """Return the groups of near-duplicates that a run found, each as indices of images.
-
-    None for a run that has not looked for them. Images of another dataset are left out. Raises
-    UserError if duplicates.json is damaged.
-    """
-    index_of = {name: i for i, name in enumerate(flowers.file_names)}
-    try:
-        groups = read_duplicate_groups(folder)
-    except (OSError, ValueError) as error:
-        path = folder / "duplicates.json"
-        raise UserError(f"{path} is damaged ({type(error).__name__})") from None
-    known = [[index_of[name] for name in group if name in index_of] for group in groups]
-    return [np.array(group) for group in known if len(group) > 1]
 
 
 def class_table(flowers: Flowers, index: np.ndarray, *runs: Predictions) -> "pd.DataFrame":
