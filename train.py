@@ -16,7 +16,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from flowers import UserError, command
@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from flowers import calibration, devices, evaluate, figures, files, frozen, runs, strategies
@@ -58,6 +59,7 @@ from flowers.pixels import get_batch, load_pixels, to_device
 from flowers.tracking import Tracker, finish_evaluation, start_wandb
 from flowers.training import (
     LateNumbers,
+    RecordedGradients,
     assign,
     averaged,
     copies,
@@ -217,23 +219,7 @@ def training_step(
     scaler: multiplies the loss before the backward pass, with --precision fp16.
     """
 
-    def batch_loss(local_images: torch.Tensor, local_texts: torch.Tensor) -> torch.Tensor:
-        return scaler.scale(objective.loss_of(local_images, local_texts, batch))
-
-    if objective.chunk_size:
-        inputs = [batch.images, batch.text_rows]
-        loss = backward_in_chunks(objective.encoders, inputs, batch_loss, objective.chunk_size)
-    else:
-        loss = batch_loss(*objective.encode(batch.images, batch.text_rows))
-        loss.backward()
-    loss = loss.detach()
-    scale = scaler.scale(torch.ones_like(loss))  # not get_scale, which waits; the update changes it
-    losses = {"loss": loss / scale}
-    if objective.pulled_to:
-        # Once for the whole batch: each process adds the same, and so does their mean.
-        pull = objective.pull * squared_distance(objective.trained, objective.pulled_to)
-        scaler.scale(pull).backward()
-        losses["pull"] = pull
+    losses = objective.backward(batch, scaler)
     trained = list(objective.trained.values())
     processes.average_gradients(trained)
     update(optimizer, trained, scaler)  # with clipped gradients
@@ -254,19 +240,50 @@ class Objective:
 
     trained: the parameters that are trained, by name.
     encoders: batch.images -> features (b, D), and batch.text_rows -> features (p, D).
-    encode: takes both inputs, and returns both features.
     loss_of: takes both features and the batch, and returns the loss of all processes' images.
     chunk_size: images whose graph is in memory at a time; 0 for all of the batch.
     pull: how strongly the trained weights are pulled to `pulled_to`, by name; empty without --pull.
+    recorded: does on a GPU what `compute_gradients` does, at a stroke; None elsewhere.
     """
 
     trained: dict[str, torch.nn.Parameter]
     encoders: Sequence[Callable]
-    encode: Callable
     loss_of: Callable
-    chunk_size: int
-    pull: float
-    pulled_to: dict[str, torch.Tensor]
+    chunk_size: int = 0
+    pull: float = 0.0
+    pulled_to: dict[str, torch.Tensor] = field(default_factory=dict)
+    recorded: RecordedGradients | None = None
+
+    def backward(self, batch: "Batch", scaler: torch.amp.GradScaler) -> dict[str, torch.Tensor]:
+        """Give the trained parameters their gradients; returns `loss`, and with --pull `pull`."""
+        if self.recorded is None:
+            return self.compute_gradients(batch, scaler)
+        inputs = [getattr(batch, part.name) for part in fields(Batch)]
+        return self.recorded(lambda *parts: self.compute_gradients(Batch(*parts), scaler), inputs)
+
+    def compute_gradients(
+        self, batch: "Batch", scaler: torch.amp.GradScaler
+    ) -> dict[str, torch.Tensor]:
+        """As `backward`, one operation after the other."""
+
+        def batch_loss(local_images: torch.Tensor, local_texts: torch.Tensor) -> torch.Tensor:
+            return scaler.scale(self.loss_of(local_images, local_texts, batch))
+
+        inputs = [batch.images, batch.text_rows]
+        if self.chunk_size:
+            loss = backward_in_chunks(self.encoders, inputs, batch_loss, self.chunk_size)
+        else:
+            loss = batch_loss(*[encode(part) for encode, part in zip(self.encoders, inputs)])
+            loss.backward()
+        loss = loss.detach()
+        scale = scaler.scale(torch.ones_like(loss))  # not get_scale, for which a GPU would wait
+        losses = {"loss": loss / scale}
+        if self.pulled_to:
+            # Once for the whole batch: each process adds the same, and so does their mean.
+            pull = self.pull * squared_distance(self.trained, self.pulled_to)
+            scaler.scale(pull).backward()
+            losses["pull"] = pull.detach()
+        return losses
 
 
 def make_objective(
@@ -278,19 +295,14 @@ def make_objective(
 ) -> Objective:
     """The loss and the pull of the settings; the trained weights are still those of the start."""
     loss_of = choose_loss(config.loss, model, processes)
-    encode_images, encode_texts = encoders
-
-    def encode_batch(images: torch.Tensor, text_rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return encode_images(images), encode_texts(text_rows)
-
-    if config.compile:
-        # One graph of both towers; a chunk goes through one of them. The number of distinct texts
-        # differs from step to step: torch makes it a variable at the second one.
-        encode_batch = torch.compile(encode_batch)
-        encoders = [torch.compile(encoder) for encoder in encoders]
     pulled_to = copies(weights_of_towers(trained)) if config.pull else {}
+    if config.compile:
+        # Where steps are not recorded, the number of distinct texts differs from one to the next:
+        # torch makes it a variable at the second.
+        encoders = [torch.compile(encoder) for encoder in encoders]
+    recorded = RecordedGradients(list(trained.values())) if config.records_steps else None
     return Objective(
-        trained, encoders, encode_batch, loss_of, config.chunk_size, config.pull, pulled_to
+        trained, encoders, loss_of, config.chunk_size, config.pull, pulled_to, recorded
     )
 
 
@@ -532,7 +544,8 @@ class Batch:
 
     images: (b, 3, R, R), or their activations behind the frozen part of the image tower.
     text_rows: (p,) rows of Texts, each once, however many images share the text; with --loss
-    cross_entropy one of each class that is trained on.
+    cross_entropy one of each class that is trained on. Where steps are recorded, rows that belong
+    to no image may follow.
     text_of_image: (b,) which of text_rows belongs to each image; with cross_entropy to each of all
     B images.
     matches: (B, B) bool, which images and texts belong together; None if only the pairs do.
@@ -619,6 +632,9 @@ class TrainingData:
         else:
             # Images of one class share their prompt, which is encoded once.
             rows, text_of_image = torch.unique(text_rows[index[local]], return_inverse=True)
+            if self.config.records_steps:
+                # Steps of one shape: as many rows as images, the others of a text nobody looks at.
+                rows = F.pad(rows, (0, len(text_of_image) - len(rows)))
         matches = None
         if self.config.positives == "class":
             matches = same_class(devices.send(self.labels[index], device))

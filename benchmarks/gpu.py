@@ -47,12 +47,15 @@ import train  # noqa: E402, the script
 PLAIN = "plain recipe, PIL DataLoader"
 OPEN_CLIP = "open_clip, train_one_epoch"
 PEERS = (PLAIN, OPEN_CLIP)
+NOT_RECORDED = "full --cuda_graph=false"
 COMPILED = "full --compile"
+# In the order in which they are measured: what takes long to compile comes last.
+WAYS = ("full", PLAIN, OPEN_CLIP, NOT_RECORDED, *[s for s in STRATEGIES if s != "full"], COMPILED)
 N_JPEGS = 64  # pictures on the disk, which the peers read in turn
 WARM_UP = 3  # steps
 PREFETCH = 2  # batches that each worker of a peer's DataLoader has ready: torch's own number
-PART_S = 7  # seconds for a way of which not all steps are timed, its preparation included
-COMPILING_S = 90
+PART_S = 4  # seconds for a way of which not all steps are timed, its preparation included
+COMPILING_S = 70
 ITERATIONS = 50  # of L-BFGS, for `linear`
 TABLE = [
     "| shape | way | images/s | all epochs and evaluation, s | share of the peak | peak memory, MB "
@@ -122,11 +125,7 @@ def main():
         help="shapes (default: %(default)s)",
     )
     parser.add_argument(
-        "--strategies",
-        nargs="+",
-        default=STRATEGIES,
-        choices=STRATEGIES,
-        help="default: all",
+        "--ways", nargs="+", default=WAYS, choices=WAYS, metavar="WAY", help=f"{', '.join(WAYS)}"
     )
     parser.add_argument(
         "--seconds", type=float, default=540, help="time for everything (default: %(default)s)"
@@ -146,20 +145,17 @@ def main():
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
 
-    # The whole trainings first, what takes long to compile last.
-    whole = [(name, "full") for name in args.architectures if "full" in args.strategies]
-    others = [(name, way) for name in args.architectures for way in PEERS]
-    for strategy in args.strategies:
-        others += [(name, strategy) for name in args.architectures if strategy != "full"]
-    if device.type == "cuda":
-        others += [(name, COMPILED) for name, _ in whole]
+    ways = [way for way in WAYS if way in args.ways]
+    if device.type != "cuda":
+        ways = [way for way in ways if way not in (NOT_RECORDED, COMPILED)]
+    entries = [(name, way) for way in ways for name in args.architectures]
     end = time.perf_counter() + args.seconds
     peak = peak_flops(device)
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         jpegs = write_jpegs(Path(folder))
         head = heading(size, device, peak, first_pass(jpegs, size))
-        rows = measure_all([*whole, *others], len(whole), size, device, jpegs, peak, end)
+        rows = measure_all(entries, size, device, jpegs, peak, end)
         for line in rows:
             print(line, flush=True)
             lines.append(line)
@@ -200,25 +196,27 @@ def heading(size: Size, device: torch.device, peak: float, first_pass_s: float) 
 
 def measure_all(
     entries: list[tuple[str, str]],
-    n_whole: int,
     size: Size,
     device: torch.device,
     jpegs: list[Path],
     peak: float,
     end: float,
 ) -> Iterator[str]:
-    """A line of the table for each (architecture, way); the first n_whole run all their steps.
+    """A line of the table for each (architecture, way); `full` runs all its steps if it can.
 
     peak: FLOPs a second. end: when all must be done, as perf_counter counts.
     """
-    for i, (architecture, name) in enumerate(entries):
+    n_whole = sum(name == "full" for _, name in entries)
+    for architecture, name in entries:
         left = end - time.perf_counter()
         needed = COMPILING_S if name == COMPILED else 0  # a compiler can't be interrupted
         if left < needed:
             yield f"| {architecture} | {name} | no time was left | | | | | |"
             continue
-        # Half of the time is for the whole trainings, if they need it.
-        allowed = left / 2 / (n_whole - i) if i < n_whole else min(PART_S, left)
+        allowed = min(PART_S, left)
+        if name == "full":  # a quarter of the time is for these, if they need it
+            allowed = left / 4 / n_whole
+            n_whole -= 1
         try:
             n_pixels = 2 if name in PEERS else size.train + size.test
             task = make_task(architecture, size, device, jpegs, n_pixels)
@@ -245,7 +243,8 @@ def measure(task: Task, name: str, allowed: float, peak: float) -> str:
         elif name == "linear":
             way = linear(task)
         else:
-            way = ours(task, name.split()[0], compiled=name == COMPILED)
+            strategy = name.split()[0]
+            way = ours(task, strategy, compiled=name == COMPILED, recorded=name != NOT_RECORDED)
         if name == "linear":
             end += way.once_s  # its fit, which has taken that of the time for steps
         way.steps(WARM_UP)
@@ -368,7 +367,7 @@ def random_model(task: Task) -> models.CLIP:
 # ours
 
 
-def settings(strategy: str, compiled: bool, size: Size) -> SimpleNamespace:
+def settings(strategy: str, compiled: bool, recorded: bool, size: Size) -> SimpleNamespace:
     """What train.py takes from the flags, with the defaults of the strategy."""
     image_cut, _ = cut_points(strategy, 2)
     return SimpleNamespace(
@@ -387,6 +386,7 @@ def settings(strategy: str, compiled: bool, size: Size) -> SimpleNamespace:
         captions=None,
         no_cache=False,
         compile=compiled,
+        records_steps=recorded,
         lr=LEARNING_RATES[strategy],
         tau_lr=LEARNING_RATES[strategy],
         lr_decay=1.0,
@@ -396,10 +396,10 @@ def settings(strategy: str, compiled: bool, size: Size) -> SimpleNamespace:
     )
 
 
-def ours(task: Task, strategy: str, compiled: bool) -> Way:
+def ours(task: Task, strategy: str, compiled: bool, recorded: bool) -> Way:
     """The loop of train.py."""
     device, size = task.device, task.size
-    config = settings(strategy, compiled, size)
+    config = settings(strategy, compiled, recorded and device.type == "cuda", size)
     model = random_model(task)
     train.prepare_model(model, config)
     template = TEMPLATE
@@ -440,8 +440,8 @@ def ours(task: Task, strategy: str, compiled: bool) -> Way:
         index = np.arange(size.train, size.train + size.test)
         train.evaluate_images(model, head, flowers, task.pixels, index, None)
 
-    # A batch has so many distinct texts on average.
-    n_texts = np.mean([len(b.text_rows) for b in data.batches(0, size.batch, processes)])
+    # A batch has so many distinct texts on average. Those that fill a recorded step don't count.
+    n_texts = np.mean([len(b.text_rows.unique()) for b in data.batches(0, size.batch, processes)])
     batch = next(stream)
     encode = lambda images, rows: (encoders[0](images), encoders[1](rows))  # not compiled
     flops = count_step(encode, batch.images[:2], batch.text_rows[:2], size.batch, n_texts)

@@ -42,6 +42,7 @@ OF_STEPS = (
     "positives",
     "wd",
     "compile",
+    "cuda_graph",
     "eval_every",
 )
 WITH_STEPS = tuple(name for name in STRATEGIES if name != "linear")
@@ -112,6 +113,7 @@ class Config:
     augment: str
     seed: int
     compile: bool
+    cuda_graph: bool
     # machine; what the flags say until `train.py` knows what there is
     device: str  # of the main process
     precision: str  # bf16, fp16 or fp32
@@ -138,6 +140,12 @@ class Config:
     def fits_bias(self) -> bool:
         """Whether the bias of the loss is to be fitted to the first batch."""
         return self.loss == "sigmoid" and self.logit_bias is None
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether the work of a step is recorded on the GPU; all steps must then have one shape."""
+        is_alone = self.processes == 1 and not self.chunk_size
+        return self.cuda_graph and is_alone and self.device.startswith("cuda")
 
     def evaluates_after(self, epoch: int) -> bool:
         """Whether val is evaluated after an epoch (counted from 1)."""
@@ -584,7 +592,14 @@ def add_optimisation_arguments(group) -> None:
         "--seed", type=int, default=0, help="of weights, order, augmentation (default: %(default)s)"
     )
     # Speed.
-    add_switch(group, "--compile", help="torch.compile of both towers (CUDA)")
+    add_switch(group, "--compile", help="torch.compile of both towers, for long trainings on a GPU")
+    add_switch(
+        group,
+        "--cuda_graph",
+        default=True,
+        help="on one GPU, without --chunk_size: record a step once and repeat it, for which the "
+        "GPU does not wait for Python (default: true)",
+    )
 
 
 def add_run_arguments(group) -> None:

@@ -14,6 +14,10 @@ import pytest
 import scipy.io
 
 os.environ["WANDB_MODE"] = "disabled"
+# The tests are about the numbers of a CPU. Those that run on a GPU, too, say so.
+REAL_GPU = bool(os.environ.get("FLOWERS_TEST_GPU"))
+if not REAL_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("FLOWERS_TEST_DATA") or ROOT.parent / "shared" / "oxford-flowers-102")
 # Parameters of each architecture, as counted in OpenAI's own models.

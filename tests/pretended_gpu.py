@@ -378,6 +378,45 @@ class Stream:
         return 0.0
 
 
+def as_cpp(function, args: tuple, kwargs: dict):
+    """The result of an operation that C++ asks for, and not the script: past `Calls`."""
+    with torch._C.DisableTorchFunction():
+        return function(*args, **kwargs)
+
+
+class Graph:
+    """A CUDA graph: operations that are repeated on the memory that they were recorded with."""
+
+    def __init__(self):
+        self.operations = []
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, results in self.operations:
+            made_memory = not any(returned.alias_info for returned in function._schema.returns)
+            again = as_cpp(function, args, kwargs)
+            if made_memory:  # else it was written into what it was given, or is a view of it
+                for old, new in zip(tensors_in(results), tensors_in(again)):
+                    old.copy_(new)
+
+
+class recording(TorchDispatchMode):
+    """torch.cuda.graph: records what is computed within the block, and lets nobody wait for it."""
+
+    def __init__(self, graph: Graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        results = as_cpp(function, args, kwargs)
+        read = function.overloadpacket.__name__ == "_local_scalar_dense"
+        if read or len({str(tensor.device) for tensor in tensors_in(args, results)}) > 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.graph.operations.append((function, args, kwargs, results))
+        return results
+
+
 def constant(value):
     return lambda *_, **__: value
 
@@ -405,6 +444,8 @@ ANSWERS = {
     "Stream": Stream,
     "Event": Stream,
     "stream": constant(contextlib.nullcontext()),
+    "CUDAGraph": Graph,
+    "graph": recording,
     "current_stream": constant(Stream()),
 }
 

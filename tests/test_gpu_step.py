@@ -8,6 +8,7 @@ from the CPU, and an index that lies there, a GPU would wait for without a word:
 import json
 from types import SimpleNamespace
 
+import pretended_gpu
 import pytest
 import torch
 from conftest import error_line
@@ -59,7 +60,7 @@ def a_step(strategy="full", architecture="tiny", device=META, **options):
     defaults = {"blocks": 1, "rank": 2, "context_tokens": 4, "augment": "crop", "seed": 0}
     defaults |= {"loss": "info_nce", "logit_bias": -10.0, "temperature": 0.05, "compile": False}
     defaults |= {"learn_temperature": True, "chunk_size": 0, "pull": 0.0, "captions": None}
-    defaults |= {"no_cache": False, "positives": "class"}
+    defaults |= {"no_cache": False, "positives": "class", "records_steps": False}
     config = SimpleNamespace(strategy=strategy, **defaults | options)
     torch.manual_seed(0)
     model = models.build(architecture)
@@ -157,9 +158,7 @@ def test_no_number_is_read_in_a_step_of_fp16():
     model = torch.nn.Linear(4, 4)
     trained = dict(model.named_parameters())
     x = torch.randn(8, 4)
-    objective = train.Objective(
-        trained, (), lambda images, rows: (model(images), rows), lambda a, b, _: a.sum(), 0, 0.0, {}
-    )
+    objective = train.Objective(trained, (model, lambda rows: rows), lambda a, b, _: a.sum())
     optimizer = torch.optim.AdamW(trained.values(), lr=0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     batch = train.Batch(x, torch.zeros(1), torch.zeros(1), None)
@@ -178,6 +177,54 @@ def test_no_number_is_read_in_a_step_of_fp16():
     assert reads.count == 0
     assert all(torch.equal(before[name], p) for name, p in trained.items())
     assert scaler.get_scale() == 32768
+
+
+# -----------------------------------------------------------------------------
+# recorded steps
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The CUDA graphs of a pretended GPU, for tensors of the CPU; a list of those that are made."""
+    made = []
+
+    class Counted(pretended_gpu.Graph):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    for name in ("graph", "Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, pretended_gpu.ANSWERS[name])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
+    return made
+
+
+RECORDED = [{"strategy": name} for name in STRATEGIES if name != "linear"]
+RECORDED += [{"loss": name} for name in ("cross_entropy", "sigmoid")]
+RECORDED += [{"architecture": "tiny-rn"}, {"pull": 0.1}, {"positives": "pair"}]
+
+
+@pytest.mark.parametrize("options", RECORDED, ids=str)
+def test_recorded_steps_are_the_plain_ones(options, graphs):
+    """Each step has other images, and another number of distinct texts."""
+    plain, recorded = (a_step(device=CPU, records_steps=choice, **options) for choice in (0, 1))
+    for _ in range(3):
+        expected, numbers = plain(), recorded()
+        assert expected.keys() == numbers.keys()
+        for name, number in expected.items():
+            torch.testing.assert_close(numbers[name], number, rtol=2e-5, atol=2e-6)
+    assert len(graphs) == 1, "recorded once"
+
+
+def test_what_is_waited_for_is_not_recorded(graphs):
+    weight = torch.nn.Parameter(torch.ones(2))
+
+    def work(x):
+        (weight * x.sum().item()).sum().backward()
+        return {"loss": x.sum()}
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        training.RecordedGradients([weight])(work, [torch.ones(2)])
 
 
 # -----------------------------------------------------------------------------
@@ -383,7 +430,7 @@ def to_pretended_gpu(to):
     ids=str,
 )
 def test_a_compiled_step_is_the_plain_one(backend, options, monkeypatch):
-    """Both towers in one graph, also where the number of distinct texts changes."""
+    """Each tower is one graph, also where the number of distinct texts changes."""
     shape = models.SHAPES["tiny"]._replace(image_layers=2)
     monkeypatch.setitem(models.SHAPES, "tiny", shape)  # half as long to trace
     compiler = CompileCounterWithBackend(backend)
@@ -399,4 +446,4 @@ def test_a_compiled_step_is_the_plain_one(backend, options, monkeypatch):
         expected, numbers = plain(), compiled()
         assert numbers["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-4)
     torch._dynamo.reset()
-    assert 1 <= compiler.frame_count <= 2, "once, and once more for any number of texts"
+    assert 1 <= compiler.frame_count <= 3, "once, that of the texts once more for any number"
