@@ -18,6 +18,7 @@ import gc
 import itertools
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -171,8 +172,9 @@ def heading(size: Size, device: torch.device, peak: float, first_pass_s: float) 
     environment = runs.environment()
     steps = size.steps // size.epochs
     return [
-        f"`python benchmarks/gpu.py`, {time.strftime('%Y-%m-%d')}, commit {environment['commit']}, "
-        f"{machine()}, torch {environment['versions']['torch']}, {devices.precision_of(device)}, "
+        f"`{shlex.join(['python', *sys.argv])}`, {time.strftime('%Y-%m-%d')}, "
+        f"commit {environment['commit']}, {machine()}, "
+        f"torch {environment['versions']['torch']}, {devices.precision_of(device)}, "
         f"random weights. {size.train:,} training and {size.test:,} test images, {size.epochs} "
         f"epochs of {steps} steps, batch {size.batch}.",
         "",
