@@ -175,6 +175,7 @@ def main(config: Config):
         progress |= {"average": average, "scaler": scaler.state_dict()}
         save_checkpoint(checkpoint_file, trained, optimizer, **progress)
     bar.close()
+    del objective  # and with it the memory of a recorded step
     if not processes.is_main:
         return
 
@@ -243,7 +244,7 @@ class Objective:
     loss_of: takes both features and the batch, and returns the loss of all processes' images.
     chunk_size: images whose graph is in memory at a time; 0 for all of the batch.
     pull: how strongly the trained weights are pulled to `pulled_to`, by name; empty without --pull.
-    recorded: does on a GPU what `compute_gradients` does, at a stroke; None elsewhere.
+    recorded: repeats on a GPU what `compute_gradients` did in the first step; None elsewhere.
     """
 
     trained: dict[str, torch.nn.Parameter]
@@ -544,8 +545,8 @@ class Batch:
 
     images: (b, 3, R, R), or their activations behind the frozen part of the image tower.
     text_rows: (p,) rows of Texts, each once, however many images share the text; with --loss
-    cross_entropy one of each class that is trained on. Where steps are recorded, rows that belong
-    to no image may follow.
+    cross_entropy one of each class that is trained on. Where steps are recorded, rows that are of
+    no image follow, up to the p of all steps.
     text_of_image: (b,) which of text_rows belongs to each image; with cross_entropy to each of all
     B images.
     matches: (B, B) bool, which images and texts belong together; None if only the pairs do.
@@ -586,6 +587,12 @@ class TrainingData:
         """The classes that are trained on, in order, and a training image of each: (C,), (C,)."""
         classes, positions = np.unique(self.labels[self.index].numpy(), return_index=True)
         return torch.from_numpy(classes), self.index[torch.from_numpy(positions)]
+
+    @functools.cached_property
+    def n_texts(self) -> int:
+        """How many texts the training images have together; those of a class share theirs."""
+        ranges = torch.stack([self.texts.first[self.index], self.texts.count[self.index]], 1)
+        return int(ranges.unique(dim=0)[:, 1].sum())
 
     def batches(self, epoch: int, batch_size: int, processes: devices.Processes) -> Iterator[Batch]:
         """The batches of an epoch, whose order and texts depend on the seed and the epoch alone.
@@ -633,8 +640,8 @@ class TrainingData:
             # Images of one class share their prompt, which is encoded once.
             rows, text_of_image = torch.unique(text_rows[index[local]], return_inverse=True)
             if self.config.records_steps:
-                # Steps of one shape: as many rows as images, the others of a text nobody looks at.
-                rows = F.pad(rows, (0, len(text_of_image) - len(rows)))
+                # Steps of one shape: as many rows as a batch can have. Nobody looks at the last.
+                rows = F.pad(rows, (0, min(len(text_of_image), self.n_texts) - len(rows)))
         matches = None
         if self.config.positives == "class":
             matches = same_class(devices.send(self.labels[index], device))

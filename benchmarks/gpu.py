@@ -48,7 +48,7 @@ import train  # noqa: E402, the script
 PLAIN = "plain recipe, PIL DataLoader"
 OPEN_CLIP = "open_clip, train_one_epoch"
 PEERS = (PLAIN, OPEN_CLIP)
-NOT_RECORDED = "full --cuda_graph=false"
+NOT_RECORDED = "full --no_cuda_graph"
 COMPILED = "full --compile"
 # In the order in which they are measured: what takes long to compile comes last.
 WAYS = ("full", PLAIN, OPEN_CLIP, NOT_RECORDED, *[s for s in STRATEGIES if s != "full"], COMPILED)
@@ -442,8 +442,10 @@ def ours(task: Task, strategy: str, compiled: bool, recorded: bool) -> Way:
         index = np.arange(size.train, size.train + size.test)
         train.evaluate_images(model, head, flowers, task.pixels, index, None)
 
-    # A batch has so many distinct texts on average. Those that fill a recorded step don't count.
-    n_texts = np.mean([len(b.text_rows.unique()) for b in data.batches(0, size.batch, processes)])
+    # A batch has so many distinct texts on average, without those that fill a recorded step.
+    n_texts = np.mean(
+        [len(b.text_of_image.unique()) for b in data.batches(0, size.batch, processes)]
+    )
     batch = next(stream)
     encode = lambda images, rows: (encoders[0](images), encoders[1](rows))  # not compiled
     flops = count_step(encode, batch.images[:2], batch.text_rows[:2], size.batch, n_texts)

@@ -135,8 +135,10 @@ def command(main: Callable) -> Callable:
             _print_error(_one_line(error))
             code = 2
         except RuntimeError as error:
-            # torch.OutOfMemoryError, by its name: exploration does not load torch.
-            if type(error).__name__ != "OutOfMemoryError":
+            # A CUDA graph that was being recorded adds an error of its own.
+            while error and not _is_out_of_memory(error):
+                error = error.__context__
+            if not error:
                 raise
             advice = "lower --batch_size, or in training --chunk_size"
             _print_error(f"{_one_line(error)[:120]} ...: {advice}")
@@ -154,6 +156,11 @@ def command(main: Callable) -> Callable:
 def _flush_stdout() -> None:
     if sys.stdout is not None:  # it is None where standard output is closed
         sys.stdout.flush()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By its name: exploration does not load torch.
+    return type(error).__name__ == "OutOfMemoryError"
 
 
 def _one_line(error: Exception) -> str:

@@ -265,6 +265,8 @@ def parse_stored(
     known = {key: value for key, value in stored.items() if key in vars(args)}
     if "allow_overlap" in vars(args):
         known["allow_overlap"] = known.get("allow_overlap") or args.allow_overlap
+    if getattr(args, "no_cuda_graph", False):
+        known["no_cuda_graph"] = True  # it may have stopped for want of memory
     own = [f"--resume={args.resume}", f"--wandb={args.wandb}", f"--device={args.device}"]
     own += [f"--compare={run}" for run in getattr(args, "compare", ())]
     return parser.parse_args([*as_flags(known), *own])

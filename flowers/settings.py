@@ -42,7 +42,7 @@ OF_STEPS = (
     "positives",
     "wd",
     "compile",
-    "cuda_graph",
+    "no_cuda_graph",
     "eval_every",
 )
 WITH_STEPS = tuple(name for name in STRATEGIES if name != "linear")
@@ -113,7 +113,7 @@ class Config:
     augment: str
     seed: int
     compile: bool
-    cuda_graph: bool
+    no_cuda_graph: bool
     # machine; what the flags say until `train.py` knows what there is
     device: str  # of the main process
     precision: str  # bf16, fp16 or fp32
@@ -145,7 +145,7 @@ class Config:
     def records_steps(self) -> bool:
         """Whether the work of a step is recorded on the GPU; all steps must then have one shape."""
         is_alone = self.processes == 1 and not self.chunk_size
-        return self.cuda_graph and is_alone and self.device.startswith("cuda")
+        return is_alone and self.device.startswith("cuda") and not self.no_cuda_graph
 
     def evaluates_after(self, epoch: int) -> bool:
         """Whether val is evaluated after an epoch (counted from 1)."""
@@ -595,10 +595,9 @@ def add_optimisation_arguments(group) -> None:
     add_switch(group, "--compile", help="torch.compile of both towers, for long trainings on a GPU")
     add_switch(
         group,
-        "--cuda_graph",
-        default=True,
-        help="on one GPU, without --chunk_size: record a step once and repeat it, for which the "
-        "GPU does not wait for Python (default: true)",
+        "--no_cuda_graph",
+        help="give a GPU every operation of a step anew, in place of a recorded step: slower, and "
+        "evaluation finds more memory",
     )
 
 

@@ -113,17 +113,24 @@ class RecordedGradients:
     def __init__(self, parameters: Sequence[torch.nn.Parameter]):
         self.parameters = parameters
         self.graph = None
+        self.inputs, self.outputs, self.gradients = [], {}, []
 
     def __call__(self, work: Callable[..., dict], inputs: Sequence[torch.Tensor | None]) -> dict:
         """What work(*inputs) returns, with the gradients that it gives to the parameters.
 
         work: takes tensors (or None), returns a dict of tensors. The first work is recorded.
+        Raises ValueError if an input has another shape than the first had.
         """
         if self.graph is None:
             self._record(work, inputs)
-        for own, new in zip(self.inputs, inputs):
-            if own is not None:
-                own.copy_(new)
+        for own, new in zip(self.inputs, inputs, strict=True):
+            if own is None:
+                continue
+            if own.shape != new.shape:  # which copy_ would repeat
+                raise ValueError(
+                    f"{tuple(new.shape)} is not the {tuple(own.shape)} of the recording"
+                )
+            own.copy_(new)
         self.graph.replay()
         for parameter, gradient in zip(self.parameters, self.gradients):
             parameter.grad = gradient

@@ -15,7 +15,7 @@ import scipy.io
 
 os.environ["WANDB_MODE"] = "disabled"
 # The tests are about the numbers of a CPU. Those that run on a GPU, too, say so.
-REAL_GPU = bool(os.environ.get("FLOWERS_TEST_GPU"))
+REAL_GPU = os.environ.get("FLOWERS_TEST_GPU") == "1"
 if not REAL_GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).resolve().parent.parent

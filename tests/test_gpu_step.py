@@ -8,6 +8,7 @@ from the CPU, and an index that lies there, a GPU would wait for without a word:
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pretended_gpu
 import pytest
 import torch
@@ -202,6 +203,7 @@ def graphs(monkeypatch):
 RECORDED = [{"strategy": name} for name in STRATEGIES if name != "linear"]
 RECORDED += [{"loss": name} for name in ("cross_entropy", "sigmoid")]
 RECORDED += [{"architecture": "tiny-rn"}, {"pull": 0.1}, {"positives": "pair"}]
+RECORDED += [{"strategy": "last_blocks", "no_cache": True}]
 
 
 @pytest.mark.parametrize("options", RECORDED, ids=str)
@@ -214,6 +216,36 @@ def test_recorded_steps_are_the_plain_ones(options, graphs):
         for name, number in expected.items():
             torch.testing.assert_close(numbers[name], number, rtol=2e-5, atol=2e-6)
     assert len(graphs) == 1, "recorded once"
+
+
+def test_a_recorded_step_has_as_many_texts_as_a_batch_can_have():
+    """Of images of two classes, with prompts of one and of three texts."""
+    texts = train.Texts(torch.zeros(4, 5), torch.tensor([0, 1] * 4), torch.tensor([1, 3] * 4))
+    flowers = SimpleNamespace(labels=np.arange(8) % 2)
+    config = SimpleNamespace(records_steps=True, loss="info_nce", positives="pair", seed=0)
+    views = [torch.zeros(8, 2)]
+    alone = devices.Processes(0, 1, CPU)
+    for batch_size, n_rows in ((2, 2), (8, 4)):
+        data = train.TrainingData(flowers, torch.arange(8), texts, None, views, None, config)
+        for batch in data.batches(0, batch_size, alone):
+            assert len(batch.text_rows) == n_rows
+            n_used = len(batch.text_of_image.unique())
+            assert int(batch.text_of_image.max()) == n_used - 1, "the rows of images come first"
+
+
+def test_a_recording_refuses_another_shape(graphs):
+    weight = torch.nn.Parameter(torch.ones(2))
+    recorded = training.RecordedGradients([weight])
+
+    def work(x):
+        (weight * x).sum().backward()
+        return {"loss": x.sum()}
+
+    recorded(work, [torch.ones(2)])
+    recorded(work, [torch.tensor([3.0, 4.0])])
+    assert weight.grad.tolist() == [3, 4]
+    with pytest.raises(ValueError, match="recording"):
+        recorded(work, [torch.ones(1)])
 
 
 def test_what_is_waited_for_is_not_recorded(graphs):

@@ -110,11 +110,16 @@ def test_the_learning_rate_rises_and_falls():
     assert factors[10:] == sorted(factors[10:], reverse=True)
 
 
-def test_a_gpu_that_is_too_small_is_one_line(capsys):
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_a_gpu_that_is_too_small_is_one_line(is_recorded, capsys):
     def out_of_memory():
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."
-        )
+        try:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."
+            )
+        finally:
+            if is_recorded:  # as torch.cuda.graph does when it ends
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     with pytest.raises(SystemExit) as end:
         command(out_of_memory)()

@@ -42,6 +42,7 @@ NOT_SETTINGS = {
     "compile",
     "chunk_size",
     "no_cache",
+    "no_cuda_graph",
     "data_root",
     "split_sizes",
     "commit",
