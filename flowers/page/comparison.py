@@ -78,7 +78,8 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
             f"{' and '.join(chosen)} predicted different images: choose runs of one split"
         )
     clusters = clusters_of(runs, chosen, flowers, images_of["all"])
-    show_accuracies(flowers, predictions, images_of["all"], clusters)
+    if state["image"] is None:  # one image is shown without them
+        show_accuracies(flowers, predictions, images_of["all"], clusters)
     if state["part"] == "classes":
         return show_classes(flowers, predictions, images_of["all"])
     if state["part"] == "confusion":
