@@ -52,10 +52,9 @@ def run_folders(runs: Path) -> list[RunFolder]:
     behind a link.
     """
     by_time = []
-    for path, files in _folders(str(runs), MAX_DEPTH):
+    for entry, name, files in _folders(str(runs), "", MAX_DEPTH):
         try:
-            name = Path(path).relative_to(runs).as_posix()
-            by_time.append((os.stat(path).st_mtime, name, files))
+            by_time.append((entry.stat().st_mtime, name, files))
         except OSError:  # a run that was removed in between
             continue
     return [RunFolder(name, files) for _, name, files in sorted(by_time, reverse=True)]
@@ -71,19 +70,23 @@ def names_with(folders: Iterable[RunFolder], *files: str) -> list[str]:
     return [folder.name for folder in folders if not folder.files.isdisjoint(files)]
 
 
-def _folders(above: str, depth: int) -> Iterator[tuple[str, frozenset[str]]]:
-    """Yield the folders below a folder with their RUN_FILES, down to `depth`, not those in a run.
+def _folders(
+    above: str, prefix: str, depth: int
+) -> Iterator[tuple[os.DirEntry, str, frozenset[str]]]:
+    """Yield each folder that holds RUN_FILES below another one, down to `depth`: the folder, its
+    name with the prefix before it, and the files.
 
-    Each is read once: a page of 500 runs does so at each click.
+    A folder is read once: a page of 500 runs does so at each click.
     """
     for folder in _entries(above):
         if folder.name.startswith(".") or not folder.is_dir():
             continue
-        names = frozenset(entry.name for entry in _entries(folder.path) if _is_run_file(entry))
-        if names:
-            yield folder.path, names
+        name = prefix + folder.name
+        files = frozenset(entry.name for entry in _entries(folder.path) if _is_run_file(entry))
+        if files:
+            yield folder, name, files
         elif depth > 1 and not folder.is_symlink():
-            yield from _folders(folder.path, depth - 1)
+            yield from _folders(folder.path, name + "/", depth - 1)
 
 
 def _is_run_file(entry: os.DirEntry) -> bool:
