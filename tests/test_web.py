@@ -40,6 +40,7 @@ from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
 from flowers.gallery import atlas, colours, filters, panels
+from flowers.gallery import thumbnails as thumbnails_module
 from flowers.gallery.overview import run_table
 from flowers.gallery.predictions import (
     Predictions,
@@ -51,7 +52,7 @@ from flowers.gallery.predictions import (
     read_predictions,
     run_folders,
 )
-from flowers.gallery.search import Searcher
+from flowers.gallery.search import Searcher, nearest
 from flowers.gallery.thumbnails import (
     MAX_UPLOAD_BYTES,
     SLOT,
@@ -1580,6 +1581,42 @@ def test_thumbnails_are_kept_small_and_follow_their_files(many, tmp_path):
 
     shutil.copy(flowers.files[5], flowers.files[0])
     assert ready_thumbnails(flowers)[0] == thumbnail(flowers.files[5])
+
+
+def test_a_damaged_image_is_like_no_other_and_may_be_replaced(many, tmp_path):
+    root = copy(many, tmp_path)
+    file = root / "jpg" / "image_00003.jpg"
+    content = file.read_bytes()
+    file.write_bytes(b"\xff\xd8 nothing")
+    thumbnails = ready_thumbnails(open_flowers(root))
+    assert thumbnails[2] == b""
+    assert np.isnan(thumbnails.features).all(axis=1).tolist() == [i == 2 for i in range(N)]
+    order, _ = nearest(thumbnails.features, np.zeros(thumbnails.features.shape[1]))
+    assert len(order) == N - 1 and 2 not in order
+
+    file.write_bytes(content)
+    assert thumbnails[2] == thumbnail(file)  # while the page is open
+    file.unlink()
+    assert thumbnails[2] == b""
+
+
+def test_a_server_that_stops_while_thumbnails_are_made_says_nothing(many, tmp_path, monkeypatch):
+    made = ready_thumbnails(open_flowers(copy(many, tmp_path)))
+    shutil.rmtree(tmp_path / "data" / ".cache")
+
+    def stopped(*_):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(thumbnails_module, "in_threads", stopped)
+    made._make_all()
+    assert not made.problem
+
+    def broken(*_):
+        raise RuntimeError("another one")
+
+    monkeypatch.setattr(thumbnails_module, "in_threads", broken)
+    with pytest.raises(RuntimeError, match="another"):
+        made._make_all()
 
 
 FIRST_PAGE = """
