@@ -14,10 +14,11 @@ import subprocess
 import sys
 import time
 import urllib.request
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
-from conftest import NAMES, ROOT, write_dataset
+from conftest import NAMES, ROOT, read_csv, write_dataset
 from PIL import Image
 
 from flowers import models
@@ -102,15 +103,12 @@ def wait_for_server(process, address, log):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of `streamlit run web.py` on 120 discs, with four runs.
+def runs(tmp_path_factory):
+    """Four runs, no two of which predict the same.
 
-    No two of them predict the same. `tiny`, the first of the table, has a model; `started`, the
-    last, has no predictions.
+    `tiny`, the first of the table, has a model; `started`, the last, has no predictions.
     """
-    folder = tmp_path_factory.mktemp("browser")
-    data = write_dataset(folder / "data", per_class=20)
-    runs = folder / "runs"
+    runs = tmp_path_factory.mktemp("browser") / "runs"
     for seed, name in enumerate(RUNS):
         write_run(runs / name, seed, 60 + seed)
     for name in ("predictions.csv", "result.json"):
@@ -119,7 +117,14 @@ def server(tmp_path_factory):
     torch.save(models.build("tiny").state_dict(), runs / "tiny" / "model.pt")
     for age, name in enumerate(RUNS):
         os.utime(runs / name, (2e9 - age, 2e9 - age))  # the newest run is listed first
+    return runs
 
+
+@pytest.fixture(scope="module")
+def server(runs):
+    """The address of `streamlit run web.py` on 120 discs, with these runs."""
+    folder = runs.parent
+    data = write_dataset(folder / "data", per_class=20)
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     streamlit = [sys.executable, "-m", "streamlit", "run", str(ROOT / "web.py")]
@@ -393,7 +398,7 @@ def test_a_key_pressed_again_and_again_leaves_the_page_whole(page, server):
     "target",
     ["[data-testid=stButton] button:has-text('Next')", PICTURE, ".matrix button", "[role=radio]"],
 )
-def test_three_hundred_clicks_leave_the_page_whole(page, server, target):
+def test_three_hundred_clicks_leave_the_page_whole(page, server, runs, target):
     address = "?view=runs&run=tiny&part=confusion" if "matrix" in target else "?view=browse"
     page.goto(f"{server}/{address}")
     page.locator(target).nth(1 if target == PICTURE else 0).wait_for()
@@ -404,12 +409,12 @@ def test_three_hundred_clicks_leave_the_page_whole(page, server, target):
         page.mouse.click(x, y)
         page.wait_for_timeout(5)
     comes_to_rest(page)
-    assert_equals_a_fresh_page(page)
+    assert_equals_a_fresh_page(page, runs)
 
 
 # Where the elements that match a selector are in the window: x, y, width, height. Not those that
-# open a window of the browser, or lay something over the whole page; and no download, which Streamlit
-# can't finish, and says so, when the list that it is of has been left.
+# open a window of the browser, or lay something over the whole page; and no download, which
+# Streamlit can't finish, and says so, when the list that it is of has been left.
 BOXES = """selector => {
     const found = [];
     function look(root) {
@@ -445,7 +450,7 @@ BEGINNINGS = (
     "?view=map&colour=outcome",
     "?view=search&q=rose",
 )
-HURRY = float(os.environ.get("HURRY", 4))  # seconds, of each of these visits
+HURRY = float(os.environ.get("HURRY", 3))  # seconds, of each of these visits
 
 
 def any_box(page, rng, selector):
@@ -602,7 +607,24 @@ def differences(page, fresh):
     return {part: (one[part], other[part]) for part in one if one[part] != other[part]}
 
 
-def assert_equals_a_fresh_page(page):
+def assert_says_what_the_runs_say(page, runs):
+    """The lines under each picture are those of the runs in the address, from their files."""
+    query = parse_qs(urlsplit(page.url).query)
+    names = [*query.get("run", []), *query.get("other", [])]
+    if query.get("view") != ["runs"] or "image" in query:
+        return
+    said = {}
+    for name in names:
+        for row in read_csv(runs / name / "predictions.csv"):
+            mark = "✓" if row["top1"] == row["label"] else "✗"
+            line = f"{mark} {row['top1']} {100 * float(row['score1']):.0f}%"
+            said.setdefault(int(row["file"][6:11]), []).append(line)
+    for link in page.locator(PICTURE).all():
+        title, *lines = link.locator("p").all_inner_texts()
+        assert lines == said[int(title.split()[0])], (page.url, title)
+
+
+def assert_equals_a_fresh_page(page, runs):
     address = page.url
     fresh = new_page(page.context)
     fresh.goto(address)
@@ -612,6 +634,7 @@ def assert_equals_a_fresh_page(page):
     assert not found, (address, found)
     assert fresh.url == page.url == address
     fresh.close()
+    assert_says_what_the_runs_say(page, runs)
     assert not page.get_by_text("Connection error").count()
     assert not page.locator("[data-testid=stException], [data-testid=stAlertContentError]").count()
 
@@ -621,7 +644,9 @@ def assert_equals_a_fresh_page(page):
     [(0, HURRY), *(pytest.param(seed, 15, marks=pytest.mark.slow) for seed in (1, 2))],
 )
 @pytest.mark.parametrize("beginning", BEGINNINGS)
-def test_a_hurried_visitor_finds_the_page_right_at_the_end(page, server, beginning, seed, seconds):
+def test_a_hurried_visitor_finds_the_page_right_at_the_end(
+    page, server, runs, beginning, seed, seconds
+):
     rng = random.Random(seed)
     page.goto(f"{server}/{beginning}")
     page.wait_for_selector(f"{PICTURE}, {TABLE}, {CHART}, .image, .matrix")
@@ -631,7 +656,7 @@ def test_a_hurried_visitor_finds_the_page_right_at_the_end(page, server, beginni
         act_at_random(page, rng)
     comes_to_rest(page)
     leave_what_no_address_keeps(page)
-    assert_equals_a_fresh_page(page)
+    assert_equals_a_fresh_page(page, runs)
 
 
 # -----------------------------------------------------------------------------
