@@ -16,6 +16,7 @@ import time
 import urllib.request
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pytest
 import torch
 from conftest import NAMES, ROOT, read_csv, write_dataset
@@ -572,9 +573,8 @@ def leave_what_no_address_keeps(page):
 
 COMPARE = ".st-key-compare button"
 # Rows of a table, sorted: a click on the name of a column sorts them in the browser alone.
-ROWS = """all => all.map(
-    table => [...table.querySelectorAll("tbody tr")].map(row => row.innerText).sort()
-)"""
+ROWS = """all => all.map(table => [...table.querySelectorAll("tbody tr")]
+    .map(row => [...row.cells].map(cell => cell.textContent)).sort())"""
 VALUES = "all => all.map(input => [input.getAttribute('aria-label'), input.value])"
 
 
@@ -604,23 +604,32 @@ def what_is_shown(page):
 def differences(page, fresh):
     """What one page shows otherwise than another, by the parts of what_is_shown."""
     one, other = what_is_shown(page), what_is_shown(fresh)
-    return {part: (one[part], other[part]) for part in one if one[part] != other[part]}
+    found = {part: (one[part], other[part]) for part in one if one[part] != other[part]}
+    # A table is drawn first, and can be read a moment later.
+    unread = [each.locator(f"{TABLE}:not(:has(tbody tr))").count() for each in (page, fresh)]
+    return found | ({"unread tables": unread} if any(unread) else {})
 
 
 def assert_says_what_the_runs_say(page, runs):
-    """The lines under each picture are those of the runs in the address, from their files."""
+    """Top-1 and the lines under the pictures are those of the runs in the address."""
     query = parse_qs(urlsplit(page.url).query)
     names = [*query.get("run", []), *query.get("other", [])]
-    if query.get("view") != ["runs"] or "image" in query:
+    if query.get("view") != ["runs"] or not names:
         return
-    said = {}
+    said, top1 = {}, {}
     for name in names:
-        for row in read_csv(runs / name / "predictions.csv"):
+        rows = read_csv(runs / name / "predictions.csv")
+        top1[name] = 100 * np.mean([row["top1"] == row["label"] for row in rows])
+        for row in rows:
             mark = "✓" if row["top1"] == row["label"] else "✗"
             line = f"{mark} {row['top1']} {100 * float(row['score1']):.0f}%"
             said.setdefault(int(row["file"][6:11]), []).append(line)
-    for link in page.locator(PICTURE).all():
-        title, *lines = link.locator("p").all_inner_texts()
+
+    accuracies = page.locator(TABLE).evaluate_all(ROWS)[0]
+    assert {row[0]: float(row[1]) for row in accuracies} == pytest.approx(top1), page.url
+    pictures = page.locator(PICTURE).all() if "image" not in query else []
+    for picture in pictures:
+        title, *lines = picture.locator("p").all_inner_texts()
         assert lines == said[int(title.split()[0])], (page.url, title)
 
 

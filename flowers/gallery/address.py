@@ -129,11 +129,11 @@ def _checked(key: str, value: Any, allowed: dict[str, Collection]) -> Any:
         return int(value) if re.fullmatch("[0-9]{1,9}", value) else DEFAULTS[key]
     if key in TEXTS and isinstance(value, str):
         return value[:MAX_TEXT]
-    if key in RUNS:
-        return str(value)[:MAX_TEXT] if value else DEFAULTS[key]
+    if key in RUNS:  # not cut, or it could be another run's name
+        return str(value) if value else DEFAULTS[key]
     if key in LISTS:
         # Once each, and none more than can be compared.
-        return list(dict.fromkeys(str(name)[:MAX_TEXT] for name in value))[: MOST_RUNS - 1]
+        return list(dict.fromkeys(map(str, value)))[: MOST_RUNS - 1]
     if key == "sure" and isinstance(value, str):
         ends = re.fullmatch("([0-9]{1,3})-([0-9]{1,3})", value)
         least, most = sorted(min(int(end), 100) for end in ends.groups()) if ends else (0, 100)

@@ -9,7 +9,7 @@ from collections.abc import Collection
 import streamlit as st
 
 from flowers.gallery import address, panels
-from flowers.gallery.address import MOST_RUNS
+from flowers.gallery.address import MAX_TEXT, MOST_RUNS
 from flowers.page.kept import Dataset
 
 # The options of buttons, the first of each being the default.
@@ -91,6 +91,13 @@ def allowed_choices(data: Dataset) -> dict[str, Collection]:
     }
 
 
+def ways_of(models: Collection[str]) -> list[str]:
+    """Return what images can be near by: their colours, or the features of a run with a model."""
+    colours = address.DEFAULTS["like"]
+    # A run of that name would be mistaken for the colours.
+    return [colours, *(name for name in models if name != colours)]
+
+
 def is_missing(key: str, names: Collection[str], what: str) -> bool:
     """Return whether a run was chosen that is not among `names`, after saying so.
 
@@ -100,9 +107,9 @@ def is_missing(key: str, names: Collection[str], what: str) -> bool:
     gone = [name for name in chosen if name is not None and name not in names]
     if not gone:
         return False
-    name = gone[0]
+    name = panels.plain(gone[0][:MAX_TEXT])
     st.warning(
-        f"There is no run {panels.plain(name)} {what}: it was deleted or renamed, or is misspelt "
+        f"There is no run {name} {what}: it was deleted or renamed, or is misspelt "
         "in the address. Choose another one."
     )
     return True

@@ -238,14 +238,14 @@ def outcome_filters(flowers: Flowers, predictions: list[Predictions], shows: lis
     names = sorted(flowers.class_names)
     # Of several runs, these speak of the first.
     by = f" by {panels.plain(predictions[0].name)}" if len(predictions) > 1 else ""
-    only = {key: f"only {run.name} right" for key, run in zip(ONLY, predictions)}
+    only = {key: f"only {panels.plain(run.name)} right" for key, run in zip(ONLY, predictions)}
     with filters():
         choose_one(f"Right and wrong{by}", shows, "show", names=NAMES_OF_SHOWS | only)
         choose_from_list("True class", names, "class")
         by_any = " by any of these" if len(predictions) > 1 and state["guesser"] == "any" else by
         choose_from_list(f"Predicted class{by_any}", names, "guess")
         if len(predictions) > 1:
-            called = {"first": predictions[0].name, "any": "any of these"}
+            called = {"first": panels.plain(predictions[0].name), "any": "any of these"}
             choose_one("It is predicted by", GUESSERS, "guesser", names=called)
         choose_one(f"Order (confidence{by})", ORDERS, "order", names=NAMES_OF_ORDERS)
         st.slider(f"Confidence{by} (%)", 0, 100, key="sure", on_change=change_filter, width=200)

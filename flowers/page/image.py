@@ -14,7 +14,7 @@ from flowers.gallery.address import MAX_TEXT
 from flowers.gallery.predictions import Predictions, run_names
 from flowers.gallery.search import nearest
 from flowers.images import read_rgb
-from flowers.page.choices import BARS, change, is_missing, state
+from flowers.page.choices import BARS, change, is_missing, state, ways_of
 from flowers.page.kept import (
     Dataset,
     load_captions,
@@ -242,7 +242,7 @@ def painted_maps(
 
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     """Show the images nearest to image i, by colours or by the features of a run's model."""
-    ways = ["colours", *models]
+    ways = ways_of(models)
     choose_one("Nearest images by", ways, "like", change)
     if is_missing("like", ways, f"with a model in {panels.plain(str(runs))}"):
         return

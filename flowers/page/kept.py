@@ -192,9 +192,11 @@ def progress(what: str) -> tuple[str, float]:
     """Return what is being computed, and the part of it that is done, 0 to 1."""
     from tqdm import tqdm
 
-    # The bars that the package writes to the terminal; a set that other threads change.
-    for bar in list(getattr(tqdm, "_instances", ())):
-        if bar.total:
+    with tqdm.get_lock():  # other threads begin and end bars
+        bars = list(getattr(tqdm, "_instances", ()))  # that the package writes to the terminal
+    for bar in bars:
+        # One that is only being made has no numbers yet.
+        if getattr(bar, "total", None) and hasattr(bar, "n"):
             counts = f"{bar.n:,} of {bar.total:,}"
             return f"{bar.desc.strip(': ').capitalize()}: {counts}", min(bar.n / bar.total, 1.0)
     return what, 0.0

@@ -13,6 +13,7 @@ from flowers.page.choices import (
     change_filter,
     is_missing,
     state,
+    ways_of,
 )
 from flowers.page.kept import (
     Dataset,
@@ -42,7 +43,7 @@ def show_map(data: Dataset, runs: Path, models: list[str], predicted: list[str])
     """
     flowers = data.flowers
     is_shown = state["image"] is None  # one image is shown without the map
-    ways = ["colours", *models]
+    ways = ways_of(models)
     if is_shown:
         map_choices(data, runs, ways, predicted)
     if is_missing("laid", ways, f"with a model in {panels.plain(str(runs))}"):
