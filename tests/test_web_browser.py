@@ -47,6 +47,9 @@ IDLE = "[data-testid=stApp][data-test-script-state=notRunning]"
 MAIN = "[data-testid=stMain]"
 PICTURE = ".pictures a"
 PREDICTION = ".pictures a p:nth-of-type(2)"
+TABLE = "[data-testid=stDataFrame] canvas[data-testid=data-grid-canvas]"
+ROW, TICK = 35, 18  # pixels: the height of a row of a table, and where its tick is
+COMPARE = ".st-key-compare button"
 
 
 # -----------------------------------------------------------------------------
@@ -340,7 +343,8 @@ def click_twice(page, target, pause):
 
 @pytest.mark.parametrize("pause", [0, 20, 50])
 def test_a_cell_of_the_confusion_matrix_opens_its_pictures(page, server, pause):
-    page.goto(f"{server}/?view=runs&run=tiny&part=confusion")
+    # Other filters do not stay: the list has as many pictures as the cell says.
+    page.goto(f"{server}/?view=runs&run=tiny&part=confusion&sure=60-70&show=wrong&class=lotus")
     cell = page.locator(".matrix button").nth(1)
     title = re.fullmatch("(.*) → (.*): ([0-9]+) of [0-9]+", cell.get_attribute("title"))
     true, guess, count = title.groups()
@@ -354,6 +358,44 @@ def test_a_cell_of_the_confusion_matrix_opens_its_pictures(page, server, pause):
     )
     assert all(line.endswith(true) for line in captions(page))
     assert all(guess in line for line in predictions(page))
+
+
+def click_row(page, row, x):
+    """Click on a row of the first table, from 0, at x."""
+    box = page.locator(TABLE).first.bounding_box()
+    page.mouse.click(box["x"] + x, box["y"] + ROW * (row + 1.5))
+
+
+def test_a_row_of_the_table_of_classes_opens_its_pictures(page, server):
+    page.goto(f"{server}/?view=runs&run=tiny&part=classes&sure=60-70&show=wrong&guess=rose")
+    page.locator(TABLE).nth(1).wait_for()
+    page.wait_for_selector(IDLE)
+    box = page.locator(TABLE).nth(1).bounding_box()
+    page.mouse.click(box["x"] + 100, box["y"] + 1.5 * ROW)
+    wait(page, lambda: "class=" in page.url and len(captions(page)) == 5)  # of 30 of six classes
+    name = parse_qs(urlsplit(page.url).query)["class"][0]
+    assert all(line.endswith(name) for line in captions(page))
+    assert not any(key in page.url for key in ("sure", "show", "guess", "part"))
+
+
+def test_ticked_runs_are_described_and_compared(page, server, runs):
+    page.goto(f"{server}/?view=runs")
+    page.locator(TABLE).wait_for()
+    page.wait_for_selector(IDLE)
+    # There is no list to turn the pages of, and no image: the keys of these do nothing here.
+    for key in ("ArrowRight", "ArrowLeft", "Escape", "s"):
+        page.locator(MAIN).press(key)
+    click_row(page, 2, TICK)
+    wait(page, lambda: page.get_by_text("Settings of third").count() == 1)
+    wait(page, lambda: page.get_by_text("training loss").count() >= 1)
+    click_row(page, 0, TICK)
+    wait(page, lambda: page.locator(COMPARE).inner_text() == "Compare 2 ticked runs")
+    assert not page.get_by_text("Settings of").count()
+    page.locator(COMPARE).click()
+    wait(page, lambda: "run=tiny&other=third" in page.url and len(captions(page)) == 30)
+    assert_equals_a_fresh_page(page, runs)
+    page.go_back()
+    wait(page, lambda: page.url.endswith("?view=runs") and page.get_by_text("4 runs in").count())
 
 
 # page.js holds a second click back for 0.7 s: this clock makes that time pass between two clicks,
@@ -435,11 +477,9 @@ BOXES = """selector => {
     return found;
 }"""
 BUTTONS = "button, label, .pictures a, [role=radio]"
-TABLE = "[data-testid=stDataFrame] canvas[data-testid=data-grid-canvas]"
 CHART = "[data-testid=stVegaLiteChart] svg"
 LIST = "input[role=combobox]"
 SLIDER = "[data-testid=stSlider] [role=group]"
-ROW = 35  # pixels, of a table
 
 # Where a hurried visitor begins: each part of the page is hit from one of these.
 BEGINNINGS = (
@@ -485,7 +525,7 @@ def click_in_a_table(page, rng, times, pause):
     """Ticks and cells: not the names of the columns, which sort the table in the browser alone."""
     box = any_box(page, rng, TABLE)
     for _ in range(min(times, 3) if box and box[3] > ROW else 0):
-        x = rng.choice([18, rng.uniform(0, box[2])])
+        x = rng.choice([TICK, rng.uniform(0, box[2])])
         y = rng.uniform(ROW, box[3])
         page.mouse.click(box[0] + x, box[1] + y)
         page.wait_for_timeout(pause)
@@ -571,7 +611,6 @@ def leave_what_no_address_keeps(page):
     comes_to_rest(page)
 
 
-COMPARE = ".st-key-compare button"
 # Rows of a table, sorted: a click on the name of a column sorts them in the browser alone.
 ROWS = """all => all.map(table => [...table.querySelectorAll("tbody tr")]
     .map(row => [...row.cells].map(cell => cell.textContent)).sort())"""
