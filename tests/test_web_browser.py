@@ -491,7 +491,7 @@ BEGINNINGS = (
     "?view=map&colour=outcome",
     "?view=search&q=rose",
 )
-HURRY = float(os.environ.get("HURRY", 3))  # seconds, of each of these visits
+HURRY = int(os.environ.get("HURRY", 9))  # things that are done in each of these visits
 
 
 def any_box(page, rng, selector):
@@ -504,6 +504,7 @@ def press_keys(page, rng, times, pause):
     for _ in range(times):
         page.keyboard.press(rng.choice(["ArrowLeft", "ArrowRight", "ArrowRight", "s", "Escape"]))
         page.wait_for_timeout(pause)
+    return True
 
 
 def hold_a_key(page, rng, times, pause):
@@ -512,6 +513,7 @@ def hold_a_key(page, rng, times, pause):
         page.keyboard.down(key)  # again without `up`: as the keyboard repeats it
         page.wait_for_timeout(30)
     page.keyboard.up(key)
+    return True
 
 
 def click_buttons(page, rng, times, pause):
@@ -519,16 +521,18 @@ def click_buttons(page, rng, times, pause):
     for x, y, width, height in rng.choices(boxes, k=min(times, 4)) if boxes else ():
         page.mouse.click(x + width / 2, y + height / 2)
         page.wait_for_timeout(pause)
+    return boxes
 
 
 def click_in_a_table(page, rng, times, pause):
     """Ticks and cells: not the names of the columns, which sort the table in the browser alone."""
     box = any_box(page, rng, TABLE)
-    for _ in range(min(times, 3) if box and box[3] > ROW else 0):
+    for _ in range(min(times, 3) if box else 0):
         x = rng.choice([TICK, rng.uniform(0, box[2])])
         y = rng.uniform(ROW, box[3])
         page.mouse.click(box[0] + x, box[1] + y)
         page.wait_for_timeout(pause)
+    return box
 
 
 def click_a_slider(page, rng, times, pause):
@@ -536,6 +540,7 @@ def click_a_slider(page, rng, times, pause):
     for _ in range(min(times, 3) if box else 0):
         page.mouse.click(box[0] + rng.uniform(0, box[2]), box[1] + box[3] / 2)
         page.wait_for_timeout(pause)
+    return box
 
 
 def choose_from_a_list(page, rng, times, pause):
@@ -545,6 +550,7 @@ def choose_from_a_list(page, rng, times, pause):
         page.wait_for_timeout(pause)
         for key in [*["ArrowDown"] * rng.randint(1, 4), "Enter"]:
             page.keyboard.press(key)
+    return box
 
 
 def draw_on_the_map(page, rng, times, pause):
@@ -553,14 +559,16 @@ def draw_on_the_map(page, rng, times, pause):
     if box:
         page.mouse.move(box[0] + rng.uniform(0, box[2] / 2), box[1] + rng.uniform(0, 200))
         page.mouse.down()
-        if times > 4:
+        if times > 2:
             page.mouse.move(box[0] + rng.uniform(box[2] / 2, box[2]), box[1] + 400, steps=3)
         page.mouse.up()
         page.wait_for_timeout(pause)
+    return box
 
 
 def scroll(page, rng, times, pause):
     page.mouse.wheel(0, rng.choice([-1000, 400, 1000]))
+    return True
 
 
 def go_back_or_forward(page, rng, times, pause):
@@ -569,26 +577,29 @@ def go_back_or_forward(page, rng, times, pause):
     can = f"navigation.canGo{action}"
     page.evaluate(f"() => {{ if ({can}) history.{action.lower()}() }}")
     page.wait_for_timeout(pause)
+    return True
 
 
 ACTIONS = (
     press_keys,
     hold_a_key,
     *[click_buttons] * 4,
-    *[click_in_a_table] * 3,
-    *[click_a_slider] * 2,
+    *[click_in_a_table] * 2,
+    *[click_a_slider] * 3,
     *[choose_from_a_list] * 2,
-    *[draw_on_the_map] * 2,
+    *[draw_on_the_map] * 3,
     scroll,
     go_back_or_forward,
 )
 
 
 def act_at_random(page, rng):
-    """One thing that a hurried visitor does, at a random speed."""
-    times = rng.randint(1, 20)
-    pause = rng.choice([0, 5, 20, 60, 150])  # milliseconds
-    rng.choice(ACTIONS)(page, rng, times, pause)
+    """One thing that a hurried visitor does where the page has a place for it, at random speed."""
+    done = False
+    while not done:
+        times = rng.randint(1, 12)
+        pause = rng.choice([0, 5, 20, 60, 150])  # milliseconds
+        done = rng.choice(ACTIONS)(page, rng, times, pause)
 
 
 def comes_to_rest(page):
@@ -688,19 +699,18 @@ def assert_equals_a_fresh_page(page, runs):
 
 
 @pytest.mark.parametrize(
-    "seed, seconds",
-    [(0, HURRY), *(pytest.param(seed, 15, marks=pytest.mark.slow) for seed in (1, 2))],
+    "seed, times",
+    [(0, HURRY), *(pytest.param(seed, 60, marks=pytest.mark.slow) for seed in (1, 2))],
 )
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 def test_a_hurried_visitor_finds_the_page_right_at_the_end(
-    page, server, runs, beginning, seed, seconds
+    page, server, runs, beginning, seed, times
 ):
     rng = random.Random(seed)
     page.goto(f"{server}/{beginning}")
     page.wait_for_selector(f"{PICTURE}, {TABLE}, {CHART}, .image, .matrix")
     page.wait_for_selector(IDLE)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    for _ in range(times):
         act_at_random(page, rng)
     comes_to_rest(page)
     leave_what_no_address_keeps(page)
