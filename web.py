@@ -57,6 +57,7 @@ from flowers.gallery.predictions import (
 from flowers.gallery.search import Searcher, nearest, own_prompts
 from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES, Thumbnails, open_picture
 from flowers.images import read_rgb
+from flowers.intervals import holm
 from flowers.layouts import read_captions
 from flowers.runs import command_line
 from flowers.splits import MissingImages
@@ -811,7 +812,7 @@ def show_accuracies(
 
     index: the images that all of them predicted. clusters: of these, (n,) int.
     """
-    from flowers.study.statistics import difference_interval, holm, mcnemar, mean_interval
+    from flowers.study.statistics import difference_interval, mcnemar, mean_interval
 
     labels = flowers.labels[index]
     correct = [run.guess[index] == labels for run in predictions]

@@ -57,6 +57,7 @@ from flowers.gallery.thumbnails import (
     read_thumbnail,
     thumbnail,
 )
+from flowers.intervals import holm, paired_difference
 from flowers.study.comparable import read_clusters
 from flowers.study.statistics import difference_interval, mean_interval
 
@@ -463,6 +464,9 @@ def test_how_sure_a_difference_is(page, runs):
 
     at = page(view="runs", run="first", other="second", part="classes")
     classes = classes_of(at).set_index("class")
+    corrected = holm(classes["p (McNemar)"])
+    assert classes["p (Holm)"].to_numpy() == pytest.approx(corrected)
+    assert (classes["p (Holm)"] > classes["p (McNemar)"]).any()
     for name in NAMES:
         of_class = np.array([row["label"] == name for row in first.values()])
         a, b = (int((x & ~y & of_class).sum()) for x, y in (right, right[::-1]))
@@ -470,6 +474,29 @@ def test_how_sure_a_difference_is(page, runs):
         assert classes.loc[name, "only second right"] == b
         exact = contingency_tables.mcnemar([[0, a], [b, 0]], exact=True).pvalue
         assert classes.loc[name, "p (McNemar)"] == pytest.approx(exact)
+        ends = paired_difference(b, a, int(of_class.sum()))
+        assert classes.loc[name, ["from (%)", "to (%)"]].tolist() == pytest.approx(ends)
+
+
+def test_the_change_of_a_class_counts_near_duplicates_once(many):
+    """Of pairs that get the same answer, the interval is that of half as many images."""
+    flowers = open_flowers(many)
+    index = np.flatnonzero(flowers.labels == 0)
+    probabilities = np.random.default_rng(3).dirichlet(np.ones(len(NAMES)), (2, N))
+    probabilities[:, index[1::2]] = probabilities[:, index[::2]]
+    runs = [
+        dataclasses.replace(predictions_from(run), name=f"{k}")
+        for k, run in enumerate(probabilities)
+    ]
+    one, other = (run.guess[index[::2]] == 0 for run in runs)
+    once = (other & ~one).sum(), (one & ~other).sum(), len(index) // 2
+    assert sum(once[:2]) > 0
+    pairs = class_table(flowers, index, *runs, clusters=np.arange(len(index)) // 2).iloc[0]
+    alone = class_table(flowers, index, *runs).iloc[0]
+    ends = ["from (%)", "to (%)"]
+    assert pairs[ends].tolist() == pytest.approx(paired_difference(*once))
+    assert alone[ends].tolist() == pytest.approx(paired_difference(*(2 * k for k in once)))
+    assert alone["change (%)"] == pairs["change (%)"]
 
 
 @pytest.fixture(scope="session")
@@ -1485,7 +1512,7 @@ def test_tables_as_csv(many, runs, tmp_path):
         changes = class_table(flowers, run.index, run, second)
         assert set(changes["class"]) == set(NAMES)
         assert changes["images"].sum() == len(run.index)
-        assert changes.shape == (len(NAMES), 8)
+        assert changes.shape == (len(NAMES), 11)
 
     rows = predictions_of(runs, "second").values()
     counts = Counter((row["label"], row["top1"]) for row in rows)
@@ -1523,8 +1550,8 @@ def test_each_list_has_a_file_of_its_own(page, monkeypatch):
     assert files == {
         "flowers-browse.csv": "id,file,class,split",
         "flowers-runs-first-wrong.csv": "id,file,class,split,first prediction,first probability",
-        "flowers-runs-first-second-classes.csv": f"class,change (%),images,{of_first},{of_second},"
-        "only first right,only second right,p (McNemar)",
+        "flowers-runs-first-second-classes.csv": "class,change (%),from (%),to (%),images,"
+        f"{of_first},{of_second},only first right,only second right,p (McNemar),p (Holm)",
         "flowers-runs-first-confusion.csv": "class,prediction,images",
     }
 
