@@ -35,7 +35,6 @@ from streamlit.runtime.forward_msg_cache import populate_hash_if_needed
 from streamlit.testing.v1 import AppTest
 from tqdm import tqdm
 
-import web
 from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
@@ -58,6 +57,7 @@ from flowers.gallery.thumbnails import (
     thumbnail,
 )
 from flowers.intervals import holm, paired_difference
+from flowers.page import classes, kept
 from flowers.study.comparable import read_clusters
 from flowers.study.statistics import difference_interval, mean_interval
 
@@ -1195,10 +1195,10 @@ def test_an_image_of_the_dataset_may_be_larger_than_an_upload(page, many, tmp_pa
 def test_the_stamp_of_a_run_changes_with_each_of_its_files(tmp_path):
     prompts = tmp_path / "prompts.json"
     (tmp_path / "args.json").write_text(json.dumps({"prompts": str(prompts)}))
-    stamps = {web.stamp_of_run(tmp_path)}
+    stamps = {kept.stamp_of_run(tmp_path)}
     for name in ("model.pt", "classifier.pt", "calibration.json", "prompts.json"):
         (tmp_path / name).touch()
-        stamps.add(web.stamp_of_run(tmp_path))
+        stamps.add(kept.stamp_of_run(tmp_path))
     assert len(stamps) == 5
 
 
@@ -1230,12 +1230,10 @@ def test_a_damaged_image_is_not_searched_and_the_others_are(page, many, tmp_path
 
 
 def test_what_is_computed_in_the_background_has_a_bar():
-    import web
-
     with tqdm(total=200, desc="encoding images", file=io.StringIO()) as bar:
         bar.update(50)
-        assert web.progress("Loading the model") == ("Encoding images: 50 of 200", 0.25)
-    assert web.progress("Loading the model") == ("Loading the model", 0.0)
+        assert kept.progress("Loading the model") == ("Encoding images: 50 of 200", 0.25)
+    assert kept.progress("Loading the model") == ("Loading the model", 0.0)
 
 
 HEAD = b"file,label,top1,score1\n"
@@ -1521,7 +1519,7 @@ def test_tables_as_csv(many, runs, tmp_path):
 
     # Of two runs: both counts, also of a pair that only one of them has, and the difference.
     first = read_predictions(runs / "first", flowers)
-    table = web.matrix_table(flowers, [first, second], second.index)
+    table = classes.matrix_table(flowers, [first, second], second.index)
     names = ["class", "prediction", "images by first", "images by second", "difference"]
     assert table.columns.tolist() == names
     of_first = Counter(
