@@ -243,7 +243,7 @@ def painted_maps(
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     """Show the images nearest to image i, by colours or by the features of a run's model."""
     ways = ["colours", *models]
-    choose_one("Nearest images by", ways, "like", change)
+    choose_from_list("Nearest images by", ways, "like", on_change=change)
     if is_missing("like", ways, f"with a model in {panels.plain(str(runs))}"):
         return
     if state["like"] == "colours":
