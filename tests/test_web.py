@@ -567,10 +567,15 @@ def test_all_runs_in_one_table(page, three_runs, tmp_path):
     (runs / "third" / "args.json").write_text(json.dumps(started | {"strategy": "full"}))
     (runs / "cut").mkdir()
     (runs / "cut" / "args.json").write_text('{"job": "tr')
+    # Runs without settings: one that left predictions alone, and one whose result repeats them.
+    (runs / "alone").mkdir()
+    shutil.copy(three_runs / "first" / "predictions.csv", runs / "alone")
+    (runs / "result").mkdir()
+    (runs / "result" / "result.json").write_text(json.dumps(settings | result))
 
     at = page(runs=runs, view="runs")
     table = at.dataframe[0].value.set_index("run")
-    assert set(table.index) == {"first", "second", "third", "cut"}
+    assert set(table.index) == {"first", "second", "third", "cut", "alone", "result"}
     first, second, third = (table.loc[name] for name in ("first", "second", "third"))
     assert first[["strategy", "architecture", "pretraining"]].tolist() == ["lora", "tiny", "random"]
     assert first[["loss", "learning rate", "seed"]].tolist() == ["sigmoid", 0.01, 7]
@@ -580,6 +585,10 @@ def test_all_runs_in_one_table(page, three_runs, tmp_path):
     assert third[["architecture", "pretraining"]].tolist() == ["ViT-B/32", "laion2b"]
     assert third["split"] == "not finished"
     assert table.loc["cut", "split"] == "damaged"
+    assert table.loc["alone"].isna().all()
+    kept = table.columns.drop("split")
+    assert table.loc["result", kept].equals(first[kept])
+    assert "There are no settings (args.json) of alone" in text(tick(at, "alone"))
 
     whole(at.multiselect(key="only_split").set_value(["val"]).run())
     assert at.dataframe[0].value["run"].tolist() == ["second"]
@@ -1278,16 +1287,13 @@ def test_the_newest_run_of_this_dataset_and_split_comes_first(page, runs, truth,
     for name, rows in (("tulips", [row]), ("official", [trained])):
         (folder / name).mkdir()
         write_csv(folder / name / "predictions.csv", rows)
-    # Without settings there is no table of all runs, and a run is chosen.
-    for path in folder.glob("*/*/args.json"):
-        path.unlink()
     names = ("demo/before", "demo/after", "tulips", "official")
     for age, name in enumerate(names):
         os.utime(folder / name, (10**9 + age, 10**9 + age))
 
     at = page(runs=folder, view="runs")
-    assert accuracies(at).index.tolist() == ["demo/after"]
-    assert address_of(at)["run"] == "demo/after"
+    assert at.dataframe[0].value["run"].tolist() == [*names[::-1]]  # the newest first
+    at = page(runs=folder, view="runs", run="official")
     assert at.selectbox(key="run").options == [
         "demo/after",
         "demo/before",

@@ -1,4 +1,7 @@
-"""All runs in one table: what each is and how good it is, from its args.json and result.json."""
+"""All runs in one table: what each is and how good it is, from its args.json and result.json.
+
+A run may lack either, or both: then the table says less of it.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +43,7 @@ def run_table(runs: Path, names: Sequence[str]) -> "pd.DataFrame":
     trained on), those of METRICS (`from` and `to` are the ends of the 95% interval of top-1),
     parameters that were trained, seconds of training. What a run does not have is empty; a column
     of OPTIONAL that no run has is left out. The split of a run without a result is UNFINISHED, or
-    DAMAGED.
+    DAMAGED; it is empty, as all else, of a run that has no settings either.
     """
     import pandas as pd  # not needed by the first view
 
@@ -56,13 +59,20 @@ def _row(runs: Path, name: str) -> dict:
     folder = runs / name
     row = {"run": name}
     try:
-        settings = checked(read_json(folder / "args.json"))
-        is_finished = (folder / "result.json").exists()
-        result = checked(read_json(folder / "result.json")) if is_finished else {}
-        row |= _description(folder, settings, result)
-        return row | (_results(result) if is_finished else {"split": UNFINISHED})
+        settings = _read_if_there(folder / "args.json")
+        result = _read_if_there(folder / "result.json")
+        if settings is None and result is None:
+            return row
+        # A result repeats the settings.
+        row |= _description(folder, result if settings is None else settings, result or {})
+        return row | ({"split": UNFINISHED} if result is None else _results(result))
     except (OSError, ValueError, TypeError, KeyError):
         return row | {"split": DAMAGED}
+
+
+def _read_if_there(path: Path) -> dict | None:
+    """Return what a JSON file holds; None if there is none. Raises ValueError if it is damaged."""
+    return checked(read_json(path)) if path.exists() else None
 
 
 def _description(folder: Path, settings: dict, result: dict) -> dict:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NO_CLASS = -1  # of an image that a run did not predict
 MAX_DEPTH = 4  # of folders below the folder of the runs
-RUN_FILES = ("args.json", "predictions.csv", "model.pt")
+RUN_FILES = ("args.json", "result.json", "predictions.csv", "model.pt")  # each makes a run
 # At the end of a column's name: no run takes the place of another column.
 IN_PERCENT = " (%)"
 P_VALUE = "p (McNemar)"
@@ -34,8 +34,8 @@ CHANGE = (f"change{IN_PERCENT}", f"from{IN_PERCENT}", f"to{IN_PERCENT}")  # with
 # runs
 
 
-def run_names(runs: Path, file: str) -> list[str]:
-    """Return the names of the folders below `runs` that hold `file`, newest first.
+def run_names(runs: Path, *files: str) -> list[str]:
+    """Return the names of the folders below `runs` that hold one of `files`, newest first.
 
     The name of a folder is its path below `runs`, with slashes: the runs of `--runs runs/demo` are
     found in runs/, too. Nothing is looked for within a run, nor behind a link.
@@ -43,7 +43,7 @@ def run_names(runs: Path, file: str) -> list[str]:
     by_time = []
     for folder in _folders(runs, MAX_DEPTH):
         try:
-            if (folder / file).is_file():
+            if any((folder / file).is_file() for file in files):
                 by_time.append((folder.stat().st_mtime, folder.relative_to(runs).as_posix()))
         except OSError:  # a run that was removed in between
             continue

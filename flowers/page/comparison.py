@@ -11,7 +11,13 @@ from flowers import UserError
 from flowers.data import Flowers
 from flowers.gallery import panels
 from flowers.gallery.address import MOST_RUNS
-from flowers.gallery.predictions import Predictions, likely_label_errors, outcomes, run_names
+from flowers.gallery.predictions import (
+    RUN_FILES,
+    Predictions,
+    likely_label_errors,
+    outcomes,
+    run_names,
+)
 from flowers.intervals import holm
 from flowers.page.choices import (
     GUESSERS,
@@ -53,18 +59,16 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     names: the runs that have predictions.
     """
     flowers = data.flowers
-    everything = run_names(runs, "args.json") if state["run"] is None else []
+    everything = run_names(runs, *RUN_FILES) if state["run"] is None else []
     if everything:
         show_runs(runs, everything, names)
         return None
-    if not names:
+    if not names or state["run"] is None:
         remedy = training_command(flowers, runs)
         st.info(panels.message(f"No run in {runs} has predictions yet. Make one: {remedy}"))
         return None
     reasons = reasons_apart(data, runs, names)
     names = list(reasons)
-    if state["run"] is None:
-        state["run"] = names[0]  # the newest of this dataset and split, if there is one
     choose_runs(names, reasons)
 
     predicted = f"with predictions in {panels.plain(str(runs))}"

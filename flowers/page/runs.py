@@ -104,7 +104,8 @@ def describe_run(folder: Path) -> None:
     """Show the settings and the training curves of a run."""
     left, right = st.columns([1, 2])
     settings = {key: as_text(value) for key, value in run_arguments(folder).items()}
-    left.caption(f"Settings of {panels.plain(folder.name)}")
+    kept = "Settings of" if settings else "There are no settings (args.json) of"
+    left.caption(f"{kept} {panels.plain(folder.name)}")
     left.dataframe({"setting": list(settings), "value": list(settings.values())}, hide_index=True)
     rows = read_lines(folder / "metrics.jsonl", "step")
     with right:
