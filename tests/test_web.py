@@ -780,6 +780,45 @@ def reference(runs, many, sentence):
     return torch.cosine_similarity(images, words[None]).numpy()
 
 
+def test_an_image_has_calibrated_probabilities_where_a_run_has_a_temperature(
+    page, three_runs, many, tmp_path
+):
+    folder = shutil.copytree(three_runs, tmp_path / "runs")
+    first, second = folder / "first", folder / "second"
+    (first / "calibration.json").write_text(json.dumps({"temperature": 2.5}))
+    (first / "class_names.json").write_text(json.dumps({"names": NAMES}))
+    # An evaluation with --calibrated, whose predictions are calibrated already.
+    (second / "result.json").write_text(json.dumps({"calibration_temperature": 1.25}))
+    i = next(iter(predictions_of(folder, "first")))
+    at = page(runs=folder, view="runs", run="first", other=["second", "third"], image=str(i))
+    before = dict(rankings(html(at, "image")))
+    assert list(before) == ["first", "second: calibrated (T = 1.25), found on val", "third"]
+    calibrated = choose(at, "probabilities", "calibrated")
+    assert address_of(calibrated)["probabilities"] == "calibrated"
+    (title, best), *others = rankings(html(calibrated, "image"))
+    assert title == "first: calibrated (T = 2.5), found on val"
+    assert [name for name, _ in others] == [[*before][1], "third: not calibrated"]
+    assert [answers for _, answers in others] == [*before.values()][1:]
+
+    model, _ = clip.load(str(first / "model.pt"), device="cpu")
+    cosines = [reference(folder, many, f"a {name}")[i - 1] for name in NAMES]
+    wanted = scipy.special.softmax(np.array(cosines) * model.logit_scale.exp().item() / 2.5)
+    for name, percent in best:
+        c = NAMES.index(name.removeprefix("✓ "))
+        assert percent == pytest.approx(100 * wanted[c], abs=0.1)
+    assert [percent for _, percent in best] == sorted([p for _, p in best], reverse=True)
+
+    # Found for other names: it is not this head's.
+    (first / "class_names.json").write_text(json.dumps({"names": NAMES[::-1]}))
+    (title, _), *_ = rankings(
+        html(
+            page(runs=folder, view="runs", run="first", image=str(i), probabilities="calibrated"),
+            "image",
+        )
+    )
+    assert title == "first: not calibrated"
+
+
 def test_search_by_a_sentence(page, runs, many):
     sentence = "a red flower on black"
     at = page(view="search", model="first")
@@ -1206,10 +1245,11 @@ def test_the_stamp_of_a_run_changes_with_each_of_its_files(tmp_path):
     prompts = tmp_path / "prompts.json"
     (tmp_path / "args.json").write_text(json.dumps({"prompts": str(prompts)}))
     stamps = {kept.stamp_of_run(tmp_path)}
-    for name in ("model.pt", "classifier.pt", "calibration.json", "prompts.json"):
+    names = ("model.pt", "classifier.pt", "calibration.json", "class_names.json", "prompts.json")
+    for name in names:
         (tmp_path / name).touch()
         stamps.add(kept.stamp_of_run(tmp_path))
-    assert len(stamps) == 5
+    assert len(stamps) == 6
 
 
 def test_a_missing_image_costs_that_image_alone(page, many, tmp_path):

@@ -44,6 +44,7 @@ DEFAULTS = {
     "sort": "name",  # of the classes of the confusion matrix
     "cells": "counts",
     "sure": (0, 100),  # the least and the greatest confidence, in percent
+    "probabilities": "predicted",  # under one image: as the runs wrote them, or calibrated
     "like": "colours",  # what the nearest images are near by: colours, or a run's name
     "q": "",  # the sentence that is searched
     "where": "hidden",  # where a run looks, under one image

@@ -107,6 +107,18 @@ def run_arguments(folder: Path) -> dict:
         return {}
 
 
+def written_temperature(folder: Path) -> float | None:
+    """Return the temperature that has divided the logits behind a run's predictions.csv.
+
+    None for a run that is not calibrated, as all are but evaluations with --calibrated.
+    """
+    try:
+        temperature = checked(read_json(folder / "result.json")).get("calibration_temperature")
+    except (OSError, ValueError):  # without a word, as in `run_arguments`
+        return None
+    return temperature if isinstance(temperature, float) else None
+
+
 def model_arguments(folder: Path) -> dict:
     """Return run_arguments, where what they say of the model's start and prompts is texts.
 

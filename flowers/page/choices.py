@@ -24,6 +24,7 @@ MATRIX_ORDERS = ("name", "confusions")
 GUESSERS = ("first", "any")  # of the runs that are compared, which predicts the chosen class
 CELLS = ("counts", "difference")  # of the confusion matrix of two runs
 BARS = ("hidden", "shown")  # of the class histogram, and of where a run looks
+PROBABILITIES = ("predicted", "calibrated")
 COLOURINGS = ("class", "split", "outcome")  # of the map
 
 # What options are called, where it is not the option itself.
@@ -41,6 +42,7 @@ NAMES_OF_ORDERS = {
     "doubt": "least confident",
     "confusions": "confused ones together",
 }
+NAMES_OF_PROBABILITIES = {"predicted": "as predicted", "calibrated": "calibrated on val"}
 NAMES_OF_COLOURINGS = {"outcome": "right and wrong"}
 
 state = st.session_state
@@ -83,6 +85,7 @@ def allowed_choices(data: Dataset) -> dict[str, Collection]:
         "guesser": GUESSERS,
         "bars": BARS,
         "where": BARS,
+        "probabilities": PROBABILITIES,
         "target": data.flowers.class_names,
         "order": ORDERS,
         "sort": MATRIX_ORDERS,

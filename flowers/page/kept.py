@@ -59,7 +59,7 @@ def stamp_of(*paths: Path) -> tuple:
 
 def stamp_of_run(run: Path) -> tuple:
     """Return something that changes when one of the files does that a run's model is made from."""
-    names = ("model.pt", "classifier.pt", "args.json", "calibration.json")
+    names = ("model.pt", "classifier.pt", "args.json", "calibration.json", "class_names.json")
     files = [run / name for name in names]
     _, prompts_file = own_prompts(run)
     if prompts_file:
@@ -219,7 +219,8 @@ def start_statistics() -> Future:
     return in_background(lambda: [importlib.import_module(name) for name in needed])
 
 
-@st.cache_resource(show_spinner=False, max_entries=2)
+# The models of a few runs that are shown together, and a start.
+@st.cache_resource(show_spinner=False, max_entries=4)
 def load_explainer(run: Path, when: str, class_names: tuple[str, ...], stamp: tuple):
     """Return the model of a run, 'after' it or 'before'; once, until `stamp` changes."""
     from flowers.gallery import relevance  # here, as it loads torch
