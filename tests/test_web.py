@@ -283,6 +283,17 @@ def test_filters_by_class(page, truth, name):
     assert pictures(at)[0]["lines"] == [f"{shown(at)[0]} {name}"]
 
 
+def test_a_chosen_class_can_be_taken_back(page):
+    """The browser shows a cross in a list without a default; lists of runs always have one."""
+    at = select(page(), "class", "rose")
+    assert not at.selectbox(key="class").proto.HasField("default")
+    assert len(shown(select(at, "class", None))) > len(NAMES)
+    assert address_of(at) == {}
+    at = page(view="runs", run="first", guess="rose")
+    lists = {box.key: box.proto.HasField("default") for box in at.selectbox}
+    assert lists == {"run": True, "class": False, "guess": False}
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_filters_by_split_and_id_together(page, truth, split):
     _, splits = truth

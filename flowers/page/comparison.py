@@ -35,6 +35,7 @@ from flowers.page.classes import MCNEMAR_OF_TWO, show_classes, show_confusion
 from flowers.page.kept import Dataset, load_predictions, reasons_apart
 from flowers.page.runs import show_runs
 from flowers.page.widgets import (
+    ALL_CLASSES,
     Listing,
     choose_from_list,
     choose_one,
@@ -246,9 +247,9 @@ def outcome_filters(flowers: Flowers, predictions: list[Predictions], shows: lis
     only = {key: f"only {run.name} right" for key, run in zip(ONLY, predictions)}
     with filters():
         choose_one(f"Right and wrong{by}", shows, "show", names=NAMES_OF_SHOWS | only)
-        choose_from_list("True class", names, "class")
+        choose_from_list("True class", names, "class", ALL_CLASSES)
         by_any = " by any of these" if len(predictions) > 1 and state["guesser"] == "any" else by
-        choose_from_list(f"Predicted class{by_any}", names, "guess")
+        choose_from_list(f"Predicted class{by_any}", names, "guess", ALL_CLASSES)
         if len(predictions) > 1:
             called = {"first": predictions[0].name, "any": "any of these"}
             choose_one("It is predicted by", GUESSERS, "guesser", names=called)
