@@ -608,7 +608,8 @@ def test_all_runs_in_one_table(page, three_runs, tmp_path):
     at = page(runs=runs, view="runs")
     assert at.dataframe[0].value.set_index("run").loc["third", "top-1 (%)"] == 50.0
     at = press(page(runs=runs, view="runs", run="first", other="second"), "all_runs")
-    assert address_of(at) == {"view": "runs"}
+    assert ticked(at) == ["first", "second"]  # to add a third
+    assert address_of(press(at, "untick")) == {"view": "runs"}
 
 
 def write_run(folder, result=None, **settings):
@@ -691,6 +692,18 @@ def tick(at, *names):
     return whole(at.run())
 
 
+def ticked(at):
+    """The runs that are ticked, by the rows that the browser is told."""
+    shown = at.dataframe[0].value["run"].tolist()
+    rows = json.loads(at.dataframe[0].proto.selection_default)["selection"]["rows"]
+    assert address_lists(at).get("ticked", []) == [shown[row] for row in rows]
+    return [shown[row] for row in rows]
+
+
+def address_lists(at):
+    return {key: list(np.atleast_1d(value)) for key, value in at.query_params.items()}
+
+
 def test_ticks_are_of_runs_and_not_of_rows(page, three_runs, tmp_path):
     runs = shutil.copytree(three_runs, tmp_path / "runs")
     (runs / "bare").mkdir()
@@ -701,11 +714,60 @@ def test_ticks_are_of_runs_and_not_of_rows(page, three_runs, tmp_path):
     at = tick(page(runs=runs, view="runs"), "first", "second", "bare")
     assert "Left out, as they have no predictions: bare." in text(at)
     assert "compare" in [button.key for button in at.button]
-    # Other rows stand where the ticked ones stood.
+    # Other rows stand where the ticked ones stood, which stay ticked, shown or not.
     whole(at.multiselect(key="only_strategy").set_value(["linear"]).run())
-    assert "compare" not in [button.key for button in at.button]
-    at = press(tick(at, "third", "second"), "compare")
-    assert address_of(at) == {"view": "runs", "run": "third", "other": "second"}
+    assert set(at.dataframe[0].value["run"]) == {"second", "third"}
+    assert "Ticked, too, but not shown: first, bare." in text(at)
+    assert address_lists(at)["ticked"] == ["first", "second", "bare"]
+    assert at.button(key="compare").label == "Compare 2 ticked runs"
+    at = tick(press(at, "untick"), "third")
+    at = press(tick(at, "second", "third"), "compare")  # in the order in which they were ticked
+    assert address_of(at) == {
+        "view": "runs",
+        "run": "third",
+        "other": "second",
+        "only_strategy": "linear",
+    }
+
+
+def test_the_table_of_runs_is_in_the_address(page, three_runs, tmp_path):
+    runs = shutil.copytree(three_runs, tmp_path / "runs")
+    for name, top1 in (("first", 50.0), ("second", 70.0), ("third", None)):
+        settings = {"job": "train", "architecture": "tiny", "strategy": "full", "epochs": 3}
+        (runs / name / "args.json").write_text(json.dumps(settings))
+        if top1:
+            (runs / name / "result.json").write_text(json.dumps({"test/top1": top1}))
+    at = page(runs=runs, view="runs")
+    select(at, "sorted", "top-1 (%)")
+    assert at.dataframe[0].value["run"].tolist() == ["second", "first", "third"]
+    choose(at, "direction", "ascending")
+    assert at.dataframe[0].value["run"].tolist() == ["first", "second", "third"]
+    write(at, "named", "IR")
+    whole(at.multiselect(key="only_strategy").set_value(["full"]).run())
+    at = tick(at, "third", "first")
+    address = address_lists(at)
+    assert address == {
+        "view": ["runs"],
+        "named": ["IR"],
+        "only_strategy": ["full"],
+        "sorted": ["top-1 (%)"],
+        "direction": ["ascending"],
+        "ticked": ["third", "first"],
+    }
+
+    again = page(runs=runs, **address)
+    assert address_lists(again) == address
+    assert again.dataframe[0].value["run"].tolist() == ["first", "third"]
+    default = json.loads(again.dataframe[0].proto.selection_default)
+    assert sorted(default["selection"]["rows"]) == [0, 1]
+    # Back to where less was ticked: the table is told so.
+    again.query_params["ticked"] = ["third"]
+    assert ticked(whole(again.run())) == ["third"]
+    # What there is not is said, and is not in the way.
+    odd = page(runs=runs, view="runs", ticked=["thrid", "first"], sorted="shots", only_split="none")
+    assert "There is no run thrid" in text(odd)
+    assert odd.dataframe[0].value.empty
+    assert odd.button(key="compare").label == "See predictions of the ticked run"
 
 
 def test_true_and_predicted_class_open_a_cell_of_the_confusion_matrix(page, runs):

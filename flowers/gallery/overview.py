@@ -26,6 +26,11 @@ METRICS = {
     "base (%)": "base_top1",
     "new (%)": "new_top1",
 }
+COLUMNS = (
+    ("run", "strategy", "architecture", "pretraining", *SETTINGS, "trained on")
+    + ("split", "images", "overlap", *METRICS)
+    + ("parameters trained", "seconds")
+)
 TRAINED = ("trainable_image", "trainable_text", "trainable_scale", "trainable_head", "trainable")
 OPTIONAL = ("shots", "trained on", "overlap", "ECE (%)", "base (%)", "new (%)")
 SPLITS = ("test", "val", "train")
@@ -38,7 +43,7 @@ DAMAGED = "damaged"
 def run_table(runs: Path, names: Sequence[str]) -> "pd.DataFrame":
     """Return a table of the runs with these names, a row a run, in their order.
 
-    Columns: run, strategy, architecture, pretraining, those of SETTINGS, the classes trained on
+    COLUMNS: run, strategy, architecture, pretraining, those of SETTINGS, the classes trained on
     where not all, split with its convention, images, overlap (how many of them the model was
     trained on), those of METRICS (`from` and `to` are the ends of the 95% interval of top-1),
     parameters that were trained, seconds of training. What a run does not have is empty; a column
@@ -48,9 +53,7 @@ def run_table(runs: Path, names: Sequence[str]) -> "pd.DataFrame":
     import pandas as pd  # not needed by the first view
 
     rows = [_row(runs, name) for name in names]
-    columns = ["run", "strategy", "architecture", "pretraining", *SETTINGS, "trained on"]
-    columns += ["split", "images", "overlap", *METRICS, "parameters trained", "seconds"]
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=COLUMNS)
     return table.drop(columns=[name for name in OPTIONAL if table[name].isna().all()])
 
 

@@ -10,6 +10,7 @@ import streamlit as st
 
 from flowers.gallery import address, panels
 from flowers.gallery.address import MOST_RUNS
+from flowers.gallery.overview import COLUMNS
 from flowers.page.kept import Dataset
 
 # The options of buttons, the first of each being the default.
@@ -22,6 +23,7 @@ SHOWS = ("all", "right", "wrong", *OF_SEVERAL, "doubted", "alike")
 ORDERS = ("id", "confidence", "doubt")
 MATRIX_ORDERS = ("name", "confusions")
 GUESSERS = ("first", "any")  # of the runs that are compared, which predicts the chosen class
+DIRECTIONS = ("descending", "ascending")  # of the table of runs
 CELLS = ("counts", "difference")  # of the confusion matrix of two runs
 BARS = ("hidden", "shown")  # of the class histogram, and of where a run looks
 PROBABILITIES = ("predicted", "calibrated")
@@ -90,6 +92,8 @@ def allowed_choices(data: Dataset) -> dict[str, Collection]:
         "order": ORDERS,
         "sort": MATRIX_ORDERS,
         "cells": CELLS,
+        "sorted": COLUMNS,
+        "direction": DIRECTIONS,
         "colour": COLOURINGS,
     }
 

@@ -108,7 +108,9 @@ def choose_runs(names: list[str], reasons: dict[str, str]) -> None:
     others = [name for name in names if name != state["run"]]
     gone = [name for name in state["other"] if name not in others]  # `is_missing` says so
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        all_runs = {"run": None, "other": [], "image": None, "page": 1}
+        # There those are ticked that have been compared.
+        ticked = [state["run"], *state["other"]]
+        all_runs = {"run": None, "other": [], "image": None, "page": 1, "ticked": ticked}
         st.button("All runs", on_click=change, kwargs=all_runs, key="all_runs")
         choose_from_list("Run", names, "run", reasons=reasons)
         st.multiselect(
