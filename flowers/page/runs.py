@@ -67,7 +67,7 @@ def filter_rows(table: "pd.DataFrame") -> "pd.DataFrame":
                 key=key,
                 placeholder="all",
                 on_change=change,
-                width=220,
+                width=180,
             )
             if state[key]:
                 table = table[table[column].isin(state[key])]
