@@ -1,8 +1,7 @@
 """The interval of an accuracy, and interval and test of a difference, for evaluations, report and
 page."""
 
-# scipy and statsmodels are imported where they are needed, as training starts without: they take a
-# second.
+# scipy is imported where it is needed, as training starts without: it takes a second.
 
 import functools
 import math
@@ -40,11 +39,12 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
     Rejecting those below alpha makes one or more false rejections with probability alpha at most.
     """
-    from statsmodels.stats.multitest import multipletests
-
-    if len(p_values) == 0:  # statsmodels divides by their number
-        return np.empty(0)
-    _, corrected, _, _ = multipletests(p_values, method="holm")
+    p_values = np.asarray(p_values, float)
+    order = np.argsort(p_values, kind="stable")
+    # Not statsmodels': it collects garbage at each call, which takes the page 0.1 s.
+    factors = np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(factors * p_values[order]), 1.0)
     return corrected
 
 

@@ -4,7 +4,7 @@ import csv
 import functools
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,38 +34,69 @@ CHANGE = (f"change{IN_PERCENT}", f"from{IN_PERCENT}", f"to{IN_PERCENT}")  # with
 # runs
 
 
-def run_names(runs: Path, *files: str) -> list[str]:
-    """Return the names of the folders below `runs` that hold one of `files`, newest first.
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds a run, or a part of one.
 
-    The name of a folder is its path below `runs`, with slashes: the runs of `--runs runs/demo` are
-    found in runs/, too. Nothing is looked for within a run, nor behind a link.
+    Attributes:
+        name: its path below the folder of the runs, with slashes.
+        files: those of RUN_FILES that it holds.
+    """
+
+    name: str
+    files: frozenset[str]
+
+
+def run_folders(runs: Path) -> list[RunFolder]:
+    """Return the folders below `runs` that hold one of RUN_FILES, newest first.
+
+    The runs of `--runs runs/demo` are found in runs/, too. Nothing is looked for within a run, nor
+    behind a link.
     """
     by_time = []
-    for folder in _folders(runs, MAX_DEPTH):
+    for entry, name, files in _folders(str(runs), "", MAX_DEPTH):
         try:
-            if any((folder / file).is_file() for file in files):
-                by_time.append((folder.stat().st_mtime, folder.relative_to(runs).as_posix()))
+            by_time.append((entry.stat().st_mtime, name, files))
         except OSError:  # a run that was removed in between
             continue
-    return [name for _, name in sorted(by_time, reverse=True)]
+    return [RunFolder(name, files) for _, name, files in sorted(by_time, reverse=True)]
 
 
-def _folders(above: Path, depth: int) -> Iterator[Path]:
-    """Yield the folders below a folder, down to `depth`, but those within a run."""
+def names_with(folders: Iterable[RunFolder], *files: str) -> list[str]:
+    """Return the names of those of the folders that hold one of `files`, in their order."""
+    return [folder.name for folder in folders if not folder.files.isdisjoint(files)]
+
+
+def _folders(
+    above: str, prefix: str, depth: int
+) -> Iterator[tuple[os.DirEntry, str, frozenset[str]]]:
+    """Yield each folder that holds RUN_FILES below another one, down to `depth`: the folder, its
+    name with the prefix before it, and the files.
+
+    A folder is read once: a page of 500 runs does so at each click.
+    """
+    for folder in _entries(above):
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        name = prefix + folder.name
+        files = frozenset(entry.name for entry in _entries(folder.path) if _is_run_file(entry))
+        if files:
+            yield folder, name, files
+        elif depth > 1 and not folder.is_symlink():
+            yield from _folders(folder.path, name + "/", depth - 1)
+
+
+def _is_run_file(entry: os.DirEntry) -> bool:
+    return entry.name in RUN_FILES and entry.is_file()
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    """Return what a folder holds; nothing of one that is gone, or may not be read."""
     try:
-        with os.scandir(above) as entries:
-            below = [
-                Path(entry)
-                for entry in entries
-                if entry.is_dir() and not entry.name.startswith(".")
-            ]
-    except OSError:  # no such folder, or one that may not be read
-        return
-    for folder in below:
-        yield folder
-        is_run = any((folder / name).exists() for name in RUN_FILES)
-        if depth > 1 and not is_run and not folder.is_symlink():
-            yield from _folders(folder, depth - 1)
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
 
 
 def why_apart(folder: Path, flowers: Flowers) -> str:

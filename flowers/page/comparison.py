@@ -12,11 +12,9 @@ from flowers.data import Flowers
 from flowers.gallery import panels
 from flowers.gallery.address import MOST_RUNS
 from flowers.gallery.predictions import (
-    RUN_FILES,
     Predictions,
     likely_label_errors,
     outcomes,
-    run_names,
 )
 from flowers.intervals import holm
 from flowers.page.choices import (
@@ -54,17 +52,18 @@ EXPLAINED = {
 MCNEMAR = f"{MCNEMAR_OF_TWO} Of several runs, corrected for their number (Holm)."
 
 
-def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
+def compare_runs(
+    data: Dataset, runs: Path, everything: list[str], names: list[str]
+) -> Listing | None:
     """Show all runs, or what some predicted; return the images of the chosen outcome, if any.
 
-    names: the runs that have predictions.
+    everything: all runs. names: those that have predictions.
     """
     flowers = data.flowers
-    everything = run_names(runs, *RUN_FILES) if state["run"] is None else []
-    if everything:
+    if state["run"] is None and everything:
         show_runs(runs, everything, names)
         return None
-    if not names or state["run"] is None:
+    if not names:
         remedy = training_command(flowers, runs)
         st.info(panels.message(f"No run in {runs} has predictions yet. Make one: {remedy}"))
         return None
@@ -84,7 +83,8 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
             f"{' and '.join(chosen)} predicted different images: choose runs of one split"
         )
     clusters = clusters_of(runs, chosen, flowers, images_of["all"])
-    show_accuracies(flowers, predictions, images_of["all"], clusters)
+    if state["image"] is None:  # one image is shown without them
+        show_accuracies(flowers, predictions, images_of["all"], clusters)
     if state["part"] == "classes":
         return show_classes(flowers, predictions, images_of["all"], clusters)
     if state["part"] == "confusion":

@@ -5,6 +5,7 @@ files that it is made from.
 """
 
 import importlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -50,11 +51,15 @@ class Dataset:
 
 def stamp_of(*paths: Path) -> tuple:
     """Return something that changes when one of the files does."""
-    times = []
-    for path in paths:
-        # A missing file has a time, too, as it may come.
-        times.append((str(path), path.stat().st_mtime_ns if path.exists() else 0))
-    return tuple(times)
+    return tuple((str(path), modified(path)) for path in paths)
+
+
+def modified(path: Path) -> int:
+    """Return when a file was changed, in nanoseconds; of one that is missing, as it may come, 0."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def stamp_of_run(run: Path) -> tuple:
@@ -215,8 +220,7 @@ def start_hover_pictures(_thumbnails: Thumbnails, stamp: tuple) -> Future:
 @st.cache_resource(show_spinner=False)
 def start_statistics() -> Future:
     """Start to load what a comparison of runs needs, which takes a second; once."""
-    needed = ("flowers.study.statistics", "statsmodels.stats.multitest")
-    return in_background(lambda: [importlib.import_module(name) for name in needed])
+    return in_background(lambda: importlib.import_module("flowers.study.statistics"))
 
 
 # The models of a few runs that are shown together, and a start.
