@@ -63,10 +63,9 @@ from flowers import calibration
 from flowers.choices import KEEPS_WEIGHTS, SHAPES, templates_in_words
 from flowers.files import atomic, read_lines, write_csv
 from flowers.intervals import holm
-from flowers.runs import read_predictions
+from flowers.runs import SOUP, read_predictions
 from flowers.study import figures, statistics
 from flowers.study.comparable import (
-    SOUP,
     Grid,
     Group,
     Run,

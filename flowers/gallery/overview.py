@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowers.choices import RANDOM, SHAPES, split_architecture
+from flowers.choices import SHAPES, pretraining_family, split_architecture
 from flowers.files import checked, read_json
 from flowers.qwen_settings import protocol_in_words, strategy_in_words
+from flowers.runs import pretraining_of, strategy_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,11 +85,8 @@ def _description(folder: Path, settings: dict, result: dict) -> dict:
     evaluates = settings.get("job") in EVALUATIONS and len(chain) > 1
     trained = chain[1] if evaluates else chain[0]
     first = chain[-1]
-    architecture, pretraining = split_architecture(first.get("architecture") or "")
-    if architecture in RANDOM:
-        pretraining = "random"
-        if first is not trained:  # a run of one's own stands in for it
-            pretraining = "captions" if first.get("captions") else "prompts"
+    architecture, _ = split_architecture(first.get("architecture") or "")
+    pretraining = pretraining_family(pretraining_of(first, first is not trained))
     # Of a soup, all of its runs were trained.
     members = _members(folder, settings) or [trained]
     strategy = _strategy(settings, result, trained, members)
@@ -116,20 +114,13 @@ def _strategy(settings: dict, result: dict, trained: dict, members: list[dict]) 
     members: the runs of a soup.
     """
     job = settings.get("job")
-    if settings.get("soup"):
-        strategies = {member.get("strategy") for member in members}
-        if None in strategies:  # a run that is not here
-            return "unknown soup"
-        return f"{strategies.pop() if len(strategies) == 1 else 'mixed'} soup"
     if job == "qwen_train":
         return "lora"
     if job in EVALUATIONS and job != "eval":
         is_tuned = bool(settings.get("adapter") or trained.get("job") == "qwen_train")
         return strategy_in_words(job, is_tuned, protocol_in_words(settings, result))
-    if trained.get("job") == "eval" and Path(str(trained.get("architecture"))).name == "model.pt":
-        return "unknown"  # it evaluates a run that is not here
-    is_trained = trained.get("epochs") or trained.get("strategy") == "linear"
-    return str(trained.get("strategy")) if is_trained else "none"
+    of_soup = members if settings.get("soup") else []
+    return strategy_of(trained, [member or None for member in of_soup])
 
 
 def chain_of(folder: Path, settings: dict) -> list[dict]:
