@@ -16,6 +16,7 @@ from flowers.page.kept import (
     load_searcher,
     reasons_apart,
     searcher_of,
+    sentence_features,
     start_searcher,
 )
 from flowers.page.widgets import (
@@ -86,7 +87,8 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
     else:
         if searcher.is_cut(state["q"]):
             st.warning(f"The model reads {searcher.model.context_length} tokens: the rest is cut.")
-        features = searcher.of_text(state["q"])
+        stamp = searcher_of(data, runs / state["model"])[-1]
+        features = sentence_features(searcher, state["q"], (state["model"], *stamp))
     order, scores = nearest(searcher.features, features)  # of all N images
     st.caption(SIMILARITY)
     return Listing(order, score_lines(order, scores), scores=scores)
