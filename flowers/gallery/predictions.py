@@ -4,7 +4,7 @@ import csv
 import functools
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import numpy as np
 from flowers import UserError
 from flowers.data import Flowers
 from flowers.files import checked, read_json
-from flowers.intervals import mcnemar_p
+from flowers.intervals import holm, mcnemar_p, paired_difference
 from flowers.layouts import OPENAI_NAMES, correct_name
 from flowers.runs import command_line
 
@@ -23,47 +23,80 @@ if TYPE_CHECKING:
 
 NO_CLASS = -1  # of an image that a run did not predict
 MAX_DEPTH = 4  # of folders below the folder of the runs
-RUN_FILES = ("args.json", "predictions.csv", "model.pt")
+RUN_FILES = ("args.json", "result.json", "predictions.csv", "model.pt")  # each makes a run
 # At the end of a column's name: no run takes the place of another column.
 IN_PERCENT = " (%)"
 P_VALUE = "p (McNemar)"
+CORRECTED = "p (Holm)"
+CHANGE = (f"change{IN_PERCENT}", f"from{IN_PERCENT}", f"to{IN_PERCENT}")  # with its 95% interval
 
 # -----------------------------------------------------------------------------
 # runs
 
 
-def run_names(runs: Path, file: str) -> list[str]:
-    """Return the names of the folders below `runs` that hold `file`, newest first.
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds a run, or a part of one.
 
-    The name of a folder is its path below `runs`, with slashes: the runs of `--runs runs/demo` are
-    found in runs/, too. Nothing is looked for within a run, nor behind a link.
+    Attributes:
+        name: its path below the folder of the runs, with slashes.
+        files: those of RUN_FILES that it holds.
+    """
+
+    name: str
+    files: frozenset[str]
+
+
+def run_folders(runs: Path) -> list[RunFolder]:
+    """Return the folders below `runs` that hold one of RUN_FILES, newest first.
+
+    The runs of `--runs runs/demo` are found in runs/, too. Nothing is looked for within a run, nor
+    behind a link.
     """
     by_time = []
-    for folder in _folders(runs, MAX_DEPTH):
+    for entry, name, files in _folders(str(runs), "", MAX_DEPTH):
         try:
-            if (folder / file).is_file():
-                by_time.append((folder.stat().st_mtime, folder.relative_to(runs).as_posix()))
+            by_time.append((entry.stat().st_mtime, name, files))
         except OSError:  # a run that was removed in between
             continue
-    return [name for _, name in sorted(by_time, reverse=True)]
+    return [RunFolder(name, files) for _, name, files in sorted(by_time, reverse=True)]
 
 
-def _folders(above: Path, depth: int) -> Iterator[Path]:
-    """Yield the folders below a folder, down to `depth`, but those within a run."""
+def names_with(folders: Iterable[RunFolder], *files: str) -> list[str]:
+    """Return the names of those of the folders that hold one of `files`, in their order."""
+    return [folder.name for folder in folders if not folder.files.isdisjoint(files)]
+
+
+def _folders(
+    above: str, prefix: str, depth: int
+) -> Iterator[tuple[os.DirEntry, str, frozenset[str]]]:
+    """Yield each folder that holds RUN_FILES below another one, down to `depth`: the folder, its
+    name with the prefix before it, and the files.
+
+    A folder is read once: a page of 500 runs does so at each click.
+    """
+    for folder in _entries(above):
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        name = prefix + folder.name
+        files = frozenset(entry.name for entry in _entries(folder.path) if _is_run_file(entry))
+        if files:
+            yield folder, name, files
+        elif depth > 1 and not folder.is_symlink():
+            yield from _folders(folder.path, name + "/", depth - 1)
+
+
+def _is_run_file(entry: os.DirEntry) -> bool:
+    return entry.name in RUN_FILES and entry.is_file()
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    """Return what a folder holds; nothing of one that is gone, or may not be read."""
     try:
-        with os.scandir(above) as entries:
-            below = [
-                Path(entry)
-                for entry in entries
-                if entry.is_dir() and not entry.name.startswith(".")
-            ]
-    except OSError:  # no such folder, or one that may not be read
-        return
-    for folder in below:
-        yield folder
-        is_run = any((folder / name).exists() for name in RUN_FILES)
-        if depth > 1 and not is_run and not folder.is_symlink():
-            yield from _folders(folder, depth - 1)
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
 
 
 def why_apart(folder: Path, flowers: Flowers) -> str:
@@ -72,21 +105,26 @@ def why_apart(folder: Path, flowers: Flowers) -> str:
     The empty string where they are, or where there are none.
     """
     path = folder / "predictions.csv"
-    index_of = {name: i for i, name in enumerate(flowers.file_names)}
+    index_of = _index_of_names(flowers.file_names)
     class_of = _classes_by_name(flowers.class_names)
+    labels = flowers.labels.tolist()
     index = []
     n_foreign = 0
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                i = index_of.get(row["file"])
-                if i is None or class_of.get(correct_name(row["label"])) != flowers.labels[i]:
+            # Not a DictReader, which takes twice as long: there may be hundreds of runs.
+            rows = csv.reader(file)
+            header = next(rows, ["file", "label"])  # an empty file has no rows either
+            file_at, label_at = header.index("file"), header.index("label")
+            for row in filter(None, rows):
+                i = index_of.get(row[file_at])
+                if i is None or class_of.get(correct_name(row[label_at])) != labels[i]:
                     n_foreign += 1
                 else:
                     index.append(i)
     except FileNotFoundError:  # a run that only trained
         return ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
+    except (OSError, ValueError, IndexError, csv.Error):
         return "damaged"
     if not index:
         return "another dataset" if n_foreign else "empty"
@@ -103,6 +141,18 @@ def run_arguments(folder: Path) -> dict:
         return read_json(folder / "args.json")
     except (OSError, ValueError):  # the page only quotes from it, and can do without
         return {}
+
+
+def written_temperature(folder: Path) -> float | None:
+    """Return the temperature that has divided the logits behind a run's predictions.csv.
+
+    None for a run that is not calibrated, as all are but evaluations with --calibrated.
+    """
+    try:
+        temperature = checked(read_json(folder / "result.json")).get("calibration_temperature")
+    except (OSError, ValueError):  # without a word, as in `run_arguments`
+        return None
+    return temperature if isinstance(temperature, float) else None
 
 
 def model_arguments(folder: Path) -> dict:
@@ -199,7 +249,7 @@ def _read_rows(path: Path, flowers: Flowers) -> tuple[list[tuple], int]:
 
     Raises ValueError, KeyError, TypeError or csv.Error if the file is damaged.
     """
-    position_of = {name: i for i, name in enumerate(flowers.file_names)}
+    position_of = _index_of_names(flowers.file_names)
     class_of = _classes_by_name(flowers.class_names)
     top = [()] * len(flowers.files)
     n_foreign = 0
@@ -225,6 +275,12 @@ def _read_rows(path: Path, flowers: Flowers) -> tuple[list[tuple], int]:
     if contradiction and any(top):
         raise ValueError("names that are not those of these images")
     return top, n_foreign
+
+
+@functools.lru_cache(2)
+def _index_of_names(file_names: tuple[str, ...]) -> dict[str, int]:
+    """Return the index of each file by its name."""
+    return {name: i for i, name in enumerate(file_names)}
 
 
 def _classes_by_name(class_names: tuple[str, ...]) -> dict[str, int]:
@@ -325,41 +381,74 @@ def likely_label_errors(labels: np.ndarray, n_classes: int, *runs: Predictions) 
     return index[order[doubted[order]]]
 
 
-def class_table(flowers: Flowers, index: np.ndarray, *runs: Predictions) -> "pd.DataFrame":
+def class_table(
+    flowers: Flowers,
+    index: np.ndarray,
+    *runs: Predictions,
+    clusters: np.ndarray | None = None,
+) -> "pd.DataFrame":
     """Return a table of the classes that occur among the images at `index`, a row a class.
 
-    Columns: class, change (second minus first, only with two runs), images, and the accuracy of
-    each run under its name. With two runs also how many images only one of them has right, and the
-    p-value of the exact test of McNemar (1947) that this is chance: of few images, a large change
-    may mean nothing. All percentages end in IN_PERCENT. The largest change comes first; without
-    two runs, the lowest accuracy of the first.
+    Columns: class, images, and the accuracy of each run under its name. With two runs also, behind
+    the class, the change (second minus first) with the ends of its 95% interval by the score method
+    of Tango (1998); and at the end how many images only one of them has right, and the p-value of
+    the exact test of McNemar (1947) that this is chance, without and with Holm's correction for the
+    number of classes: of few images, a large change may mean nothing. All percentages end in
+    IN_PERCENT. The largest change comes first; without two runs, the lowest accuracy of the first.
+
+    clusters: of the images at `index`, (n,) int from 0; near-duplicates share one, and count as one
+    image in the intervals. None: there are none.
     """
     import pandas as pd  # not needed by the first view
 
     labels = flowers.labels[index]
-    classes, counts = np.unique(labels, return_counts=True)
-    is_right = {run.name: pd.Series(run.guess[index] == labels) for run in runs}
+    classes, row_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    right = [run.guess[index] == labels for run in runs]
     table = pd.DataFrame({"class": [flowers.class_names[c] for c in classes], "images": counts})
-    for name, right in is_right.items():
-        table[_accuracy_of(name)] = 100 * right.groupby(labels).mean().to_numpy()
-    first = _accuracy_of(runs[0].name)
+    accuracies = [f"accuracy of {run.name}{IN_PERCENT}" for run in runs]
+    for column, is_right in zip(accuracies, right):
+        table[column] = 100 * np.bincount(row_of, is_right) / counts
     if len(runs) != 2:
-        return table.sort_values(first, kind="stable", ignore_index=True)
+        return table.sort_values(accuracies[0], kind="stable", ignore_index=True)
 
-    one, two = is_right
-    change = table[_accuracy_of(two)] - table[first]
-    table.insert(1, f"change{IN_PERCENT}", change)
-    only = {}
-    for name, other in ((one, two), (two, one)):
-        only[name] = (is_right[name] & ~is_right[other]).groupby(labels).sum().to_numpy()
-        table[f"only {name} right"] = only[name]
-    table[P_VALUE] = [mcnemar_p(a, b) for a, b in zip(only[one].tolist(), only[two].tolist())]
+    only_first = np.bincount(row_of[right[0] & ~right[1]], minlength=len(classes))  # (C,)
+    only_second = np.bincount(row_of[right[1] & ~right[0]], minlength=len(classes))
+    sizes = _effective_sizes(row_of, np.arange(len(index)) if clusters is None else clusters)
+    ends = _change_intervals(only_first, only_second, counts, sizes)
+    change = table[accuracies[1]] - table[accuracies[0]]
+    for place, (column, values) in enumerate(zip(CHANGE, (change, *ends)), 1):
+        table.insert(place, column, values)
+    for run, only in zip(runs, (only_first, only_second)):
+        table[f"only {run.name} right"] = only
+    table[P_VALUE] = [mcnemar_p(a, b) for a, b in zip(only_first.tolist(), only_second.tolist())]
+    table[CORRECTED] = holm(table[P_VALUE])
     by_size = change.abs().sort_values(ascending=False, kind="stable")
     return table.loc[by_size.index].reset_index(drop=True)
 
 
-def _accuracy_of(name: str) -> str:
-    return f"accuracy of {name}{IN_PERCENT}"
+def _change_intervals(
+    only_first: np.ndarray, only_second: np.ndarray, counts: np.ndarray, sizes: np.ndarray
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the lower and the upper ends of the 95% interval of each class's change, in points.
+
+    only_first, only_second: how many of the `counts` images of a class only one run has right, (C,)
+    each. sizes: of how many images these count, see `_effective_sizes`.
+    """
+    weights = sizes / counts
+    rows = np.stack([weights * only_second, weights * only_first, sizes], axis=1).tolist()
+    low, high = zip(*(paired_difference(*row) for row in rows))
+    return low, high
+
+
+def _effective_sizes(row_of: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Return of how many images that are unlike one another each class (C,) counts.
+
+    Kish's effective size (1965) where images of one cluster agree always: of a class in clusters of
+    m_1, m_2, ... images it is (sum of m)^2 / sum of m^2. row_of: class of each image from 0, (n,).
+    """
+    pairs = np.stack([row_of, clusters])
+    (rows, _), sizes = np.unique(pairs, axis=1, return_counts=True)  # of each cluster in a class
+    return np.bincount(rows, sizes) ** 2 / np.bincount(rows, sizes**2)
 
 
 def confusion_table(flowers: Flowers, run: Predictions, index: np.ndarray) -> "pd.DataFrame":

@@ -26,6 +26,7 @@ from flowers.page.kept import (
     start_map,
 )
 from flowers.page.widgets import (
+    ALL_CLASSES,
     Listing,
     choose_from_list,
     choose_one,
@@ -80,7 +81,7 @@ def map_choices(data: Dataset, runs: Path, ways: list[str], predicted: list[str]
             if state["judged"] is None:
                 state["judged"] = next(iter(reasons))
             choose_from_list("Right and wrong by", list(reasons), "judged", reasons=reasons)
-        choose_from_list("Class", sorted(data.flowers.class_names), "class")
+        choose_from_list("Class", sorted(data.flowers.class_names), "class", ALL_CLASSES)
 
 
 def places_on_map(data: Dataset, runs: Path) -> np.ndarray | None:

@@ -16,6 +16,7 @@ from flowers.page.kept import (
     load_searcher,
     reasons_apart,
     searcher_of,
+    sentence_features,
     start_searcher,
 )
 from flowers.page.widgets import (
@@ -77,14 +78,17 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
         features = searcher.of_picture(picture)  # (D,)
         title = "class"
         if searcher.temperature:
-            title = f"class, calibrated (T = {searcher.temperature:.3g})"
+            from flowers.calibration import temperature_in_words  # it loads scipy, as the model did
+
+            title = f"class, {temperature_in_words(searcher.temperature)}"
         # Named, since Streamlit itself refuses what is too large, and the picture before it stays.
         st.caption(f"Your picture {panels.plain(upload.name)}: its class, and the images like it.")
         show_answer(picture, data.flowers.class_names, searcher.ranking(features), title)
     else:
         if searcher.is_cut(state["q"]):
             st.warning(f"The model reads {searcher.model.context_length} tokens: the rest is cut.")
-        features = searcher.of_text(state["q"])
+        stamp = searcher_of(data, runs / state["model"])[-1]
+        features = sentence_features(searcher, state["q"], (state["model"], *stamp))
     order, scores = nearest(searcher.features, features)  # of all N images
     st.caption(SIMILARITY)
     return Listing(order, score_lines(order, scores), scores=scores)

@@ -20,6 +20,7 @@ from flowers.page.kept import Dataset
 from flowers.runs import command_line
 
 PER_PAGE = 48  # pictures of a grid
+ALL_CLASSES = "all classes"  # where no class is chosen
 SIMILARITY = "Similarity: 1 is the same. By colours, 0 is none in common; by a model, unrelated."
 
 
@@ -73,10 +74,12 @@ def picture_grid(
     flowers = data.flowers
     jpegs = data.thumbnails.jpegs(index)
     left = state.get("_left")  # the image that was shown alone before
+    # Once for all pictures: Streamlit takes long to look into its state.
+    chosen = {key: state[key] for key in address.DEFAULTS}
     items = []
     for i, jpeg in zip(index, jpegs):
         title = f"{data.ids[i]} {flowers.class_names[flowers.labels[i]]}"
-        link = "?" + urlencode(address.address_of(state, image=data.ids[i]), doseq=True)
+        link = "?" + urlencode(address.address_of(chosen, image=data.ids[i]), doseq=True)
         items.append((data.ids[i], link, jpeg, [title, *lines(i)]))
     draw(panels.pictures(items, left), key, lambda image_id: change(image=int(image_id)))
 
@@ -109,19 +112,21 @@ def choose_from_list(
     label: str,
     options: Sequence[str],
     key: str,
-    placeholder: str = "all classes",
+    placeholder: str = "",
     reasons: dict[str, str] | None = None,
     on_change: Callable[[], None] = change_filter,
 ) -> None:
-    """Show a list of many options, searched by typing, of which one or none is chosen.
+    """Show a list of many options, searched by typing, of which one is chosen.
 
-    reasons: why an option stands apart from the others, shown behind it.
+    placeholder: what stands there where none is chosen; without it, none can't be. reasons: why an
+    option stands apart from the others, shown behind it.
     """
     if state[key] is not None and state[key] not in options:
         options = [state[key], *options]  # a run that is gone: `is_missing` says so
     st.selectbox(
         label,
         options,
+        index=None if placeholder else 0,  # None: what is chosen can be taken back
         key=key,
         format_func=partial(with_reason, reasons=reasons or {}),
         placeholder=placeholder,
