@@ -49,6 +49,7 @@ PICTURE = ".pictures a"
 PREDICTION = ".pictures a p:nth-of-type(2)"
 TABLE = "[data-testid=stDataFrame] canvas[data-testid=data-grid-canvas]"
 ROW, TICK = 35, 18  # pixels: the height of a row of a table, and where its tick is
+CHART = "[data-testid=stVegaLiteChart] svg"
 COMPARE = ".st-key-compare button"
 
 
@@ -328,6 +329,17 @@ def test_a_visit(page, server, tmp_path):
     search_by_a_sentence_and_by_files(page, good, bad, large)
 
 
+def test_an_address_that_was_typed_by_hand(page, server):
+    page.goto(f"{server}/?page=%zz&class=%ff%00&sure=%F0%9F%8C%B8&sort=%3Cb%3E&x={'9' * 5000}")
+    wait(page, lambda: len(captions(page)) == 48 and not urlsplit(page.url).query)
+    page.goto(f"{server}/?view=runs&run=other&run=tiny&other=..%2F%3Cb%3Ex")
+    wait(page, lambda: page.get_by_text("There is no run ../<b>x with").count() == 1)
+    assert not page.locator(TABLE).count() and not captions(page)
+    page.goto(f"{server}/?view=map&box=NaN,1,2,3&laid=%2e%2e%2ftiny")
+    wait(page, lambda: page.get_by_text("There is no run ../tiny with").count() == 1)
+    assert not page.locator(CHART).count()
+
+
 # -----------------------------------------------------------------------------
 # impatient visitors
 
@@ -477,7 +489,6 @@ BOXES = """selector => {
     return found;
 }"""
 BUTTONS = "button, label, .pictures a, [role=radio]"
-CHART = "[data-testid=stVegaLiteChart] svg"
 LIST = "input[role=combobox]"
 SLIDER = "[data-testid=stSlider] [role=group]"
 
