@@ -26,7 +26,7 @@ from flowers.data import Flowers, add_data_arguments
 from flowers.download import data_folder, default_root, is_complete
 from flowers.files import user_path
 from flowers.gallery import address, panels
-from flowers.gallery.predictions import run_names
+from flowers.gallery.predictions import names_with, run_folders
 from flowers.gallery.thumbnails import MAX_UPLOAD_BYTES
 from flowers.page.browse import browse
 from flowers.page.choices import (
@@ -63,8 +63,9 @@ def show_page(parser: argparse.ArgumentParser) -> None:
     data = open_data(args)
     flowers = data.flowers
     # Asked anew each time: a run may end while the page is open.
-    predicted = run_names(runs, "predictions.csv")
-    models = run_names(runs, "model.pt")
+    folders = run_folders(runs)
+    predicted = names_with(folders, "predictions.csv")
+    models = names_with(folders, "model.pt")
     address.read(state, page_address(), allowed_choices(data))
 
     with toolbar():
@@ -100,7 +101,7 @@ def show_page(parser: argparse.ArgumentParser) -> None:
         state["image"] = None
     if state["image"] is not None:
         everything = Listing(np.arange(len(data.ids)))
-        show_image(data, int(found[0]), listing or everything, models, runs)
+        show_image(data, int(found[0]), listing or everything, runs, models, predicted)
     elif listing is not None:
         show_listing(data, listing)
     st.set_page_config(title_of_page(flowers, found))

@@ -11,7 +11,7 @@ from flowers import UserError
 from flowers.data import Flowers
 from flowers.gallery import panels
 from flowers.gallery.address import MAX_TEXT
-from flowers.gallery.predictions import Predictions, run_names
+from flowers.gallery.predictions import Predictions
 from flowers.gallery.search import nearest
 from flowers.images import read_rgb
 from flowers.page.choices import BARS, change, is_missing, state, ways_of
@@ -43,10 +43,13 @@ NEWEST = 3  # runs whose predictions are shown under an image, and how many are 
 NEWEST_LOOKED_AT = 8
 
 
-def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs: Path) -> None:
+def show_image(
+    data: Dataset, i: int, listing: Listing, runs: Path, models: list[str], predicted: list[str]
+) -> None:
     """Show image i with all that is known of it, and the nearest images.
 
-    listing: the list that it was opened from. models: the runs that have a model.
+    listing: the list that it was opened from. models: the runs that have a model. predicted: those
+    that have predictions.
     """
     flowers = data.flowers
     image_toolbar(data.ids, i, listing.index)
@@ -68,7 +71,7 @@ def show_image(data: Dataset, i: int, listing: Listing, models: list[str], runs:
         f"{flowers.file_names[i]} · {width} x {height} pixels · {len(jpeg) / 1000:.0f} kB",
     ]
     captions = captions_of(data, i)
-    predictions = listing.predictions or newest_predictions(data, runs, i)
+    predictions = listing.predictions or newest_predictions(data, runs, predicted, i)
     rankings = rankings_of(flowers, i, predictions)
     draw(panels.image(jpeg, rgb, name, facts, captions, rankings), "image")
     show_where(data, i, models, runs)
@@ -134,10 +137,13 @@ def rankings_of(
     return rankings
 
 
-def newest_predictions(data: Dataset, runs: Path, i: int) -> list[Predictions]:
-    """Return the predictions of the newest runs that have one of image i."""
+def newest_predictions(data: Dataset, runs: Path, names: list[str], i: int) -> list[Predictions]:
+    """Return the predictions of the newest runs that have one of image i.
+
+    names: the runs that have predictions, the newest first.
+    """
     found = []
-    for name in run_names(runs, "predictions.csv")[:NEWEST_LOOKED_AT]:
+    for name in names[:NEWEST_LOOKED_AT]:
         try:
             run = load_predictions(data, runs, name)
         except UserError:  # about other images, or damaged: said where that run is chosen

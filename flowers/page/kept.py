@@ -5,6 +5,7 @@ files that it is made from.
 """
 
 import importlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
+from flowers import UserError
 from flowers.data import Flowers, open_flowers
 from flowers.gallery import atlas
 from flowers.gallery.filters import image_ids, split_names
@@ -24,6 +26,7 @@ from flowers.gallery.thumbnails import Thumbnails
 from flowers.layouts import read_captions
 from flowers.splits import MissingImages
 
+SEARCHERS = 3  # models in memory, with their features of all images
 POLL = 0.2  # seconds between two looks at what is computed in the background
 
 
@@ -50,11 +53,15 @@ class Dataset:
 
 def stamp_of(*paths: Path) -> tuple:
     """Return something that changes when one of the files does."""
-    times = []
-    for path in paths:
-        # A missing file has a time, too, as it may come.
-        times.append((str(path), path.stat().st_mtime_ns if path.exists() else 0))
-    return tuple(times)
+    return tuple((str(path), modified(path)) for path in paths)
+
+
+def modified(path: Path) -> int:
+    """Return when a file was changed, in nanoseconds; of one that is missing, as it may come, 0."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def stamp_of_run(run: Path) -> tuple:
@@ -129,14 +136,24 @@ def load_captions(data: Dataset, path: Path) -> list[list[str]]:
 
 
 def load_predictions(data: Dataset, runs: Path, name: str) -> Predictions:
-    def read(path: Path) -> Predictions:
-        return read_predictions(path.parent, data.flowers, name)
+    """Return the predictions of a run; read once, until they change. Raises UserError if they can't
+    be used, which is found out once, too.
+    """
+
+    def read(path: Path) -> Predictions | UserError:
+        try:
+            return read_predictions(path.parent, data.flowers, name)
+        except UserError as error:
+            return error
 
     path = runs / name / "predictions.csv"
-    return made_once(read, path, data.stamp + stamp_of(path))
+    predictions = made_once(read, path, data.stamp + stamp_of(path))
+    if isinstance(predictions, UserError):
+        raise UserError(*predictions.args)
+    return predictions
 
 
-@st.cache_resource(show_spinner=False, max_entries=8)
+@st.cache_resource(show_spinner=False, max_entries=SEARCHERS)
 def start_searcher(_flowers: Flowers, path: Path, stamp: tuple) -> Future:
     """Start to make the Searcher of the run whose model.pt is at `path`; once, until it changes.
 
@@ -168,6 +185,12 @@ def load_searcher(data: Dataset, run: Path) -> Searcher:
     """Return the Searcher of a run; until it is made, a bar shows how far that is."""
     arguments = searcher_of(data, run)
     return result_of(start_searcher, arguments, "Loading the model")
+
+
+@st.cache_data(show_spinner=False, max_entries=100)
+def sentence_features(_searcher: Searcher, sentence: str, stamp: tuple) -> np.ndarray:
+    """Return the features (D,) of a sentence; once, until the stamp of the run changes."""
+    return _searcher.of_text(sentence)
 
 
 def result_of(start: Callable[..., Future], arguments: tuple, what: str) -> Any:

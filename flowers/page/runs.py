@@ -97,7 +97,9 @@ def all_runs_table(runs: Path, names: list[str]) -> "pd.DataFrame":
     def read(path: Path) -> "pd.DataFrame":
         return run_table(path, names)
 
-    return made_once(read, runs, stamp_of(*paths))
+    # Short, as Streamlit takes long to compare a thousand times.
+    stamp = hashlib.sha256(repr(stamp_of(*paths)).encode()).hexdigest()
+    return made_once(read, runs, (stamp,))
 
 
 def describe_run(folder: Path) -> None:

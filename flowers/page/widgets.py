@@ -73,10 +73,12 @@ def picture_grid(
     flowers = data.flowers
     jpegs = data.thumbnails.jpegs(index)
     left = state.get("_left")  # the image that was shown alone before
+    # Once for all pictures: Streamlit takes long to look into its state.
+    chosen = {key: state[key] for key in address.DEFAULTS}
     items = []
     for i, jpeg in zip(index, jpegs):
         title = f"{data.ids[i]} {flowers.class_names[flowers.labels[i]]}"
-        link = "?" + urlencode(address.address_of(state, image=data.ids[i]), doseq=True)
+        link = "?" + urlencode(address.address_of(chosen, image=data.ids[i]), doseq=True)
         items.append((data.ids[i], link, jpeg, [title, *lines(i)]))
     draw(panels.pictures(items, left), key, lambda image_id: change(image=int(image_id)))
 
