@@ -130,7 +130,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from flowers import devices, evaluate, figures, files
+from flowers import calibration, devices, evaluate, figures, files
 from flowers.data import Flowers, open_from_flags, split_index
 from flowers.duplicates import write_duplicates
 from flowers.layouts import read_captions
@@ -269,7 +269,7 @@ def main(args: argparse.Namespace):
         flowers, args.split, len(index), args.class_names, prompts, model.origin
     )
     if args.calibrated:
-        protocol["probabilities"] = evaluate.temperature_in_words(temperature)
+        protocol["probabilities"] = calibration.temperature_in_words(temperature)
         if args.split == "val":
             protocol["probabilities"] += ", found on images of this split"
     # args.json keeps what decides the result, as resolved here, and not how the command was called.

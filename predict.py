@@ -141,7 +141,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from flowers import devices, evaluate, figures, files, layouts, runs
+from flowers import calibration, devices, evaluate, figures, files, layouts, runs
 from flowers.data import open_flowers
 from flowers.download import default_root, is_complete
 from flowers.images import read_picture
@@ -184,7 +184,7 @@ def main(args: argparse.Namespace):
     if run and args.names and templates is None and sentences is None:
         check_head(run, names)
     temperature = choose_temperature(run, names, templates, args)
-    note = f"; {evaluate.temperature_in_words(temperature)}" if temperature else ""
+    note = f"; {calibration.temperature_in_words(temperature)}" if temperature else ""
     model = load_model(args.architecture, device, args.activation)
     head, templates = evaluate.load_head(
         args.architecture, model, names, templates, TEMPLATE, sentences

@@ -62,10 +62,10 @@ import pandas as pd
 from flowers import calibration
 from flowers.choices import KEEPS_WEIGHTS, SHAPES, templates_in_words
 from flowers.files import atomic, read_lines, write_csv
-from flowers.runs import read_predictions
+from flowers.intervals import holm
+from flowers.runs import SOUP, read_predictions
 from flowers.study import figures, statistics
 from flowers.study.comparable import (
-    SOUP,
     Grid,
     Group,
     Run,
@@ -727,7 +727,7 @@ def compare_pairs(groups: list[Group]) -> pd.DataFrame:
         rows.append((a, b, *difference, first.seed, *test))
     columns = ["a", "b", "difference", "low", "high", "seed", "only_a", "only_b", "p"]
     pairs = pd.DataFrame(rows, columns=columns)
-    return pairs.assign(holm=statistics.holm(pairs["p"]))
+    return pairs.assign(holm=holm(pairs["p"]))
 
 
 def write_pairs(path: Path, pairs: pd.DataFrame, labels: Sequence[str]) -> None:
@@ -1659,7 +1659,7 @@ def shared_worst(worst: list[list[str]], classes: int) -> tuple[np.ndarray, np.n
     # Each pair is tested once: the correction counts the upper triangle alone.
     upper = np.triu_indices(size, k=1)
     corrected = np.ones((size, size))
-    corrected[upper] = statistics.holm(p_values[upper])
+    corrected[upper] = holm(p_values[upper])
     return counts, np.minimum(corrected, corrected.T)
 
 

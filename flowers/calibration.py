@@ -129,3 +129,8 @@ def nll(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> flo
     """The mean negative log-likelihood, in nats, of labels (N,) under logits (N, C) / T."""
     log_probabilities = log_softmax(logits.astype(np.float64) / temperature, axis=1)
     return float(-log_probabilities[np.arange(len(labels)), labels].mean())
+
+
+def temperature_in_words(temperature: float) -> str:
+    """How a calibrated probability is marked, such as `calibrated (T = 1.37)`."""
+    return f"calibrated (T = {temperature:.3g})"

@@ -453,11 +453,6 @@ def _is_own_head(
     return templates is not None and arguments.get("prompt_template") == list(templates)
 
 
-def temperature_in_words(temperature: float) -> str:
-    """How a calibrated probability is marked, such as `calibrated (T = 1.37)`."""
-    return f"calibrated (T = {temperature:.3g})"
-
-
 # -----------------------------------------------------------------------------
 # metrics
 

@@ -27,14 +27,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flowers import UserError, reason
-from flowers.choices import KEEPS_WEIGHTS, SHAPES
+from flowers.choices import KEEPS_WEIGHTS, RANDOM, SHAPES, split_tag
 from flowers.data import OXFORD_ID, Flowers, image_ids, open_from_flags, select, subset
 from flowers.files import (
     append_line,
@@ -66,6 +66,9 @@ INHERITED = (
 
 # The job in merged/ of a run of qwen_train.py: a model that a run made, and no run to resume.
 MERGED = "qwen_merged"
+
+
+SOUP = " soup"  # behind the strategy of the runs of which a model is the mean
 
 
 class UnknownImages(UserError):
@@ -452,6 +455,39 @@ def flags_for_next(runs: str, wandb: str) -> dict:
 def trains(epochs: int | None, strategy: str | None) -> bool:
     """Whether a run of train.py looks at its training images: --epochs 0 evaluates the start."""
     return epochs != 0 or strategy == "linear"
+
+
+def strategy_of(trained: Mapping, members: Sequence[Mapping | None] = ()) -> str:
+    """The strategy by which a model was trained: "none" if it was not, "unknown" if nothing says.
+
+    trained: the args.json of the run that trained it, or of an evaluation of a run that is not
+    here. members: of a soup, those of its runs, None for one that is not here. A soup has their
+    strategy with SOUP behind it, "mixed" where they differ.
+    """
+    if members:
+        if None in members:
+            return "unknown" + SOUP
+        strategies = {member.get("strategy") or "full" for member in members}
+        return (strategies.pop() if len(strategies) == 1 else "mixed") + SOUP
+    path = Path(str(trained.get("architecture")))
+    if trained.get("job") == "eval" and path.name == "model.pt":
+        return "unknown"
+    strategy = trained.get("strategy") or "full"  # of older runs
+    return strategy if trained.get("epochs") or strategy == "linear" else "none"
+
+
+def pretraining_of(first: Mapping, is_start: bool) -> str:
+    """What the weights were trained on with which a chain of runs begins, with open_clip's own tag.
+
+    first: the args.json of that run. is_start: whether another run starts from it: it then stands
+    in for pretraining. Of a file of weights nothing is known: "".
+    """
+    architecture = str(first.get("architecture"))
+    if architecture not in RANDOM:
+        return split_tag(architecture)[1]
+    if not is_start:
+        return "random"
+    return "captions" if first.get("captions") else "prompts"
 
 
 def write_trained_on(folder: Path, ids: Iterable[str], *starts: str | Path) -> None:

@@ -16,6 +16,7 @@ from sklearn.metrics import brier_score_loss, log_loss
 from flowers import UserError, calibration, evaluate, runs
 from flowers.choices import TEMPLATE
 from flowers.data import open_flowers
+from flowers.gallery.relevance import load_run
 from flowers.gallery.search import Searcher
 
 # -----------------------------------------------------------------------------
@@ -250,6 +251,9 @@ def test_pictures_are_named_by_calibrated_probabilities(held, small, tmp_path, c
     by_page = searcher.ranking(searcher.features[2])
     order = np.argsort(NAMES)
     np.testing.assert_allclose(by_page[order], probabilities(soft), atol=2e-3)
+    explainer = load_run(held, NAMES)
+    by_image = explainer.probabilities(picture)
+    np.testing.assert_allclose(by_image[order], probabilities(soft), atol=2e-3)
     other = open_flowers(small, holdout=True, class_names="openai")
     assert Searcher(other, held).temperature is None
 

@@ -237,3 +237,32 @@ def test_without_wandb_installed(small, tmp_path):
     assert done.returncode == 0
     assert "wandb can't be imported" in done.stderr
     assert (tmp_path / "w" / "result.json").exists()
+
+
+def test_how_a_model_was_trained_and_what_it_began_with():
+    """What report and page both say; their own tests go through files."""
+    lora, older = {"strategy": "lora", "epochs": 3}, {"epochs": 3}
+    trained = [
+        (lora, (), "lora"),
+        (older, (), "full"),
+        ({"strategy": "lora", "epochs": 0}, (), "none"),
+        ({"strategy": "linear", "epochs": 0}, (), "linear"),
+        ({"job": "eval", "architecture": "ViT-B/32"}, (), "none"),
+        ({"job": "eval", "architecture": "gone/model.pt"}, (), "unknown"),
+        (lora, (lora, lora), "lora soup"),
+        (older, (older, {"strategy": "full"}), "full soup"),
+        (lora, (lora, older), "mixed soup"),
+        (lora, (lora, None), "unknown soup"),
+    ]
+    for settings, members, strategy in trained:
+        assert runs.strategy_of(settings, members) == strategy
+    begun = [
+        ("tiny", False, "random"),
+        ("tiny", True, "prompts"),
+        ("ViT-B/32", True, "openai"),
+        ("open_clip:ViT-B-32/laion2b_s34b_b79k", False, "laion2b_s34b_b79k"),
+        ("weights.pt", False, ""),
+    ]
+    for architecture, is_start, pretraining in begun:
+        assert runs.pretraining_of({"architecture": architecture}, is_start) == pretraining
+    assert runs.pretraining_of({"architecture": "tiny", "captions": "c"}, True) == "captions"

@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 from conftest import ROOT
+from scipy import optimize, special, stats
 
 from flowers.evaluate import wilson
+from flowers.intervals import holm, paired_difference
 from flowers.study import statistics
 
 # Crampton 1947, R's data set ToothGrowth: supplement (VC, OJ) x dose (0.5, 1, 2 mg) x ten
@@ -178,8 +180,84 @@ def test_holm_of_worked_examples():
         ([0.04, 0.001, 0.5, 0.01], [0.08, 0.004, 0.5, 0.03]),
         ([0.9, 0.8], [1, 1]),
     ):
-        assert statistics.holm(p_values) == pytest.approx(corrected)
-    assert len(statistics.holm([])) == 0
+        assert holm(p_values) == pytest.approx(corrected)
+    assert len(holm([])) == 0
+
+
+def constrained_statistic(only_a, only_b, n, difference):
+    """The score statistic of a difference, its nuisance parameter found by a numeric search.
+
+    The likelihood of (only a right, only b right, neither alone) is greatest at that parameter, the
+    probability that b alone is right, if that of a is it and the difference.
+    """
+    rest = n - only_a - only_b
+
+    def loss(q):
+        p = np.array([q + difference, q, 1 - 2 * q - difference])
+        return -special.xlogy([only_a, only_b, rest], np.maximum(p, 1e-300)).sum()
+
+    ends = max(0.0, -difference), (1 - difference) / 2
+    q = optimize.minimize_scalar(loss, method="bounded", bounds=ends, options={"xatol": 1e-9})
+    variance = n * (2 * q.x + difference - difference**2)
+    return (only_a - only_b - n * difference) / math.sqrt(variance)
+
+
+@pytest.mark.parametrize(
+    "only_a, only_b, n", [(4, 0, 8), (3, 2, 8), (0, 7, 8), (1, 0, 1), (9, 20, 60), (1.5, 0.5, 3.5)]
+)
+def test_ends_of_a_paired_difference_are_those_that_the_score_test_just_rejects(only_a, only_b, n):
+    low, high = (end / 100 for end in paired_difference(only_a, only_b, n))
+    assert low < (only_a - only_b) / n < high or high == 1 or low == -1
+    if low > -1:
+        statistic = constrained_statistic(only_a, only_b, n, low)
+        assert statistic == pytest.approx(statistics.Z, abs=2e-4)
+    if high < 1:
+        statistic = constrained_statistic(only_a, only_b, n, high)
+        assert statistic == pytest.approx(-statistics.Z, abs=2e-4)
+
+
+def test_paired_difference_of_extremes():
+    # By hand: with no image that only one has right, z(D)^2 = n D / (1 - D) for D > 0.
+    end = 100 * statistics.Z**2 / (8 + statistics.Z**2)
+    assert paired_difference(0, 0, 8) == pytest.approx((-end, end))
+    assert paired_difference(8, 0, 8)[1] == 100
+    low, high = paired_difference(3, 1, 8)
+    assert paired_difference(1, 3, 8) == pytest.approx((-high, -low))
+    # Of many images it is the interval of the study, near enough.
+    a = np.arange(1000) < 600
+    b = (np.arange(1000) >= 60) & (np.arange(1000) < 630)
+    _, *wald = statistics.difference_interval(a[None], b[None])
+    assert paired_difference(60, 30, 1000) == pytest.approx(wald, abs=0.1)
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_paired_difference_of_few_images_holds_the_truth(n):
+    """By the probabilities of all outcomes, not by drawing some; over many truths."""
+    outcomes = [(a, b) for a in range(n + 1) for b in range(n + 1 - a)]
+    counts = np.array([(a, b, n - a - b) for a, b in outcomes])
+    score = np.array([paired_difference(a, b, n) for a, b in outcomes])
+    wald = []
+    for a, b in outcomes:
+        one = np.arange(n) < a
+        other = (np.arange(n) >= a) & (np.arange(n) < a + b)
+        wald.append(statistics.difference_interval(one[None], other[None])[1:])
+
+    held = {"score": [], "wald": []}
+    grid = np.linspace(0, 1, 21)
+    for p_a, p_b in itertools.product(grid, grid):
+        if p_a + p_b > 1:
+            continue
+        probabilities = stats.multinomial.pmf(counts, n, [p_a, p_b, max(1 - p_a - p_b, 0)])
+        truth = 100 * (p_a - p_b)
+        for name, (low, high) in (("score", score.T), ("wald", np.transpose(wald))):
+            inside = (low <= truth + 1e-9) & (truth <= high + 1e-9)
+            held[name].append(probabilities[inside].sum())
+    assert 0.95 < np.mean(held["score"]) < 0.98
+    assert min(held["score"]) > 0.85
+    # Why the interval of the study is not taken: too often it holds the truth too rarely.
+    rarely = {name: np.mean(np.array(values) < 0.93) for name, values in held.items()}
+    assert rarely["score"] < 0.05
+    assert rarely["wald"] > 0.25
 
 
 def test_overlap_by_enumeration():

@@ -61,6 +61,7 @@ from flowers.gallery.thumbnails import (
     read_thumbnail,
     thumbnail,
 )
+from flowers.intervals import holm, paired_difference
 from flowers.page import classes, kept
 from flowers.study.comparable import read_clusters
 from flowers.study.statistics import difference_interval, mean_interval
@@ -295,6 +296,17 @@ def test_filters_by_class(page, truth, name):
     assert pictures(at)[0]["lines"] == [f"{shown(at)[0]} {name}"]
 
 
+def test_a_chosen_class_can_be_taken_back(page):
+    """The browser shows a cross in a list without a default; lists of runs always have one."""
+    at = select(page(), "class", "rose")
+    assert not at.selectbox(key="class").proto.HasField("default")
+    assert len(shown(select(at, "class", None))) > len(NAMES)
+    assert address_of(at) == {}
+    at = page(view="runs", run="first", guess="rose")
+    lists = {box.key: box.proto.HasField("default") for box in at.selectbox}
+    assert lists == {"run": True, "class": False, "guess": False}
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_filters_by_split_and_id_together(page, truth, split):
     _, splits = truth
@@ -356,7 +368,8 @@ def test_neighbours_by_colour_and_by_a_run(page, many):
     others = [i + 1 for i in np.argsort(distances, kind="stable") if i != 49]
     assert shown(at, "neighbours") == others[:12]
 
-    choose(at, "like", "first")
+    assert at.selectbox(key="like").options == ["colours", "first"]  # a list: there may be 500 runs
+    select(at, "like", "first")
     assert len(shown(at, "neighbours")) == 12
     assert 50 not in shown(at, "neighbours")
     assert scores(at, "neighbours") == sorted(scores(at, "neighbours"), reverse=True)
@@ -476,6 +489,9 @@ def test_how_sure_a_difference_is(page, runs):
 
     at = page(view="runs", run="first", other="second", part="classes")
     classes = classes_of(at).set_index("class")
+    corrected = holm(classes["p (McNemar)"])
+    assert classes["p (Holm)"].to_numpy() == pytest.approx(corrected)
+    assert (classes["p (Holm)"] > classes["p (McNemar)"]).any()
     for name in NAMES:
         of_class = np.array([row["label"] == name for row in first.values()])
         a, b = (int((x & ~y & of_class).sum()) for x, y in (right, right[::-1]))
@@ -483,6 +499,29 @@ def test_how_sure_a_difference_is(page, runs):
         assert classes.loc[name, "only second right"] == b
         exact = contingency_tables.mcnemar([[0, a], [b, 0]], exact=True).pvalue
         assert classes.loc[name, "p (McNemar)"] == pytest.approx(exact)
+        ends = paired_difference(b, a, int(of_class.sum()))
+        assert classes.loc[name, ["from (%)", "to (%)"]].tolist() == pytest.approx(ends)
+
+
+def test_the_change_of_a_class_counts_near_duplicates_once(many):
+    """Of pairs that get the same answer, the interval is that of half as many images."""
+    flowers = open_flowers(many)
+    index = np.flatnonzero(flowers.labels == 0)
+    probabilities = np.random.default_rng(3).dirichlet(np.ones(len(NAMES)), (2, N))
+    probabilities[:, index[1::2]] = probabilities[:, index[::2]]
+    runs = [
+        dataclasses.replace(predictions_from(run), name=f"{k}")
+        for k, run in enumerate(probabilities)
+    ]
+    one, other = (run.guess[index[::2]] == 0 for run in runs)
+    once = (other & ~one).sum(), (one & ~other).sum(), len(index) // 2
+    assert sum(once[:2]) > 0
+    pairs = class_table(flowers, index, *runs, clusters=np.arange(len(index)) // 2).iloc[0]
+    alone = class_table(flowers, index, *runs).iloc[0]
+    ends = ["from (%)", "to (%)"]
+    assert pairs[ends].tolist() == pytest.approx(paired_difference(*once))
+    assert alone[ends].tolist() == pytest.approx(paired_difference(*(2 * k for k in once)))
+    assert alone["change (%)"] == pairs["change (%)"]
 
 
 @pytest.fixture(scope="session")
@@ -552,10 +591,15 @@ def test_all_runs_in_one_table(page, three_runs, tmp_path):
     (runs / "third" / "args.json").write_text(json.dumps(started | {"strategy": "full"}))
     (runs / "cut").mkdir()
     (runs / "cut" / "args.json").write_text('{"job": "tr')
+    # Runs without settings: one that left predictions alone, and one whose result repeats them.
+    (runs / "alone").mkdir()
+    shutil.copy(three_runs / "first" / "predictions.csv", runs / "alone")
+    (runs / "result").mkdir()
+    (runs / "result" / "result.json").write_text(json.dumps(settings | result))
 
     at = page(runs=runs, view="runs")
     table = at.dataframe[0].value.set_index("run")
-    assert set(table.index) == {"first", "second", "third", "cut"}
+    assert set(table.index) == {"first", "second", "third", "cut", "alone", "result"}
     first, second, third = (table.loc[name] for name in ("first", "second", "third"))
     assert first[["strategy", "architecture", "pretraining"]].tolist() == ["lora", "tiny", "random"]
     assert first[["loss", "learning rate", "seed"]].tolist() == ["sigmoid", 0.01, 7]
@@ -565,6 +609,10 @@ def test_all_runs_in_one_table(page, three_runs, tmp_path):
     assert third[["architecture", "pretraining"]].tolist() == ["ViT-B/32", "laion2b"]
     assert third["split"] == "not finished"
     assert table.loc["cut", "split"] == "damaged"
+    assert table.loc["alone"].isna().all()
+    kept = table.columns.drop("split")
+    assert table.loc["result", kept].equals(first[kept])
+    assert "There are no settings (args.json) of alone" in text(tick(at, "alone"))
 
     whole(at.multiselect(key="only_split").set_value(["val"]).run())
     assert at.dataframe[0].value["run"].tolist() == ["second"]
@@ -573,7 +621,8 @@ def test_all_runs_in_one_table(page, three_runs, tmp_path):
     at = page(runs=runs, view="runs")
     assert at.dataframe[0].value.set_index("run").loc["third", "top-1 (%)"] == 50.0
     at = press(page(runs=runs, view="runs", run="first", other="second"), "all_runs")
-    assert address_of(at) == {"view": "runs"}
+    assert ticked(at) == ["first", "second"]  # to add a third
+    assert address_of(press(at, "untick")) == {"view": "runs"}
 
 
 def write_run(folder, result=None, **settings):
@@ -656,6 +705,18 @@ def tick(at, *names):
     return whole(at.run())
 
 
+def ticked(at):
+    """The runs that are ticked, by the rows that the browser is told."""
+    shown = at.dataframe[0].value["run"].tolist()
+    rows = json.loads(at.dataframe[0].proto.selection_default)["selection"]["rows"]
+    assert address_lists(at).get("ticked", []) == [shown[row] for row in rows]
+    return [shown[row] for row in rows]
+
+
+def address_lists(at):
+    return {key: list(np.atleast_1d(value)) for key, value in at.query_params.items()}
+
+
 def test_ticks_are_of_runs_and_not_of_rows(page, three_runs, tmp_path):
     runs = shutil.copytree(three_runs, tmp_path / "runs")
     (runs / "bare").mkdir()
@@ -666,11 +727,60 @@ def test_ticks_are_of_runs_and_not_of_rows(page, three_runs, tmp_path):
     at = tick(page(runs=runs, view="runs"), "first", "second", "bare")
     assert "Left out, as they have no predictions: bare." in text(at)
     assert "compare" in [button.key for button in at.button]
-    # Other rows stand where the ticked ones stood.
+    # Other rows stand where the ticked ones stood, which stay ticked, shown or not.
     whole(at.multiselect(key="only_strategy").set_value(["linear"]).run())
-    assert "compare" not in [button.key for button in at.button]
-    at = press(tick(at, "third", "second"), "compare")
-    assert address_of(at) == {"view": "runs", "run": "third", "other": "second"}
+    assert set(at.dataframe[0].value["run"]) == {"second", "third"}
+    assert "Ticked, too, but not shown: first, bare." in text(at)
+    assert address_lists(at)["ticked"] == ["first", "second", "bare"]
+    assert at.button(key="compare").label == "Compare 2 ticked runs"
+    at = tick(press(at, "untick"), "third")
+    at = press(tick(at, "second", "third"), "compare")  # in the order in which they were ticked
+    assert address_of(at) == {
+        "view": "runs",
+        "run": "third",
+        "other": "second",
+        "only_strategy": "linear",
+    }
+
+
+def test_the_table_of_runs_is_in_the_address(page, three_runs, tmp_path):
+    runs = shutil.copytree(three_runs, tmp_path / "runs")
+    for name, top1 in (("first", 50.0), ("second", 70.0), ("third", None)):
+        settings = {"job": "train", "architecture": "tiny", "strategy": "full", "epochs": 3}
+        (runs / name / "args.json").write_text(json.dumps(settings))
+        if top1:
+            (runs / name / "result.json").write_text(json.dumps({"test/top1": top1}))
+    at = page(runs=runs, view="runs")
+    select(at, "sorted", "top-1 (%)")
+    assert at.dataframe[0].value["run"].tolist() == ["second", "first", "third"]
+    choose(at, "direction", "ascending")
+    assert at.dataframe[0].value["run"].tolist() == ["first", "second", "third"]
+    write(at, "named", "IR")
+    whole(at.multiselect(key="only_strategy").set_value(["full"]).run())
+    at = tick(at, "third", "first")
+    address = address_lists(at)
+    assert address == {
+        "view": ["runs"],
+        "named": ["IR"],
+        "only_strategy": ["full"],
+        "sorted": ["top-1 (%)"],
+        "direction": ["ascending"],
+        "ticked": ["third", "first"],
+    }
+
+    again = page(runs=runs, **address)
+    assert address_lists(again) == address
+    assert again.dataframe[0].value["run"].tolist() == ["first", "third"]
+    default = json.loads(again.dataframe[0].proto.selection_default)
+    assert sorted(default["selection"]["rows"]) == [0, 1]
+    # Back to where less was ticked: the table is told so.
+    again.query_params["ticked"] = ["third"]
+    assert ticked(whole(again.run())) == ["third"]
+    # What there is not is said, and is not in the way.
+    odd = page(runs=runs, view="runs", ticked=["thrid", "first"], sorted="shots", only_split="none")
+    assert "There is no run thrid" in text(odd)
+    assert odd.dataframe[0].value.empty
+    assert odd.button(key="compare").label == "See predictions of the ticked run"
 
 
 def test_true_and_predicted_class_open_a_cell_of_the_confusion_matrix(page, runs):
@@ -754,6 +864,45 @@ def reference(runs, many, sentence):
         words = model.encode_text(clip.tokenize([sentence]))[0]
         images = model.encode_image(torch.stack([preprocess(Image.open(file)) for file in files]))
     return torch.cosine_similarity(images, words[None]).numpy()
+
+
+def test_an_image_has_calibrated_probabilities_where_a_run_has_a_temperature(
+    page, three_runs, many, tmp_path
+):
+    folder = shutil.copytree(three_runs, tmp_path / "runs")
+    first, second = folder / "first", folder / "second"
+    (first / "calibration.json").write_text(json.dumps({"temperature": 2.5}))
+    (first / "class_names.json").write_text(json.dumps({"names": NAMES}))
+    # An evaluation with --calibrated, whose predictions are calibrated already.
+    (second / "result.json").write_text(json.dumps({"calibration_temperature": 1.25}))
+    i = next(iter(predictions_of(folder, "first")))
+    at = page(runs=folder, view="runs", run="first", other=["second", "third"], image=str(i))
+    before = dict(rankings(html(at, "image")))
+    assert list(before) == ["first", "second: calibrated (T = 1.25), found on val", "third"]
+    calibrated = choose(at, "probabilities", "calibrated")
+    assert address_of(calibrated)["probabilities"] == "calibrated"
+    (title, best), *others = rankings(html(calibrated, "image"))
+    assert title == "first: calibrated (T = 2.5), found on val"
+    assert [name for name, _ in others] == [[*before][1], "third: not calibrated"]
+    assert [answers for _, answers in others] == [*before.values()][1:]
+
+    model, _ = clip.load(str(first / "model.pt"), device="cpu")
+    cosines = [reference(folder, many, f"a {name}")[i - 1] for name in NAMES]
+    wanted = scipy.special.softmax(np.array(cosines) * model.logit_scale.exp().item() / 2.5)
+    for name, percent in best:
+        c = NAMES.index(name.removeprefix("✓ "))
+        assert percent == pytest.approx(100 * wanted[c], abs=0.1)
+    assert [percent for _, percent in best] == sorted([p for _, p in best], reverse=True)
+
+    # Found for other names: it is not this head's.
+    (first / "class_names.json").write_text(json.dumps({"names": NAMES[::-1]}))
+    (title, _), *_ = rankings(
+        html(
+            page(runs=folder, view="runs", run="first", image=str(i), probabilities="calibrated"),
+            "image",
+        )
+    )
+    assert title == "first: not calibrated"
 
 
 def test_search_by_a_sentence(page, runs, many):
@@ -1182,10 +1331,11 @@ def test_the_stamp_of_a_run_changes_with_each_of_its_files(tmp_path):
     prompts = tmp_path / "prompts.json"
     (tmp_path / "args.json").write_text(json.dumps({"prompts": str(prompts)}))
     stamps = {kept.stamp_of_run(tmp_path)}
-    for name in ("model.pt", "classifier.pt", "calibration.json", "prompts.json"):
+    names = ("model.pt", "classifier.pt", "calibration.json", "class_names.json", "prompts.json")
+    for name in names:
         (tmp_path / name).touch()
         stamps.add(kept.stamp_of_run(tmp_path))
-    assert len(stamps) == 5
+    assert len(stamps) == 6
 
 
 def test_a_missing_image_costs_that_image_alone(page, many, tmp_path):
@@ -1263,16 +1413,13 @@ def test_the_newest_run_of_this_dataset_and_split_comes_first(page, runs, truth,
     for name, rows in (("tulips", [row]), ("official", [trained])):
         (folder / name).mkdir()
         write_csv(folder / name / "predictions.csv", rows)
-    # Without settings there is no table of all runs, and a run is chosen.
-    for path in folder.glob("*/*/args.json"):
-        path.unlink()
     names = ("demo/before", "demo/after", "tulips", "official")
     for age, name in enumerate(names):
         os.utime(folder / name, (10**9 + age, 10**9 + age))
 
     at = page(runs=folder, view="runs")
-    assert accuracies(at).index.tolist() == ["demo/after"]
-    assert address_of(at)["run"] == "demo/after"
+    assert at.dataframe[0].value["run"].tolist() == [*names[::-1]]  # the newest first
+    at = page(runs=folder, view="runs", run="official")
     assert at.selectbox(key="run").options == [
         "demo/after",
         "demo/before",
@@ -1496,7 +1643,7 @@ def test_tables_as_csv(many, runs, tmp_path):
         changes = class_table(flowers, run.index, run, second)
         assert set(changes["class"]) == set(NAMES)
         assert changes["images"].sum() == len(run.index)
-        assert changes.shape == (len(NAMES), 8)
+        assert changes.shape == (len(NAMES), 11)
 
     rows = predictions_of(runs, "second").values()
     counts = Counter((row["label"], row["top1"]) for row in rows)
@@ -1534,8 +1681,8 @@ def test_each_list_has_a_file_of_its_own(page, monkeypatch):
     assert files == {
         "flowers-browse.csv": "id,file,class,split",
         "flowers-runs-first-wrong.csv": "id,file,class,split,first prediction,first probability",
-        "flowers-runs-first-second-classes.csv": f"class,change (%),images,{of_first},{of_second},"
-        "only first right,only second right,p (McNemar)",
+        "flowers-runs-first-second-classes.csv": "class,change (%),from (%),to (%),images,"
+        f"{of_first},{of_second},only first right,only second right,p (McNemar),p (Holm)",
         "flowers-runs-first-confusion.csv": "class,prediction,images",
     }
 

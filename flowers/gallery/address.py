@@ -25,6 +25,9 @@ from typing import Any
 State = MutableMapping[str, Any]
 Address = dict[str, str | list[str]]
 
+FILTERED = ("strategy", "architecture", "pretraining", "split")  # columns of the table of runs
+FILTERS = tuple(f"only_{column}" for column in FILTERED)  # the names of these filters
+
 DEFAULTS = {
     "view": "browse",
     "class": None,
@@ -35,6 +38,11 @@ DEFAULTS = {
     "image": None,  # id of the image that is shown alone
     "run": None,  # of the view of runs; None: all, in a table
     "other": [],  # the runs that `run` is compared with
+    "ticked": [],  # runs, in the table of all
+    "named": "",  # a part of the names of the runs in that table
+    **{name: [] for name in FILTERS},  # the values that a column of it may have; none: all
+    "sorted": None,  # the column that it is sorted by; None: the newest run first
+    "direction": "descending",
     "model": None,  # the run whose model searches
     "part": "pictures",
     "show": "all",
@@ -44,6 +52,7 @@ DEFAULTS = {
     "sort": "name",  # of the classes of the confusion matrix
     "cells": "counts",
     "sure": (0, 100),  # the least and the greatest confidence, in percent
+    "probabilities": "predicted",  # under one image: as the runs wrote them, or calibrated
     "like": "colours",  # what the nearest images are near by: colours, or a run's name
     "q": "",  # the sentence that is searched
     "where": "hidden",  # where a run looks, under one image
@@ -56,11 +65,12 @@ DEFAULTS = {
     "box": "",  # what is selected on the map: left, right, bottom, top
 }
 NUMBERS = ("page", "image")
-TEXTS = ("ids", "q", "words", "box")
+TEXTS = ("ids", "named", "q", "words", "box")
 RUNS = ("run", "model", "like", "looker", "laid", "judged")
-LISTS = ("other",)  # each of their values is a parameter of the address
 MAX_TEXT = 300  # characters
 MOST_RUNS = 6  # that are compared
+# Each of their values is a parameter of the address; no more are read than this.
+LISTS = {"other": MOST_RUNS - 1, "ticked": 50, **dict.fromkeys(FILTERS, 50)}
 
 
 def change(state: State, **choices) -> None:
@@ -129,11 +139,11 @@ def _checked(key: str, value: Any, allowed: dict[str, Collection]) -> Any:
         return int(value) if re.fullmatch("[0-9]{1,9}", value) else DEFAULTS[key]
     if key in TEXTS and isinstance(value, str):
         return value[:MAX_TEXT]
-    if key in RUNS:
-        return str(value)[:MAX_TEXT] if value else DEFAULTS[key]
+    if key in RUNS:  # not cut, or it could be another run's name
+        return str(value) if value else DEFAULTS[key]
     if key in LISTS:
-        # Once each, and none more than can be compared.
-        return list(dict.fromkeys(str(name)[:MAX_TEXT] for name in value))[: MOST_RUNS - 1]
+        # Once each.
+        return list(dict.fromkeys(map(str, value)))[: LISTS[key]]
     if key == "sure" and isinstance(value, str):
         ends = re.fullmatch("([0-9]{1,3})-([0-9]{1,3})", value)
         least, most = sorted(min(int(end), 100) for end in ends.groups()) if ends else (0, 100)

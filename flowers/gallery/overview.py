@@ -1,12 +1,16 @@
-"""All runs in one table: what each is and how good it is, from its args.json and result.json."""
+"""All runs in one table: what each is and how good it is, from its args.json and result.json.
+
+A run may lack either, or both: then the table says less of it.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowers.choices import RANDOM, SHAPES, split_architecture
+from flowers.choices import SHAPES, pretraining_family, split_architecture
 from flowers.files import checked, read_json
 from flowers.qwen_settings import protocol_in_words, strategy_in_words
+from flowers.runs import pretraining_of, strategy_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +27,11 @@ METRICS = {
     "base (%)": "base_top1",
     "new (%)": "new_top1",
 }
+COLUMNS = (
+    ("run", "strategy", "architecture", "pretraining", *SETTINGS, "trained on")
+    + ("split", "images", "overlap", *METRICS)
+    + ("parameters trained", "seconds")
+)
 TRAINED = ("trainable_image", "trainable_text", "trainable_scale", "trainable_head", "trainable")
 OPTIONAL = ("shots", "trained on", "overlap", "ECE (%)", "base (%)", "new (%)")
 SPLITS = ("test", "val", "train")
@@ -35,19 +44,17 @@ DAMAGED = "damaged"
 def run_table(runs: Path, names: Sequence[str]) -> "pd.DataFrame":
     """Return a table of the runs with these names, a row a run, in their order.
 
-    Columns: run, strategy, architecture, pretraining, those of SETTINGS, the classes trained on
+    COLUMNS: run, strategy, architecture, pretraining, those of SETTINGS, the classes trained on
     where not all, split with its convention, images, overlap (how many of them the model was
     trained on), those of METRICS (`from` and `to` are the ends of the 95% interval of top-1),
     parameters that were trained, seconds of training. What a run does not have is empty; a column
     of OPTIONAL that no run has is left out. The split of a run without a result is UNFINISHED, or
-    DAMAGED.
+    DAMAGED; it is empty, as all else, of a run that has no settings either.
     """
     import pandas as pd  # not needed by the first view
 
     rows = [_row(runs, name) for name in names]
-    columns = ["run", "strategy", "architecture", "pretraining", *SETTINGS, "trained on"]
-    columns += ["split", "images", "overlap", *METRICS, "parameters trained", "seconds"]
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=COLUMNS)
     return table.drop(columns=[name for name in OPTIONAL if table[name].isna().all()])
 
 
@@ -56,13 +63,20 @@ def _row(runs: Path, name: str) -> dict:
     folder = runs / name
     row = {"run": name}
     try:
-        settings = checked(read_json(folder / "args.json"))
-        is_finished = (folder / "result.json").exists()
-        result = checked(read_json(folder / "result.json")) if is_finished else {}
-        row |= _description(folder, settings, result)
-        return row | (_results(result) if is_finished else {"split": UNFINISHED})
+        settings = _read_if_there(folder / "args.json")
+        result = _read_if_there(folder / "result.json")
+        if settings is None and result is None:
+            return row
+        # A result repeats the settings.
+        row |= _description(folder, result if settings is None else settings, result or {})
+        return row | ({"split": UNFINISHED} if result is None else _results(result))
     except (OSError, ValueError, TypeError, KeyError):
         return row | {"split": DAMAGED}
+
+
+def _read_if_there(path: Path) -> dict | None:
+    """Return what a JSON file holds; None if there is none. Raises ValueError if it is damaged."""
+    return checked(read_json(path)) if path.exists() else None
 
 
 def _description(folder: Path, settings: dict, result: dict) -> dict:
@@ -71,11 +85,8 @@ def _description(folder: Path, settings: dict, result: dict) -> dict:
     evaluates = settings.get("job") in EVALUATIONS and len(chain) > 1
     trained = chain[1] if evaluates else chain[0]
     first = chain[-1]
-    architecture, pretraining = split_architecture(first.get("architecture") or "")
-    if architecture in RANDOM:
-        pretraining = "random"
-        if first is not trained:  # a run of one's own stands in for it
-            pretraining = "captions" if first.get("captions") else "prompts"
+    architecture, _ = split_architecture(first.get("architecture") or "")
+    pretraining = pretraining_family(pretraining_of(first, first is not trained))
     # Of a soup, all of its runs were trained.
     members = _members(folder, settings) or [trained]
     strategy = _strategy(settings, result, trained, members)
@@ -103,20 +114,13 @@ def _strategy(settings: dict, result: dict, trained: dict, members: list[dict]) 
     members: the runs of a soup.
     """
     job = settings.get("job")
-    if settings.get("soup"):
-        strategies = {member.get("strategy") for member in members}
-        if None in strategies:  # a run that is not here
-            return "unknown soup"
-        return f"{strategies.pop() if len(strategies) == 1 else 'mixed'} soup"
     if job == "qwen_train":
         return "lora"
     if job in EVALUATIONS and job != "eval":
         is_tuned = bool(settings.get("adapter") or trained.get("job") == "qwen_train")
         return strategy_in_words(job, is_tuned, protocol_in_words(settings, result))
-    if trained.get("job") == "eval" and Path(str(trained.get("architecture"))).name == "model.pt":
-        return "unknown"  # it evaluates a run that is not here
-    is_trained = trained.get("epochs") or trained.get("strategy") == "linear"
-    return str(trained.get("strategy")) if is_trained else "none"
+    of_soup = members if settings.get("soup") else []
+    return strategy_of(trained, [member or None for member in of_soup])
 
 
 def chain_of(folder: Path, settings: dict) -> list[dict]:

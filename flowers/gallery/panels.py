@@ -303,7 +303,7 @@ def confusion(
         attributes = f'data-open="{t},{p}" title="{title}" style="{style}"'
         cells.append(f"<button {attributes}>{number}</button>")
 
-    columns = f"grid-template-columns:max-content repeat({len(classes)},minmax(var(--cell),1fr))"
+    columns = f"grid-template-columns:max-content repeat({len(classes)},minmax(var(--cell),60px))"
     corner = '<span class="corner">true ↓ named →</span>'
     return f'<div class="matrix" style="{columns}">{corner}{labels}{"".join(cells)}</div>'
 
@@ -316,7 +316,7 @@ def count_pairs(true: np.ndarray, predicted: np.ndarray) -> Counter:
 def legend(*meanings: str) -> str:
     """Return what the blue and the orange cells of a matrix mean, as HTML."""
     colours = (BLUE, ORANGE)
-    return " ".join(
+    return "&emsp;".join(
         f'<b style="color:rgb({colour})">■</b> {escape(meaning)}'
         for colour, meaning in zip(colours, meanings)
     )

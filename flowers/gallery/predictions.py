@@ -14,7 +14,7 @@ import numpy as np
 from flowers import UserError
 from flowers.data import Flowers
 from flowers.files import checked, read_json
-from flowers.intervals import mcnemar_p
+from flowers.intervals import holm, mcnemar_p, paired_difference
 from flowers.layouts import OPENAI_NAMES, correct_name
 from flowers.runs import command_line
 
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 NO_CLASS = -1  # of an image that a run did not predict
 MAX_DEPTH = 4  # of folders below the folder of the runs
-RUN_FILES = ("args.json", "predictions.csv", "model.pt")
+RUN_FILES = ("args.json", "result.json", "predictions.csv", "model.pt")  # each makes a run
 # At the end of a column's name: no run takes the place of another column.
 IN_PERCENT = " (%)"
 P_VALUE = "p (McNemar)"
+CORRECTED = "p (Holm)"
+CHANGE = (f"change{IN_PERCENT}", f"from{IN_PERCENT}", f"to{IN_PERCENT}")  # with its 95% interval
 
 # -----------------------------------------------------------------------------
 # runs
@@ -58,11 +60,6 @@ def run_folders(runs: Path) -> list[RunFolder]:
         except OSError:  # a run that was removed in between
             continue
     return [RunFolder(name, files) for _, name, files in sorted(by_time, reverse=True)]
-
-
-def run_names(runs: Path, *files: str) -> list[str]:
-    """Return the names of run_folders that hold one of `files`, newest first."""
-    return names_with(run_folders(runs), *files)
 
 
 def names_with(folders: Iterable[RunFolder], *files: str) -> list[str]:
@@ -144,6 +141,18 @@ def run_arguments(folder: Path) -> dict:
         return read_json(folder / "args.json")
     except (OSError, ValueError):  # the page only quotes from it, and can do without
         return {}
+
+
+def written_temperature(folder: Path) -> float | None:
+    """Return the temperature that has divided the logits behind a run's predictions.csv.
+
+    None for a run that is not calibrated, as all are but evaluations with --calibrated.
+    """
+    try:
+        temperature = checked(read_json(folder / "result.json")).get("calibration_temperature")
+    except (OSError, ValueError):  # without a word, as in `run_arguments`
+        return None
+    return temperature if isinstance(temperature, float) else None
 
 
 def model_arguments(folder: Path) -> dict:
@@ -372,41 +381,74 @@ def likely_label_errors(labels: np.ndarray, n_classes: int, *runs: Predictions) 
     return index[order[doubted[order]]]
 
 
-def class_table(flowers: Flowers, index: np.ndarray, *runs: Predictions) -> "pd.DataFrame":
+def class_table(
+    flowers: Flowers,
+    index: np.ndarray,
+    *runs: Predictions,
+    clusters: np.ndarray | None = None,
+) -> "pd.DataFrame":
     """Return a table of the classes that occur among the images at `index`, a row a class.
 
-    Columns: class, change (second minus first, only with two runs), images, and the accuracy of
-    each run under its name. With two runs also how many images only one of them has right, and the
-    p-value of the exact test of McNemar (1947) that this is chance: of few images, a large change
-    may mean nothing. All percentages end in IN_PERCENT. The largest change comes first; without
-    two runs, the lowest accuracy of the first.
+    Columns: class, images, and the accuracy of each run under its name. With two runs also, behind
+    the class, the change (second minus first) with the ends of its 95% interval by the score method
+    of Tango (1998); and at the end how many images only one of them has right, and the p-value of
+    the exact test of McNemar (1947) that this is chance, without and with Holm's correction for the
+    number of classes: of few images, a large change may mean nothing. All percentages end in
+    IN_PERCENT. The largest change comes first; without two runs, the lowest accuracy of the first.
+
+    clusters: of the images at `index`, (n,) int from 0; near-duplicates share one, and count as one
+    image in the intervals. None: there are none.
     """
     import pandas as pd  # not needed by the first view
 
     labels = flowers.labels[index]
-    classes, counts = np.unique(labels, return_counts=True)
-    is_right = {run.name: pd.Series(run.guess[index] == labels) for run in runs}
+    classes, row_of, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    right = [run.guess[index] == labels for run in runs]
     table = pd.DataFrame({"class": [flowers.class_names[c] for c in classes], "images": counts})
-    for name, right in is_right.items():
-        table[_accuracy_of(name)] = 100 * right.groupby(labels).mean().to_numpy()
-    first = _accuracy_of(runs[0].name)
+    accuracies = [f"accuracy of {run.name}{IN_PERCENT}" for run in runs]
+    for column, is_right in zip(accuracies, right):
+        table[column] = 100 * np.bincount(row_of, is_right) / counts
     if len(runs) != 2:
-        return table.sort_values(first, kind="stable", ignore_index=True)
+        return table.sort_values(accuracies[0], kind="stable", ignore_index=True)
 
-    one, two = is_right
-    change = table[_accuracy_of(two)] - table[first]
-    table.insert(1, f"change{IN_PERCENT}", change)
-    only = {}
-    for name, other in ((one, two), (two, one)):
-        only[name] = (is_right[name] & ~is_right[other]).groupby(labels).sum().to_numpy()
-        table[f"only {name} right"] = only[name]
-    table[P_VALUE] = [mcnemar_p(a, b) for a, b in zip(only[one].tolist(), only[two].tolist())]
+    only_first = np.bincount(row_of[right[0] & ~right[1]], minlength=len(classes))  # (C,)
+    only_second = np.bincount(row_of[right[1] & ~right[0]], minlength=len(classes))
+    sizes = _effective_sizes(row_of, np.arange(len(index)) if clusters is None else clusters)
+    ends = _change_intervals(only_first, only_second, counts, sizes)
+    change = table[accuracies[1]] - table[accuracies[0]]
+    for place, (column, values) in enumerate(zip(CHANGE, (change, *ends)), 1):
+        table.insert(place, column, values)
+    for run, only in zip(runs, (only_first, only_second)):
+        table[f"only {run.name} right"] = only
+    table[P_VALUE] = [mcnemar_p(a, b) for a, b in zip(only_first.tolist(), only_second.tolist())]
+    table[CORRECTED] = holm(table[P_VALUE])
     by_size = change.abs().sort_values(ascending=False, kind="stable")
     return table.loc[by_size.index].reset_index(drop=True)
 
 
-def _accuracy_of(name: str) -> str:
-    return f"accuracy of {name}{IN_PERCENT}"
+def _change_intervals(
+    only_first: np.ndarray, only_second: np.ndarray, counts: np.ndarray, sizes: np.ndarray
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the lower and the upper ends of the 95% interval of each class's change, in points.
+
+    only_first, only_second: how many of the `counts` images of a class only one run has right, (C,)
+    each. sizes: of how many images these count, see `_effective_sizes`.
+    """
+    weights = sizes / counts
+    rows = np.stack([weights * only_second, weights * only_first, sizes], axis=1).tolist()
+    low, high = zip(*(paired_difference(*row) for row in rows))
+    return low, high
+
+
+def _effective_sizes(row_of: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Return of how many images that are unlike one another each class (C,) counts.
+
+    Kish's effective size (1965) where images of one cluster agree always: of a class in clusters of
+    m_1, m_2, ... images it is (sum of m)^2 / sum of m^2. row_of: class of each image from 0, (n,).
+    """
+    pairs = np.stack([row_of, clusters])
+    (rows, _), sizes = np.unique(pairs, axis=1, return_counts=True)  # of each cluster in a class
+    return np.bincount(rows, sizes) ** 2 / np.bincount(rows, sizes**2)
 
 
 def confusion_table(flowers: Flowers, run: Predictions, index: np.ndarray) -> "pd.DataFrame":

@@ -153,22 +153,42 @@ class Explainer:
     Attributes:
         origin: what the weights are, in words.
         resolution: R, the side of its images.
+        temperature: divides the logits of `probabilities`; None where the run has found none on
+            val.
     """
 
-    def __init__(self, model: CLIP, head: evaluate.Head, class_names: Sequence[str], learned: bool):
+    def __init__(
+        self,
+        model: CLIP,
+        head: evaluate.Head,
+        class_names: Sequence[str],
+        learned: bool,
+        temperature: float | None = None,
+    ):
         """learned: whether the head is a linear one, and not made from texts."""
         self.model = model
         self.head = head
         self.class_names = class_names
         self.learned = learned
+        self.temperature = temperature
         self.origin = model.origin
         self.resolution = model.visual.input_resolution
 
     def predict(self, file: Path) -> str:
         """Return the name of the best class for a picture."""
+        return self.class_names[int(self._logits(file).argmax())]
+
+    def probabilities(self, file: Path) -> np.ndarray:
+        """Return the probabilities (C,) of the classes for a picture: calibrated, if the run has a
+        temperature, else at the head's scale. Raises UserError for a model that diverged.
+        """
+        return (self._logits(file) / (self.temperature or 1.0)).softmax(0).numpy()
+
+    def _logits(self, file: Path) -> torch.Tensor:
+        """The logits (C,) of the classes for a picture."""
         with torch.inference_mode():
             features = encode_images(self.model, self._read(file))  # (1, D)
-        return self.class_names[int(evaluate.class_logits(features, self.head).argmax())]
+        return evaluate.class_logits(features, self.head)[0]
 
     def class_target(self, name: str) -> Target:
         weight, bias = self.head
@@ -208,10 +228,13 @@ class Explainer:
 
 
 def load_run(folder: Path, class_names: Sequence[str]) -> Explainer:
-    """Return the model of a run. Raises UserError if it is damaged or of other classes."""
+    """Return the model of a run. Raises UserError if it, or its calibration.json, is
+    damaged, or it is of other classes.
+    """
     model = weights.load_model(str(folder))
-    head, _ = run_head(folder, model, class_names)
-    return Explainer(model, head, class_names, _has_linear_head(folder))
+    head, prompts = run_head(folder, model, class_names)
+    temperature = evaluate.own_temperature(folder, class_names, *prompts)
+    return Explainer(model, head, class_names, _has_linear_head(folder), temperature)
 
 
 def load_start(folder: Path, class_names: Sequence[str]) -> Explainer:

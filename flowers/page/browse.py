@@ -9,7 +9,7 @@ from flowers.gallery import panels
 from flowers.gallery.filters import in_ranges, parse_ids
 from flowers.page.choices import BARS, change, change_filter, state
 from flowers.page.kept import Dataset
-from flowers.page.widgets import Listing, choose_from_list, choose_one, draw, filters
+from flowers.page.widgets import ALL_CLASSES, Listing, choose_from_list, choose_one, draw, filters
 
 
 def browse(data: Dataset) -> Listing:
@@ -19,7 +19,7 @@ def browse(data: Dataset) -> Listing:
     if show_filters:
         splits = [name for name, index in flowers.splits.items() if len(index)]
         with filters():
-            choose_from_list("Class", sorted(flowers.class_names), "class")
+            choose_from_list("Class", sorted(flowers.class_names), "class", ALL_CLASSES)
             choose_one("Split", ["all", *splits], "split")
             st.text_input(
                 "File ids", key="ids", placeholder="7, 20-30", on_change=change_filter, width=160

@@ -9,7 +9,8 @@ from collections.abc import Collection
 import streamlit as st
 
 from flowers.gallery import address, panels
-from flowers.gallery.address import MOST_RUNS
+from flowers.gallery.address import MAX_TEXT, MOST_RUNS
+from flowers.gallery.overview import COLUMNS
 from flowers.page.kept import Dataset
 
 # The options of buttons, the first of each being the default.
@@ -22,8 +23,10 @@ SHOWS = ("all", "right", "wrong", *OF_SEVERAL, "doubted", "alike")
 ORDERS = ("id", "confidence", "doubt")
 MATRIX_ORDERS = ("name", "confusions")
 GUESSERS = ("first", "any")  # of the runs that are compared, which predicts the chosen class
+DIRECTIONS = ("descending", "ascending")  # of the table of runs
 CELLS = ("counts", "difference")  # of the confusion matrix of two runs
 BARS = ("hidden", "shown")  # of the class histogram, and of where a run looks
+PROBABILITIES = ("predicted", "calibrated")
 COLOURINGS = ("class", "split", "outcome")  # of the map
 
 # What options are called, where it is not the option itself.
@@ -41,6 +44,7 @@ NAMES_OF_ORDERS = {
     "doubt": "least confident",
     "confusions": "confused ones together",
 }
+NAMES_OF_PROBABILITIES = {"predicted": "as predicted", "calibrated": "calibrated on val"}
 NAMES_OF_COLOURINGS = {"outcome": "right and wrong"}
 
 state = st.session_state
@@ -83,12 +87,22 @@ def allowed_choices(data: Dataset) -> dict[str, Collection]:
         "guesser": GUESSERS,
         "bars": BARS,
         "where": BARS,
+        "probabilities": PROBABILITIES,
         "target": data.flowers.class_names,
         "order": ORDERS,
         "sort": MATRIX_ORDERS,
         "cells": CELLS,
+        "sorted": COLUMNS,
+        "direction": DIRECTIONS,
         "colour": COLOURINGS,
     }
+
+
+def ways_of(models: Collection[str]) -> list[str]:
+    """Return what images can be near by: their colours, or the features of a run with a model."""
+    colours = address.DEFAULTS["like"]
+    # A run of that name would be mistaken for the colours.
+    return [colours, *(name for name in models if name != colours)]
 
 
 def is_missing(key: str, names: Collection[str], what: str) -> bool:
@@ -100,9 +114,9 @@ def is_missing(key: str, names: Collection[str], what: str) -> bool:
     gone = [name for name in chosen if name is not None and name not in names]
     if not gone:
         return False
-    name = gone[0]
+    name = panels.plain(gone[0][:MAX_TEXT])
     st.warning(
-        f"There is no run {panels.plain(name)} {what}: it was deleted or renamed, or is misspelt "
+        f"There is no run {name} {what}: it was deleted or renamed, or is misspelt "
         "in the address. Choose another one."
     )
     return True

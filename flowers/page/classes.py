@@ -9,6 +9,8 @@ from flowers.data import Flowers
 from flowers.gallery import panels
 from flowers.gallery.filters import as_csv
 from flowers.gallery.predictions import (
+    CHANGE,
+    CORRECTED,
     IN_PERCENT,
     P_VALUE,
     Predictions,
@@ -26,10 +28,17 @@ MCNEMAR_OF_TWO = (
     "The exact test of McNemar: how likely so uneven a count of images that only one of the two "
     "has right is, if neither is better."
 )
-MCNEMAR_OF_CLASS = (
-    f"{MCNEMAR_OF_TWO} Of each class alone, not corrected for their number: of a hundred classes, "
-    "up to five are expected below 0.05 by chance."
-)
+HELP = {
+    P_VALUE: f"{MCNEMAR_OF_TWO} Of each class alone, not corrected for their number: of a hundred "
+    "classes, up to five are expected below 0.05 by chance.",
+    CORRECTED: "The same, corrected for the number of classes (Holm): the chance that one class or "
+    "more is below 0.05 is at most 5%, if no class differs.",
+    **dict.fromkeys(
+        CHANGE[1:],
+        "An end of the 95% interval of the change, in points (Tango's score interval for pairs, of "
+        "each class alone). Near-duplicates count as one image. Of few images it is wide.",
+    ),
+}
 
 
 def list_all(true: str, guess: str | None = None, guesser: str = "first") -> None:
@@ -39,9 +48,14 @@ def list_all(true: str, guess: str | None = None, guesser: str = "first") -> Non
     change(part="pictures", show="all", sure=(0, 100), page=1, **choices)
 
 
-def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.ndarray) -> None:
-    """Show the accuracy of each class; a click on a cell or row lists the pictures of its class."""
-    table = class_table(flowers, index, *predictions)
+def show_classes(
+    flowers: Flowers, predictions: list[Predictions], index: np.ndarray, clusters: np.ndarray
+) -> None:
+    """Show the accuracy of each class; a click on a cell or row lists the pictures of its class.
+
+    index: the images that all of them predicted. clusters: of these, (n,) int.
+    """
+    table = class_table(flowers, index, *predictions, clusters=clusters)
 
     def class_chosen():
         change()
@@ -52,10 +66,11 @@ def show_classes(flowers: Flowers, predictions: list[Predictions], index: np.nda
             name = table["class"][rows[0]]
             list_all(true=name)
 
-    one_decimal = st.column_config.NumberColumn(format="%.1f")
-    percentages = [column for column in table.columns if column.endswith(IN_PERCENT)]
-    formats = dict.fromkeys(percentages, one_decimal)
-    formats[P_VALUE] = st.column_config.NumberColumn(format="%.3f", help=MCNEMAR_OF_CLASS)
+    formats = {}
+    for column in table.columns:
+        if column.endswith(IN_PERCENT) or column in HELP:
+            digits = "%.1f" if column.endswith(IN_PERCENT) else "%.3f"
+            formats[column] = st.column_config.NumberColumn(format=digits, help=HELP.get(column))
     st.caption("Accuracy of each class; click on a cell to see the pictures of its class.")
     st.dataframe(
         table,

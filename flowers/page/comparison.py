@@ -11,7 +11,12 @@ from flowers import UserError
 from flowers.data import Flowers
 from flowers.gallery import panels
 from flowers.gallery.address import MOST_RUNS
-from flowers.gallery.predictions import Predictions, likely_label_errors, outcomes, run_names
+from flowers.gallery.predictions import (
+    Predictions,
+    likely_label_errors,
+    outcomes,
+)
+from flowers.intervals import holm
 from flowers.page.choices import (
     GUESSERS,
     NAMES_OF_ORDERS,
@@ -28,6 +33,7 @@ from flowers.page.classes import MCNEMAR_OF_TWO, show_classes, show_confusion
 from flowers.page.kept import Dataset, load_predictions, reasons_apart
 from flowers.page.runs import show_runs
 from flowers.page.widgets import (
+    ALL_CLASSES,
     Listing,
     choose_from_list,
     choose_one,
@@ -47,14 +53,15 @@ EXPLAINED = {
 MCNEMAR = f"{MCNEMAR_OF_TWO} Of several runs, corrected for their number (Holm)."
 
 
-def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
+def compare_runs(
+    data: Dataset, runs: Path, everything: list[str], names: list[str]
+) -> Listing | None:
     """Show all runs, or what some predicted; return the images of the chosen outcome, if any.
 
-    names: the runs that have predictions.
+    everything: all runs. names: those that have predictions.
     """
     flowers = data.flowers
-    everything = run_names(runs, "args.json") if state["run"] is None else []
-    if everything:
+    if state["run"] is None and everything:
         show_runs(runs, everything, names)
         return None
     if not names:
@@ -63,8 +70,6 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
         return None
     reasons = reasons_apart(data, runs, names)
     names = list(reasons)
-    if state["run"] is None:
-        state["run"] = names[0]  # the newest of this dataset and split, if there is one
     choose_runs(names, reasons)
 
     predicted = f"with predictions in {panels.plain(str(runs))}"
@@ -82,7 +87,7 @@ def compare_runs(data: Dataset, runs: Path, names: list[str]) -> Listing | None:
     if state["image"] is None:  # one image is shown without them
         show_accuracies(flowers, predictions, images_of["all"], clusters)
     if state["part"] == "classes":
-        return show_classes(flowers, predictions, images_of["all"])
+        return show_classes(flowers, predictions, images_of["all"], clusters)
     if state["part"] == "confusion":
         return show_confusion(flowers, predictions, images_of["all"])
     images_of["doubted"] = images_of["all"][:0]
@@ -104,7 +109,9 @@ def choose_runs(names: list[str], reasons: dict[str, str]) -> None:
     others = [name for name in names if name != state["run"]]
     gone = [name for name in state["other"] if name not in others]  # `is_missing` says so
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        all_runs = {"run": None, "other": [], "image": None, "page": 1}
+        # There those are ticked that have been compared.
+        ticked = [state["run"], *state["other"]]
+        all_runs = {"run": None, "other": [], "image": None, "page": 1, "ticked": ticked}
         st.button("All runs", on_click=change, kwargs=all_runs, key="all_runs")
         choose_from_list("Run", names, "run", reasons=reasons)
         st.multiselect(
@@ -157,7 +164,7 @@ def show_accuracies(
 
     index: the images that all of them predicted. clusters: of these, (n,) int.
     """
-    from flowers.study.statistics import difference_interval, holm, mcnemar, mean_interval
+    from flowers.study.statistics import difference_interval, mcnemar, mean_interval
 
     labels = flowers.labels[index]
     correct = [run.guess[index] == labels for run in predictions]
@@ -239,14 +246,14 @@ def outcome_filters(flowers: Flowers, predictions: list[Predictions], shows: lis
     names = sorted(flowers.class_names)
     # Of several runs, these speak of the first.
     by = f" by {panels.plain(predictions[0].name)}" if len(predictions) > 1 else ""
-    only = {key: f"only {run.name} right" for key, run in zip(ONLY, predictions)}
+    only = {key: f"only {panels.plain(run.name)} right" for key, run in zip(ONLY, predictions)}
     with filters():
         choose_one(f"Right and wrong{by}", shows, "show", names=NAMES_OF_SHOWS | only)
-        choose_from_list("True class", names, "class")
+        choose_from_list("True class", names, "class", ALL_CLASSES)
         by_any = " by any of these" if len(predictions) > 1 and state["guesser"] == "any" else by
-        choose_from_list(f"Predicted class{by_any}", names, "guess")
+        choose_from_list(f"Predicted class{by_any}", names, "guess", ALL_CLASSES)
         if len(predictions) > 1:
-            called = {"first": predictions[0].name, "any": "any of these"}
+            called = {"first": panels.plain(predictions[0].name), "any": "any of these"}
             choose_one("It is predicted by", GUESSERS, "guesser", names=called)
         choose_one(f"Order (confidence{by})", ORDERS, "order", names=NAMES_OF_ORDERS)
         st.slider(f"Confidence{by} (%)", 0, 100, key="sure", on_change=change_filter, width=200)

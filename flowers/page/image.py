@@ -11,10 +11,18 @@ from flowers import UserError
 from flowers.data import Flowers
 from flowers.gallery import panels
 from flowers.gallery.address import MAX_TEXT
-from flowers.gallery.predictions import Predictions
+from flowers.gallery.predictions import Predictions, written_temperature
 from flowers.gallery.search import nearest
 from flowers.images import read_rgb
-from flowers.page.choices import BARS, change, is_missing, state
+from flowers.page.choices import (
+    BARS,
+    NAMES_OF_PROBABILITIES,
+    PROBABILITIES,
+    change,
+    is_missing,
+    state,
+    ways_of,
+)
 from flowers.page.kept import (
     Dataset,
     load_captions,
@@ -72,8 +80,10 @@ def show_image(
     ]
     captions = captions_of(data, i)
     predictions = listing.predictions or newest_predictions(data, runs, predicted, i)
-    rankings = rankings_of(flowers, i, predictions)
+    rankings = rankings_of(data, i, predictions, runs)
     draw(panels.image(jpeg, rgb, name, facts, captions, rankings), "image")
+    if rankings:
+        choose_one("Probabilities", PROBABILITIES, "probabilities", change, NAMES_OF_PROBABILITIES)
     show_where(data, i, models, runs)
     show_neighbours(data, i, models, runs)
 
@@ -122,19 +132,73 @@ def captions_of(data: Dataset, i: int) -> list[str]:
     return []
 
 
+Answers = Sequence[tuple[int, float]]  # classes with their probabilities, the best first
+
+
 def rankings_of(
-    flowers: Flowers, i: int, predictions: Sequence[Predictions]
+    data: Dataset, i: int, predictions: Sequence[Predictions], runs: Path
 ) -> list[tuple[str, list[tuple[str, float]]]]:
     """Return what each run says of image i: its name, and class names with probabilities."""
+    flowers = data.flowers
     rankings = []
     for run in predictions:
+        if not run.top[i]:
+            continue
+        title, answers = answers_of(data, i, run, runs / run.name)
         best = []
-        for c, probability in run.top[i]:
+        for c, probability in answers:
             mark = "✓ " if c == flowers.labels[i] else ""
             best.append((mark + flowers.class_names[c], probability))
-        if best:
-            rankings.append((run.name, best))
+        rankings.append((title, best))
     return rankings
+
+
+def answers_of(data: Dataset, i: int, run: Predictions, folder: Path) -> tuple[str, Answers]:
+    """Return a run's name, with how its probabilities were calibrated, and its answers to image i.
+
+    They are as it predicted them, or calibrated, where this is chosen and the run can be.
+    """
+    temperature, answers = written_temperature(folder), run.top[i]
+    if state["probabilities"] == "calibrated" and temperature is None:
+        try:
+            temperature, answers = calibrated_answers(data, i, run, folder)
+        except UserError as error:
+            st.warning(panels.message(str(error)))
+        if temperature is None:
+            return f"{run.name}: not calibrated", answers
+    if temperature is None:
+        return run.name, answers
+    from flowers.calibration import temperature_in_words  # here, as it loads scipy
+
+    return f"{run.name}: {temperature_in_words(temperature)}, found on val", answers
+
+
+def calibrated_answers(
+    data: Dataset, i: int, run: Predictions, folder: Path
+) -> tuple[float | None, Answers]:
+    """Return the temperature of a run's model, and its answers to image i with that.
+
+    None, and the answers as predicted, where the run has no model or no temperature of its own.
+    """
+    if not all((folder / name).is_file() for name in ("model.pt", "calibration.json")):
+        return None, run.top[i]
+    stamps = data.stamp + stamp_of_run(folder), stamp_of(data.flowers.files[i])
+    temperature, probabilities = model_probabilities(data.flowers, i, folder, *stamps)
+    if temperature is None:
+        return None, run.top[i]
+    best = np.argsort(-probabilities, kind="stable")[: len(run.top[i])]
+    return temperature, [(int(c), float(probabilities[c])) for c in best]
+
+
+@st.cache_data(show_spinner="Calibrating", max_entries=1000)
+def model_probabilities(
+    _flowers: Flowers, i: int, folder: Path, stamp: tuple, picture: tuple
+) -> tuple[float | None, np.ndarray]:
+    """Return the temperature of a run's model, and the probabilities (C,) of the classes of image
+    i, divided by it; once, until one of the stamps of the run and of the picture changes.
+    """
+    explainer = load_explainer(folder, "after", _flowers.class_names, stamp)
+    return explainer.temperature, explainer.probabilities(_flowers.files[i])
 
 
 def newest_predictions(data: Dataset, runs: Path, names: list[str], i: int) -> list[Predictions]:
@@ -248,8 +312,8 @@ def painted_maps(
 
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     """Show the images nearest to image i, by colours or by the features of a run's model."""
-    ways = ["colours", *models]
-    choose_one("Nearest images by", ways, "like", change)
+    ways = ways_of(models)
+    choose_from_list("Nearest images by", ways, "like", on_change=change)
     if is_missing("like", ways, f"with a model in {panels.plain(str(runs))}"):
         return
     if state["like"] == "colours":

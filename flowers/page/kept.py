@@ -66,7 +66,7 @@ def modified(path: Path) -> int:
 
 def stamp_of_run(run: Path) -> tuple:
     """Return something that changes when one of the files does that a run's model is made from."""
-    names = ("model.pt", "classifier.pt", "args.json", "calibration.json")
+    names = ("model.pt", "classifier.pt", "args.json", "calibration.json", "class_names.json")
     files = [run / name for name in names]
     _, prompts_file = own_prompts(run)
     if prompts_file:
@@ -215,9 +215,11 @@ def progress(what: str) -> tuple[str, float]:
     """Return what is being computed, and the part of it that is done, 0 to 1."""
     from tqdm import tqdm
 
-    # The bars that the package writes to the terminal; a set that other threads change.
-    for bar in list(getattr(tqdm, "_instances", ())):
-        if bar.total:
+    with tqdm.get_lock():  # other threads begin and end bars
+        bars = list(getattr(tqdm, "_instances", ()))  # that the package writes to the terminal
+    for bar in bars:
+        # One that is only being made has no numbers yet.
+        if getattr(bar, "total", None) and hasattr(bar, "n"):
             counts = f"{bar.n:,} of {bar.total:,}"
             return f"{bar.desc.strip(': ').capitalize()}: {counts}", min(bar.n / bar.total, 1.0)
     return what, 0.0
@@ -241,7 +243,8 @@ def start_statistics() -> Future:
     return in_background(lambda: importlib.import_module("flowers.study.statistics"))
 
 
-@st.cache_resource(show_spinner=False, max_entries=2)
+# The models of a few runs that are shown together, and a start.
+@st.cache_resource(show_spinner=False, max_entries=4)
 def load_explainer(run: Path, when: str, class_names: tuple[str, ...], stamp: tuple):
     """Return the model of a run, 'after' it or 'before'; once, until `stamp` changes."""
     from flowers.gallery import relevance  # here, as it loads torch

@@ -13,6 +13,7 @@ from flowers.page.choices import (
     change_filter,
     is_missing,
     state,
+    ways_of,
 )
 from flowers.page.kept import (
     Dataset,
@@ -25,6 +26,7 @@ from flowers.page.kept import (
     start_map,
 )
 from flowers.page.widgets import (
+    ALL_CLASSES,
     Listing,
     choose_from_list,
     choose_one,
@@ -42,7 +44,7 @@ def show_map(data: Dataset, runs: Path, models: list[str], predicted: list[str])
     """
     flowers = data.flowers
     is_shown = state["image"] is None  # one image is shown without the map
-    ways = ["colours", *models]
+    ways = ways_of(models)
     if is_shown:
         map_choices(data, runs, ways, predicted)
     if is_missing("laid", ways, f"with a model in {panels.plain(str(runs))}"):
@@ -79,7 +81,7 @@ def map_choices(data: Dataset, runs: Path, ways: list[str], predicted: list[str]
             if state["judged"] is None:
                 state["judged"] = next(iter(reasons))
             choose_from_list("Right and wrong by", list(reasons), "judged", reasons=reasons)
-        choose_from_list("Class", sorted(data.flowers.class_names), "class")
+        choose_from_list("Class", sorted(data.flowers.class_names), "class", ALL_CLASSES)
 
 
 def places_on_map(data: Dataset, runs: Path) -> np.ndarray | None:

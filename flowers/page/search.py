@@ -95,7 +95,9 @@ def answer_picture(data: Dataset, searcher: Searcher, upload: "UploadedFile") ->
     features = searcher.of_picture(picture)
     title = "class"
     if searcher.temperature:
-        title = f"class, calibrated (T = {searcher.temperature:.3g})"
+        from flowers.calibration import temperature_in_words  # it loads scipy, as the model did
+
+        title = f"class, {temperature_in_words(searcher.temperature)}"
     # Named, since Streamlit itself refuses what is too large, and the picture before it stays.
     st.caption(f"Your picture {panels.plain(upload.name)}: its class, and the images like it.")
     show_answer(picture, data.flowers.class_names, searcher.ranking(features), title)

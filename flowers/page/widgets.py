@@ -20,6 +20,7 @@ from flowers.page.kept import Dataset
 from flowers.runs import command_line
 
 PER_PAGE = 48  # pictures of a grid
+ALL_CLASSES = "all classes"  # where no class is chosen
 SIMILARITY = "Similarity: 1 is the same. By colours, 0 is none in common; by a model, unrelated."
 
 
@@ -111,19 +112,21 @@ def choose_from_list(
     label: str,
     options: Sequence[str],
     key: str,
-    placeholder: str = "all classes",
+    placeholder: str = "",
     reasons: dict[str, str] | None = None,
     on_change: Callable[[], None] = change_filter,
 ) -> None:
-    """Show a list of many options, searched by typing, of which one or none is chosen.
+    """Show a list of many options, searched by typing, of which one is chosen.
 
-    reasons: why an option stands apart from the others, shown behind it.
+    placeholder: what stands there where none is chosen; without it, none can't be. reasons: why an
+    option stands apart from the others, shown behind it.
     """
     if state[key] is not None and state[key] not in options:
         options = [state[key], *options]  # a run that is gone: `is_missing` says so
     st.selectbox(
         label,
         options,
+        index=None if placeholder else 0,  # None: what is chosen can be taken back
         key=key,
         format_func=partial(with_reason, reasons=reasons or {}),
         placeholder=placeholder,

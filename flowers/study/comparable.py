@@ -18,15 +18,19 @@ from flowers.choices import (
     FEW_SHOT_EPOCHS,
     KEEPS_WEIGHTS,
     MAX_VAL_SHOTS,
-    RANDOM,
     SHAPES,
     pretraining_family,
     split_architecture,
-    split_tag,
 )
 from flowers.files import checked, read_json
 from flowers.qwen_settings import protocol_in_words, strategy_in_words
-from flowers.runs import read_duplicate_groups, read_predictions
+from flowers.runs import (
+    SOUP,
+    pretraining_of,
+    read_duplicate_groups,
+    read_predictions,
+    strategy_of,
+)
 from flowers.study import statistics
 
 # Keys of args.json that may differ between runs of one configuration: where and how a run was
@@ -77,8 +81,6 @@ STRATEGY_DEFAULTS = ("augment", "prompt_template", "pull")
 
 # What is said of steps.
 OF_STEPS = ("batch_size", "lr", "tau_lr", "learn_temperature", "positives", "wd")
-
-SOUP = " soup"  # behind the strategy of runs of which a model is the mean
 
 # Settings of an evaluation that replace those of the run that it evaluates.
 EVALUATION_SETTINGS = (
@@ -388,11 +390,11 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
                 settings[key] = run.settings.get(key)
             run = replace(run, settings=settings, evaluated=parent.name)
         origin = _origin(run, by_name)
-        architecture, strategy = _describe(run, trained, origin)
+        strategy = _strategy(run, trained, by_name)
         trained_on = _trained_on(run, trained, by_name)
         run = replace(
             run,
-            architecture=architecture,
+            architecture=_architecture(origin, run.is_qwen),
             pretraining=_pretraining(origin, origin.name in start_names),
             strategy=strategy,
             trained_on="all" if strategy == "none" else trained_on,
@@ -555,33 +557,32 @@ def _repeats(evaluation: Run, trained: Run) -> bool:
     return evaluation.images == trained.images
 
 
-def _describe(run: Run, trained: Run, origin: Run) -> tuple[str, str]:
-    """Architecture and strategy under which a run appears in the report.
+def _architecture(origin: Run, is_qwen: bool) -> str:
+    """Architecture under which a run appears in the report.
 
-    Args:
-        run: the run itself.
-        trained: the run that it evaluates, or the run itself.
-        origin: the first run in the chain of starts, which names the architecture.
+    origin: the first run in the chain of starts, which names the architecture.
     """
     architecture = str(origin.settings.get("architecture"))
-    path = Path(architecture)
-    if run.is_qwen:
-        name = f"Qwen {architecture}" if architecture in SHAPES else path.name
-        return name, _qwen_strategy(run)
-
-    strategy = trained.settings.get("strategy") or "full"
-    if run.settings.get("soup"):
-        # Without the runs that it is the mean of, nothing says how they were trained.
-        strategy = ("unknown" if trained is run else strategy) + SOUP
-    elif trained.settings.get("job") == "eval" and path.name == "model.pt":
-        strategy = "unknown"  # it evaluates a run that is not here
-    elif not trained.settings.get("epochs") and strategy != "linear":
-        strategy = "none"
+    if is_qwen:
+        return f"Qwen {architecture}" if architecture in SHAPES else Path(architecture).name
     architecture, _ = split_architecture(architecture)
     is_name = architecture in SHAPES or architecture.startswith(("open_clip:", "hf:"))
     if not is_name:
         architecture = Path(architecture.removesuffix("/model.pt").removesuffix(".pt")).name
-    return architecture, strategy
+    return architecture
+
+
+def _strategy(run: Run, trained: Run, by_name: dict[str, Run]) -> str:
+    """Strategy under which a run appears in the report. trained: the run that it evaluates, or it
+    itself.
+    """
+    if run.is_qwen:
+        return _qwen_strategy(run)
+    members = []
+    if run.settings.get("soup"):
+        # Without the runs that it is the mean of, nothing says how they were trained.
+        members = [None] if trained is run else _members(run, by_name)
+    return strategy_of(trained.settings, [member and member.settings for member in members])
 
 
 def _qwen_strategy(run: Run) -> str:
@@ -619,14 +620,7 @@ def _trained_on(run: Run, trained: Run, by_name: dict[str, Run]) -> str:
 
 def _pretraining(origin: Run, is_start: bool) -> str:
     """What the weights were trained on with which a chain of runs begins."""
-    architecture = str(origin.settings.get("architecture"))
-    if origin.is_qwen:
-        return ""
-    if architecture not in RANDOM:
-        return split_tag(architecture)[1]
-    if not is_start:
-        return "random"
-    return "captions" if origin.settings.get("captions") else "prompts"
+    return "" if origin.is_qwen else pretraining_of(origin.settings, is_start)
 
 
 # -----------------------------------------------------------------------------

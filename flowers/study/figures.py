@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from flowers.figures import PALETTE, plt, save
-from flowers.study.comparable import SOUP
+from flowers.runs import SOUP
 
 COLUMN, PAGE = 3.3, 7.0  # widths in inches
 

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import stats
 
-from flowers.intervals import mcnemar_p
+from flowers.intervals import Z, mcnemar_p
 
 Interval = tuple[float, float, float]  # estimate, lower end, upper end
 Division = dict[str, dict[str, float]]  # variance, gain or share -> factor -> value
 
-Z = float(stats.norm.ppf(0.975))
 # What is assumed of seeds before any is seen: the standard deviation of the accuracy over them is
 # about one point at 50%, and in proportion to sqrt(p (1 - p)) elsewhere: 0.6 points at 90%. It
 # counts as much as one more seed. See `_seed_half_width`.
@@ -160,20 +159,6 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> tuple[int, int, float]:
     only_a = int((a & ~b).sum())
     only_b = int((b & ~a).sum())
     return only_a, only_b, mcnemar_p(only_a, only_b)
-
-
-def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Return p-values (K,) corrected for their number by the step-down method of Holm (1979).
-
-    Rejecting those below alpha makes one or more false rejections with probability alpha at most.
-    """
-    p_values = np.asarray(p_values, float)
-    order = np.argsort(p_values, kind="stable")
-    # Not statsmodels': it collects garbage at each call, which takes the page 0.1 s.
-    factors = np.arange(len(p_values), 0, -1)
-    corrected = np.empty(len(p_values))
-    corrected[order] = np.minimum(np.maximum.accumulate(factors * p_values[order]), 1.0)
-    return corrected
 
 
 def overlap(a: Sequence, b: Sequence, population: int) -> tuple[int, float, float]:
