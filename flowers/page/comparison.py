@@ -37,6 +37,7 @@ from flowers.page.widgets import (
     Listing,
     choose_from_list,
     choose_one,
+    draw,
     filters,
     training_command,
     with_reason,
@@ -174,23 +175,22 @@ def show_accuracies(
     rows = []
     for k, (run, right) in enumerate(zip(predictions, correct)):
         mean, low, high = mean_interval(right[None], clusters)
-        row = {"run": run.name, "top-1 (%)": mean, "95% interval": f"{low:.1f} to {high:.1f}"}
+        interval = f"{low:.1f} to {high:.1f}"
+        row = {"run": run.name, "top-1 (%)": f"{mean:.2f}", "95% interval": interval}
         if k > 0:
             change, low, high = difference_interval(right[None], correct[0][None], clusters)
             only_this, only_first, _ = tests[k - 1]
             row |= {
-                difference: change,
+                difference: f"{change:.2f}",
                 "95% interval of that": f"{low:+.1f} to {high:+.1f}",
-                "right alone": only_this,
-                f"{first} right alone": only_first,
-                "p": p_values[k - 1],
+                "right alone": str(only_this),
+                f"{first} right alone": str(only_first),
+                "p": f"{p_values[k - 1]:.3g}",
             }
         rows.append(row)
-    number = st.column_config.NumberColumn(format="%.2f")
-    formats = {"top-1 (%)": number, difference: number}
-    formats["p"] = st.column_config.NumberColumn(format="%.3g", help=MCNEMAR)
     st.caption(compared_images(predictions, index))
-    st.dataframe(rows, hide_index=True, column_config=formats, key="accuracies", placeholder="")
+    # Of six rows at most: no table of Streamlit's, whose code the browser would have to load.
+    draw(panels.table(rows, {"p": MCNEMAR}), "accuracies")
 
 
 def compared_images(predictions: list[Predictions], index: np.ndarray) -> str:

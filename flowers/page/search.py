@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
 
 from flowers.gallery import panels
 from flowers.gallery.address import MAX_TEXT
-from flowers.gallery.search import nearest
+from flowers.gallery.search import Searcher, nearest
 from flowers.gallery.thumbnails import open_picture
 from flowers.page.choices import change_filter, is_missing, state
 from flowers.page.kept import (
@@ -28,6 +29,9 @@ from flowers.page.widgets import (
     score_lines,
     training_command,
 )
+
+if TYPE_CHECKING:
+    from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 BEST = 5  # names in the ranking of a visitor's picture
 
@@ -74,16 +78,7 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
 
     searcher = load_searcher(data, runs / state["model"])
     if state["by"] == "picture":
-        picture = open_picture(upload.getvalue())
-        features = searcher.of_picture(picture)  # (D,)
-        title = "class"
-        if searcher.temperature:
-            from flowers.calibration import temperature_in_words  # it loads scipy, as the model did
-
-            title = f"class, {temperature_in_words(searcher.temperature)}"
-        # Named, since Streamlit itself refuses what is too large, and the picture before it stays.
-        st.caption(f"Your picture {panels.plain(upload.name)}: its class, and the images like it.")
-        show_answer(picture, data.flowers.class_names, searcher.ranking(features), title)
+        features = answer_picture(data, searcher, upload)
     else:
         if searcher.is_cut(state["q"]):
             st.warning(f"The model reads {searcher.model.context_length} tokens: the rest is cut.")
@@ -92,6 +87,21 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
     order, scores = nearest(searcher.features, features)  # of all N images
     st.caption(SIMILARITY)
     return Listing(order, score_lines(order, scores), scores=scores)
+
+
+def answer_picture(data: Dataset, searcher: Searcher, upload: "UploadedFile") -> np.ndarray:
+    """Show what class a visitor's picture is of; return its features (D,)."""
+    picture = open_picture(upload.getvalue())
+    features = searcher.of_picture(picture)
+    title = "class"
+    if searcher.temperature:
+        from flowers.calibration import temperature_in_words  # it loads scipy, as the model did
+
+        title = f"class, {temperature_in_words(searcher.temperature)}"
+    # Named, since Streamlit itself refuses what is too large, and the picture before it stays.
+    st.caption(f"Your picture {panels.plain(upload.name)}: its class, and the images like it.")
+    show_answer(picture, data.flowers.class_names, searcher.ranking(features), title)
+    return features
 
 
 def search_by(what: str) -> None:
