@@ -88,7 +88,7 @@ def show_page(parser: argparse.ArgumentParser) -> None:
     if state["view"] == "browse":
         listing = browse(data)
     elif state["view"] == "runs":
-        listing = compare_runs(data, runs, [folder.name for folder in folders], predicted)
+        listing = compare_runs(data, runs, folders, predicted)
     elif state["view"] == "map":
         listing = show_map(data, runs, models, predicted)
     else:

@@ -13,7 +13,9 @@ from flowers.gallery import panels
 from flowers.gallery.address import MOST_RUNS
 from flowers.gallery.predictions import (
     Predictions,
+    RunFolder,
     likely_label_errors,
+    names_with,
     outcomes,
 )
 from flowers.intervals import holm
@@ -54,15 +56,16 @@ MCNEMAR = f"{MCNEMAR_OF_TWO} Of several runs, corrected for their number (Holm).
 
 
 def compare_runs(
-    data: Dataset, runs: Path, everything: list[str], names: list[str]
+    data: Dataset, runs: Path, folders: list[RunFolder], names: list[str]
 ) -> Listing | None:
     """Show all runs, or what some predicted; return the images of the chosen outcome, if any.
 
-    everything: all runs. names: those that have predictions.
+    folders: of all runs. names: those that have predictions.
     """
     flowers = data.flowers
-    if state["run"] is None and everything:
-        show_runs(runs, everything, names)
+    # Without any settings, a table would say nothing.
+    if state["run"] is None and names_with(folders, "args.json", "result.json"):
+        show_runs(runs, [folder.name for folder in folders], names)
         return None
     if not names:
         remedy = training_command(flowers, runs)
@@ -70,6 +73,8 @@ def compare_runs(
         return None
     reasons = reasons_apart(data, runs, names)
     names = list(reasons)
+    if state["run"] is None:
+        state["run"] = names[0]  # the newest of this dataset and split, if there is one
     choose_runs(names, reasons)
 
     predicted = f"with predictions in {panels.plain(str(runs))}"
