@@ -97,8 +97,11 @@ DECODED = "() => [...document.images].every(p => p.complete && p.naturalWidth)"
 
 VIEWPORT = {"width": 1440, "height": 900}
 PER_PAGE = 48  # pictures of a page of the grid
+SENTENCE = "?view=search&q=a+red+flower"  # the address of a search
 SINGLE = 13  # web.py shows an image with 12 neighbours
 RUNS = 500  # in the table of runs
+PREDICTED = RUNS // 10  # of these, runs with predictions
+RESTARTS = 3  # of the server, for each of the first visits that are measured
 PATIENCE_S = 300  # for a server that starts
 REST_MS = 120_000  # for a page
 
@@ -156,6 +159,7 @@ def main():
             first_visit(visitor, addresses, flowers, folder)
             static = visit(visitor, addresses, flowers, folder, args.rounds)
             visit_runs(visitor, many, args.rounds)
+            visit_restarted(visitor, servers, web, ["--data_root", root], folder, environment)
             browser.close()
     finally:
         for process in servers:
@@ -206,7 +210,7 @@ def write_files(flowers: Flowers, folder: Path) -> None:
 
 
 def write_runs(flowers: Flowers, runs: Path) -> None:
-    """Write RUNS made-up runs; two of them have predictions, three of four right."""
+    """Write RUNS made-up runs; PREDICTED of them have predictions, three of four right."""
     rng = np.random.default_rng(0)
     strategies = ("full", "lora", "linear")
     for k in range(RUNS):
@@ -217,7 +221,7 @@ def write_runs(flowers: Flowers, runs: Path) -> None:
         top1 = rng.uniform(20, 90)
         result = {"test/top1": top1, "test/top1_low": top1 - 3, "test/top1_high": top1 + 3}
         (run / "result.json").write_text(json.dumps(result))
-    for k in range(2):
+    for k in range(PREDICTED):
         rows = []
         for i in flowers.splits["test"]:
             label = flowers.labels[i]
@@ -391,7 +395,7 @@ def visit(
 
 
 def visit_runs(visitor: Visitor, many: str, rounds: int) -> None:
-    """Measure the views of runs, of RUNS runs, two of which have predictions."""
+    """Measure the views of runs, of RUNS runs, PREDICTED of which have predictions."""
     compared = f"{many}?view=runs&run=run-0&other=run-1"
     for _ in range(rounds):
         visitor.measure(f"table of {RUNS} runs", "web.py", many, 0, open_runs, TABLE)
@@ -400,9 +404,32 @@ def visit_runs(visitor: Visitor, many: str, rounds: int) -> None:
         visitor.measure("two runs: confusion matrix", "web.py", compared, 0, open_matrix, MATRIX)
 
 
+def visit_restarted(
+    visitor: Visitor, servers: list, web: str, data: list, folder: Path, environment: dict
+) -> None:
+    """Measure the first visit of a server that finds thumbnails and features in the cache folder.
+
+    data: the flags of the dataset.
+    """
+    firsts = {
+        "first page after a restart": "",
+        "single image after a restart": "?image=1",
+        "first sentence after a restart": SENTENCE,
+    }
+    for what, query in firsts.items():
+        for _ in range(RESTARTS):
+            flags = [*data, "--runs", str(folder / "runs")]
+            address = start(servers, web, flags, environment)
+            pictures = SINGLE if "image" in query else PER_PAGE
+            visitor.measure(what, "web.py", address + query, pictures)
+            server = servers.pop()
+            server.terminate()
+            server.wait()
+
+
 def search_address(addresses: dict) -> str:
     """web.py's search, with a sentence."""
-    return addresses["web.py"] + "?view=search&q=a+red+flower"
+    return addresses["web.py"] + SENTENCE
 
 
 # -----------------------------------------------------------------------------

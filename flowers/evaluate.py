@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 
-from flowers import UserError, calibration, devices, figures, frozen, runs, strategies
+from flowers import UserError, calibration, devices, frozen, runs, strategies
 from flowers.choices import KEEPS_WEIGHTS, context_template, templates_in_words
 from flowers.data import Flowers, base_classes
 from flowers.files import checked, digest_of_prompts, load_tensors, read_json, write_csv
@@ -679,6 +679,8 @@ def per_class(
     import pandas as pd
     from sklearn.metrics import precision_recall_fscore_support
 
+    from flowers import figures
+
     y = labels.numpy()
     predicted = _top1(probabilities)
     classes = np.arange(len(class_names))
@@ -729,6 +731,8 @@ def save_outputs(
 
     And reliability.png, if the metrics have an ECE.
     """
+    from flowers import figures  # here, as a search of the page waits for this module
+
     labels = flowers.labels[index]
     names = flowers.class_names
     report = per_class(probabilities, torch.from_numpy(labels), names)
@@ -745,6 +749,8 @@ def _draw_reliability(
     probabilities: torch.Tensor, labels: np.ndarray, metrics: dict[str, float], path: Path
 ) -> None:
     import pandas as pd
+
+    from flowers import figures
 
     confidence = probabilities.max(1).values.numpy()  # (N,)
     correct = _top1(probabilities) == labels

@@ -145,6 +145,23 @@ def ranking(title: str, best: Iterable[tuple[str, float]]) -> str:
     return f"<table><tr><th>{escape(title)}</th></tr>{''.join(rows)}</table>"
 
 
+def table(rows: Sequence[dict[str, str]], meanings: dict[str, str]) -> str:
+    """Return a table of texts, a row each, under the names of their columns.
+
+    rows: a row may lack columns. meanings: of columns, shown under the mouse.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    heads = []
+    for name in names:
+        title = f' title="{escape(meanings[name])}"' if name in meanings else ""
+        heads.append(f"<th{title}>{escape(name)}</th>")
+    lines = [f"<tr>{''.join(heads)}</tr>"]
+    for row in rows:
+        cells = "".join(f"<td>{escape(row.get(name, ''))}</td>" for name in names)
+        lines.append(f"<tr>{cells}</tr>")
+    return f'<div class="table"><table>{"".join(lines)}</table></div>'
+
+
 def maps(rows: Iterable[Sequence[tuple[bytes, list[str]]]], shades: Sequence[str]) -> str:
     """Return pictures with maps painted over them, and the legend of their colours.
 

@@ -4,7 +4,7 @@ import csv
 import functools
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,38 +32,74 @@ P_VALUE = "p (McNemar)"
 # runs
 
 
-def run_names(runs: Path, file: str) -> list[str]:
-    """Return the names of the folders below `runs` that hold `file`, newest first.
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that holds a run, or a part of one.
 
-    The name of a folder is its path below `runs`, with slashes: the runs of `--runs runs/demo` are
-    found in runs/, too. Nothing is looked for within a run, nor behind a link.
+    Attributes:
+        name: its path below the folder of the runs, with slashes.
+        files: those of RUN_FILES that it holds.
+    """
+
+    name: str
+    files: frozenset[str]
+
+
+def run_folders(runs: Path) -> list[RunFolder]:
+    """Return the folders below `runs` that hold one of RUN_FILES, newest first.
+
+    The runs of `--runs runs/demo` are found in runs/, too. Nothing is looked for within a run, nor
+    behind a link.
     """
     by_time = []
-    for folder in _folders(runs, MAX_DEPTH):
+    for entry, name, files in _folders(str(runs), "", MAX_DEPTH):
         try:
-            if (folder / file).is_file():
-                by_time.append((folder.stat().st_mtime, folder.relative_to(runs).as_posix()))
+            by_time.append((entry.stat().st_mtime, name, files))
         except OSError:  # a run that was removed in between
             continue
-    return [name for _, name in sorted(by_time, reverse=True)]
+    return [RunFolder(name, files) for _, name, files in sorted(by_time, reverse=True)]
 
 
-def _folders(above: Path, depth: int) -> Iterator[Path]:
-    """Yield the folders below a folder, down to `depth`, but those within a run."""
+def run_names(runs: Path, *files: str) -> list[str]:
+    """Return the names of run_folders that hold one of `files`, newest first."""
+    return names_with(run_folders(runs), *files)
+
+
+def names_with(folders: Iterable[RunFolder], *files: str) -> list[str]:
+    """Return the names of those of the folders that hold one of `files`, in their order."""
+    return [folder.name for folder in folders if not folder.files.isdisjoint(files)]
+
+
+def _folders(
+    above: str, prefix: str, depth: int
+) -> Iterator[tuple[os.DirEntry, str, frozenset[str]]]:
+    """Yield each folder that holds RUN_FILES below another one, down to `depth`: the folder, its
+    name with the prefix before it, and the files.
+
+    A folder is read once: a page of 500 runs does so at each click.
+    """
+    for folder in _entries(above):
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        name = prefix + folder.name
+        files = frozenset(entry.name for entry in _entries(folder.path) if _is_run_file(entry))
+        if files:
+            yield folder, name, files
+        elif depth > 1 and not folder.is_symlink():
+            yield from _folders(folder.path, name + "/", depth - 1)
+
+
+def _is_run_file(entry: os.DirEntry) -> bool:
+    return entry.name in RUN_FILES and entry.is_file()
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    """Return what a folder holds; nothing of one that is gone, or may not be read."""
     try:
-        with os.scandir(above) as entries:
-            below = [
-                Path(entry)
-                for entry in entries
-                if entry.is_dir() and not entry.name.startswith(".")
-            ]
-    except OSError:  # no such folder, or one that may not be read
-        return
-    for folder in below:
-        yield folder
-        is_run = any((folder / name).exists() for name in RUN_FILES)
-        if depth > 1 and not is_run and not folder.is_symlink():
-            yield from _folders(folder, depth - 1)
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
 
 
 def why_apart(folder: Path, flowers: Flowers) -> str:
@@ -72,21 +108,26 @@ def why_apart(folder: Path, flowers: Flowers) -> str:
     The empty string where they are, or where there are none.
     """
     path = folder / "predictions.csv"
-    index_of = {name: i for i, name in enumerate(flowers.file_names)}
+    index_of = _index_of_names(flowers.file_names)
     class_of = _classes_by_name(flowers.class_names)
+    labels = flowers.labels.tolist()
     index = []
     n_foreign = 0
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                i = index_of.get(row["file"])
-                if i is None or class_of.get(correct_name(row["label"])) != flowers.labels[i]:
+            # Not a DictReader, which takes twice as long: there may be hundreds of runs.
+            rows = csv.reader(file)
+            header = next(rows, ["file", "label"])  # an empty file has no rows either
+            file_at, label_at = header.index("file"), header.index("label")
+            for row in filter(None, rows):
+                i = index_of.get(row[file_at])
+                if i is None or class_of.get(correct_name(row[label_at])) != labels[i]:
                     n_foreign += 1
                 else:
                     index.append(i)
     except FileNotFoundError:  # a run that only trained
         return ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
+    except (OSError, ValueError, IndexError, csv.Error):
         return "damaged"
     if not index:
         return "another dataset" if n_foreign else "empty"
@@ -199,7 +240,7 @@ def _read_rows(path: Path, flowers: Flowers) -> tuple[list[tuple], int]:
 
     Raises ValueError, KeyError, TypeError or csv.Error if the file is damaged.
     """
-    position_of = {name: i for i, name in enumerate(flowers.file_names)}
+    position_of = _index_of_names(flowers.file_names)
     class_of = _classes_by_name(flowers.class_names)
     top = [()] * len(flowers.files)
     n_foreign = 0
@@ -225,6 +266,12 @@ def _read_rows(path: Path, flowers: Flowers) -> tuple[list[tuple], int]:
     if contradiction and any(top):
         raise ValueError("names that are not those of these images")
     return top, n_foreign
+
+
+@functools.lru_cache(2)
+def _index_of_names(file_names: tuple[str, ...]) -> dict[str, int]:
+    """Return the index of each file by its name."""
+    return {name: i for i, name in enumerate(file_names)}
 
 
 def _classes_by_name(class_names: tuple[str, ...]) -> dict[str, int]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats import multitest
 
 from flowers.intervals import mcnemar_p
 
@@ -168,9 +167,12 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
     Rejecting those below alpha makes one or more false rejections with probability alpha at most.
     """
-    if len(p_values) == 0:  # statsmodels divides by their number
-        return np.empty(0)
-    _, corrected, _, _ = multitest.multipletests(p_values, method="holm")
+    p_values = np.asarray(p_values, float)
+    order = np.argsort(p_values, kind="stable")
+    # Not statsmodels': it collects garbage at each call, which takes the page 0.1 s.
+    factors = np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(factors * p_values[order]), 1.0)
     return corrected
 
 

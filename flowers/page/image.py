@@ -1,0 +1,265 @@
+"""One image with all that is known of it, instead of the grid of a view."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import streamlit as st
+
+from flowers import UserError
+from flowers.data import Flowers
+from flowers.gallery import panels
+from flowers.gallery.address import MAX_TEXT
+from flowers.gallery.predictions import Predictions
+from flowers.gallery.search import nearest
+from flowers.images import read_rgb
+from flowers.page.choices import BARS, change, is_missing, state
+from flowers.page.kept import (
+    Dataset,
+    load_captions,
+    load_explainer,
+    load_predictions,
+    load_searcher,
+    stamp_of,
+    stamp_of_run,
+)
+from flowers.page.widgets import (
+    PER_PAGE,
+    SIMILARITY,
+    Listing,
+    choose_from_list,
+    choose_one,
+    draw,
+    picture_grid,
+    score_lines,
+    step_button,
+    toolbar,
+    wait_for_colours,
+)
+
+NEIGHBOURS = 12  # nearest images, under one image
+NEWEST = 3  # runs whose predictions are shown under an image, and how many are looked at for them
+NEWEST_LOOKED_AT = 8
+
+
+def show_image(
+    data: Dataset, i: int, listing: Listing, runs: Path, models: list[str], predicted: list[str]
+) -> None:
+    """Show image i with all that is known of it, and the nearest images.
+
+    listing: the list that it was opened from. models: the runs that have a model. predicted: those
+    that have predictions.
+    """
+    flowers = data.flowers
+    image_toolbar(data.ids, i, listing.index)
+    file = flowers.files[i]
+    try:
+        jpeg = file.read_bytes()
+        rgb = read_rgb(file)  # (H, W, 3)
+    except (OSError, UserError) as error:
+        problem = (
+            f"{file} is damaged ({error}). Replace it by a fresh copy, or fetch the dataset anew: "
+            "python -m flowers.data"
+        )
+        st.error(panels.message(problem))
+        return
+    name = flowers.class_names[flowers.labels[i]]
+    height, width = rgb.shape[:2]
+    facts = [
+        f"class {flowers.labels[i] + 1} · image {data.ids[i]} · {data.splits[i]}",
+        f"{flowers.file_names[i]} · {width} x {height} pixels · {len(jpeg) / 1000:.0f} kB",
+    ]
+    captions = captions_of(data, i)
+    predictions = listing.predictions or newest_predictions(data, runs, predicted, i)
+    rankings = rankings_of(flowers, i, predictions)
+    draw(panels.image(jpeg, rgb, name, facts, captions, rankings), "image")
+    show_where(data, i, models, runs)
+    show_neighbours(data, i, models, runs)
+
+
+def image_toolbar(ids: np.ndarray, i: int, index: np.ndarray) -> None:
+    """Show the buttons that lead from image i to the grid and to other images of its list."""
+    found = np.flatnonzero(index == i)
+    position = int(found[0]) if len(found) else -1  # the address may name an image of no list
+    where = f"not among these {len(index):,}"
+    if len(found):
+        where = f"{position + 1:,} of {len(index):,}"
+
+    def id_at(position: int) -> int | None:
+        return int(ids[index[position]]) if 0 <= position < len(index) else None
+
+    def open_random() -> None:
+        change(image=int(ids[random.choice(index)]))
+
+    before, after = id_at(position - 1), id_at(position + 1)
+    # Who has gone on from image to image comes back to the part of the grid that they are at.
+    page = position // PER_PAGE + 1 if len(found) else state["page"]
+    with toolbar():
+        step_button("Grid", "to_grid", "Escape", True, image=None, page=page, _left=int(ids[i]))
+        step_button("Previous", "Previous_image", "Left", before is not None, image=before)
+        step_button("Next", "Next_image", "Right", after is not None, image=after)
+        st.button(
+            "Random",
+            on_click=open_random,
+            disabled=not len(index),
+            shortcut="S",
+            key="random_image",
+        )
+        st.markdown(where, width="content")
+
+
+def captions_of(data: Dataset, i: int) -> list[str]:
+    """Return the sentences about image i, from the first captions file that can be read."""
+    for name in ("captions.jsonl.gz", "captions.jsonl"):
+        path = data.flowers.root / name
+        if not path.is_file():
+            continue
+        try:
+            return load_captions(data, path)[i]
+        except UserError as error:
+            st.warning(panels.message(str(error)))
+    return []
+
+
+def rankings_of(
+    flowers: Flowers, i: int, predictions: Sequence[Predictions]
+) -> list[tuple[str, list[tuple[str, float]]]]:
+    """Return what each run says of image i: its name, and class names with probabilities."""
+    rankings = []
+    for run in predictions:
+        best = []
+        for c, probability in run.top[i]:
+            mark = "✓ " if c == flowers.labels[i] else ""
+            best.append((mark + flowers.class_names[c], probability))
+        if best:
+            rankings.append((run.name, best))
+    return rankings
+
+
+def newest_predictions(data: Dataset, runs: Path, names: list[str], i: int) -> list[Predictions]:
+    """Return the predictions of the newest runs that have one of image i.
+
+    names: the runs that have predictions, the newest first.
+    """
+    found = []
+    for name in names[:NEWEST_LOOKED_AT]:
+        try:
+            run = load_predictions(data, runs, name)
+        except UserError:  # about other images, or damaged: said where that run is chosen
+            continue
+        if run.top[i]:
+            found.append(run)
+        if len(found) == NEWEST:
+            break
+    return found
+
+
+def show_where(data: Dataset, i: int, models: list[str], runs: Path) -> None:
+    """Show, once it is asked for, where a run looks in image i, and where it looked at its start.
+
+    models: the runs that have a model.
+    """
+    if not models:
+        return
+    choose_one("Where a run looks", BARS, "where", change)
+    if state["where"] == "hidden":
+        return
+    if state["looker"] is None:
+        used = [name for name in (state["run"], state["model"]) if name in models]
+        state["looker"] = (used or models)[0]
+    with st.container(horizontal=True):
+        choose_from_list("Looking run", models, "looker", on_change=change)
+        names = sorted(data.flowers.class_names)
+        choose_from_list("For", names, "target", "true and predicted class", on_change=change)
+        st.text_input(
+            "and for a sentence", key="words", max_chars=MAX_TEXT, on_change=change, width=420
+        )
+    if is_missing("looker", models, f"with a model in {panels.plain(str(runs))}"):
+        return
+    st.caption(
+        "How much each place of the picture speaks for the class or sentence, estimated by "
+        "gradients; each map has its own scale. It says where a score comes from, not why, and "
+        "nothing of whether it is right. Parts without colour the model does not see."
+    )
+    try:
+        columns = [painted_maps(*looks(data, i, runs, "after"))]
+    except UserError as error:
+        st.warning(panels.message(str(error)))
+        return
+    try:
+        columns.insert(0, painted_maps(*looks(data, i, runs, "before")))
+    except UserError as error:
+        st.info(panels.message(f"There is no map from before the fine-tuning: {error}"))
+    from flowers.gallery.relevance import legend  # loaded by now
+
+    draw(panels.maps(zip(*columns), legend()), "maps")
+
+
+def looks(data: Dataset, i: int, runs: Path, when: str) -> tuple:
+    """Return the arguments of painted_maps for image i and what is chosen."""
+    run = runs / state["looker"]
+    stamp = data.stamp + stamp_of_run(run)
+    picture = stamp_of(data.flowers.files[i])
+    return data, i, run, when, state["target"], state["words"].strip(), stamp, picture
+
+
+@st.cache_data(show_spinner="Finding where the run looks", max_entries=200)
+def painted_maps(
+    _data: Dataset,
+    i: int,
+    run: Path,
+    when: str,
+    target: str | None,
+    sentence: str,
+    stamp: tuple,
+    picture: tuple,
+) -> list[tuple[bytes, list[str]]]:
+    """Return where a run looks in image i, as JPEGs with lines of text; once, until one of the
+    stamps of the run and of the picture changes.
+
+    when: 'after' the run, or 'before', at its start. target: a class; None: the true one, and the
+    one that the run predicts. sentence: looked for, too, unless it is empty.
+    """
+    from flowers.gallery.relevance import paint  # here, as it loads torch
+
+    class_names, file = _data.flowers.class_names, _data.flowers.files[i]
+    explainer = load_explainer(run, when, class_names, stamp)
+    if target:
+        names = {target: "chosen class"}
+    else:
+        names = {class_names[_data.flowers.labels[i]]: "true class"}
+        predicted = load_explainer(run, "after", class_names, stamp).predict(file)
+        names[predicted] = "true and predicted class" if predicted in names else "predicted class"
+    targets = [(explainer.class_target(name), what) for name, what in names.items()]
+    if sentence:
+        targets.append((explainer.text_target(sentence), "sentence"))
+
+    title = run.name if when == "after" else explainer.origin
+    cells = []
+    for wanted, what in targets:
+        values, score = explainer.explain(file, wanted)
+        jpeg = paint(file, values, explainer.resolution)
+        lines = [f"{when.title()}: {title}", f"{what}: {wanted.name}"]
+        doubt = "" if values.any() else ", and no place speaks for it"
+        cells.append((jpeg, [*lines, f"{wanted.unit} {score:.3f}{doubt}"]))
+    return cells
+
+
+def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
+    """Show the images nearest to image i, by colours or by the features of a run's model."""
+    ways = ["colours", *models]
+    choose_one("Nearest images by", ways, "like", change)
+    if is_missing("like", ways, f"with a model in {panels.plain(str(runs))}"):
+        return
+    if state["like"] == "colours":
+        features = data.thumbnails.features
+    else:
+        features = load_searcher(data, runs / state["like"]).features
+    if features is None:  # the thread of the thumbnails is not done
+        wait_for_colours(data.thumbnails)
+        return
+    order, scores = nearest(features, features[i], leave_out=i)  # it is its own nearest
+    index, scores = order[:NEIGHBOURS], scores[:NEIGHBOURS]
+    st.caption(SIMILARITY)
+    picture_grid(data, index, "neighbours", score_lines(index, scores))
