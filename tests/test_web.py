@@ -40,15 +40,19 @@ from flowers import UserError, models
 from flowers.data import open_flowers
 from flowers.files import write_csv
 from flowers.gallery import atlas, colours, filters, panels
+from flowers.gallery import thumbnails as thumbnails_module
 from flowers.gallery.overview import run_table
 from flowers.gallery.predictions import (
     Predictions,
     class_table,
     confusion_table,
     likely_label_errors,
+    names_with,
     order_of_confusions,
     read_predictions,
+    run_folders,
 )
+from flowers.gallery.search import Searcher, nearest
 from flowers.gallery.thumbnails import (
     MAX_UPLOAD_BYTES,
     SLOT,
@@ -1579,6 +1583,42 @@ def test_thumbnails_are_kept_small_and_follow_their_files(many, tmp_path):
     assert ready_thumbnails(flowers)[0] == thumbnail(flowers.files[5])
 
 
+def test_a_damaged_image_is_like_no_other_and_may_be_replaced(many, tmp_path):
+    root = copy(many, tmp_path)
+    file = root / "jpg" / "image_00003.jpg"
+    content = file.read_bytes()
+    file.write_bytes(b"\xff\xd8 nothing")
+    thumbnails = ready_thumbnails(open_flowers(root))
+    assert thumbnails[2] == b""
+    assert np.isnan(thumbnails.features).all(axis=1).tolist() == [i == 2 for i in range(N)]
+    order, _ = nearest(thumbnails.features, np.zeros(thumbnails.features.shape[1]))
+    assert len(order) == N - 1 and 2 not in order
+
+    file.write_bytes(content)
+    assert thumbnails[2] == thumbnail(file)  # while the page is open
+    file.unlink()
+    assert thumbnails[2] == b""
+
+
+def test_a_server_that_stops_while_thumbnails_are_made_says_nothing(many, tmp_path, monkeypatch):
+    made = ready_thumbnails(open_flowers(copy(many, tmp_path)))
+    shutil.rmtree(tmp_path / "data" / ".cache")
+
+    def stopped(*_):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(thumbnails_module, "in_threads", stopped)
+    made._make_all()
+    assert not made.problem
+
+    def broken(*_):
+        raise RuntimeError("another one")
+
+    monkeypatch.setattr(thumbnails_module, "in_threads", broken)
+    with pytest.raises(RuntimeError, match="another"):
+        made._make_all()
+
+
 FIRST_PAGE = """
 import sys
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
@@ -1725,3 +1765,83 @@ def test_grey_and_single_colours_have_curves():
     hue, _, _ = colours.hsv_curves(np.full((20, 30, 3), [200, 10, 14], np.uint8))
     assert min(hue[0], hue[-1]) > 0.5 * hue.max()
     assert hue[60] == pytest.approx(0, abs=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# what is done once, and not at each click
+
+
+def test_run_folders_are_those_of_runs_newest_first(tmp_path):
+    files = [
+        "old/model.pt",
+        "old/inner/model.pt",  # within a run
+        "grid/a/args.json",
+        "grid/a/predictions.csv",
+        "grid/b/model.pt",
+        "1/2/3/4/args.json",
+        "1/2/3/4/5/args.json",  # within a run, and too deep
+        "1/2/3/no/run/args.json",  # too deep
+        ".hidden/args.json",
+        "notes/readme.txt",
+    ]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "grid")  # nothing is looked for behind it
+    (tmp_path / "other").symlink_to(tmp_path / "old")  # but it may be a run itself
+    for age, name in enumerate(["1/2/3/4", "grid/b", "old", "grid/a"]):
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    folders = run_folders(tmp_path)
+    names = ["1/2/3/4", "grid/b", "other", "old", "grid/a"]
+    assert [folder.name for folder in folders] == names
+    assert folders[-1].files == {"args.json", "predictions.csv"}
+    assert names_with(folders, "args.json") == ["1/2/3/4", "grid/a"]
+    assert names_with(folders, "args.json", "model.pt") == names
+    assert run_folders(tmp_path / "nothing") == []
+
+
+def test_predictions_that_cannot_be_used_are_read_once_until_they_change(
+    page, runs, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(runs, tmp_path / "runs")
+    whole_file = (folder / "first" / "predictions.csv").read_bytes()
+    (folder / "first" / "predictions.csv").write_text("file,label\n")
+    reads = []
+
+    def counted(run, *arguments):
+        reads.append(run.name)
+        return read_predictions(run, *arguments)
+
+    monkeypatch.setattr(kept, "read_predictions", counted)
+    image = next(iter(predictions_of(runs, "first")))
+    at = page(runs=folder, image=str(image))
+    assert "first" not in html(at, "image") and "second" in html(at, "image")
+    whole(at.run())
+    assert sorted(reads) == ["first", "second"]
+    (folder / "first" / "predictions.csv").write_bytes(whole_file)
+    whole(at.run())
+    assert "first" in html(at, "image")
+    assert sorted(reads) == ["first", "first", "second"]
+
+
+def test_a_sentence_is_encoded_once(page, monkeypatch):
+    sentences = []
+    of_text = Searcher.of_text
+
+    def counted(searcher, sentence):
+        sentences.append(sentence)
+        return of_text(searcher, sentence)
+
+    monkeypatch.setattr(Searcher, "of_text", counted)
+    at = page(view="search", model="first", q="a flower that no other test asks for")
+    first = shown(at)
+    assert shown(press(at, "next_page")) != first
+    assert shown(press(at, "previous_page")) == first
+    assert sentences == ["a flower that no other test asks for"]
+
+
+def test_one_image_of_compared_runs_is_shown_without_their_accuracies(page, runs):
+    image = next(iter(predictions_of(runs, "first")))
+    at = page(view="runs", run="first", other="second", image=str(image))
+    assert html(at, "image") and not html(at, "accuracies")
+    assert accuracies(press(at, "to_grid")).index.tolist() == ["first", "second"]

@@ -139,7 +139,7 @@ class Thumbnails:
     image i when it is asked for.
 
     Attributes:
-        features: colour features (N, 256) float32, or None until they are ready.
+        features: colour features (N, 256) float32, nan of damaged files; None until they are ready.
         problem: why they could not be stored; empty if nothing went wrong.
     """
 
@@ -149,15 +149,22 @@ class Thumbnails:
         self.features = None
         self.problem = ""
         self._jpegs = None  # (N, SLOT) uint8, once the cache file is there
-        self._make_one = lru_cache(RECENT)(thumbnail)
+        # By the time of the file, too: one that was damaged may have been replaced.
+        self._make_one = lru_cache(RECENT)(lambda file, modified: thumbnail(file))
         threading.Thread(target=self._make_all, daemon=True).start()
 
     def __getitem__(self, i: int) -> bytes:
         """Return the JPEG of image i; no bytes if its file is damaged."""
-        if self._jpegs is None:
-            return self._make_one(self.files[i])
-        # A JPEG ends with 0xd9, so the zeros at the end are what filled its slot.
-        return self._jpegs[i].tobytes().rstrip(b"\0")
+        if self._jpegs is not None:
+            # A JPEG ends with 0xd9, so the zeros at the end are what filled its slot.
+            jpeg = self._jpegs[i].tobytes().rstrip(b"\0")
+            if jpeg:
+                return jpeg
+        file = self.files[i]
+        try:
+            return self._make_one(file, file.stat().st_mtime_ns)
+        except OSError:  # gone
+            return b""
 
     def jpegs(self, index: Sequence[int]) -> list[bytes]:
         """Return the JPEGs of the images at `index`, as `self[i]` does."""
@@ -181,9 +188,15 @@ class Thumbnails:
                 features = cache.cached_array(
                     colours_path, key, (n, COLOURS), "<f4", self._colour_rows
                 )
-                self.features = np.array(features)  # in memory rather than mapped
+                features = np.array(features)  # in memory rather than mapped
+                # A damaged file is like no picture, rather than like a black one.
+                features[self._jpegs[:, 0] == 0] = np.nan
+                self.features = features
         except OSError as error:  # a full disk, a vanished file: the pages go on without
             self.problem = f"Thumbnails could not be kept ({error}): pages are slower."
+        except RuntimeError as error:
+            if "shutdown" not in str(error):  # else the server stops, and no thread takes new work
+                raise
 
     def _jpeg_rows(self) -> Iterator[np.ndarray]:
         """Yield each thumbnail's bytes, filled up with zeros, (SLOT,) uint8."""
