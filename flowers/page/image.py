@@ -249,7 +249,9 @@ def painted_maps(
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     """Show the images nearest to image i, by colours or by the features of a run's model."""
     ways = ["colours", *models]
-    choose_one("Nearest images by", ways, "like", change)
+    # An address may name a run that is not here: then there is something to go back to.
+    if models or state["like"] != "colours":
+        choose_one("Nearest images by", ways, "like", change)
     if is_missing("like", ways, f"with a model in {panels.plain(str(runs))}"):
         return
     if state["like"] == "colours":
