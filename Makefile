@@ -26,10 +26,11 @@ test: .venv/ready-dev
 test-all: .venv/ready-dev
 	$(PYTEST) -m "slow or not slow"
 
-# One table of ratios against the peers: half an hour on two cores that do nothing else.
+# One table of ratios against the peers: 35 minutes on two cores that do nothing else.
+# BEFORE=PATH: a checkout of an older commit, for the rows of what starting costs.
 DATA_ROOT ?= sample
 bench: .venv/ready-dev
-	$(BIN)/python benchmarks/table.py --data_root $(DATA_ROOT)
+	$(BIN)/python benchmarks/table.py --data_root $(DATA_ROOT) $(if $(BEFORE),--before $(BEFORE))
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

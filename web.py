@@ -79,7 +79,8 @@ def show_page(parser: argparse.ArgumentParser) -> None:
             label_visibility="collapsed",
         )
         summary = f"{len(data.ids):,} images of {len(flowers.class_names)} classes"
-        st.markdown(f"{summary} in `{flowers.root}`", width="content")
+        # Not as code: the browser would fetch a font for it, before the first picture.
+        st.markdown(f"{summary} in {panels.plain(str(flowers.root))}", width="content")
     if data.problem:
         st.warning(
             panels.message(f"{data.problem}. Fetch the dataset anew: python -m flowers.data")

@@ -1,14 +1,17 @@
 """What starting costs: processor seconds and memory of `--help` of every script, of exploration, of
 training to its first step, and of the points of a grid.
 
-    python benchmarks/startup.py --data_root sample                        # a quarter of an hour
-    python benchmarks/startup.py --data_root sample --against ../older     # beside another checkout
+    git worktree add ../older ad57c6d
+    python benchmarks/startup.py --before ../older      # a quarter of an hour
 
 All read caches that an uncounted run has filled. The first step is that of the tiny model. Grid:
 ablate.py runs --points of `linear` and of `prompt` on the tiny model, an epoch each, one at a time.
-The work itself is the same runs of train.py in one process, its imports taken off; their weights
-and predictions must be the same bytes. Processor seconds are those of a process and of all that it
-has started. Linux only.
+The work itself is the same runs of train.py in one process, its imports taken off, of the first few
+points; their weights and predictions must be the same bytes. Processor seconds are those of a
+process and of all that it has started, the megabytes its own peak. Linux only.
+
+Limits: --help costs at least an empty Python process, exploration the import of matplotlib, a step
+that of torch, and a point of the grid the work itself.
 """
 
 import argparse
@@ -16,7 +19,6 @@ import ctypes
 import os
 import resource
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,6 +47,10 @@ EXPLORATION = (
     "data_Exploration/class_distribution.py --all",
     "data_Exploration/isomap.py",
 )
+EMPTY = ("pass", "an empty Python process")
+MATPLOTLIB = ("import matplotlib.pyplot", "importing matplotlib")
+TORCH = ("import torch", "importing torch")
+WORK_POINTS = 3  # of each strategy, of which the work itself is measured
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 # Run in one process: arguments of train.py, a line each, from standard input.
 IN_ONE_PROCESS = """
@@ -69,51 +75,83 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data_root", default="sample", help="(default: %(default)s)")
-    parser.add_argument("--against", type=Path, help="another checkout, measured in turn")
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="CHECKOUT",
+        required=True,
+        help="another checkout, which takes turns with this one",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument(
         "--points", type=int, default=15, help="of each strategy; 0: no grid (default: %(default)s)"
     )
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="also append the rows to it")
     args = parser.parse_args()
     if sys.platform != "linux":
         raise UserError("the processes that a process has started are followed on Linux only")
     # What a process leaves running comes to us when it ends, and is counted.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    trees = [HERE] if args.against is None else [args.against.resolve(), HERE]
+    before = args.before.resolve()
+    # Each process runs in the folder of its checkout.
+    is_path = args.data_root != "sample"
+    data_root = str(Path(args.data_root).resolve()) if is_path else "sample"
 
-    print("| what | " + " | ".join(f"{tree.name}: CPU s, MB" for tree in trees) + " |")
-    print("|---|" + "---|" * len(trees))
+    limits = {}  # seconds, by the limit
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for title, words in works(args.data_root, folder).items():
+        for title, words, limit in works(data_root, folder):
+            if limit not in limits:
+                limits[limit] = min(cost(HERE, ["-c", limit[0]])[0] for _ in range(3))
             # An older checkout may lack a script.
-            having = [tree for tree in trees if words[0] == "-c" or (tree / words[0]).exists()]
-            for tree in having:
-                cost(tree, words)  # fills the caches
-            # The checkouts take turns, as the machine may be busy with other work for a while.
-            rounds = [[cost(tree, words) for tree in having] for _ in range(args.rounds)]
-            costs_of = dict(zip(having, zip(*rounds)))
-            cells = [median_cost(costs_of[tree]) if tree in having else "-" for tree in trees]
-            print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
+            if words[0] == "-c" or (before / words[0]).exists():
+                spent = alternate_trees([before, HERE], words, args.rounds)
+            else:
+                spent = {limit[1]: [limits[limit]] * args.rounds}
+                spent |= alternate_trees([HERE], words, args.rounds)
+            print(title, spent, flush=True)
+            rows.append((f"CPU of {title}", spent, limits[limit], limit[1]))
     if args.points:
-        for tree in trees:
-            grid(tree, args.data_root, args.points)
+        rows += grid_rows(before, data_root, args.points, limits[EMPTY])
+
+    # Late: it imports torch, and the memory of a process counts as that of those that it starts.
+    from measure import report
+
+    for what, spent, limit_s, limit_is in rows:
+        report(args.rows, what, spent, limit_s, limit_is)
 
 
-def works(data_root: str, folder: str) -> dict[str, list[str]]:
-    """What is measured beside a grid: the words after `python`, by title."""
-    found = {f"`{script} --help`": [script, "--help"] for script in SCRIPTS}
+def works(data_root: str, folder: str) -> list[tuple[str, list[str], tuple[str, str]]]:
+    """What is measured beside a grid: title, the words after `python`, and the limit."""
+    found = [(f"`{script} --help`", [script, "--help"], EMPTY) for script in SCRIPTS]
     data = ["--data_root", data_root]
     for line in EXPLORATION:
-        found[f"`{line}`"] = [*line.split(), *data, "--output", folder]
+        found.append((f"`{line}`", [*line.split(), *data, "--output", folder], MATPLOTLIB))
     tiny = ["--architecture", "tiny", "--wandb", "disabled", "--runs", folder]
-    found["`train.py` to its first step"] = ["-c", TO_THE_FIRST_STEP, *data, *tiny]
+    found.append(("`train.py` to its first step", ["-c", TO_THE_FIRST_STEP, *data, *tiny], TORCH))
     return found
 
 
-def median_cost(costs: Sequence[tuple[float, float]]) -> str:
-    """The median of CPU seconds, and the greatest memory (MB)."""
-    seconds = statistics.median(seconds for seconds, _ in costs)
-    return f"{seconds:.2f}, {max(memory for _, memory in costs):.0f}"
+def alternate_trees(trees: Sequence[Path], words: list[str], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of `python words` in each checkout, one a round, by its name and memory."""
+    for tree in trees:
+        cost(tree, words)  # fills the caches
+    # The checkouts take turns, as the machine may be busy with other work for a while.
+    costs = [[cost(tree, words) for tree in trees] for _ in range(rounds)]
+    spent = {}
+    for tree, of_tree in zip(trees, zip(*costs)):
+        memory = max(megabytes for _, megabytes in of_tree)
+        spent[f"{name_of(tree)}, {memory:,.0f} MB"] = [seconds for seconds, _ in of_tree]
+    return spent
+
+
+def name_of(tree: Path) -> str:
+    """`now`, or the commit of another checkout."""
+    if tree == HERE:
+        return "now"
+    words = ["git", "-C", str(tree), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else tree.name
 
 
 def cost(tree: Path, words: list[str], text: str = "") -> tuple[float, float]:
@@ -148,8 +186,21 @@ def wait_for_the_rest() -> None:
             return
 
 
-def grid(tree: Path, data_root: str, points: int) -> None:
-    """Print the CPU seconds of a point of the grid, and those of the same work in one process."""
+def grid_rows(before: Path, data_root: str, points: int, empty_s: float) -> list[tuple]:
+    """The rows of a point of the grid: all of it, and what comes over the work itself."""
+    name = name_of(before)
+    theirs, their_work = grid(before, data_root, points)
+    ours, our_work = grid(HERE, data_root, points)
+    what = f"CPU of a point of ablate.py, {2 * points} points of linear and prompt, tiny"
+    over = {name: [theirs - their_work], "now": [ours - our_work]}
+    return [
+        (what, {name: [theirs], "now": [ours]}, our_work, "the work itself, in one process"),
+        (f"{what}, over the work itself", over, empty_s, EMPTY[1]),
+    ]
+
+
+def grid(tree: Path, data_root: str, points: int) -> tuple[float, float]:
+    """CPU seconds of a point of the grid, and of the work itself."""
     with tempfile.TemporaryDirectory() as folder:
         # A grid of one point makes the stand-in for pretraining, and fills the caches.
         arguments = grid_arguments(data_root, folder)
@@ -157,31 +208,31 @@ def grid(tree: Path, data_root: str, points: int) -> None:
         seeds = [str(seed) for seed in range(1, points + 1)]
         by_ablate, _ = cost(tree, ["ablate.py", *arguments, "--seeds", *seeds])
 
-        dry = ["ablate.py", *arguments, "--dry_run", "--seeds", *seeds]
-        done = subprocess.run(
-            [sys.executable, *dry],
-            cwd=tree,
-            env=os.environ | {"PYTHONPATH": str(tree)},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        lines = [text for text in done.stdout.splitlines() if text.startswith("python train.py")]
-        lines = [text for text in lines if "--name strategy" in text]
-        again = "".join(
-            text.removeprefix("python train.py").replace("--name strategy", "--name again")
-            + " --wandb disabled\n"
-            for text in lines
-        )
-        work, _ = cost(tree, ["-c", IN_ONE_PROCESS], again)
+        # The first points again in one process, of which the imports are taken off.
+        lines = commands_of(tree, [*arguments, "--seeds", *seeds[:WORK_POINTS]])
+        work, _ = cost(tree, ["-c", IN_ONE_PROCESS], "".join(lines))
         check_same(Path(folder))
         imports, _ = cost(tree, ["-c", "import train"])
-    work -= imports
-    n = len(lines)
-    print(
-        f"{tree.name}: {n} points, CPU s a point: {by_ablate / n:.2f} by ablate.py, {work / n:.2f} "
-        f"the work itself, {(by_ablate - work) / n:.2f} over it"
+    return by_ablate / (2 * points), (work - imports) / len(lines)
+
+
+def commands_of(tree: Path, arguments: Sequence[str]) -> list[str]:
+    """The arguments of train.py for each point of the grid, a line each, under another name."""
+    done = subprocess.run(
+        [sys.executable, "ablate.py", *arguments, "--dry_run"],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
+    lines = [text for text in done.stdout.splitlines() if text.startswith("python train.py")]
+    return [
+        text.removeprefix("python train.py").replace("--name strategy", "--name again")
+        + " --wandb disabled\n"
+        for text in lines
+        if "--name strategy" in text
+    ]
 
 
 def check_same(folder: Path) -> None:
@@ -197,11 +248,10 @@ def grid_arguments(data_root: str, folder: str) -> list[str]:
     """The arguments of ablate.py but its seeds."""
     # One process at a time with one thread, as the environment says: --jobs alone would share out
     # all cores, and two at a time slow each other down.
-    data = data_root if data_root == "sample" else str(Path(data_root).resolve())
     return [
         *("strategy", "--strategy", "linear", "prompt", "--architecture", "tiny"),
         *("--start_epochs", "1", "--epochs", "1", "--batch_size", "64"),
-        *("--jobs", "1", "--gpus", "0", "--data_root", data),
+        *("--jobs", "1", "--gpus", "0", "--data_root", data_root),
         *("--runs", folder, "--wandb", "disabled"),
     ]
 

@@ -2,13 +2,16 @@
 and the CLIPModel(return_loss=True) of transformers.
 
     python benchmarks/step.py       # a step, ViT-B/32 shape, batch 64; ten minutes on two cores
+    python benchmarks/step.py --loss sigmoid --batch_size 16
     python benchmarks/step.py --architecture tiny --epoch_images 1024 --data_root data/flowers-102
 
-The second command measures epochs from JPEGs: decoding, feeding, training. The peers take a caption
-of 77 tokens for each image (transformers: as long as the longest), ours takes each distinct prompt
-once, cut to length. In an epoch theirs come from a DataLoader with two workers and their own
-transform, ours from the pixel cache. All have random weights of the same shape. At the end it
-prints how far our loss and gradients are from those of the plain recipe.
+With another loss than InfoNCE there are fewer peers: open_clip has SigLIP's own sigmoid, and the
+cross-entropy over the texts of all classes is the plain recipe's alone. The last command measures
+epochs from JPEGs: decoding, feeding, training. The peers take a caption of 77 tokens for each image
+(transformers: as long as the longest), ours takes each distinct prompt once, cut to length. In an
+epoch theirs come from a DataLoader with two workers and their own transform, ours from the pixel
+cache. All have random weights of the same shape. At the end it prints how far our loss and
+gradients are from those of the plain recipe.
 """
 
 import argparse
@@ -33,15 +36,16 @@ from torch.utils.data import DataLoader
 
 import flowers
 from flowers import command, devices, evaluate, models
-from flowers.choices import TEMPLATE
+from flowers.choices import LOSSES, TEMPLATE
 from flowers.data import Flowers, add_data_arguments, open_flowers
-from flowers.losses import info_nce
+from flowers.losses import class_cross_entropy, info_nce, sigmoid_loss
 from flowers.pixels import get_batch, load_pixels, to_device
 
 PLAIN = "plain recipe"
 OPEN_CLIP = "open_clip's step"
 TRANSFORMERS = "transformers, return_loss=True"
 OURS = "train.py's step"
+BIAS = -10.0  # of the sigmoid loss, where SigLIP begins
 
 
 @command
@@ -61,6 +65,7 @@ def main():
     parser.add_argument(
         "--batch_size", type=int, default=64, help="images and captions (default: %(default)s)"
     )
+    parser.add_argument("--loss", choices=LOSSES, default="info_nce", help="(default: %(default)s)")
     parser.add_argument(
         "--epoch_images",
         type=int,
@@ -82,12 +87,12 @@ def main():
         class_names = oxford_names()
     prompts = evaluate.fill_templates(class_names, [TEMPLATE])
     model = models.build(args.architecture).to(device)
-    steps = {
-        PLAIN: plain_step(model, prompts),
-        OPEN_CLIP: open_clip_step(args.architecture, prompts, device),
-        TRANSFORMERS: transformers_step(args.architecture, prompts, device),
-        OURS: our_step(model, prompts),
-    }
+    steps = {PLAIN: plain_step(model, prompts, args.loss)}
+    if args.loss != "cross_entropy":
+        steps[OPEN_CLIP] = open_clip_step(args.architecture, prompts, device, args.loss)
+    if args.loss == "info_nce":
+        steps[TRANSFORMERS] = transformers_step(args.architecture, prompts, device)
+    steps[OURS] = our_step(model, prompts, args.loss)
     side = model.visual.input_resolution
     images = torch.randn(args.batch_size, 3, side, side, device=device)
     labels = torch.randint(0, len(class_names), (args.batch_size,), device=device)
@@ -109,6 +114,8 @@ def main():
         works = {name: lambda step=step: step(images, labels) for name, step in steps.items()}
         what = f"full fine-tuning step, {args.architecture}"
     what += f", batch {args.batch_size}"
+    if args.loss != "info_nce":
+        what += f", {args.loss}"
     seconds = alternate(works, args.rounds)
     report(args.rows, what, seconds, flops / peak_flops(device), MATRICES)
     print(
@@ -142,28 +149,45 @@ def optimizer_step(loss_of: Callable, model: torch.nn.Module, **options) -> Call
     return step
 
 
-def plain_step(model: torch.nn.Module, prompts: list[str]) -> Callable:
+def plain_step(model: torch.nn.Module, prompts: list[str], loss: str = "info_nce") -> Callable:
     """Each image with its own caption, through OpenAI's own forward pass."""
     tokens = clip.tokenize(prompts).to(model.logit_scale.device)  # (C, 77)
 
     def loss_of(images, labels):
         image = F.normalize(model.encode_image(images).float(), dim=1)  # (B, D)
-        text = F.normalize(model.encode_text(tokens[labels]).float(), dim=1)  # (B, D)
-        return info_nce(image, text, model.logit_scale.exp())
+        read = tokens if loss == "cross_entropy" else tokens[labels]
+        text = F.normalize(model.encode_text(read).float(), dim=1)  # (B, D) or (C, D)
+        return loss_of_features(loss, image, text, model.logit_scale.exp(), labels)
 
     return optimizer_step(loss_of, model)
 
 
-def open_clip_step(architecture: str, prompts: list[str], device: torch.device) -> Callable:
+def loss_of_features(
+    name: str, image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """The loss of images (B, D) and of their texts (B, D), or those of all classes (C, D)."""
+    if name == "cross_entropy":
+        return class_cross_entropy(image, text, scale, labels)
+    if name == "sigmoid":
+        return sigmoid_loss(image, text, scale, BIAS)
+    return info_nce(image, text, scale)
+
+
+def open_clip_step(
+    architecture: str, prompts: list[str], device: torch.device, loss: str = "info_nce"
+) -> Callable:
     """The same with the model and the loss of open_clip."""
-    from open_clip.loss import ClipLoss
+    from open_clip.loss import ClipLoss, SigLipLoss
 
     model = open_clip_model(architecture).to(device).train()
     tokens = clip.tokenize(prompts).to(device)  # (C, 77)
     contrastive_loss = ClipLoss()
+    each_pair_s_loss = SigLipLoss()
 
     def loss_of(images, labels):
         image, text, scale = model(images, tokens[labels])[:3]
+        if loss == "sigmoid":
+            return each_pair_s_loss(image, text, scale, BIAS)
         return contrastive_loss(image, text, scale)
 
     return optimizer_step(loss_of, model)
@@ -182,15 +206,18 @@ def transformers_step(architecture: str, prompts: list[str], device: torch.devic
     return optimizer_step(loss_of, model)
 
 
-def our_step(model: torch.nn.Module, prompts: list[str]) -> Callable:
+def our_step(model: torch.nn.Module, prompts: list[str], loss: str = "info_nce") -> Callable:
     """Each distinct prompt of the batch once, cut to the longest one."""
     tokens = models.tokenize(prompts).to(model.logit_scale.device)  # (C, T)
 
     def loss_of(images, labels):
-        distinct, inverse = torch.unique(labels, return_inverse=True)
         image = models.encode_images(model, images)  # (B, D)
-        text = models.encode_texts(model, tokens[distinct])  # (distinct, D)
-        return info_nce(image, text.index_select(0, inverse), model.logit_scale.exp())
+        if loss == "cross_entropy":
+            text = models.encode_texts(model, tokens)  # (C, D)
+        else:
+            distinct, inverse = torch.unique(labels, return_inverse=True)
+            text = models.encode_texts(model, tokens[distinct]).index_select(0, inverse)  # (B, D)
+        return loss_of_features(loss, image, text, model.logit_scale.exp(), labels)
 
     return optimizer_step(loss_of, model, fused=True)
 
@@ -240,11 +267,12 @@ def epochs(
         for images, targets in batches:
             step(images.to(device), targets.to(device))
 
-    peers = {
-        PLAIN: loader(clip_transform),
-        OPEN_CLIP: loader(open_clip_transform),
-        TRANSFORMERS: loader(transformers_transform),
+    transforms = {
+        PLAIN: clip_transform,
+        OPEN_CLIP: open_clip_transform,
+        TRANSFORMERS: transformers_transform,
     }
+    peers = {name: loader(transforms[name]) for name in steps if name != OURS}
     works = {}
     for name, batches in peers.items():
         works[name] = lambda name=name, batches=batches: epoch(steps[name], batches)

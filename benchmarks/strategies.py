@@ -7,7 +7,8 @@ frozen part computes, against the plain recipe with requires_grad=False.
 Random weights; without flags the shape of ViT-B/32 and 64 images. The plain recipe decodes every
 image with PIL + clip's transform and sends it and a prompt of 77 tokens through both towers at
 every step. The limit counts the FLOPs that are left of our steps. `linear`: there the image tower
-and a step over each batch, here an iteration of L-BFGS over all features.
+and a step over each batch, here an iteration of L-BFGS over all features, from random and from the
+text classifier.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
 
 from flowers import command, evaluate, frozen, models, strategies
-from flowers.choices import TEMPLATE, context_template, cut_points
+from flowers.choices import DEFAULT_C, TEMPLATE, context_template, cut_points
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.losses import info_nce
 from flowers.pixels import get_batch, load_pixels
@@ -251,25 +252,33 @@ def measure_steps(setup: Setup, args: argparse.Namespace) -> None:
 
 def measure_linear(setup: Setup, args: argparse.Namespace) -> None:
     """Measure `linear`, whose epoch is an iteration of L-BFGS over the features of all images."""
-    features = image_activations(setup, cut=0).float().cpu().numpy()  # (N, D)
-    labels = setup.labels.numpy()
-    iterations = []
+    model = setup.model
+    features = image_activations(setup, cut=0).float().cpu()  # (N, D), of length 1
+    zero_shot = evaluate.zero_shot_head(model, setup.flowers.class_names, [TEMPLATE])
+    from_random, from_texts = "train.py --strategy linear", "train.py --start_from zero_shot"
+    iterations = {from_random: [], from_texts: []}
 
     def regression():
-        model = LogisticRegression(C=strategies.DEFAULT_C, max_iter=50)
-        model.fit(features, labels)
-        iterations.append(int(model.n_iter_[0]))
+        regression = LogisticRegression(C=DEFAULT_C, max_iter=50)
+        regression.fit(features.numpy(), setup.labels.numpy())
+        iterations[from_random].append(int(regression.n_iter_[0]))
 
-    ours = "train.py --strategy linear"
-    ways = {PLAIN: plain_epoch(setup, args.batch_size), ours: regression}
-    seconds = alternate(ways, args.rounds)
-    counted = iterations[1:]  # without the round that warms up
-    seconds[ours] = [fit / count for fit, count in zip(seconds[ours], counted)]
+    def pulled():
+        scale = model.logit_scale.exp().item()
+        _, _, n = strategies.fit_pulled(features, setup.labels, zero_shot, scale)
+        iterations[from_texts].append(n)
+
+    plain = plain_epoch(setup, args.batch_size)
+    seconds = alternate({PLAIN: plain, from_random: regression, from_texts: pulled}, args.rounds)
 
     # logits and their gradient: two products of N x D x C, two operations each
-    flops = 4 * len(labels) * setup.head.weight.numel()
-    what = f"epoch of linear, {args.architecture}, {len(labels)} images"
-    report(args.rows, what, seconds, flops / peak_flops(setup.device), MATRICES)
+    flops = 4 * len(features) * setup.head.weight.numel()
+    what = f"epoch of linear, {args.architecture}, {len(features)} images"
+    for ours, counts in iterations.items():
+        # the round that warms up is not among the seconds
+        each = [fit / n for fit, n in zip(seconds[ours], counts[1:])]
+        spent = {PLAIN: seconds[PLAIN], ours: each}
+        report(args.rows, what, spent, flops / peak_flops(setup.device), MATRICES)
 
 
 if __name__ == "__main__":

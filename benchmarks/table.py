@@ -2,11 +2,12 @@
 
 The table is also written to benchmarks/results.md, with date, commit and machine.
 
-    make bench DATA_ROOT=data/flowers-102      # half an hour on two cores that do nothing else
+    git worktree add ../older ad57c6d      # for what starting cost before
+    make bench DATA_ROOT=data/flowers-102 BEFORE=../older      # 35 minutes on two idle cores
     python benchmarks/table.py --data_root sample --only pixels colour
 
 Each row is measured in one run, the ways taking turns. The ratio is the median of the rounds, with
-the least and the greatest.
+the least and the greatest. Starting is in processor seconds of whole processes.
 """
 
 import argparse
@@ -22,20 +23,23 @@ from measure import TABLE, line, machine
 from flowers import UserError, command, files, runs
 
 HERE = Path(__file__).resolve().parent
-# script and settings of each benchmark
+# script and settings of each benchmark; --rounds here where a round is long
 BENCHMARKS = {
     "pixels": ["pixels.py"],
     "zeroshot": ["zeroshot.py", "--images", "64"],
     "step": ["step.py", "--batch_size", "32"],
-    "epoch": ["step.py", "--architecture", "tiny", "--epoch_images", "1024"],
-    "strategies": ["strategies.py", "--images", "32", "--batch_size", "32"],
+    "sigmoid": ["step.py", "--batch_size", "16", "--loss", "sigmoid", "--rounds", "3"],
+    "cross_entropy": ["step.py", "--batch_size", "16", "--loss", "cross_entropy", "--rounds", "3"],
+    "epoch": ["step.py", "--architecture", "tiny", "--epoch_images", "512"],
+    "strategies": ["strategies.py", "--images", "16", "--batch_size", "16"],
     "architectures": ["architectures.py"],
     "colour": ["colour.py"],
     "qwen": ["qwen.py"],
     "web": ["web.py"],
+    "startup": ["startup.py", "--rounds", "1"],
 }
-# these compute on random numbers, and need no --data_root
-WITHOUT_DATA = ("step", "architectures", "qwen")
+# these compute on random numbers or on the drawn sample, and need no --data_root
+WITHOUT_DATA = ("step", "sigmoid", "cross_entropy", "architectures", "qwen", "startup")
 
 
 @command
@@ -56,7 +60,13 @@ def main():
         nargs="+",
         choices=list(BENCHMARKS),
         default=list(BENCHMARKS),
-        help="benchmarks to run (default: all)",
+        help="benchmarks to run (default: all; startup with --before only)",
+    )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="CHECKOUT",
+        help="another checkout of this repository, for startup",
     )
     parser.add_argument(
         "--output",
@@ -65,12 +75,15 @@ def main():
         help="file of the table (default: %(default)s)",
     )
     args = parser.parse_args()
+    names = args.only
+    if args.before is None:
+        names = [name for name in names if name != "startup"]
 
     with tempfile.TemporaryDirectory() as folder:
         # every benchmark runs in a process of its own and appends its rows here
         rows_file = Path(folder) / "rows.jsonl"
-        for name in args.only:
-            run_benchmark(name, args.data_root, args.rounds, rows_file)
+        for name in names:
+            run_benchmark(name, args, rows_file)
         rows = files.read_lines(rows_file)
 
     # a row of JSON becomes a line of Markdown
@@ -82,12 +95,15 @@ def main():
     print(text)
 
 
-def run_benchmark(name: str, data_root: str, rounds: int, rows_file: Path) -> None:
+def run_benchmark(name: str, args: argparse.Namespace, rows_file: Path) -> None:
     """Run one benchmark, which appends its rows to the file. Raises UserError if it fails."""
     script, *arguments = BENCHMARKS[name]
     if name not in WITHOUT_DATA:
-        arguments += ["--data_root", data_root]
-    arguments += ["--rounds", str(rounds)]
+        arguments += ["--data_root", args.data_root]
+    if name == "startup":
+        arguments += ["--before", str(args.before)]
+    if "--rounds" not in arguments:
+        arguments += ["--rounds", str(args.rounds)]
 
     # standard output is for the table alone
     print("$ " + " ".join(["python", str(HERE / script), *arguments]), file=sys.stderr, flush=True)
@@ -109,7 +125,7 @@ def heading(rounds: int) -> str:
         f"{torch.get_num_threads()} threads",
         f"torch {environment['versions']['torch']}",
         "random weights",
-        f"medians of {rounds} alternating rounds.",
+        f"medians of {rounds} alternating rounds (losses: 3, CPU: 1).",
     ]
     return ", ".join(parts)
 

@@ -1,16 +1,19 @@
-"""Zero-shot evaluation from JPEG files to metrics: baseline_eval.py's way against CLIP_benchmark's
-recipe with open_clip, and the pipeline of transformers.
+"""Zero-shot evaluation from JPEG files to metrics, and names for pictures: the ways of
+baseline_eval.py and predict.py against CLIP_benchmark's recipe with open_clip, and the pipeline of
+transformers.
 
     python benchmarks/zeroshot.py --data_root data/flowers-102      # ten minutes on two cores
 
 Shape of ViT-B/32, random weights, 128 images of the test split. CLIP_benchmark: the prompts of
 one class after the other through the text tower at 77 tokens, images from a DataLoader with two
 workers. The pipeline takes one image after the other and encodes all names anew with each; it gets
---pipeline_images of them. Ours is measured without a pixel cache, and with it.
+--pipeline_images of them. Ours is measured without a pixel cache, and with it. predict.py has none:
+it reads pictures of any format, and ranks all names of each.
 """
 
 import argparse
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +37,11 @@ from flowers.choices import TEMPLATE
 from flowers.data import Flowers, add_data_arguments, open_flowers
 from flowers.pixels import load_pixels
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import predict  # noqa: E402, the script
+
 BATCH = 64
+PIPELINE = "transformers pipeline"
 
 
 @command
@@ -80,6 +87,11 @@ def main():
             head = evaluate.zero_shot_head(model, flowers.class_names, [TEMPLATE])
             return evaluate.evaluate_features(features, head, flowers.labels)
 
+        def names_of_pictures():
+            _, features, _ = predict.encode_pictures(model, files)  # (N, D)
+            head = evaluate.zero_shot_head(model, flowers.class_names, [TEMPLATE])
+            return predict.rank(predict.predict(features, head), flowers.class_names, 5)
+
         def ours_without_cache():
             shutil.rmtree(flowers.root / ".cache", ignore_errors=True)
             ours()
@@ -88,24 +100,28 @@ def main():
         few = files[: args.pipeline_images]
         ways = {
             benchmark: clip_benchmark(args.architecture, flowers, device),
-            "transformers pipeline": pipeline_of(args.architecture, flowers, few, device),
+            PIPELINE: pipeline_of(args.architecture, flowers, few, device),
             "baseline_eval.py, no cache": ours_without_cache,
-            "baseline_eval.py": ours,
+            "baseline_eval.py, pixels cached": ours,
+            "predict.py": names_of_pictures,
         }
         seconds = alternate(ways, args.rounds)
 
         # Seconds an image: the pipeline gets fewer images than the others.
-        pipeline = {"transformers pipeline": seconds.pop("transformers pipeline")}
+        pipeline = {PIPELINE: seconds.pop(PIPELINE)}
         each = per_item(seconds, n) | per_item(pipeline, args.pipeline_images)
-        peers = {name: each[name] for name in (benchmark, "transformers pipeline")}
         limit = models.count_flops(ours) / n / peak_flops(device)
 
     what = f"zero-shot evaluation, {args.architecture}, an image of {n}"
-    # two tables: the peers are the same in both
-    without_cache = {"baseline_eval.py, no cache": each["baseline_eval.py, no cache"]}
-    with_cache = {"baseline_eval.py, pixels cached": each["baseline_eval.py"]}
-    report(args.rows, what, peers | without_cache, limit, MATRICES)
-    report(args.rows, what, peers | with_cache, limit, MATRICES)
+    titles = {
+        "baseline_eval.py, no cache": what,
+        "baseline_eval.py, pixels cached": what,
+        "predict.py": f"names for pictures, {args.architecture}, one of {n}",
+    }
+    # a table of each of our ways: the peers are the same
+    peers = {name: each[name] for name in (benchmark, PIPELINE)}
+    for name, title in titles.items():
+        report(args.rows, title, peers | {name: each[name]}, limit, MATRICES)
 
 
 def clip_benchmark(architecture: str, flowers: Flowers, device: torch.device) -> Callable:

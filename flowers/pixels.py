@@ -171,9 +171,11 @@ def _shift(batch: torch.Tensor, shifts: torch.Tensor, reach: int) -> torch.Tenso
 def _normalise(batch: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """(b, 3, R, R) uint8 -> float32: mean and standard deviation become 0 and 1."""
     # (x - mean) / std as one multiply-add, in place: one pass over memory. Levels are 0 ... 255.
-    centre = 255 * torch.tensor(mean).view(3, 1, 1)
-    spread = 255 * torch.tensor(std).view(3, 1, 1)
-    line = torch.stack([-centre / spread, 1 / spread])  # (2, 3, 1, 1), sent in one piece
+    centre = 255 * torch.tensor(mean)
+    spread = 255 * torch.tensor(std)
+    line = torch.stack([-centre / spread, 1 / spread]).view(2, 3, 1, 1)
+    # A number for each of the R columns: a CPU takes several at a time from neighbours in memory.
+    line = line.repeat(1, 1, 1, batch.shape[-1])  # (2, 3, 1, R), sent in one piece
     offset, slope = devices.send(line, batch.device)
     batch = batch.float()
     return torch.addcmul(offset, batch, slope, out=batch)

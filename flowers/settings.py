@@ -216,28 +216,52 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
     Raises UserError for flags that contradict each other, and for values out of range.
     """
     check_seed(args.seed)
-    from_random = args.architecture in RANDOM
     image_cut, _ = cut_points(args.strategy, args.blocks)
-
-    # The arguments of a resumed run hold the learned prompt's own template.
-    if args.strategy == "prompt" and not args.resume and (args.captions or args.prompt_template):
-        raise UserError(
-            "--strategy prompt learns the prompt: leave out --captions and --prompt_template"
-        )
-    if args.prompts and (args.prompt_template or args.captions or args.strategy == "prompt"):
-        raise UserError(
-            "--prompts are the texts of the classes: leave out --prompt_template, --captions and "
-            "--strategy prompt"
-        )
-    if args.strategy == "prompt":
-        args.prompt_template = [context_template(args.context_tokens)]
-    elif not args.prompt_template and not args.prompts:
-        args.prompt_template = [TEMPLATE]
+    settle_texts(args)
     if args.augment is None:
         args.augment = "crop" if image_cut is None else "none"
     check_loss(args)
     if args.positives is None and args.loss != "cross_entropy":
         args.positives = "pair" if args.captions else "class"
+    settle_steps(args)
+    if args.eval_every and not args.holdout:
+        raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
+    check_probe(args)
+    check_regularisers(args)
+    settle_val_shots(args)
+    check_ranges(args)
+    return Config(
+        **vars(args),
+        processes=processes,
+        prompts_digest=digest_of_prompts(args.prompts, "prompts") if args.prompts else None,
+        captions_digest=digest_of_prompts(args.captions, "captions") if args.captions else None,
+        pull_by_default=None,
+        start=None,
+    )
+
+
+def settle_texts(args: argparse.Namespace) -> None:
+    """Fill in --prompt_template; raise UserError for texts of which one would be in vain."""
+    is_learned = args.strategy == "prompt"
+    # The arguments of a resumed run hold the learned prompt's own template.
+    if is_learned and not args.resume and (args.captions or args.prompt_template):
+        raise UserError(
+            "--strategy prompt learns the prompt: leave out --captions and --prompt_template"
+        )
+    if args.prompts and (args.prompt_template or args.captions or is_learned):
+        raise UserError(
+            "--prompts are the texts of the classes: leave out --prompt_template, --captions and "
+            "--strategy prompt"
+        )
+    if is_learned:
+        args.prompt_template = [context_template(args.context_tokens)]
+    elif not args.prompt_template and not args.prompts:
+        args.prompt_template = [TEMPLATE]
+
+
+def settle_steps(args: argparse.Namespace) -> None:
+    """Fill in --epochs and the learning rates."""
+    from_random = args.architecture in RANDOM
     if args.lr is None:
         args.lr = RANDOM_LR if from_random else LEARNING_RATES[args.strategy]
     # Where neither temperature nor bias is learned it has no effect, but it is recorded.
@@ -248,10 +272,9 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
     elif args.epochs is None:
         args.epochs = RANDOM_EPOCHS if from_random else DEFAULT_EPOCHS
 
-    if args.eval_every and not args.holdout:
-        raise UserError("--eval_every needs --holdout: test images are evaluated once, at the end")
-    check_probe(args)
-    check_regularisers(args)
+
+def settle_val_shots(args: argparse.Namespace) -> None:
+    """Fill in --val_shots. Raises UserError if there is no val."""
     if args.val_shots is not None and not args.holdout:
         raise UserError(
             "--val_shots needs --holdout: without it no val is set apart, and test is whole"
@@ -259,6 +282,10 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
     # A resumed run has its own: those of before --val_shots evaluated all images of val.
     if args.val_shots is None and args.holdout and args.shots and not args.resume:
         args.val_shots = min(args.shots, MAX_VAL_SHOTS)
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Raise UserError for a number out of its range."""
     at_least_zero = [args.epochs, args.lr, args.tau_lr, args.wd, args.chunk_size, args.eval_every]
     above_zero = [args.views, args.batch_size - 1]
     optional = (args.temperature, args.shots, args.val_shots)
@@ -270,16 +297,6 @@ def resolve(args: argparse.Namespace, processes: int) -> Config:
             "--batch_size at least 2, --views at least 1, --shots, --val_shots and --temperature "
             "above 0"
         )
-    digests = {}
-    for what, path in (("prompts", args.prompts), ("captions", args.captions)):
-        digests[f"{what}_digest"] = digest_of_prompts(path, what) if path else None
-    return Config(
-        **vars(args),
-        processes=processes,
-        **digests,
-        pull_by_default=None,
-        start=None,
-    )
 
 
 def check_loss(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """The table of `make bench`, from real measurements on small data. No test says how fast it is."""
 
+import json
 import os
 import re
 import subprocess
@@ -52,6 +53,45 @@ def test_a_benchmark_that_fails_leaves_no_table(tmp_path):
     assert done.returncode == 2
     assert "benchmark pixels failed" in done.stderr
     assert not output.exists()
+
+
+# Runs benchmarks/startup.py with one script alone, and a limit that needs no torch.
+ONE_SCRIPT = """
+import sys
+sys.path.insert(0, "benchmarks")
+import startup
+startup.SCRIPTS = ("test_models.py", "predict.py")
+startup.EXPLORATION = ()
+works = startup.works
+startup.works = lambda *arguments: works(*arguments)[:2]
+startup.main()
+"""
+
+
+def test_starting_is_measured_beside_another_checkout(tmp_path):
+    older = tmp_path / "older"
+    older.mkdir()
+    # A script that takes half a second of the processor to start, and lacks predict.py.
+    slow = "import time\nwhile time.process_time() < 0.5: pass\n"
+    (older / "test_models.py").write_text(slow)
+    rows = tmp_path / "rows.jsonl"
+    words = ["--before", older, "--rounds", 2, "--points", 0, "--rows", rows]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_SCRIPT, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = map(json.loads, rows.read_text().splitlines())
+    assert first["what"] == "CPU of `test_models.py --help`"
+    assert first["peer"].startswith("older, ") and first["peer"].endswith(" MB")
+    assert first["theirs_s"] >= 0.5
+    assert second["peer"] == "an empty Python process", "there is no older predict.py"
+    for row in (first, second):
+        assert row["rounds"] == 2
+        assert 0 < row["limit_s"] < row["ours_s"], "an empty process starts sooner"
 
 
 def run_gpu(*arguments):

@@ -9,6 +9,7 @@ import shutil
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,3 +281,26 @@ def test_an_array_that_could_not_be_made_is_made_by_the_next(tmp_path):
     assert list(tmp_path.iterdir()) == []
     result = cached_array(path, b"k" * 32, array.shape, "|u1", lambda: [array])
     assert np.array_equal(result, array)
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+
+
+@pytest.mark.skipif(not LARGE_PAGES.exists(), reason="Linux with large pages only")
+def test_a_large_tensor_asks_for_large_pages():
+    """A matter of speed alone, so nothing else would tell if torch was not told in time."""
+    large = torch.zeros(16 << 20, dtype=torch.uint8)
+    is_its = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        # "7f0c4a000000-7f0c4b000000 rw-p ..." begins a mapping, "VmFlags: rd wr ..." ends it.
+        first_word = line.split()[0]
+        if not first_word.endswith(":"):
+            start, end = (int(address, 16) for address in first_word.split("-"))
+            is_its = start <= large.data_ptr() < end
+        elif is_its and first_word == "VmFlags:":
+            assert "hg" in line.split(), "madvise(MADV_HUGEPAGE)"
+            return
+    raise AssertionError("no mapping has the tensor")

@@ -313,7 +313,9 @@ def painted_maps(
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     """Show the images nearest to image i, by colours or by the features of a run's model."""
     ways = ways_of(models)
-    choose_from_list("Nearest images by", ways, "like", on_change=change)
+    # An address may name a run that is not here: then there is something to go back to.
+    if models or state["like"] != "colours":
+        choose_from_list("Nearest images by", ways, "like", on_change=change)
     if is_missing("like", ways, f"with a model in {panels.plain(str(runs))}"):
         return
     if state["like"] == "colours":
