@@ -6,9 +6,9 @@ training to its first step, and of the points of a grid.
 
 All read caches that an uncounted run has filled. The first step is that of the tiny model. Grid:
 ablate.py runs --points of `linear` and of `prompt` on the tiny model, an epoch each, one at a time.
-The work itself is the same runs of train.py in one process, its imports taken off, of the first few
-points; their weights and predictions must be the same bytes. Processor seconds are those of a
-process and of all that it has started, the megabytes its own peak. Linux only.
+The work itself is what the same runs of train.py take in one process, but for the first of each
+strategy, which loads what all need. Weights and predictions must be the same bytes. Processor
+seconds are those of a process and of all that it has started, the megabytes its own peak. On Linux.
 
 Limits: --help costs at least an empty Python process, exploration the import of matplotlib, a step
 that of torch, and a point of the grid the work itself.
@@ -50,7 +50,7 @@ EXPLORATION = (
 EMPTY = ("pass", "an empty Python process")
 MATPLOTLIB = ("import matplotlib.pyplot", "importing matplotlib")
 TORCH = ("import torch", "importing torch")
-WORK_POINTS = 3  # of each strategy, of which the work itself is measured
+WORK_POINTS = 5  # of each strategy, of which the work itself is measured
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 # Run in one process: arguments of train.py, a line each, from standard input.
 IN_ONE_PROCESS = """
@@ -208,12 +208,14 @@ def grid(tree: Path, data_root: str, points: int) -> tuple[float, float]:
         seeds = [str(seed) for seed in range(1, points + 1)]
         by_ablate, _ = cost(tree, ["ablate.py", *arguments, "--seeds", *seeds])
 
-        # The first points again in one process, of which the imports are taken off.
-        lines = commands_of(tree, [*arguments, "--seeds", *seeds[:WORK_POINTS]])
-        work, _ = cost(tree, ["-c", IN_ONE_PROCESS], "".join(lines))
+        # The first points again in one process, and a few more in another: both import, and do what
+        # is done once, such as loading the optimiser.
+        few = commands_of(tree, [*arguments, "--seeds", *seeds[:1]])
+        more = commands_of(tree, [*arguments, "--seeds", *seeds[1:WORK_POINTS]])
+        few_s, _ = cost(tree, ["-c", IN_ONE_PROCESS], "".join(few))
+        more_s, _ = cost(tree, ["-c", IN_ONE_PROCESS], "".join(more))
         check_same(Path(folder))
-        imports, _ = cost(tree, ["-c", "import train"])
-    return by_ablate / (2 * points), (work - imports) / len(lines)
+    return by_ablate / (2 * points), (more_s - few_s) / (len(more) - len(few))
 
 
 def commands_of(tree: Path, arguments: Sequence[str]) -> list[str]:

@@ -59,7 +59,6 @@ def main():
         "--only",
         nargs="+",
         choices=list(BENCHMARKS),
-        default=list(BENCHMARKS),
         help="benchmarks to run (default: all; startup with --before only)",
     )
     parser.add_argument(
@@ -75,9 +74,9 @@ def main():
         help="file of the table (default: %(default)s)",
     )
     args = parser.parse_args()
-    names = args.only
-    if args.before is None:
-        names = [name for name in names if name != "startup"]
+    names = args.only or [name for name in BENCHMARKS if name != "startup" or args.before]
+    if "startup" in names and args.before is None:
+        raise UserError("startup compares two checkouts: give the other one with --before")
 
     with tempfile.TemporaryDirectory() as folder:
         # every benchmark runs in a process of its own and appends its rows here

@@ -67,7 +67,6 @@ INHERITED = (
 # The job in merged/ of a run of qwen_train.py: a model that a run made, and no run to resume.
 MERGED = "qwen_merged"
 
-
 SOUP = " soup"  # behind the strategy of the runs of which a model is the mean
 
 

@@ -478,4 +478,6 @@ def test_a_compiled_step_is_the_plain_one(backend, options, monkeypatch):
         expected, numbers = plain(), compiled()
         assert numbers["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-4)
     torch._dynamo.reset()
-    assert 1 <= compiler.frame_count <= 3, "once, that of the texts once more for any number"
+    # The texts' once more for any number of them. A frozen tower has nothing to compile.
+    at_least = 1 if options.get("strategy") == "prompt" else 2
+    assert at_least <= compiler.frame_count <= 3

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NAMES, REAL_GPU, call
-from pretended_gpu import pretended_gpu
+from pretended_gpu import ANSWERS, Graph, pretended_gpu
 
 from flowers import devices, evaluate, files, losses, models
 from flowers.data import open_flowers
@@ -140,6 +140,36 @@ def test_training_goes_on(flags, small, tmp_path):
         run("train.py", "--resume", copy, "--device", device, "--wandb", "disabled")
         assert np.isfinite(losses_of(copy)).all() and len(losses_of(copy)) == 2
         assert (copy / "result.json").exists()
+
+
+RECORDED = [
+    ("--strategy full", 1),
+    ("--loss cross_entropy --strategy text", 1),
+    ("--strategy full --no_cuda_graph", 0),
+    ("--strategy full --chunk_size 5", 0),
+    ("--strategy linear", 0),
+]
+
+
+@pretended_only
+@pytest.mark.parametrize(("flags", "n_graphs"), RECORDED)
+def test_steps_are_recorded(flags, n_graphs, small, tmp_path, monkeypatch):
+    graphs = []
+
+    class Counted(Graph):
+        def __init__(self):
+            super().__init__()
+            graphs.append(self)
+
+    monkeypatch.setitem(ANSWERS, "CUDAGraph", Counted)
+    folder = train(small, tmp_path, "a", *flags.split())
+    assert len(graphs) == n_graphs
+    if "--no_cuda_graph" not in flags and n_graphs:
+        # Whoever goes on may say that it is to be recorded no more.
+        (folder / "result.json").unlink()
+        (folder / "checkpoint.pt").unlink()
+        run("train.py", "--resume", folder, "--no_cuda_graph", "--wandb", "disabled")
+        assert len(graphs) == n_graphs
 
 
 def test_captions_and_prompts(small, tmp_path):

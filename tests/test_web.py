@@ -500,7 +500,7 @@ def test_how_sure_a_difference_is(page, runs):
         exact = contingency_tables.mcnemar([[0, a], [b, 0]], exact=True).pvalue
         assert classes.loc[name, "p (McNemar)"] == pytest.approx(exact)
         ends = paired_difference(b, a, int(of_class.sum()))
-        assert classes.loc[name, ["from (%)", "to (%)"]].tolist() == pytest.approx(ends)
+        assert classes.loc[name, ["from (points)", "to (points)"]].tolist() == pytest.approx(ends)
 
 
 def test_the_change_of_a_class_counts_near_duplicates_once(many):
@@ -518,10 +518,10 @@ def test_the_change_of_a_class_counts_near_duplicates_once(many):
     assert sum(once[:2]) > 0
     pairs = class_table(flowers, index, *runs, clusters=np.arange(len(index)) // 2).iloc[0]
     alone = class_table(flowers, index, *runs).iloc[0]
-    ends = ["from (%)", "to (%)"]
+    ends = ["from (points)", "to (points)"]
     assert pairs[ends].tolist() == pytest.approx(paired_difference(*once))
     assert alone[ends].tolist() == pytest.approx(paired_difference(*(2 * k for k in once)))
-    assert alone["change (%)"] == pairs["change (%)"]
+    assert alone["change (points)"] == pairs["change (points)"]
 
 
 @pytest.fixture(scope="session")
@@ -829,7 +829,7 @@ def test_classes_are_sorted_by_change(page, runs):
         assert row["images"] == len(images)
         changes.append(accuracy_of_second - accuracy)
     by_size = sorted(changes, key=lambda change: -abs(change))
-    assert table["change (%)"].tolist() == pytest.approx(by_size)
+    assert table["change (points)"].tolist() == pytest.approx(by_size)
     assert len(set(changes)) > 1
 
     at = page(view="runs", run="first", part="classes")
@@ -1684,7 +1684,8 @@ def test_each_list_has_a_file_of_its_own(page, monkeypatch):
     assert files == {
         "flowers-browse.csv": "id,file,class,split",
         "flowers-runs-first-wrong.csv": "id,file,class,split,first prediction,first probability",
-        "flowers-runs-first-second-classes.csv": "class,change (%),from (%),to (%),images,"
+        "flowers-runs-first-second-classes.csv": "class,change (points),from (points),to (points),"
+        "images,"
         f"{of_first},{of_second},only first right,only second right,p (McNemar),p (Holm)",
         "flowers-runs-first-confusion.csv": "class,prediction,images",
     }

@@ -28,7 +28,8 @@ RUN_FILES = ("args.json", "result.json", "predictions.csv", "model.pt")  # each 
 IN_PERCENT = " (%)"
 P_VALUE = "p (McNemar)"
 CORRECTED = "p (Holm)"
-CHANGE = (f"change{IN_PERCENT}", f"from{IN_PERCENT}", f"to{IN_PERCENT}")  # with its 95% interval
+IN_POINTS = " (points)"
+CHANGE = tuple(f"{name}{IN_POINTS}" for name in ("change", "from", "to"))  # with its 95% interval
 
 # -----------------------------------------------------------------------------
 # runs

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MCNEMAR_OF_TWO = (
     "The exact test of McNemar: how likely so uneven a count of images that only one of the two "
-    "has right is, if neither is better."
+    "has right is, if neither is better. Near-duplicates count one by one."
 )
 HELP = {
     P_VALUE: f"{MCNEMAR_OF_TWO} Of each class alone, not corrected for their number: of a hundred "

@@ -107,7 +107,7 @@ def made_once(_make: Callable[[Path], Any], path: Path, stamp: tuple) -> Any:
 
 
 @st.cache_resource(show_spinner=False)
-def known_reasons() -> dict[tuple, str]:
+def known_reasons() -> dict[Path, tuple[tuple, str]]:
     """Return the reasons that are known; a look-up in Streamlit's own cache takes 1 ms a run."""
     return {}
 
@@ -121,10 +121,10 @@ def reasons_apart(data: Dataset, runs: Path, names: Sequence[str]) -> dict[str, 
     reasons = {}
     for name in names:
         path = runs / name / "predictions.csv"
-        key = (data.stamp, stamp_of(path))
-        if key not in known:
-            known[key] = why_apart(path.parent, data.flowers)
-        reasons[name] = known[key]
+        stamp = (data.stamp, stamp_of(path))
+        if path not in known or known[path][0] != stamp:
+            known[path] = (stamp, why_apart(path.parent, data.flowers))
+        reasons[name] = known[path][1]
     return dict(sorted(reasons.items(), key=lambda item: bool(item[1])))
 
 
