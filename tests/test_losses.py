@@ -246,6 +246,7 @@ def training_data(small, loss, classes="all", logit_bias=None):
         trains=True,
         captions=None,
         compile=False,
+        records_steps=False,
         eval_split="test",
         classes=classes,
         shots=None,

@@ -480,10 +480,10 @@ def test_how_sure_a_difference_is(page, runs):
     table = accuracies(at)
     change, low, high = difference_interval(right[1][None], right[0][None])
     assert table.loc["second", "difference from first (points)"] == pytest.approx(change, abs=SHOWN)
-    assert table.loc["second", "95% interval of that"] == f"{low:+.1f} to {high:+.1f}"
+    assert table.loc["second", "95% interval of the difference"] == f"{low:+.1f} to {high:+.1f}"
     only_second, only_first = (right[1] & ~right[0]).sum(), (right[0] & ~right[1]).sum()
-    assert table.loc["second", "right alone"] == only_second
-    assert table.loc["second", "first right alone"] == only_first
+    assert table.loc["second", "right where first is wrong"] == only_second
+    assert table.loc["second", "wrong where first is right"] == only_first
     exact = contingency_tables.mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue
     assert table.loc["second", "p"] == pytest.approx(exact, rel=0.005)
 
@@ -874,7 +874,10 @@ def test_an_image_has_calibrated_probabilities_where_a_run_has_a_temperature(
     (first / "calibration.json").write_text(json.dumps({"temperature": 2.5}))
     (first / "class_names.json").write_text(json.dumps({"names": NAMES}))
     # An evaluation with --calibrated, whose predictions are calibrated already.
-    (second / "result.json").write_text(json.dumps({"calibration_temperature": 1.25}))
+    result = {"calibration_temperature": 1.25, "calibrated": True}
+    (second / "result.json").write_text(json.dumps(result))
+    # A training with --holdout has found one, and written its predictions without.
+    (first / "result.json").write_text(json.dumps({"calibration_temperature": 2.5}))
     i = next(iter(predictions_of(folder, "first")))
     at = page(runs=folder, view="runs", run="first", other=["second", "third"], image=str(i))
     before = dict(rankings(html(at, "image")))

@@ -29,11 +29,11 @@ METRICS = {
 }
 COLUMNS = (
     ("run", "strategy", "architecture", "pretraining", *SETTINGS, "trained on")
-    + ("split", "images", "overlap", *METRICS)
+    + ("dataset", "split", "images", "overlap", *METRICS)
     + ("parameters trained", "seconds")
 )
 TRAINED = ("trainable_image", "trainable_text", "trainable_scale", "trainable_head", "trainable")
-OPTIONAL = ("shots", "trained on", "overlap", "ECE (%)", "base (%)", "new (%)")
+OPTIONAL = ("shots", "trained on", "dataset", "overlap", "ECE (%)", "base (%)", "new (%)")
 SPLITS = ("test", "val", "train")
 EVALUATIONS = ("eval", "qwen_eval", "qwen_probe")  # jobs that evaluate what another run has trained
 INNER = ("model.pt", "adapter")  # parts of a run that its path may end with
@@ -45,16 +45,19 @@ def run_table(runs: Path, names: Sequence[str]) -> "pd.DataFrame":
     """Return a table of the runs with these names, a row a run, in their order.
 
     COLUMNS: run, strategy, architecture, pretraining, those of SETTINGS, the classes trained on
-    where not all, split with its convention, images, overlap (how many of them the model was
-    trained on), those of METRICS (`from` and `to` are the ends of the 95% interval of top-1),
-    parameters that were trained, seconds of training. What a run does not have is empty; a column
-    of OPTIONAL that no run has is left out. The split of a run without a result is UNFINISHED, or
-    DAMAGED; it is empty, as all else, of a run that has no settings either.
+    where not all, the dataset's folder where the runs have several, split with its convention,
+    images, overlap (how many of them the model was trained on), those of METRICS (`from` and `to`
+    are the ends of the 95% interval of top-1), parameters that were trained, seconds of training.
+    What a run does not have is empty; a column of OPTIONAL that no run has is left out. The split
+    of a run without a result is UNFINISHED, or DAMAGED; it is empty, as all else, of a run that has
+    no settings either.
     """
     import pandas as pd  # not needed by the first view
 
     rows = [_row(runs, name) for name in names]
     table = pd.DataFrame(rows, columns=COLUMNS)
+    if table["dataset"].nunique() == 1:  # the page says which
+        table["dataset"] = None
     return table.drop(columns=[name for name in OPTIONAL if table[name].isna().all()])
 
 
@@ -91,6 +94,7 @@ def _description(folder: Path, settings: dict, result: dict) -> dict:
     members = _members(folder, settings) or [trained]
     strategy = _strategy(settings, result, trained, members)
     row = {"strategy": strategy, "architecture": architecture, "pretraining": pretraining}
+    row["dataset"] = settings.get("data_root")
     for column, key in SETTINGS.items():
         values = [member.get(key) for member in members]
         row[column] = values[0] if values == values[:1] * len(values) else None

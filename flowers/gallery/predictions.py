@@ -21,6 +21,7 @@ from flowers.runs import command_line
 if TYPE_CHECKING:
     import pandas as pd
 
+ANOTHER_SPLIT = "another split"
 NO_CLASS = -1  # of an image that a run did not predict
 MAX_DEPTH = 4  # of folders below the folder of the runs
 RUN_FILES = ("args.json", "result.json", "predictions.csv", "model.pt")  # each makes a run
@@ -132,7 +133,7 @@ def why_apart(folder: Path, flowers: Flowers) -> str:
     test = flowers.splits["test"]
     # A dataset may have no split: then none is another one.
     if len(test) and not np.isin(index, test).all():
-        return "another split"
+        return ANOTHER_SPLIT
     return ""
 
 
@@ -147,13 +148,16 @@ def run_arguments(folder: Path) -> dict:
 def written_temperature(folder: Path) -> float | None:
     """Return the temperature that has divided the logits behind a run's predictions.csv.
 
-    None for a run that is not calibrated, as all are but evaluations with --calibrated.
+    None for a run that is not calibrated, as all are but evaluations with --calibrated. (A training
+    with --holdout only finds a temperature, and writes it beside predictions without it.)
     """
     try:
-        temperature = checked(read_json(folder / "result.json")).get("calibration_temperature")
+        result = checked(read_json(folder / "result.json"))
     except (OSError, ValueError):  # without a word, as in `run_arguments`
         return None
-    return temperature if isinstance(temperature, float) else None
+    temperature = result.get("calibration_temperature")
+    is_calibrated = result.get("calibrated") is True and isinstance(temperature, float)
+    return temperature if is_calibrated else None
 
 
 def model_arguments(folder: Path) -> dict:
@@ -217,10 +221,14 @@ def read_predictions(folder: Path, flowers: Flowers, name: str = "") -> Predicti
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}): {remedy}") from None
     if not any(top) and n_foreign:
-        data_root = run_arguments(folder).get("data_root", "PATH")
+        data_root = str(run_arguments(folder).get("data_root", "PATH"))
+        if Path(data_root).resolve() == flowers.root.resolve():
+            raise UserError(
+                f"The images have changed since the predictions of {folder} were made: {remedy}"
+            )
         raise UserError(
             f"The predictions of {folder} are not about these images; its own are opened with: "
-            f"streamlit run web.py -- --data_root {shlex.quote(str(data_root))}"
+            f"streamlit run web.py -- --data_root {shlex.quote(data_root)}"
         )
     if not any(top):
         raise UserError(f"{path} is empty: {remedy}")

@@ -33,6 +33,7 @@ HELP = {
     "classes, up to five are expected below 0.05 by chance.",
     CORRECTED: "The same, corrected for the number of classes (Holm): the chance that one class or "
     "more is below 0.05 is at most 5%, if no class differs.",
+    CHANGE[0]: "The accuracy of the second run minus that of the first, in points.",
     **dict.fromkeys(
         CHANGE[1:],
         "An end of the 95% interval of the change, in points (Tango's score interval for pairs, of "
@@ -66,11 +67,13 @@ def show_classes(
             name = table["class"][rows[0]]
             list_all(true=name)
 
-    formats = {}
-    for column in table.columns:
-        if column.endswith(IN_PERCENT) or column in HELP:
-            digits = "%.1f" if column.endswith(IN_PERCENT) else "%.3f"
-            formats[column] = st.column_config.NumberColumn(format=digits, help=HELP.get(column))
+    digits = {column: "%.1f" for column in table.columns if column.endswith(IN_PERCENT)}
+    digits |= dict.fromkeys(CHANGE, "%+.1f") | dict.fromkeys((P_VALUE, CORRECTED), "%.3f")
+    formats = {
+        column: st.column_config.NumberColumn(format=digits[column], help=HELP.get(column))
+        for column in table.columns
+        if column in digits
+    }
     st.caption("Accuracy of each class; click on a cell to see the pictures of its class.")
     st.dataframe(
         table,

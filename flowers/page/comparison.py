@@ -177,6 +177,7 @@ def show_accuracies(
     p_values = holm([p for _, _, p in tests])
     first = predictions[0].name
     difference = f"difference from {first} (points)"
+    won, lost = f"right where {first} is wrong", f"wrong where {first} is right"  # images
     rows = []
     for k, (run, right) in enumerate(zip(predictions, correct)):
         mean, low, high = mean_interval(right[None], clusters)
@@ -186,10 +187,10 @@ def show_accuracies(
             change, low, high = difference_interval(right[None], correct[0][None], clusters)
             only_this, only_first, _ = tests[k - 1]
             row |= {
-                difference: f"{change:.2f}",
-                "95% interval of that": f"{low:+.1f} to {high:+.1f}",
-                "right alone": str(only_this),
-                f"{first} right alone": str(only_first),
+                difference: f"{change:+.2f}",
+                "95% interval of the difference": f"{low:+.1f} to {high:+.1f}",
+                won: str(only_this),
+                lost: str(only_first),
                 "p": f"{p_values[k - 1]:.3g}",
             }
         rows.append(row)

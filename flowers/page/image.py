@@ -29,6 +29,7 @@ from flowers.page.kept import (
     load_explainer,
     load_predictions,
     load_searcher,
+    models_apart,
     stamp_of,
     stamp_of_run,
 )
@@ -229,11 +230,13 @@ def show_where(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     choose_one("Where a run looks", BARS, "where", change)
     if state["where"] == "hidden":
         return
+    reasons = models_apart(data, runs, models)
+    models = list(reasons)
     if state["looker"] is None:
         used = [name for name in (state["run"], state["model"]) if name in models]
         state["looker"] = (used or models)[0]
     with st.container(horizontal=True):
-        choose_from_list("Looking run", models, "looker", on_change=change)
+        choose_from_list("Looking run", models, "looker", reasons=reasons, on_change=change)
         names = sorted(data.flowers.class_names)
         choose_from_list("For", names, "target", "true and predicted class", on_change=change)
         st.text_input(
@@ -312,10 +315,11 @@ def painted_maps(
 
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     """Show the images nearest to image i, by colours or by the features of a run's model."""
-    ways = ways_of(models)
+    reasons = models_apart(data, runs, models)
+    ways = ways_of(reasons)
     # An address may name a run that is not here: then there is something to go back to.
     if models or state["like"] != "colours":
-        choose_from_list("Nearest images by", ways, "like", on_change=change)
+        choose_from_list("Nearest images by", ways, "like", reasons=reasons, on_change=change)
     if is_missing("like", ways, f"with a model in {panels.plain(str(runs))}"):
         return
     if state["like"] == "colours":

@@ -20,7 +20,7 @@ from flowers import UserError
 from flowers.data import Flowers, open_flowers
 from flowers.gallery import atlas
 from flowers.gallery.filters import image_ids, split_names
-from flowers.gallery.predictions import Predictions, read_predictions, why_apart
+from flowers.gallery.predictions import ANOTHER_SPLIT, Predictions, read_predictions, why_apart
 from flowers.gallery.search import Searcher, own_prompts
 from flowers.gallery.thumbnails import Thumbnails
 from flowers.layouts import read_captions
@@ -126,6 +126,14 @@ def reasons_apart(data: Dataset, runs: Path, names: Sequence[str]) -> dict[str, 
             known[path] = (stamp, why_apart(path.parent, data.flowers))
         reasons[name] = known[path][1]
     return dict(sorted(reasons.items(), key=lambda item: bool(item[1])))
+
+
+def models_apart(data: Dataset, runs: Path, models: Sequence[str]) -> dict[str, str]:
+    """Return reasons_apart of runs whose model is used: it may have been evaluated on any split."""
+    reasons = reasons_apart(data, runs, models)
+    reasons = {name: "" if why == ANOTHER_SPLIT else why for name, why in reasons.items()}
+    in_order = {name: reasons[name] for name in models}
+    return dict(sorted(in_order.items(), key=lambda item: bool(item[1])))
 
 
 def load_captions(data: Dataset, path: Path) -> list[list[str]]:

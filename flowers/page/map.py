@@ -19,6 +19,7 @@ from flowers.page.kept import (
     Dataset,
     load_predictions,
     load_searcher,
+    models_apart,
     reasons_apart,
     result_of,
     searcher_of,
@@ -44,7 +45,7 @@ def show_map(data: Dataset, runs: Path, models: list[str], predicted: list[str])
     """
     flowers = data.flowers
     is_shown = state["image"] is None  # one image is shown without the map
-    ways = ways_of(models)
+    ways = ways_of(models_apart(data, runs, models))
     if is_shown:
         map_choices(data, runs, ways, predicted)
     if is_missing("laid", ways, f"with a model in {panels.plain(str(runs))}"):

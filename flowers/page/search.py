@@ -15,7 +15,7 @@ from flowers.page.choices import change_filter, is_missing, state
 from flowers.page.kept import (
     Dataset,
     load_searcher,
-    reasons_apart,
+    models_apart,
     searcher_of,
     sentence_features,
     start_searcher,
@@ -45,7 +45,7 @@ def search(data: Dataset, runs: Path, models: list[str]) -> Listing | None:
         remedy = training_command(data.flowers, runs)
         st.info(panels.message(f"Searching needs a run with a model in {runs}. Make one: {remedy}"))
         return None
-    reasons = reasons_apart(data, runs, models)
+    reasons = models_apart(data, runs, models)
     models = list(reasons)
     if state["model"] is None:
         state["model"] = models[0]
