@@ -219,7 +219,6 @@ def training_step(
 
     scaler: multiplies the loss before the backward pass, with --precision fp16.
     """
-
     losses = objective.backward(batch, scaler)
     trained = list(objective.trained.values())
     processes.average_gradients(trained)
