@@ -233,7 +233,8 @@ def commands_of(tree: Path, arguments: Sequence[str]) -> list[str]:
         text.removeprefix("python train.py").replace("--name strategy", "--name again")
         + " --wandb disabled\n"
         for text in lines
-        if "--name strategy" in text
+        # Those of seed 0 have run, and some points have no other seed.
+        if "--name strategy" in text and "-s0-" not in text
     ]
 
 
