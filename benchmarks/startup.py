@@ -17,6 +17,7 @@ that of torch, and a point of the grid the work itself.
 import argparse
 import ctypes
 import os
+import re
 import resource
 import shlex
 import subprocess
@@ -234,7 +235,7 @@ def commands_of(tree: Path, arguments: Sequence[str]) -> list[str]:
         + " --wandb disabled\n"
         for text in lines
         # Those of seed 0 have run, and some points have no other seed.
-        if "--name strategy" in text and "-s0-" not in text
+        if "--name strategy" in text and not re.search(r"--name \S+-s0-", text)
     ]
 
 
