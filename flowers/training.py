@@ -143,17 +143,14 @@ class RecordedGradients:
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UP):
                 work(*self.inputs)
-                self._clear_gradients()
+                for parameter in self.parameters:
+                    parameter.grad = None
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):  # which first gives back the memory of the warm-up
             self.outputs = work(*self.inputs)
         self.gradients = [parameter.grad for parameter in self.parameters]
         self.graph = graph
-
-    def _clear_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
 
 
 # -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ files that it is made from.
 import importlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +112,12 @@ def known_reasons() -> dict[Path, tuple[tuple, str]]:
     return {}
 
 
-def reasons_apart(data: Dataset, runs: Path, names: Sequence[str]) -> dict[str, str]:
+def reasons_apart(
+    data: Dataset, runs: Path, names: Sequence[str], no_reason: Collection[str] = ()
+) -> dict[str, str]:
     """Return each run with the reason why it is listed apart, empty for none.
 
-    Those without a reason come first; for the rest the order is kept.
+    Those without a reason come first; for the rest the order is kept. no_reason: what is none here.
     """
     known = known_reasons()
     reasons = {}
@@ -124,16 +126,14 @@ def reasons_apart(data: Dataset, runs: Path, names: Sequence[str]) -> dict[str, 
         stamp = (data.stamp, stamp_of(path))
         if path not in known or known[path][0] != stamp:
             known[path] = (stamp, why_apart(path.parent, data.flowers))
-        reasons[name] = known[path][1]
+        reason = known[path][1]
+        reasons[name] = "" if reason in no_reason else reason
     return dict(sorted(reasons.items(), key=lambda item: bool(item[1])))
 
 
 def models_apart(data: Dataset, runs: Path, models: Sequence[str]) -> dict[str, str]:
     """Return reasons_apart of runs whose model is used: it may have been evaluated on any split."""
-    reasons = reasons_apart(data, runs, models)
-    reasons = {name: "" if why == ANOTHER_SPLIT else why for name, why in reasons.items()}
-    in_order = {name: reasons[name] for name in models}
-    return dict(sorted(in_order.items(), key=lambda item: bool(item[1])))
+    return reasons_apart(data, runs, models, no_reason=[ANOTHER_SPLIT])
 
 
 def load_captions(data: Dataset, path: Path) -> list[list[str]]:
