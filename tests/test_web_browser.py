@@ -4,6 +4,7 @@ There must be no error box, no error on the browser's console, and no request to
 Everything that is waited for may take up to PATIENCE on a busy machine.
 """
 
+import difflib
 import json
 import os
 import random
@@ -620,7 +621,13 @@ def comes_to_rest(page):
 
 
 def leave_what_no_address_keeps(page):
-    """Compare the runs that are ticked, or come to the table anew: a tick is in no address."""
+    """Leave a field that is written in, and a tick, which are in no address.
+
+    A field shows how many letters it may still take, as long as the cursor is in it. Ticked runs
+    are compared; where there are too few, the table is left and opened anew.
+    """
+    page.evaluate("document.activeElement.blur()")
+    comes_to_rest(page)
     if "view=runs" not in page.url or "run=" in page.url:
         return
     if page.locator(COMPARE).count():
@@ -664,10 +671,19 @@ def what_is_shown(page):
     }
 
 
+def apart(one, other):
+    """The lines, or items, that differ between two texts or lists: few enough for a failure."""
+    lines = [
+        each.splitlines() if isinstance(each, str) else [str(item) for item in each]
+        for each in (one, other)
+    ]
+    return list(difflib.unified_diff(*lines, n=0, lineterm=""))[2:]  # without names of files
+
+
 def differences(page, fresh):
-    """What one page shows otherwise than another, by the parts of what_is_shown."""
+    """What only one of two pages shows, by the parts of what_is_shown."""
     one, other = what_is_shown(page), what_is_shown(fresh)
-    found = {part: (one[part], other[part]) for part in one if one[part] != other[part]}
+    found = {part: apart(one[part], other[part]) for part in one if one[part] != other[part]}
     # A table is drawn first, and can be read a moment later.
     unread = [each.locator(f"{TABLE}:not(:has(tbody tr))").count() for each in (page, fresh)]
     return found | ({"unread tables": unread} if any(unread) else {})
@@ -702,7 +718,7 @@ def assert_equals_a_fresh_page(page, runs):
     deadline = time.monotonic() + PATIENCE
     while (found := differences(page, fresh)) and time.monotonic() < deadline:
         page.wait_for_timeout(POLL)
-    assert not found, (address, found)
+    assert not found, f"{address}: {json.dumps(found)}"
     assert fresh.url == page.url == address
     fresh.close()
     assert_says_what_the_runs_say(page, runs)
@@ -724,7 +740,6 @@ def test_a_hurried_visitor_finds_the_page_right_at_the_end(
     page.wait_for_selector(IDLE)
     for _ in range(times):
         act_at_random(page, rng)
-    comes_to_rest(page)
     leave_what_no_address_keeps(page)
     assert_equals_a_fresh_page(page, runs)
 
