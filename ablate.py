@@ -247,6 +247,7 @@ IMPORTED = (
     "flowers.tracking",
     "flowers.training",
     # what those import when they need it
+    "flowers.figures",
     "pandas",
     "scipy.optimize",
     "scipy.stats",

@@ -130,13 +130,12 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from flowers import calibration, devices, evaluate, figures, files
+from flowers import calibration, devices, evaluate, files
 from flowers.data import Flowers, open_from_flags, split_index
 from flowers.duplicates import write_duplicates
 from flowers.layouts import read_captions
 from flowers.models import CLIP, encode, image_features, text_features
 from flowers.pixels import load_pixels, to_device
-from flowers.study import figures as study_figures
 from flowers.tracking import Tracker, finish_evaluation, start_wandb
 from flowers.weights import load_model, state_for_saving
 
@@ -169,6 +168,8 @@ def write_curve(
     curve: list[tuple[float, dict[str, float]]], split: str, folder: Path, tracker: Tracker
 ) -> None:
     """Leave the WiSE-FT curve in the run folder, as metrics.jsonl and wise_ft.png, and in W&B."""
+    from flowers.study import figures  # here, as it loads seaborn, and few evaluations need it
+
     rows = [{"alpha": alpha, **evaluate.with_split(split, metrics)} for alpha, metrics in curve]
     for row in rows:
         tracker.log(row)
@@ -177,7 +178,7 @@ def write_curve(
     points = [{"alpha": alpha, **metrics} for alpha, metrics in curve]
     points.sort(key=lambda point: point["alpha"])
     panel = f"{folder.name} ({split})", [points]  # the curve of one seed
-    study_figures.wise_ft([panel], folder / "wise_ft.png")
+    figures.wise_ft([panel], folder / "wise_ft.png")
 
 
 def open_model(
@@ -292,7 +293,7 @@ def main(args: argparse.Namespace):
         images, head, flowers.labels[index], caption_features, temperature
     )
     seconds = time.perf_counter() - start
-    evaluate.save_outputs(folder, probabilities, flowers, index, metrics)
+    mistakes = evaluate.save_outputs(folder, probabilities, flowers, index, metrics)
     write_duplicates(folder, pixels, index, flowers.file_names)
 
     # -----------------------------------------------------------------------------
@@ -315,7 +316,6 @@ def main(args: argparse.Namespace):
     if overlap is not None:
         protocol["overlap"] = overlap
     runs.finish(folder, {"name": folder.name, **result, **config, **protocol})
-    mistakes = figures.mistakes(probabilities.numpy(), flowers, index)
     finish_evaluation(tracker, result, protocol, mistakes)
     print(evaluate.results_table(folder.name, metrics, protocol, (shown, protocols)))
     print(f"{len(index):,} images in {seconds:.1f} s; results and pictures in {folder}/")

@@ -141,7 +141,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from flowers import calibration, devices, evaluate, figures, files, layouts, runs
+from flowers import calibration, devices, evaluate, files, layouts, runs
 from flowers.data import open_flowers
 from flowers.download import default_root, is_complete
 from flowers.images import read_picture
@@ -561,6 +561,8 @@ def draw_sheet(
     title: str,
 ) -> None:
     """Draw the first pictures with their file names above and their best names below."""
+    from flowers import figures  # here, as it loads matplotlib, and only --sheet needs it
+
     cells = []
     for file, ranking in zip(pictures[:MOST_ON_SHEET], rankings):
         lines = [f"{name} ({100 * score:.0f}%)" for name, score in ranking[:NAMES_ON_SHEET]]

@@ -976,7 +976,9 @@ def main(args: argparse.Namespace, config: Config):
     # results
     # Free answers have one more class: outside the list.
     flowers = replace(flowers, class_names=evaluation.class_names)
-    evaluate.save_outputs(folder, evaluation.probabilities, flowers, index, evaluation.metrics)
+    mistakes = evaluate.save_outputs(
+        folder, evaluation.probabilities, flowers, index, evaluation.metrics
+    )
     # Again: free answers have no second best.
     files.write_csv(folder / "predictions.csv", evaluation.predictions)
     image_files = [flowers.files[i] for i in index]
@@ -987,7 +989,6 @@ def main(args: argparse.Namespace, config: Config):
     if overlap is not None:
         protocol["overlap"] = overlap
     runs.finish(folder, {"name": folder.name} | result | settings | protocol)
-    mistakes = figures.mistakes(evaluation.probabilities.numpy(), flowers, index)
     finish_evaluation(tracker, result, protocol, mistakes)
     print(evaluate.results_table(folder.name, evaluation.metrics, protocol, compared))
     print(

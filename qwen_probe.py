@@ -220,7 +220,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from flowers import devices, evaluate, figures
+from flowers import devices, evaluate
 from flowers.data import (
     Flowers,
     image_ids,
@@ -461,12 +461,11 @@ def main(args: argparse.Namespace, config: Config):
     metrics, probabilities = evaluate.evaluate_features(
         features_at(images.evaluated), head, flowers.labels[images.evaluated]
     )
-    evaluate.save_outputs(folder, probabilities, flowers, images.evaluated, metrics)
+    mistakes = evaluate.save_outputs(folder, probabilities, flowers, images.evaluated, metrics)
     result = evaluate.with_split(config.split, metrics) | fitted | result
     protocol = describe_protocol(config, flowers, len(images.evaluated)) | {"overlap": overlap}
     runs.finish(folder, {"name": folder.name} | result | settings | protocol)
     tracker = start_wandb(config.wandb, folder, settings)
-    mistakes = figures.mistakes(probabilities.numpy(), flowers, images.evaluated)
     finish_evaluation(tracker, result, protocol, mistakes)
     print(evaluate.results_table(folder.name, metrics, protocol, compared))
     print(

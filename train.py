@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from flowers import calibration, devices, evaluate, figures, files, frozen, runs, strategies
+from flowers import calibration, devices, evaluate, files, frozen, runs, strategies
 from flowers.data import Flowers, image_ids, open_from_flags, select, val_images
 from flowers.duplicates import write_duplicates
 from flowers.layouts import read_captions
@@ -191,7 +191,9 @@ def main(config: Config):
     metrics, logits = evaluate_images(model, head, flowers, pixels, eval_index, captions)
     probabilities = logits.softmax(1)  # (m, C), at the model's own temperature
     calibrated = fit_temperature(folder, logits, flowers.labels[eval_index], config)
-    save_outputs(folder, state, classifier, probabilities, flowers, eval_index, metrics, rows)
+    save_model(folder, state, classifier, flowers)
+    mistakes = evaluate.save_outputs(folder, probabilities, flowers, eval_index, metrics)
+    draw_curve(rows, folder)
     eval_seconds = time.perf_counter() - start
     n_images = max(total_steps * batch_size, len(train_index))  # linear has no steps
     result = evaluate.with_split(config.eval_split, metrics)
@@ -200,7 +202,6 @@ def main(config: Config):
     protocol = describe(folder, flowers, eval_index, overlap, head, sentences, model, config)
     write_duplicates(folder, pixels, eval_index, flowers.file_names)
     runs.finish(folder, {"name": folder.name} | result | config.record() | protocol)
-    mistakes = figures.mistakes(probabilities.numpy(), flowers, eval_index)
     finish_evaluation(tracker, result, protocol, mistakes)
     print_results(folder, metrics, result, protocol, config)
 
@@ -1049,23 +1050,21 @@ def final_loss_parameters(model: CLIP, config: Config) -> dict[str, float]:
     return final
 
 
-def save_outputs(
-    folder: Path,
-    state: dict[str, torch.Tensor],
-    classifier: dict | None,
-    probabilities: torch.Tensor,
-    flowers: Flowers,
-    eval_index: np.ndarray,
-    metrics: dict[str, float],
-    rows: list[dict],
+def save_model(
+    folder: Path, state: dict[str, torch.Tensor], classifier: dict | None, flowers: Flowers
 ) -> None:
-    """Write model.pt, classifier.pt if the strategy has one, names, predictions, and pictures."""
+    """Write model.pt, the names of its classes, and classifier.pt if the strategy has one."""
     # First the classifier: a model.pt without it would be evaluated by its prompts.
     if classifier:
         files.save_tensors(folder / "classifier.pt", classifier)
     runs.write_class_names(folder, flowers.class_names)
     files.save_tensors(folder / "model.pt", state)
-    evaluate.save_outputs(folder, probabilities, flowers, eval_index, metrics)
+
+
+def draw_curve(rows: list[dict], folder: Path) -> None:
+    """Draw curve.png from the rows of metrics.jsonl, if there are any: `linear` has no steps."""
+    from flowers import figures  # here, as it loads matplotlib: training does not wait for that
+
     if rows:
         figures.training_curve(rows, folder / "curve.png")
 

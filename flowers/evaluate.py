@@ -7,6 +7,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from flowers.intervals import wilson
 from flowers.layouts import correct_name, name_key
 from flowers.models import CLIP, CONTEXT_LENGTH, END, encode, settings_of, text_features
 from flowers.weights import load_model, origin_of
+
+if TYPE_CHECKING:
+    from flowers.figures import Mistake
 
 # A head turns image features into logits: its weight (C, D) and bias (C,).
 Head = tuple[torch.Tensor, torch.Tensor]
@@ -721,12 +725,13 @@ def save_outputs(
     flowers: Flowers,
     index: np.ndarray,
     metrics: dict[str, float],
-) -> None:
+) -> "list[Mistake]":
     """Leave predictions.csv, report.csv, confusion.png and mistakes.png in the run folder.
 
-    And reliability.png, if the metrics have an ECE.
+    And reliability.png, if the metrics have an ECE. Returns the mistakes, most confident first.
     """
-    from flowers import figures  # here, as a search of the page waits for this module
+    # Here, as it loads matplotlib: neither the first step of training nor the page waits for that.
+    from flowers import figures
 
     labels = flowers.labels[index]
     names = flowers.class_names
@@ -738,6 +743,7 @@ def save_outputs(
     figures.mistakes_sheet(mistakes, folder / "mistakes.png")
     if "ece" in metrics:
         _draw_reliability(probabilities, labels, metrics, folder / "reliability.png")
+    return mistakes
 
 
 def _draw_reliability(
