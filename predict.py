@@ -43,8 +43,9 @@ def parse_arguments() -> argparse.Namespace:
         "--architecture",
         type=user_path,
         default="ViT-B/32",
-        help="a run folder, a name of clip.available_models(), tiny, tiny-16, tiny-rn, or the path "
-        "of a state dict (default: %(default)s, not fine-tuned)",
+        help="a run folder, a name of clip.available_models(), tiny, tiny-16, tiny-rn, the path of "
+        "a state dict, open_clip:NAME/PRETRAINED, or hf:NAME; docs/models.md lists all "
+        "(default: %(default)s, not fine-tuned)",
     )
     add_activation_argument(parser)
     add_head_arguments(parser)

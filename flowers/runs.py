@@ -6,11 +6,14 @@ runs/<name>/class_names.json the names of the classes, in the order of their lab
 runs/<name>/metrics.jsonl    one line a step or evaluation
 runs/<name>/checkpoint.pt    to resume from
 runs/<name>/model.pt         a state dict that clip.load opens
+runs/<name>/classifier.pt    a learned prompt or linear head, with model.pt
 runs/<name>/predictions.csv  file, label, five best names with their probabilities
 runs/<name>/calibration.json the temperature of least NLL on val, with --holdout
 runs/<name>/duplicates.json  groups of near-duplicates among the evaluated images
 runs/<name>/report.csv       precision, recall, F1 of each class
 runs/<name>/result.json      all results, flat; the same line is appended to runs/results.jsonl
+runs/<name>/wandb_id.txt     the id of the run in W&B
+runs/<name>/*.png            its figures
 
 An evaluation leaves no model, unless it is that of a soup: then it has model.pt, class_names.json
 and trained_on.json, too.
