@@ -8,7 +8,6 @@ import numpy as np
 import streamlit as st
 
 from flowers import UserError
-from flowers.data import Flowers
 from flowers.gallery import panels
 from flowers.gallery.address import MAX_TEXT
 from flowers.gallery.predictions import Predictions, written_temperature
@@ -32,6 +31,7 @@ from flowers.page.kept import (
     models_apart,
     stamp_of,
     stamp_of_run,
+    stamp_of_start,
 )
 from flowers.page.widgets import (
     PER_PAGE,
@@ -184,7 +184,7 @@ def calibrated_answers(
     if not all((folder / name).is_file() for name in ("model.pt", "calibration.json")):
         return None, run.top[i]
     stamps = data.stamp + stamp_of_run(folder), stamp_of(data.flowers.files[i])
-    temperature, probabilities = model_probabilities(data.flowers, i, folder, *stamps)
+    temperature, probabilities = model_probabilities(data, i, folder, *stamps)
     if temperature is None:
         return None, run.top[i]
     best = np.argsort(-probabilities, kind="stable")[: len(run.top[i])]
@@ -193,13 +193,13 @@ def calibrated_answers(
 
 @st.cache_data(show_spinner="Calibrating", max_entries=1000)
 def model_probabilities(
-    _flowers: Flowers, i: int, folder: Path, stamp: tuple, picture: tuple
+    _data: Dataset, i: int, folder: Path, stamp: tuple, picture: tuple
 ) -> tuple[float | None, np.ndarray]:
     """Return the temperature of a run's model, and the probabilities (C,) of the classes of image
     i, divided by it; once, until one of the stamps of the run and of the picture changes.
     """
-    explainer = load_explainer(folder, "after", _flowers.class_names, stamp)
-    return explainer.temperature, explainer.probabilities(_flowers.files[i])
+    explainer = load_explainer(_data, folder, "after")
+    return explainer.temperature, explainer.probabilities(_data.flowers.files[i])
 
 
 def newest_predictions(data: Dataset, runs: Path, names: list[str], i: int) -> list[Predictions]:
@@ -266,7 +266,7 @@ def show_where(data: Dataset, i: int, models: list[str], runs: Path) -> None:
 def looks(data: Dataset, i: int, runs: Path, when: str) -> tuple:
     """Return the arguments of painted_maps for image i and what is chosen."""
     run = runs / state["looker"]
-    stamp = data.stamp + stamp_of_run(run)
+    stamp = data.stamp + stamp_of_run(run) + stamp_of_start(run)
     picture = stamp_of(data.flowers.files[i])
     return data, i, run, when, state["target"], state["words"].strip(), stamp, picture
 
@@ -283,7 +283,7 @@ def painted_maps(
     picture: tuple,
 ) -> list[tuple[bytes, list[str]]]:
     """Return where a run looks in image i, as JPEGs with lines of text; once, until one of the
-    stamps of the run and of the picture changes.
+    stamps of the run (with its start) and of the picture changes.
 
     when: 'after' the run, or 'before', at its start. target: a class; None: the true one, and the
     one that the run predicts. sentence: looked for, too, unless it is empty.
@@ -291,12 +291,12 @@ def painted_maps(
     from flowers.gallery.relevance import paint  # here, as it loads torch
 
     class_names, file = _data.flowers.class_names, _data.flowers.files[i]
-    explainer = load_explainer(run, when, class_names, stamp)
+    explainer = load_explainer(_data, run, when)
     if target:
         names = {target: "chosen class"}
     else:
         names = {class_names[_data.flowers.labels[i]]: "true class"}
-        predicted = load_explainer(run, "after", class_names, stamp).predict(file)
+        predicted = load_explainer(_data, run, "after").predict(file)
         names[predicted] = "true and predicted class" if predicted in names else "predicted class"
     targets = [(explainer.class_target(name), what) for name, what in names.items()]
     if sentence:
