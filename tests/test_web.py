@@ -649,10 +649,21 @@ def test_the_table_says_what_was_trained_as_the_report_does(tmp_path):
     write_run(tmp_path / "lora (rank, names listed)", done, **asked, adapter="q", list_names=True)
     probe = {"job": "qwen_probe", "architecture": "Qwen2", "features": "pooled"}
     write_run(tmp_path / "linear (probe of pooled)", done | {"chosen_on": "val"}, **probe)
+    # Whoever evaluates a soup, by its folder or its file, evaluates what its runs have trained.
+    for path in ("full soup", "full soup/model.pt"):
+        evaluation = {"job": "eval", "architecture": f"elsewhere/{path}", "seed": 5}
+        write_run(tmp_path / f"of {path}".replace("/", " "), done, **evaluation)
     table = table_of(tmp_path).drop(["0", "1", "2"])
+    of_soup = [table.loc[name] for name in ("full soup", "of full soup", "of full soup model.pt")]
+    for row in of_soup:
+        assert row[["strategy", "pretraining", "learning rate"]].tolist() == [
+            "full soup",
+            "random",
+            0.1,
+        ]
+        assert np.isnan(row["seed"])  # they differ
+    table = table.drop([row.name for row in of_soup[1:]])
     assert table["strategy"].tolist() == table.index.tolist()
-    assert table.loc["full soup", "learning rate"] == 0.1
-    assert np.isnan(table.loc["full soup", "seed"])  # they differ
     assert not {"trained on", "overlap"} & set(table.columns)
 
 
@@ -669,6 +680,23 @@ def test_the_table_says_what_can_t_be_compared(tmp_path):
     assert table.loc["eval", ["split", "overlap"]].tolist() == ["test (official)", "7"]
     assert table.loc["all", "split"] == "test (swapped)"
     assert table["overlap"].notna().sum() == 1
+    assert "calibrated" not in table
+    # An ECE of calibrated probabilities is another one. A training has found, and not used it.
+    write_run(tmp_path / "held", done | {"calibration_temperature": 2.0}, **trained)
+    used = done | {"calibration_temperature": 1.25, "calibrated": True}
+    write_run(tmp_path / "used", used, job="eval", architecture="held")
+    assert table_of(tmp_path)["calibrated"].dropna().to_dict() == {"used": "T = 1.25"}
+
+
+@pytest.mark.parametrize("path", ["gone", "gone/model.pt", "file.pt", "open_clip:a/file.bin"])
+def test_of_a_model_that_nothing_is_known_of_the_table_says_so(tmp_path, path):
+    """By its name alone it can't be told from one that was not trained."""
+    done = {"test/top1": 50.0, "convention": "swapped"}
+    write_run(tmp_path / "eval", done, job="eval", architecture=path, seed=0)
+    row = table_of(tmp_path).loc["eval"]
+    assert row["strategy"] == "unknown"
+    assert row[["pretraining", "loss", "learning rate", "seed"]].isna().all()
+    assert row["top-1 (%)"] == 50.0
 
 
 def test_the_table_looks_for_the_run_that_was_meant(tmp_path, monkeypatch):
