@@ -1281,6 +1281,7 @@ CHOICES = [
     "show",
     "guess",
     "order",
+    "also",
     "like",
     "q",
     "where",
@@ -1640,6 +1641,77 @@ def test_the_newest_runs_speak_of_any_image(page, runs):
     i = next(iter(predictions_of(runs, "first")))
     tables = rankings(html(page(image=str(i)), "image"))
     assert {run for run, _ in tables} == {"first", "second"}
+
+
+def test_any_run_can_speak_of_an_image_beside_the_newest(page, runs, tmp_path):
+    folder = tmp_path / "runs"
+    every = list(predictions_of(runs, "first").values())
+    i = int(every[0]["file"][6:11])
+
+    def write(k, rows):
+        (folder / f"run{k}").mkdir(parents=True, exist_ok=True)
+        write_csv(folder / f"run{k}" / "predictions.csv", rows)
+        os.utime(folder / f"run{k}", (1e9 + k, 1e9 + k))  # run12 is the newest
+
+    def opened(**address):
+        at = page(runs=folder, image=str(i), **address)
+        return at, html(at, "image"), [run for run, _ in rankings(html(at, "image"))]
+
+    for k in range(1, 4):
+        write(k, every)
+    at, shown, names = opened()
+    assert names == ["run3", "run2", "run1"]
+    assert "newest" not in shown and "also" not in [
+        box.key for box in at.selectbox
+    ]  # these are all
+    for k in range(4, 13):
+        write(k, every[:1] if k in (6, 9, 10, 11) else every[1:])
+    at, shown, names = opened()
+    assert names == ["run11", "run10", "run9"]
+    assert "The newest 3 that predicted this image, of 12 runs with predictions." in shown
+    write(9, every[1:])
+    write(10, every[1:])
+    at, shown, names = opened()
+    assert names == ["run11", "run6"]
+    assert "2 of the newest 8 of 12 runs predicted this image; the others were not" in shown
+
+    assert "run11" not in at.selectbox(key="also").options  # it speaks already
+    select(at, "also", "run2")
+    assert address_of(at) == {"image": str(i), "also": "run2"}
+    again, shown, names = opened(also="run2")
+    assert names == ["run2", "run11", "run6"]
+    assert html(at, "image") == shown
+    assert opened(also="run6")[2] == ["run6", "run11"]
+    at, _, names = opened(also="run12")
+    assert names == ["run11", "run6"] and "run12 has no prediction of this image" in text(at)
+    at, _, names = opened(also="run13")
+    assert names == ["run11", "run6"] and "There is no run run13" in text(at)
+    (folder / "run1" / "predictions.csv").write_text("damaged")
+    at, _, names = opened(also="run1")
+    assert names == ["run11", "run6"] and "predictions.csv is empty" in text(at)
+
+
+def test_runs_whose_probabilities_are_not_of_one_kind_say_so(page, three_runs, many, tmp_path):
+    folder = shutil.copytree(three_runs, tmp_path / "runs")
+    both = {"runs": folder, "view": "runs", "run": "first", "other": "second"}
+    assert "calibrated" not in text(page(**both))
+    result = {"calibration_temperature": 1.25, "calibrated": True}
+    (folder / "second" / "result.json").write_text(json.dumps(result))
+    mixed = "can't be compared: second is calibrated (T = 1.25); not calibrated: first."
+    for show in ("all", "doubted"):
+        assert mixed in text(page(**both, show=show))
+    alone = text(page(runs=folder, view="runs", run="second"))
+    assert "Probabilities: second is calibrated (T = 1.25)." in alone
+    # Found on val, and not used.
+    (folder / "first" / "result.json").write_text(json.dumps({"calibration_temperature": 2.5}))
+    assert mixed in text(page(**both))
+    (folder / "first" / "result.json").write_text(json.dumps(result))
+    assert "can't be compared" not in text(page(**both))
+
+    flowers = open_flowers(many)
+    compared = [read_predictions(folder / name, flowers) for name in ("second", "third")]
+    head = filters.export(flowers, [0], compared).splitlines()[0].split(",")
+    assert head[5::2] == ["second calibrated probability", "third probability"]
 
 
 def test_export_lists_what_is_shown(many, runs, truth):

@@ -41,7 +41,7 @@ ELEMENT = {
 # Around the views: Streamlit leaves 90 pixels blank at the top, for a bar that is empty here, and
 # writes the names of chosen runs in white on a light blue.
 PAGE_STYLE = """
-[data-testid=stMainBlockContainer] { padding-top: 1rem; padding-bottom: 2rem; }
+[data-testid=stMainBlockContainer] { padding: 1rem 2rem 2rem; }
 [data-tag] { background: none !important; color: inherit !important; }
 [data-tag] { border: 1px solid currentColor !important; }
 [data-testid=stHeader] { height: 0; min-height: 0; background: none; }
@@ -123,16 +123,18 @@ def image(
     facts: list[str],
     captions: list[str],
     rankings: Iterable[tuple[str, list]],
+    note: str = "",
 ) -> str:
     """Return a picture at full size beside its class name, facts, rankings and colours.
 
     rgb: the pixels of the picture, (H, W, 3) uint8. rankings: the two arguments of `ranking`
-    for each run.
+    for each run. note: stands below them.
     """
     sentences = "".join(f"<li>{escape(caption)}</li>" for caption in captions)
     left = f"{picture(jpeg, name)}<ul>{sentences}</ul>"
     tables = "".join(ranking(title, best) for title, best in rankings)
-    right = f"<h3>{escape(name)}</h3>{paragraphs(facts)}{tables}{colours(rgb)}"
+    notes = paragraphs([note] if note else [])
+    right = f"<h3>{escape(name)}</h3>{paragraphs(facts)}{tables}{notes}{colours(rgb)}"
     return f'<div class="image"><div>{left}</div><div>{right}</div></div>'
 
 

@@ -10,7 +10,7 @@ import streamlit as st
 from flowers import UserError
 from flowers.gallery import panels
 from flowers.gallery.address import MAX_TEXT
-from flowers.gallery.predictions import Predictions, written_temperature
+from flowers.gallery.predictions import Predictions
 from flowers.gallery.search import nearest
 from flowers.images import read_rgb
 from flowers.page.choices import (
@@ -80,11 +80,19 @@ def show_image(
         f"{flowers.file_names[i]} · {width} x {height} pixels · {len(jpeg) / 1000:.0f} kB",
     ]
     captions = captions_of(data, i)
-    predictions = listing.predictions or newest_predictions(data, runs, predicted, i)
+    predictions, note = listing.predictions, ""
+    if not predictions:
+        predictions, note = newest_predictions(data, runs, predicted, i)
+        others = [run for run in predictions if run.name != state["also"]]
+        predictions = predictions_of_another(data, runs, predicted, i) + others
     rankings = rankings_of(data, i, predictions, runs)
-    draw(panels.image(jpeg, rgb, name, facts, captions, rankings), "image")
-    if rankings:
-        choose_one("Probabilities", PROBABILITIES, "probabilities", change, NAMES_OF_PROBABILITIES)
+    draw(panels.image(jpeg, rgb, name, facts, captions, rankings, note), "image")
+    with st.container(horizontal=True):
+        if rankings:
+            names = NAMES_OF_PROBABILITIES
+            choose_one("Probabilities", PROBABILITIES, "probabilities", change, names)
+        if not listing.predictions:
+            choose_another(predicted, [run.name for run in predictions])
     show_where(data, i, models, runs)
     show_neighbours(data, i, models, runs)
 
@@ -159,7 +167,7 @@ def answers_of(data: Dataset, i: int, run: Predictions, folder: Path) -> tuple[s
 
     They are as it predicted them, or calibrated, where this is chosen and the run can be.
     """
-    temperature, answers = written_temperature(folder), run.top[i]
+    temperature, answers = run.temperature, run.top[i]
     if state["probabilities"] == "calibrated" and temperature is None:
         try:
             temperature, answers = calibrated_answers(data, i, run, folder)
@@ -202,8 +210,11 @@ def model_probabilities(
     return explainer.temperature, explainer.probabilities(_data.flowers.files[i])
 
 
-def newest_predictions(data: Dataset, runs: Path, names: list[str], i: int) -> list[Predictions]:
-    """Return the predictions of the newest runs that have one of image i.
+def newest_predictions(
+    data: Dataset, runs: Path, names: list[str], i: int
+) -> tuple[list[Predictions], str]:
+    """Return the predictions of the newest runs that have one of image i, and how many runs that
+    leaves out, in words.
 
     names: the runs that have predictions, the newest first.
     """
@@ -217,7 +228,50 @@ def newest_predictions(data: Dataset, runs: Path, names: list[str], i: int) -> l
             found.append(run)
         if len(found) == NEWEST:
             break
-    return found
+    return found, what_is_left_out(len(found), len(names))
+
+
+def what_is_left_out(n_found: int, n_runs: int) -> str:
+    """Return of how many runs with predictions the `n_found` newest are shown, in words."""
+    if n_found == NEWEST < n_runs:
+        return (
+            f"The newest {NEWEST} that predicted this image, of {n_runs} runs with predictions. "
+            "Below, another one can be chosen."
+        )
+    if n_found < NEWEST and n_runs > NEWEST_LOOKED_AT:
+        return (
+            f"{n_found or 'None'} of the newest {NEWEST_LOOKED_AT} of {n_runs} runs predicted this "
+            "image; the others were not looked at. Below, another one can be chosen."
+        )
+    return ""
+
+
+def choose_another(names: list[str], shown: list[str]) -> None:
+    """Show the list of the runs with predictions that are not `shown`; one of them can be."""
+    others = [name for name in names if name not in shown or name == state["also"]]
+    if others or state["also"]:
+        choose_from_list("Predictions of one more run", others, "also", "none", on_change=change)
+
+
+def predictions_of_another(
+    data: Dataset, runs: Path, names: list[str], i: int
+) -> list[Predictions]:
+    """Return the predictions of the run that was chosen beside the newest, if they have image i.
+
+    names: the runs that have predictions.
+    """
+    name = state["also"]
+    if name is None or is_missing("also", names, f"with predictions in {panels.plain(str(runs))}"):
+        return []
+    try:
+        run = load_predictions(data, runs, name)
+    except UserError as error:
+        st.warning(panels.message(str(error)))
+        return []
+    if not run.top[i]:
+        st.info(f"{panels.plain(name)} has no prediction of this image.")
+        return []
+    return [run]
 
 
 def show_where(data: Dataset, i: int, models: list[str], runs: Path) -> None:

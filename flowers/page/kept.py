@@ -174,7 +174,9 @@ def load_predictions(data: Dataset, runs: Path, name: str) -> Predictions:
             return error
 
     path = runs / name / "predictions.csv"
-    predictions = made_once(read, path, data.stamp + stamp_of(path))
+    # The result says whether they are calibrated.
+    stamp = data.stamp + stamp_of(path, path.with_name("result.json"))
+    predictions = made_once(read, path, stamp)
     if isinstance(predictions, UserError):
         raise UserError(*predictions.args)
     return predictions
