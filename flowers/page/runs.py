@@ -142,6 +142,8 @@ def column_formats(columns: Sequence[str]) -> dict:
         else:
             # On a narrow window the name of the run stays in sight.
             formats[name] = st.column_config.Column(pinned=name == "run", **label)
+    # By itself it would be as wide as the first rows need, which may have none.
+    formats["loss"]["width"] = 78
     return formats
 
 
