@@ -1389,7 +1389,9 @@ def test_a_missing_image_costs_that_image_alone(page, many, tmp_path):
     assert "1 to 48 of 119 images" in text(at)
     assert f"missing image {lost} (1 of 120 listed" in text(at)
     assert "python -m flowers.data" in text(at)
-    assert "There is no image 3 " in text(page(root, image="3"))
+    none = page(root, image="3")
+    assert "There is no image 3 " in text(none)
+    assert none.selectbox(key="class") and shown(none) == shown(at)  # the view itself instead
 
 
 def test_a_damaged_image_is_not_searched_and_the_others_are(page, many, tmp_path):

@@ -134,8 +134,9 @@ def image(
     left = f"{picture(jpeg, name)}<ul>{sentences}</ul>"
     tables = "".join(ranking(title, best) for title, best in rankings)
     notes = paragraphs([note] if note else [])
-    right = f"<h3>{escape(name)}</h3>{paragraphs(facts)}{tables}{notes}{colours(rgb)}"
-    return f'<div class="image"><div>{left}</div><div>{right}</div></div>'
+    middle = f"<h3>{escape(name)}</h3>{paragraphs(facts)}{tables}{notes}"
+    columns = "".join(f"<div>{column}</div>" for column in (left, middle, colours(rgb)))
+    return f'<div class="image">{columns}</div>'
 
 
 def ranking(title: str, best: Iterable[tuple[str, float]]) -> str:
@@ -179,7 +180,7 @@ def maps(rows: Iterable[Sequence[tuple[bytes, list[str]]]], shades: Sequence[str
     gradient = f"background:linear-gradient(90deg,{','.join(shades)})"
     ends = "<span>not at all</span><span>the most relevant place of each map</span>"
     bar = f'<div class="legend"><div style="{gradient}"></div><div class="strip">{ends}</div></div>'
-    return bar + "".join(html)
+    return f'{bar}<div class="rows">{"".join(html)}</div>'
 
 
 # -----------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def outcome_filters(flowers: Flowers, predictions: list[Predictions], shows: lis
             called = {"first": panels.plain(predictions[0].name), "any": "any of these"}
             choose_one("It is predicted by", GUESSERS, "guesser", names=called)
         choose_one(f"Order (confidence{by})", ORDERS, "order", names=NAMES_OF_ORDERS)
-        st.slider(f"Confidence{by} (%)", 0, 100, key="sure", on_change=change_filter, width=200)
+        st.slider(f"Confidence{by} (%)", 0, 100, key="sure", on_change=change_filter, width=260)
     if len(predictions) > 1:
         said = ", then ".join(panels.plain(run.name) for run in predictions)
         caption = f"Under each picture: what {said} says."
