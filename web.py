@@ -86,6 +86,11 @@ def show_page(parser: argparse.ArgumentParser) -> None:
             panels.message(f"{data.problem}. Fetch the dataset anew: python -m flowers.data")
         )
 
+    found = np.flatnonzero(data.ids == (state["image"] or -1))
+    if state["image"] is not None and not len(found):
+        st.info(f"There is no image {state['image']} in this dataset.")
+        state["image"] = None  # before the view, which shows no filters above an image
+
     if state["view"] == "browse":
         listing = browse(data)
     elif state["view"] == "runs":
@@ -96,10 +101,6 @@ def show_page(parser: argparse.ArgumentParser) -> None:
         listing = search(data, runs, models)
 
     # After the view, whose list the image is in, and instead of that list's grid.
-    found = np.flatnonzero(data.ids == (state["image"] or -1))
-    if state["image"] is not None and not len(found):
-        st.info(f"There is no image {state['image']} in this dataset.")
-        state["image"] = None
     if state["image"] is not None:
         everything = Listing(np.arange(len(data.ids)))
         show_image(data, int(found[0]), listing or everything, runs, models, predicted)

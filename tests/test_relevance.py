@@ -499,3 +499,28 @@ def test_what_can_not_be_shown_is_said(page, runs, tmp_path):
     assert "There is no run gone" in at.warning[0].value and rows_of_maps(at) == []
     at = page(runs=tmp_path / "none", image="8", where="shown")
     assert rows_of_maps(at) == []
+
+
+def test_the_map_from_before_is_of_the_start_as_it_is_now(page, runs, tmp_path):
+    """Not of the file that was there when the map was first made."""
+    start = tmp_path / "start.pt"
+    folder = shutil.copytree(runs / "tuned", tmp_path / "runs" / "run")
+    arguments = json.loads((folder / "args.json").read_text()) | {"architecture": str(start)}
+    fingerprint = arguments.pop("start")  # an older run knows none, and takes what there is
+
+    def before(seed, **recorded):
+        torch.manual_seed(seed)
+        torch.save(models.build("tiny").state_dict(), start)
+        os.utime(start, (seed, seed))
+        # Of the run itself nothing changes from here on.
+        if recorded or seed == 3:
+            (folder / "args.json").write_text(json.dumps(arguments | recorded))
+        at = page(runs=folder.parent, image="8", where="shown", looker="run")
+        (row,) = rows_of_maps(at)
+        return [cell[2] for cell in row], [note.value for note in at.info]
+
+    (first, after), _ = before(3)
+    (second, same), _ = before(4)
+    assert first != second and same == after
+    _, (note,) = before(4, start=fingerprint)
+    assert "no map from before" in note and "has changed since" in note

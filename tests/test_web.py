@@ -3,6 +3,7 @@
 The parts of it that know nothing of the page are tested without it.
 """
 
+import base64
 import csv
 import dataclasses
 import io
@@ -649,10 +650,21 @@ def test_the_table_says_what_was_trained_as_the_report_does(tmp_path):
     write_run(tmp_path / "lora (rank, names listed)", done, **asked, adapter="q", list_names=True)
     probe = {"job": "qwen_probe", "architecture": "Qwen2", "features": "pooled"}
     write_run(tmp_path / "linear (probe of pooled)", done | {"chosen_on": "val"}, **probe)
+    # Whoever evaluates a soup, by its folder or its file, evaluates what its runs have trained.
+    for path in ("full soup", "full soup/model.pt"):
+        evaluation = {"job": "eval", "architecture": f"elsewhere/{path}", "seed": 5}
+        write_run(tmp_path / f"of {path}".replace("/", " "), done, **evaluation)
     table = table_of(tmp_path).drop(["0", "1", "2"])
+    of_soup = [table.loc[name] for name in ("full soup", "of full soup", "of full soup model.pt")]
+    for row in of_soup:
+        assert row[["strategy", "pretraining", "learning rate"]].tolist() == [
+            "full soup",
+            "random",
+            0.1,
+        ]
+        assert np.isnan(row["seed"])  # they differ
+    table = table.drop([row.name for row in of_soup[1:]])
     assert table["strategy"].tolist() == table.index.tolist()
-    assert table.loc["full soup", "learning rate"] == 0.1
-    assert np.isnan(table.loc["full soup", "seed"])  # they differ
     assert not {"trained on", "overlap"} & set(table.columns)
 
 
@@ -669,6 +681,23 @@ def test_the_table_says_what_can_t_be_compared(tmp_path):
     assert table.loc["eval", ["split", "overlap"]].tolist() == ["test (official)", "7"]
     assert table.loc["all", "split"] == "test (swapped)"
     assert table["overlap"].notna().sum() == 1
+    assert "calibrated" not in table
+    # An ECE of calibrated probabilities is another one. A training has found, and not used it.
+    write_run(tmp_path / "held", done | {"calibration_temperature": 2.0}, **trained)
+    used = done | {"calibration_temperature": 1.25, "calibrated": True}
+    write_run(tmp_path / "used", used, job="eval", architecture="held")
+    assert table_of(tmp_path)["calibrated"].dropna().to_dict() == {"used": "T = 1.25"}
+
+
+@pytest.mark.parametrize("path", ["gone", "gone/model.pt", "file.pt", "open_clip:a/file.bin"])
+def test_of_a_model_that_nothing_is_known_of_the_table_says_so(tmp_path, path):
+    """By its name alone it can't be told from one that was not trained."""
+    done = {"test/top1": 50.0, "convention": "swapped"}
+    write_run(tmp_path / "eval", done, job="eval", architecture=path, seed=0)
+    row = table_of(tmp_path).loc["eval"]
+    assert row["strategy"] == "unknown"
+    assert row[["pretraining", "loss", "learning rate", "seed"]].isna().all()
+    assert row["top-1 (%)"] == 50.0
 
 
 def test_the_table_looks_for_the_run_that_was_meant(tmp_path, monkeypatch):
@@ -1075,10 +1104,17 @@ def test_a_box_is_written_as_it_is_read():
 
 
 def chart_of(at):
-    """The map's table, and its specification."""
+    """The map's table, and its specification; the table has the title that is shown."""
     (chart,) = at.get("vega_lite_chart")
-    table = pyarrow.ipc.open_stream(chart.proto.datasets[0].data.data).read_pandas()
-    return table, json.loads(chart.proto.spec)
+    sent = chart.proto.datasets[0].data.data
+    table = pyarrow.ipc.open_stream(sent).read_pandas()
+    # But for the pictures a dot takes few bytes: each name is sent once.
+    assert len(sent) < table["webp"].str.len().sum() + 30 * len(table) + 4000
+    spec = json.loads(chart.proto.spec)
+    shown = {each["as"]: each["calculate"] for each in spec["transform"]}
+    assert shown["title"] == "datum.id + ' ' + datum.name"
+    table["title"] = table["id"].astype(str) + " " + table["name"].astype(str)
+    return table, spec
 
 
 def test_the_map_shows_each_image_and_lists_those_in_a_box(page, truth, runs):
@@ -1088,7 +1124,9 @@ def test_the_map_shows_each_image_and_lists_those_in_a_box(page, truth, runs):
     assert not shown(at) and not at.button  # nothing is listed without a box
     titles = {f"{i} {name}" for i, name in class_of.items()}
     assert set(table["title"]) == titles
-    assert all(table["image"].str.startswith("data:image/webp;base64,"))
+    for webp in table["webp"]:
+        with Image.open(io.BytesIO(base64.b64decode(webp))) as picture:
+            assert picture.format == "WEBP"
     groups = dict(zip(table["title"], table["group"]))
     assert groups == {title: title.split(" ", 1)[1] for title in titles}
 
@@ -1253,6 +1291,7 @@ CHOICES = [
     "show",
     "guess",
     "order",
+    "also",
     "like",
     "q",
     "where",
@@ -1350,7 +1389,9 @@ def test_a_missing_image_costs_that_image_alone(page, many, tmp_path):
     assert "1 to 48 of 119 images" in text(at)
     assert f"missing image {lost} (1 of 120 listed" in text(at)
     assert "python -m flowers.data" in text(at)
-    assert "There is no image 3 " in text(page(root, image="3"))
+    none = page(root, image="3")
+    assert "There is no image 3 " in text(none)
+    assert none.selectbox(key="class") and shown(none) == shown(at)  # the view itself instead
 
 
 def test_a_damaged_image_is_not_searched_and_the_others_are(page, many, tmp_path):
@@ -1612,6 +1653,77 @@ def test_the_newest_runs_speak_of_any_image(page, runs):
     i = next(iter(predictions_of(runs, "first")))
     tables = rankings(html(page(image=str(i)), "image"))
     assert {run for run, _ in tables} == {"first", "second"}
+
+
+def test_any_run_can_speak_of_an_image_beside_the_newest(page, runs, tmp_path):
+    folder = tmp_path / "runs"
+    every = list(predictions_of(runs, "first").values())
+    i = int(every[0]["file"][6:11])
+
+    def write(k, rows):
+        (folder / f"run{k}").mkdir(parents=True, exist_ok=True)
+        write_csv(folder / f"run{k}" / "predictions.csv", rows)
+        os.utime(folder / f"run{k}", (1e9 + k, 1e9 + k))  # run12 is the newest
+
+    def opened(**address):
+        at = page(runs=folder, image=str(i), **address)
+        return at, html(at, "image"), [run for run, _ in rankings(html(at, "image"))]
+
+    for k in range(1, 4):
+        write(k, every)
+    at, shown, names = opened()
+    assert names == ["run3", "run2", "run1"]
+    assert "newest" not in shown and "also" not in [
+        box.key for box in at.selectbox
+    ]  # these are all
+    for k in range(4, 13):
+        write(k, every[:1] if k in (6, 9, 10, 11) else every[1:])
+    at, shown, names = opened()
+    assert names == ["run11", "run10", "run9"]
+    assert "The newest 3 that predicted this image, of 12 runs with predictions." in shown
+    write(9, every[1:])
+    write(10, every[1:])
+    at, shown, names = opened()
+    assert names == ["run11", "run6"]
+    assert "2 of the newest 8 of 12 runs predicted this image; the others were not" in shown
+
+    assert "run11" not in at.selectbox(key="also").options  # it speaks already
+    select(at, "also", "run2")
+    assert address_of(at) == {"image": str(i), "also": "run2"}
+    again, shown, names = opened(also="run2")
+    assert names == ["run2", "run11", "run6"]
+    assert html(at, "image") == shown
+    assert opened(also="run6")[2] == ["run6", "run11"]
+    at, _, names = opened(also="run12")
+    assert names == ["run11", "run6"] and "run12 has no prediction of this image" in text(at)
+    at, _, names = opened(also="run13")
+    assert names == ["run11", "run6"] and "There is no run run13" in text(at)
+    (folder / "run1" / "predictions.csv").write_text("damaged")
+    at, _, names = opened(also="run1")
+    assert names == ["run11", "run6"] and "predictions.csv is empty" in text(at)
+
+
+def test_runs_whose_probabilities_are_not_of_one_kind_say_so(page, three_runs, many, tmp_path):
+    folder = shutil.copytree(three_runs, tmp_path / "runs")
+    both = {"runs": folder, "view": "runs", "run": "first", "other": "second"}
+    assert "calibrated" not in text(page(**both))
+    result = {"calibration_temperature": 1.25, "calibrated": True}
+    (folder / "second" / "result.json").write_text(json.dumps(result))
+    mixed = "can't be compared: second is calibrated (T = 1.25); not calibrated: first."
+    for show in ("all", "doubted"):
+        assert mixed in text(page(**both, show=show))
+    alone = text(page(runs=folder, view="runs", run="second"))
+    assert "Probabilities: second is calibrated (T = 1.25)." in alone
+    # Found on val, and not used.
+    (folder / "first" / "result.json").write_text(json.dumps({"calibration_temperature": 2.5}))
+    assert mixed in text(page(**both))
+    (folder / "first" / "result.json").write_text(json.dumps(result))
+    assert "can't be compared" not in text(page(**both))
+
+    flowers = open_flowers(many)
+    compared = [read_predictions(folder / name, flowers) for name in ("second", "third")]
+    head = filters.export(flowers, [0], compared).splitlines()[0].split(",")
+    assert head[5::2] == ["second calibrated probability", "third probability"]
 
 
 def test_export_lists_what_is_shown(many, runs, truth):

@@ -83,8 +83,12 @@ def write_run(run, seed, top1):
     run.mkdir(parents=True)
     write_csv(run / "predictions.csv", rows)
     settings = {"job": "train", "strategy": "full", "architecture": "tiny", "epochs": 1}
+    settings |= {"loss": "info_nce", "lr": 5e-4}
     (run / "args.json").write_text(json.dumps(settings | {"seed": seed}))
     result = {"test/n": len(rows), "test/top1": top1, "train_seconds": 3.5}
+    result |= {"convention": "swapped", "trainable_image": 7_590_272}
+    for key in ("top1_low", "top1_high", "mean_per_class", "ece", "base_top1", "new_top1"):
+        result[f"test/{key}"] = 50.0
     (run / "result.json").write_text(json.dumps(result))
     steps = [{"step": step, "train/loss": 2 / step} for step in range(1, 6)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
@@ -394,6 +398,8 @@ def test_ticked_runs_are_described_and_compared(page, server, runs):
     page.goto(f"{server}/?view=runs")
     page.locator(TABLE).wait_for()
     page.wait_for_selector(IDLE)
+    scroller = page.locator("[data-testid=stDataFrame] .dvn-scroller")
+    assert scroller.evaluate("e => e.scrollWidth - e.clientWidth") <= 0  # all columns are in sight
     # There is no list to turn the pages of, and no image: the keys of these do nothing here.
     for key in ("ArrowRight", "ArrowLeft", "Escape", "s"):
         page.locator(MAIN).press(key)
@@ -778,6 +784,14 @@ def test_nothing_is_cut_off_on_a_telephone(chromium, server, theme):
         assert page.locator(MAIN).evaluate("e => e.scrollWidth") <= 400
         block = page.locator("[data-testid=stMainBlockContainer]")
         assert block.locator("button, input").evaluate_all(COUNT_CUT_OFF) == 0, address
+
+    # The numbers of a run are moved under its name, which stays.
+    accuracies = page.locator(".table").first
+    name = accuracies.locator("td").first
+    before = name.bounding_box()["x"]
+    accuracies.evaluate("e => e.scrollBy(150, 0)")
+    assert accuracies.evaluate("e => e.scrollLeft") == 150
+    assert name.bounding_box()["x"] == before
 
     # Legible in both themes: the brightnesses (sums of red, green, blue) are far apart.
     style = page.locator("[data-testid=stApp]").evaluate(COLOURS)

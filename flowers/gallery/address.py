@@ -53,6 +53,7 @@ DEFAULTS = {
     "cells": "counts",
     "sure": (0, 100),  # the least and the greatest confidence, in percent
     "probabilities": "predicted",  # under one image: as the runs wrote them, or calibrated
+    "also": None,  # under one image: a run whose predictions stand beside those of the newest
     "like": "colours",  # what the nearest images are near by: colours, or a run's name
     "q": "",  # the sentence that is searched
     "where": "hidden",  # where a run looks, under one image
@@ -66,7 +67,7 @@ DEFAULTS = {
 }
 NUMBERS = ("page", "image")
 TEXTS = ("ids", "named", "q", "words", "box")
-RUNS = ("run", "model", "like", "looker", "laid", "judged")
+RUNS = ("run", "model", "also", "like", "looker", "laid", "judged")
 MAX_TEXT = 300  # characters
 MOST_RUNS = 6  # that are compared
 # Each of their values is a parameter of the address; no more are read than this.

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 FORMAT = 1  # raise it when the map of the same features changes
 NEIGHBOURS = 10  # of the graph, as data_Exploration/isomap.py has them between images
 FEWEST = 3  # images of a map
-HOVER_SIDE = 48  # pixels of the pictures that are shown under the mouse: 0.7 kB each
-HOVER_QUALITY = 40  # of WebP
+# The pictures that are shown under the mouse, 0.4 kB each: all are sent with each map.
+HOVER_SIDE = 48  # pixels
+HOVER_QUALITY = 10  # of WebP
 
 SELECTION = "box"  # the name of what a visitor selects
 # Colour-blind safe (Okabe and Ito 2008), and seen on light and dark.
@@ -121,14 +122,14 @@ def outcomes_of(flowers: Flowers, run: Predictions) -> np.ndarray:
 
 
 def hover_pictures(thumbnails: Thumbnails) -> list[str]:
-    """Return a small picture of each image, as an address that holds the picture itself."""
+    """Return a small picture of each image, as a WebP in base64."""
 
     def small(i: int) -> str:
         rgb = read_thumbnail(thumbnails[i])
         square = cv2.resize(rgb, (HOVER_SIDE, HOVER_SIDE), interpolation=cv2.INTER_AREA)
         quality = [cv2.IMWRITE_WEBP_QUALITY, HOVER_QUALITY]
         _, webp = cv2.imencode(".webp", square[..., ::-1], quality)
-        return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
+        return base64.b64encode(webp).decode()
 
     return list(in_threads(small, range(len(thumbnails.files))))
 
@@ -136,36 +137,44 @@ def hover_pictures(thumbnails: Thumbnails) -> list[str]:
 def chart(
     places: np.ndarray,
     groups: np.ndarray,
-    titles: list[str],
+    ids: np.ndarray,
+    names: np.ndarray,
     pictures: list[str],
     box: tuple[float, float, float, float] | None,
 ) -> "altair.Chart":
     """Return a chart with a dot for each image that has a place.
 
-    places: (N, 2). groups: what each dot is coloured by, (N,) str. titles, pictures: what is shown
-    under the mouse. box: what is selected when the chart is opened.
+    places: (N, 2). groups: what each dot is coloured by, (N,) str. ids, names, pictures: what is
+    shown under the mouse, (N,) each; see hover_pictures. box: what is selected when the chart is
+    opened.
     """
     import altair
     import pandas as pd
 
-    names = sorted(set(groups.tolist()) - set(REST))
+    shown = sorted(set(groups.tolist()) - set(REST))
     rest = [name for name in REST if name in groups]
-    table = pd.DataFrame({"x": places[:, 0], "y": places[:, 1], "group": groups})
-    # Named as the browser's tooltip wants them: a heading, and a picture.
-    table["title"] = titles
-    table["image"] = pictures
+    table = pd.DataFrame({"x": places[:, 0], "y": places[:, 1]})
+    # As numbers, each name once: all of this is sent to the browser at each click.
+    table["group"] = pd.Categorical(groups)
+    table["name"] = pd.Categorical(names)
+    table["id"] = ids.astype(np.int32)
+    table["webp"] = pictures
     table = table[~np.isnan(places[:, 0])]
     # The grey dots first, below the others.
     table = table.sort_values("group", key=lambda group: ~group.isin(REST), kind="stable")
 
-    few = len(names) <= len(COLOURS)
-    colours = {"range": [*COLOURS[: len(names)], *[GREY] * len(rest)]}
-    colours = {"domain": [*names, *rest], **colours} if few else {"scheme": "sinebow"}
+    few = len(shown) <= len(COLOURS)
+    colours = {"range": [*COLOURS[: len(shown)], *[GREY] * len(rest)]}
+    colours = {"domain": [*shown, *rest], **colours} if few else {"scheme": "sinebow"}
     legend = altair.Legend(title=None, orient="top", symbolOpacity=1) if few else None
     value = {"x": box[:2], "y": box[2:]} if box else altair.Undefined
     selection = altair.selection_interval(name=SELECTION, encodings=["x", "y"], value=value)
     axes = {"axis": None, "scale": altair.Scale(zero=False)}
     dots = altair.Chart(table, height=640).mark_circle(size=26, opacity=0.8)
+    # Named as the browser's tooltip wants them: a heading, and a picture.
+    dots = dots.transform_calculate(
+        title="datum.id + ' ' + datum.name", image="'data:image/webp;base64,' + datum.webp"
+    )
     return dots.encode(
         x=altair.X("x:Q", **axes),
         y=altair.Y("y:Q", **axes),

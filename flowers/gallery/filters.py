@@ -70,7 +70,7 @@ def export(
 
     Columns: id, file, class, split; similarity, if there are `scores` of these images; and for each
     run its prediction and the probability of it, both empty for an image that the run did not
-    predict.
+    predict. The name of a probability says whether it is calibrated.
     """
     import pandas as pd  # not needed by the first view
 
@@ -90,7 +90,8 @@ def export(
             # As text, since a column of numbers would have no empty cells and other decimals.
             probabilities.append(f"{run.score[i]:.6f}" if predicted else "")
         table[f"{run.name} prediction"] = names
-        table[f"{run.name} probability"] = probabilities
+        kind = "probability" if run.temperature is None else "calibrated probability"
+        table[f"{run.name} {kind}"] = probabilities
     return as_csv(table)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowers.choices import SHAPES, pretraining_family, split_architecture
+from flowers.choices import RANDOM, SHAPES, pretraining_family, split_architecture
 from flowers.files import checked, read_json
 from flowers.qwen_settings import protocol_in_words, strategy_in_words
 from flowers.runs import pretraining_of, strategy_of
@@ -29,14 +29,16 @@ METRICS = {
 }
 COLUMNS = (
     ("run", "strategy", "architecture", "pretraining", *SETTINGS, "trained on")
-    + ("dataset", "split", "images", "overlap", *METRICS)
+    + ("dataset", "split", "images", "overlap", "calibrated", *METRICS)
     + ("parameters trained", "seconds")
 )
 TRAINED = ("trainable_image", "trainable_text", "trainable_scale", "trainable_head", "trainable")
-OPTIONAL = ("shots", "trained on", "dataset", "overlap", "ECE (%)", "base (%)", "new (%)")
+OPTIONAL = ("shots", "trained on", "dataset", "overlap", "calibrated")
+OPTIONAL += ("ECE (%)", "base (%)", "new (%)")
 SPLITS = ("test", "val", "train")
 EVALUATIONS = ("eval", "qwen_eval", "qwen_probe")  # jobs that evaluate what another run has trained
 INNER = ("model.pt", "adapter")  # parts of a run that its path may end with
+UNKNOWN = "unknown"
 UNFINISHED = "not finished"
 DAMAGED = "damaged"
 
@@ -46,11 +48,12 @@ def run_table(runs: Path, names: Sequence[str]) -> "pd.DataFrame":
 
     COLUMNS: run, strategy, architecture, pretraining, those of SETTINGS, the classes trained on
     where not all, the dataset's folder where the runs have several, split with its convention,
-    images, overlap (how many of them the model was trained on), those of METRICS (`from` and `to`
-    are the ends of the 95% interval of top-1), parameters that were trained, seconds of training.
-    What a run does not have is empty; a column of OPTIONAL that no run has is left out. The split
-    of a run without a result is UNFINISHED, or DAMAGED; it is empty, as all else, of a run that has
-    no settings either.
+    images, overlap (how many of them the model was trained on), the temperature of calibrated
+    probabilities, those of METRICS (`from` and `to` are the ends of the 95% interval of top-1),
+    parameters that were trained, seconds of training. What a run does not have, or nothing says, is
+    empty, or UNKNOWN; a column of OPTIONAL that no run has is left out. The split of a run without
+    a result is UNFINISHED, or DAMAGED; it is empty, as all else, of a run that has no settings
+    either.
     """
     import pandas as pd  # not needed by the first view
 
@@ -85,6 +88,10 @@ def _read_if_there(path: Path) -> dict | None:
 def _description(folder: Path, settings: dict, result: dict) -> dict:
     """Return what was trained and how; of an evaluation, the run that it evaluates."""
     chain = chain_of(folder, settings)
+    if settings.get("job") == "eval" and len(chain) > 1 and chain[1].get("soup"):
+        # As of the soup itself, which is an evaluation of its runs.
+        of_soup = _description(_start(folder, settings), chain[1], result)
+        return of_soup | {"dataset": settings.get("data_root")}
     evaluates = settings.get("job") in EVALUATIONS and len(chain) > 1
     trained = chain[1] if evaluates else chain[0]
     first = chain[-1]
@@ -92,18 +99,28 @@ def _description(folder: Path, settings: dict, result: dict) -> dict:
     pretraining = pretraining_family(pretraining_of(first, first is not trained))
     # Of a soup, all of its runs were trained.
     members = _members(folder, settings) or [trained]
-    strategy = _strategy(settings, result, trained, members)
-    row = {"strategy": strategy, "architecture": architecture, "pretraining": pretraining}
+    is_unknown = settings.get("job") == "eval" and not evaluates and _is_path(first)
+    strategy = UNKNOWN if is_unknown else _strategy(settings, result, trained, members)
+    row = {"strategy": strategy, "architecture": architecture, "pretraining": pretraining or None}
     row["dataset"] = settings.get("data_root")
     for column, key in SETTINGS.items():
         values = [member.get(key) for member in members]
         row[column] = values[0] if values == values[:1] * len(values) else None
+    if is_unknown or (strategy == "none" and first.get("architecture") not in RANDOM):
+        row["seed"] = None  # that of the evaluation, which drew nothing
     if settings.get("job") == "qwen_probe":  # it has images of its own to be fitted to
         row["shots"] = settings.get("shots")
     classes = {member.get("classes") or "all" for member in members}
     if classes != {"all"} and strategy != "none":
         row["trained on"] = " and ".join(sorted(classes))
     return row
+
+
+def _is_path(settings: dict) -> bool:
+    """Return whether the model of a run is a file or folder, of which nothing else is known."""
+    architecture = str(settings.get("architecture"))
+    is_named = architecture in RANDOM or bool(split_architecture(architecture)[1])
+    return not (is_named or settings.get("soup"))
 
 
 def _members(folder: Path, settings: dict) -> list[dict]:
@@ -178,10 +195,12 @@ def _results(result: dict) -> dict:
     split = next((split for split in SPLITS if f"{split}/top1" in result), "")
     convention = result.get("convention")
     overlap = result.get("overlap")  # a number, or "unknown"
+    temperature = result.get("calibration_temperature") if result.get("calibrated") else None
     row = {
-        "split": f"{split} ({convention})" if split and convention else split,
+        "split": f"{split} ({convention})" if split and convention else split or None,
         "images": result.get(f"{split}/n"),
         "overlap": str(overlap) if overlap else None,
+        "calibrated": f"T = {temperature:.3g}" if temperature else None,
         "seconds": result.get("train_seconds"),
     }
     for column, key in METRICS.items():

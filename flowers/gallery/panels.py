@@ -41,7 +41,7 @@ ELEMENT = {
 # Around the views: Streamlit leaves 90 pixels blank at the top, for a bar that is empty here, and
 # writes the names of chosen runs in white on a light blue.
 PAGE_STYLE = """
-[data-testid=stMainBlockContainer] { padding-top: 1rem; padding-bottom: 2rem; }
+[data-testid=stMainBlockContainer] { padding: 1rem 2rem 2rem; }
 [data-tag] { background: none !important; color: inherit !important; }
 [data-tag] { border: 1px solid currentColor !important; }
 [data-testid=stHeader] { height: 0; min-height: 0; background: none; }
@@ -123,17 +123,20 @@ def image(
     facts: list[str],
     captions: list[str],
     rankings: Iterable[tuple[str, list]],
+    note: str = "",
 ) -> str:
     """Return a picture at full size beside its class name, facts, rankings and colours.
 
     rgb: the pixels of the picture, (H, W, 3) uint8. rankings: the two arguments of `ranking`
-    for each run.
+    for each run. note: stands below them.
     """
     sentences = "".join(f"<li>{escape(caption)}</li>" for caption in captions)
     left = f"{picture(jpeg, name)}<ul>{sentences}</ul>"
     tables = "".join(ranking(title, best) for title, best in rankings)
-    right = f"<h3>{escape(name)}</h3>{paragraphs(facts)}{tables}{colours(rgb)}"
-    return f'<div class="image"><div>{left}</div><div>{right}</div></div>'
+    notes = paragraphs([note] if note else [])
+    middle = f"<h3>{escape(name)}</h3>{paragraphs(facts)}{tables}{notes}"
+    columns = "".join(f"<div>{column}</div>" for column in (left, middle, colours(rgb)))
+    return f'<div class="image">{columns}</div>'
 
 
 def ranking(title: str, best: Iterable[tuple[str, float]]) -> str:
@@ -177,7 +180,7 @@ def maps(rows: Iterable[Sequence[tuple[bytes, list[str]]]], shades: Sequence[str
     gradient = f"background:linear-gradient(90deg,{','.join(shades)})"
     ends = "<span>not at all</span><span>the most relevant place of each map</span>"
     bar = f'<div class="legend"><div style="{gradient}"></div><div class="strip">{ends}</div></div>'
-    return bar + "".join(html)
+    return f'{bar}<div class="rows">{"".join(html)}</div>'
 
 
 # -----------------------------------------------------------------------------

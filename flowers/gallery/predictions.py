@@ -194,12 +194,14 @@ class Predictions:
         top: for each image its (class, probability) pairs, best first; empty where there are none.
         guess: the best class of each image (N,) int; NO_CLASS where there is none.
         score: the probability of that class (N,) float; 0 where there is none.
+        temperature: has divided the logits; None for a run that is not calibrated.
     """
 
     name: str
     top: tuple[tuple[tuple[int, float], ...], ...]
     guess: np.ndarray
     score: np.ndarray
+    temperature: float | None = None
 
     @property
     def index(self) -> np.ndarray:
@@ -238,7 +240,7 @@ def read_predictions(folder: Path, flowers: Flowers, name: str = "") -> Predicti
     for i, answers in enumerate(top):
         if answers:
             guess[i], score[i] = answers[0]
-    return Predictions(name or folder.name, tuple(top), guess, score)
+    return Predictions(name or folder.name, tuple(top), guess, score, written_temperature(folder))
 
 
 def _evaluation_command(folder: Path, flowers: Flowers) -> str:

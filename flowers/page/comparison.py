@@ -262,7 +262,7 @@ def outcome_filters(flowers: Flowers, predictions: list[Predictions], shows: lis
             called = {"first": panels.plain(predictions[0].name), "any": "any of these"}
             choose_one("It is predicted by", GUESSERS, "guesser", names=called)
         choose_one(f"Order (confidence{by})", ORDERS, "order", names=NAMES_OF_ORDERS)
-        st.slider(f"Confidence{by} (%)", 0, 100, key="sure", on_change=change_filter, width=200)
+        st.slider(f"Confidence{by} (%)", 0, 100, key="sure", on_change=change_filter, width=260)
     if len(predictions) > 1:
         said = ", then ".join(panels.plain(run.name) for run in predictions)
         caption = f"Under each picture: what {said} says."
@@ -270,5 +270,30 @@ def outcome_filters(flowers: Flowers, predictions: list[Predictions], shows: lis
             one, two = (panels.plain(run.name) for run in predictions)
             caption += f" Wrong → right: {one} is wrong, {two} is right."
         st.caption(caption)
+    kinds = kinds_of_probabilities(predictions)
+    if kinds:
+        st.caption(kinds)
     if state["show"] in EXPLAINED:
         st.caption(EXPLAINED[state["show"]])
+
+
+def kinds_of_probabilities(predictions: Sequence[Predictions]) -> str:
+    """Return which runs' probabilities are calibrated, in words; empty if none are."""
+    from flowers.calibration import temperature_in_words  # here, as it loads scipy
+
+    calibrated, others = [], []
+    for run in predictions:
+        if run.temperature is None:
+            others.append(panels.plain(run.name))
+        else:
+            in_words = panels.plain(temperature_in_words(run.temperature))
+            calibrated.append(f"{panels.plain(run.name)} is {in_words}")
+    if not calibrated:
+        return ""
+    if not others:
+        return f"Probabilities: {', '.join(calibrated)}."
+    return (
+        "The percentages of these runs are not of one kind, and can't be compared: "
+        f"{', '.join(calibrated)}; not calibrated: {', '.join(others)}. "
+        "Labels in doubt are found by the mean of these as they are."
+    )

@@ -8,10 +8,9 @@ import numpy as np
 import streamlit as st
 
 from flowers import UserError
-from flowers.data import Flowers
 from flowers.gallery import panels
 from flowers.gallery.address import MAX_TEXT
-from flowers.gallery.predictions import Predictions, written_temperature
+from flowers.gallery.predictions import Predictions
 from flowers.gallery.search import nearest
 from flowers.images import read_rgb
 from flowers.page.choices import (
@@ -32,6 +31,7 @@ from flowers.page.kept import (
     models_apart,
     stamp_of,
     stamp_of_run,
+    stamp_of_start,
 )
 from flowers.page.widgets import (
     PER_PAGE,
@@ -80,11 +80,19 @@ def show_image(
         f"{flowers.file_names[i]} · {width} x {height} pixels · {len(jpeg) / 1000:.0f} kB",
     ]
     captions = captions_of(data, i)
-    predictions = listing.predictions or newest_predictions(data, runs, predicted, i)
+    predictions, note = listing.predictions, ""
+    if not predictions:
+        predictions, note = newest_predictions(data, runs, predicted, i)
+        others = [run for run in predictions if run.name != state["also"]]
+        predictions = predictions_of_another(data, runs, predicted, i) + others
     rankings = rankings_of(data, i, predictions, runs)
-    draw(panels.image(jpeg, rgb, name, facts, captions, rankings), "image")
-    if rankings:
-        choose_one("Probabilities", PROBABILITIES, "probabilities", change, NAMES_OF_PROBABILITIES)
+    draw(panels.image(jpeg, rgb, name, facts, captions, rankings, note), "image")
+    with st.container(horizontal=True):
+        if rankings:
+            names = NAMES_OF_PROBABILITIES
+            choose_one("Probabilities", PROBABILITIES, "probabilities", change, names)
+        if not listing.predictions:
+            choose_another(predicted, [run.name for run in predictions])
     show_where(data, i, models, runs)
     show_neighbours(data, i, models, runs)
 
@@ -159,7 +167,7 @@ def answers_of(data: Dataset, i: int, run: Predictions, folder: Path) -> tuple[s
 
     They are as it predicted them, or calibrated, where this is chosen and the run can be.
     """
-    temperature, answers = written_temperature(folder), run.top[i]
+    temperature, answers = run.temperature, run.top[i]
     if state["probabilities"] == "calibrated" and temperature is None:
         try:
             temperature, answers = calibrated_answers(data, i, run, folder)
@@ -184,7 +192,7 @@ def calibrated_answers(
     if not all((folder / name).is_file() for name in ("model.pt", "calibration.json")):
         return None, run.top[i]
     stamps = data.stamp + stamp_of_run(folder), stamp_of(data.flowers.files[i])
-    temperature, probabilities = model_probabilities(data.flowers, i, folder, *stamps)
+    temperature, probabilities = model_probabilities(data, i, folder, *stamps)
     if temperature is None:
         return None, run.top[i]
     best = np.argsort(-probabilities, kind="stable")[: len(run.top[i])]
@@ -193,17 +201,20 @@ def calibrated_answers(
 
 @st.cache_data(show_spinner="Calibrating", max_entries=1000)
 def model_probabilities(
-    _flowers: Flowers, i: int, folder: Path, stamp: tuple, picture: tuple
+    _data: Dataset, i: int, folder: Path, stamp: tuple, picture: tuple
 ) -> tuple[float | None, np.ndarray]:
     """Return the temperature of a run's model, and the probabilities (C,) of the classes of image
     i, divided by it; once, until one of the stamps of the run and of the picture changes.
     """
-    explainer = load_explainer(folder, "after", _flowers.class_names, stamp)
-    return explainer.temperature, explainer.probabilities(_flowers.files[i])
+    explainer = load_explainer(_data, folder, "after")
+    return explainer.temperature, explainer.probabilities(_data.flowers.files[i])
 
 
-def newest_predictions(data: Dataset, runs: Path, names: list[str], i: int) -> list[Predictions]:
-    """Return the predictions of the newest runs that have one of image i.
+def newest_predictions(
+    data: Dataset, runs: Path, names: list[str], i: int
+) -> tuple[list[Predictions], str]:
+    """Return the predictions of the newest runs that have one of image i, and how many runs that
+    leaves out, in words.
 
     names: the runs that have predictions, the newest first.
     """
@@ -217,7 +228,50 @@ def newest_predictions(data: Dataset, runs: Path, names: list[str], i: int) -> l
             found.append(run)
         if len(found) == NEWEST:
             break
-    return found
+    return found, what_is_left_out(len(found), len(names))
+
+
+def what_is_left_out(n_found: int, n_runs: int) -> str:
+    """Return of how many runs with predictions the `n_found` newest are shown, in words."""
+    if n_found == NEWEST < n_runs:
+        return (
+            f"The newest {NEWEST} that predicted this image, of {n_runs} runs with predictions. "
+            "Below, another one can be chosen."
+        )
+    if n_found < NEWEST and n_runs > NEWEST_LOOKED_AT:
+        return (
+            f"{n_found or 'None'} of the newest {NEWEST_LOOKED_AT} of {n_runs} runs predicted this "
+            "image; the others were not looked at. Below, another one can be chosen."
+        )
+    return ""
+
+
+def choose_another(names: list[str], shown: list[str]) -> None:
+    """Show the list of the runs with predictions that are not `shown`; one of them can be."""
+    others = [name for name in names if name not in shown or name == state["also"]]
+    if others or state["also"]:
+        choose_from_list("Predictions of one more run", others, "also", "none", on_change=change)
+
+
+def predictions_of_another(
+    data: Dataset, runs: Path, names: list[str], i: int
+) -> list[Predictions]:
+    """Return the predictions of the run that was chosen beside the newest, if they have image i.
+
+    names: the runs that have predictions.
+    """
+    name = state["also"]
+    if name is None or is_missing("also", names, f"with predictions in {panels.plain(str(runs))}"):
+        return []
+    try:
+        run = load_predictions(data, runs, name)
+    except UserError as error:
+        st.warning(panels.message(str(error)))
+        return []
+    if not run.top[i]:
+        st.info(f"{panels.plain(name)} has no prediction of this image.")
+        return []
+    return [run]
 
 
 def show_where(data: Dataset, i: int, models: list[str], runs: Path) -> None:
@@ -266,7 +320,7 @@ def show_where(data: Dataset, i: int, models: list[str], runs: Path) -> None:
 def looks(data: Dataset, i: int, runs: Path, when: str) -> tuple:
     """Return the arguments of painted_maps for image i and what is chosen."""
     run = runs / state["looker"]
-    stamp = data.stamp + stamp_of_run(run)
+    stamp = data.stamp + stamp_of_run(run) + stamp_of_start(run)
     picture = stamp_of(data.flowers.files[i])
     return data, i, run, when, state["target"], state["words"].strip(), stamp, picture
 
@@ -283,7 +337,7 @@ def painted_maps(
     picture: tuple,
 ) -> list[tuple[bytes, list[str]]]:
     """Return where a run looks in image i, as JPEGs with lines of text; once, until one of the
-    stamps of the run and of the picture changes.
+    stamps of the run (with its start) and of the picture changes.
 
     when: 'after' the run, or 'before', at its start. target: a class; None: the true one, and the
     one that the run predicts. sentence: looked for, too, unless it is empty.
@@ -291,12 +345,12 @@ def painted_maps(
     from flowers.gallery.relevance import paint  # here, as it loads torch
 
     class_names, file = _data.flowers.class_names, _data.flowers.files[i]
-    explainer = load_explainer(run, when, class_names, stamp)
+    explainer = load_explainer(_data, run, when)
     if target:
         names = {target: "chosen class"}
     else:
         names = {class_names[_data.flowers.labels[i]]: "true class"}
-        predicted = load_explainer(run, "after", class_names, stamp).predict(file)
+        predicted = load_explainer(_data, run, "after").predict(file)
         names[predicted] = "true and predicted class" if predicted in names else "predicted class"
     targets = [(explainer.class_target(name), what) for name, what in names.items()]
     if sentence:

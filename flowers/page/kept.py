@@ -20,7 +20,13 @@ from flowers import UserError
 from flowers.data import Flowers, open_flowers
 from flowers.gallery import atlas
 from flowers.gallery.filters import image_ids, split_names
-from flowers.gallery.predictions import ANOTHER_SPLIT, Predictions, read_predictions, why_apart
+from flowers.gallery.predictions import (
+    ANOTHER_SPLIT,
+    Predictions,
+    model_arguments,
+    read_predictions,
+    why_apart,
+)
 from flowers.gallery.search import Searcher, own_prompts
 from flowers.gallery.thumbnails import Thumbnails
 from flowers.layouts import read_captions
@@ -71,6 +77,19 @@ def stamp_of_run(run: Path) -> tuple:
     _, prompts_file = own_prompts(run)
     if prompts_file:
         files.append(Path(prompts_file))
+    return stamp_of(*files)
+
+
+def stamp_of_start(run: Path) -> tuple:
+    """Return something that changes when a file or folder does whose weights a run started from."""
+    architecture = model_arguments(run).get("architecture")
+    if not architecture:
+        return ()
+    # A name of a model is no file, and stays as it is. Or behind `open_clip:`.
+    start = Path(architecture)
+    if not start.exists():
+        start = Path(architecture.rpartition(":")[2])
+    files = sorted(start.iterdir()) if start.is_dir() else [start]
     return stamp_of(*files)
 
 
@@ -155,7 +174,9 @@ def load_predictions(data: Dataset, runs: Path, name: str) -> Predictions:
             return error
 
     path = runs / name / "predictions.csv"
-    predictions = made_once(read, path, data.stamp + stamp_of(path))
+    # The result says whether they are calibrated.
+    stamp = data.stamp + stamp_of(path, path.with_name("result.json"))
+    predictions = made_once(read, path, stamp)
     if isinstance(predictions, UserError):
         raise UserError(*predictions.args)
     return predictions
@@ -251,10 +272,18 @@ def start_statistics() -> Future:
     return in_background(lambda: importlib.import_module("flowers.study.statistics"))
 
 
+def load_explainer(data: Dataset, run: Path, when: str):
+    """Return the model of a run, 'after' it or 'before'; loaded once, until its files change."""
+    stamp = data.stamp + stamp_of_run(run)
+    if when == "before":
+        stamp += stamp_of_start(run)
+    return made_explainer(run, when, data.flowers.class_names, stamp)
+
+
 # The models of a few runs that are shown together, and a start.
 @st.cache_resource(show_spinner=False, max_entries=4)
-def load_explainer(run: Path, when: str, class_names: tuple[str, ...], stamp: tuple):
-    """Return the model of a run, 'after' it or 'before'; once, until `stamp` changes."""
+def made_explainer(run: Path, when: str, class_names: tuple[str, ...], stamp: tuple):
+    """Return load_explainer's model; once, until `stamp` changes."""
     from flowers.gallery import relevance  # here, as it loads torch
 
     load = relevance.load_run if when == "after" else relevance.load_start

@@ -130,11 +130,11 @@ def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
     # one that comes from the address.
     if key not in state or state["box"] != state.get("_drawn"):
         state["_given"] = state["_drawn"] = state["box"]
-    names = data.flowers.class_names
-    titles = [f"{i} {names[label]}" for i, label in zip(data.ids, data.flowers.labels)]
     arguments = (data.thumbnails, data.stamp)
     pictures = result_of(start_hover_pictures, arguments, "Making small pictures")
-    chart = atlas.chart(places, groups, titles, pictures, atlas.parse_box(state["_given"]))
+    names = np.array(data.flowers.class_names)[data.flowers.labels]
+    box = atlas.parse_box(state["_given"])
+    chart = atlas.chart(places, groups, data.ids, names, pictures, box)
     st.caption(
         "Each dot is an image, those that look alike close together (Isomap). Draw a box with the "
         "mouse to see its images below; a click beside it removes it."

@@ -1,7 +1,7 @@
 """The view Runs before a run is chosen: all of them in one table, and one that is ticked."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,16 @@ from flowers.page.widgets import choose_from_list, choose_one, download, filters
 if TYPE_CHECKING:
     import pandas as pd
 
+# Short heads, so that the table fits into a window; the whole names are under the mouse.
+HEADS = {
+    "architecture": "model",
+    "learning rate": "lr",
+    "trained on": "classes",
+    "mean per class (%)": "per class",
+    "parameters trained": "trained",
+    **{name: name.removesuffix(" (%)") for name in METRICS if name != "mean per class (%)"},
+}
+
 # Keys of metrics.jsonl that are drawn, and what they are called.
 CURVES = {"train/loss": "training loss", "val/top1": "top-1 on val (%)"}
 
@@ -34,9 +44,9 @@ def show_runs(runs: Path, names: list[str], predicted: list[str]) -> None:
     order = f"by {state['sorted']}" if state["sorted"] else "the newest first"
     st.caption(
         f"{len(table):,} runs in {panels.plain(str(runs))}, {order}. A click on the name of a "
-        "column sorts by it, too, but is not part of the address. From and to are the ends of the "
-        "95% interval of top-1. Tick one run to see its settings and curve, several to compare "
-        "what they say about each image."
+        "column sorts by it, too, but is not part of the address. Accuracies and ECE are in "
+        "percent, from and to the ends of the 95% interval of top-1. Tick one run to see its "
+        "settings and curve, several to compare what they say about each image."
     )
     show_ticks(table)
     is_missing("ticked", names, f"in {panels.plain(str(runs))}")
@@ -104,10 +114,6 @@ def show_ticks(table: "pd.DataFrame") -> None:
         state["_tables"] = state.get("_tables", 0) + 1
     rows = hashlib.sha256("\n".join(shown).encode()).hexdigest()[:12]
     first = [shown.index(name) for name in state["ticked"] if name in shown]
-    formats = {name: st.column_config.NumberColumn(format="%.2f") for name in METRICS}
-    formats["learning rate"] = st.column_config.NumberColumn(format="%.1e")
-    formats["parameters trained"] = st.column_config.NumberColumn(format="localized")
-    formats["seconds"] = st.column_config.NumberColumn(format="%.0f")
     event = st.dataframe(
         table,
         hide_index=True,
@@ -115,13 +121,30 @@ def show_ticks(table: "pd.DataFrame") -> None:
         on_select=change,
         selection_mode="multi-row",
         selection_default={"selection": {"rows": first, "columns": [], "cells": []}},
-        column_config=formats,
+        column_config=column_formats(table.columns),
         placeholder="",
     )
     now = [shown[row] for row in event.selection.rows]
     # In the order in which they were ticked: the others are compared with the first.
     kept = [name for name in state["ticked"] if name in now or name not in shown]
     state["ticked"] = state["_ticked"] = kept + [name for name in now if name not in kept]
+
+
+def column_formats(columns: Sequence[str]) -> dict:
+    """Return how the columns of the table of runs are shown, for Streamlit."""
+    of_numbers = dict.fromkeys(METRICS, "%.2f") | {"learning rate": "%.1e", "seconds": "%.0f"}
+    of_numbers["parameters trained"] = "compact"
+    formats = {}
+    for name in columns:
+        label = {"label": HEADS.get(name, name), "help": name if name in HEADS else None}
+        if name in of_numbers:
+            formats[name] = st.column_config.NumberColumn(format=of_numbers[name], **label)
+        else:
+            # On a narrow window the name of the run stays in sight.
+            formats[name] = st.column_config.Column(pinned=name == "run", **label)
+    # By itself it would be as wide as the first rows need, which may have none.
+    formats["loss"]["width"] = 78
+    return formats
 
 
 def compare_button(ticked: list[str], predicted: Collection[str]) -> None:
