@@ -468,6 +468,8 @@ def strategy_of(trained: Mapping, members: Sequence[Mapping | None] = ()) -> str
             return "unknown" + SOUP
         strategies = {member.get("strategy") or "full" for member in members}
         return (strategies.pop() if len(strategies) == 1 else "mixed") + SOUP
+    if trained.get("soup"):
+        return "unknown" + SOUP
     path = Path(str(trained.get("architecture")))
     if trained.get("job") == "eval" and path.name == "model.pt":
         return "unknown"
@@ -522,7 +524,7 @@ def read_trained_on(*models: str | Path) -> set[str] | None:
 
 
 def _read_trained_on(model: str | Path, visited: tuple[Path, ...]) -> set[str] | None:
-    folder = run_folder(model)
+    folder = run_folder(model) or _folder_of_list(model)
     if folder is None:
         return None
     path = folder / "trained_on.json"
@@ -543,6 +545,16 @@ def _read_trained_on(model: str | Path, visited: tuple[Path, ...]) -> set[str] |
     return set(images)
 
 
+def _folder_of_list(model: str | Path) -> Path | None:
+    """The folder of a model with its trained_on.json, which has lost its args.json; or None."""
+    if str(model) in SHAPES:
+        return None
+    path = Path(model)
+    folder = path if path.is_dir() else path.parent
+    has_lost = not (folder / "args.json").exists() and (folder / "trained_on.json").exists()
+    return folder if path.exists() and has_lost else None
+
+
 def _digest(images: list[str]) -> str:
     return hashlib.sha256("\n".join(images).encode()).hexdigest()
 
@@ -551,13 +563,16 @@ def _derive_trained_on(folder: Path, visited: tuple[Path, ...]) -> set[str]:
     """What a run without trained_on.json was trained on, by opening its dataset once more."""
     stored = read_arguments(folder)
     unknown = f"it can't be known which images {folder} was trained on: "
+    # A damaged args.json may lead in a circle.
+    if folder in visited:
+        raise UnknownImages(f"{unknown}it started from itself")
+    visited = (*visited, folder)
+    if stored.get("soup"):
+        return set().union(*(_part_trained_on(run, folder, visited) for run in stored["soup"]))
     root = stored.get("data_root")
     # Not opened if it is missing: that would start a download.
     if root is None or root != "sample" and not Path(root).is_dir():
         raise UnknownImages(f"{unknown}there is no dataset at {root}")
-    # A damaged args.json may lead in a circle.
-    if folder in visited:
-        raise UnknownImages(f"{unknown}it started from itself")
     try:
         flowers = open_from_flags(stored)
         index = _train_index(stored, flowers)
@@ -569,8 +584,24 @@ def _derive_trained_on(folder: Path, visited: tuple[Path, ...]) -> set[str]:
     images = set(image_ids(flowers, index))
     if stored["job"] == "train" and not trains(stored.get("epochs"), stored.get("strategy")):
         images = set()
-    start = _read_trained_on(stored["architecture"], (*visited, folder))
-    return images | (start or set())
+    start = stored["architecture"]
+    if stored["job"] != "train":  # of a Qwen, whose names on the hub look like paths
+        return images | (_read_trained_on(start, visited) or set())
+    return images | _part_trained_on(start, folder, visited)
+
+
+def _part_trained_on(part: str, folder: Path, visited: tuple[Path, ...]) -> set[str]:
+    """The images of what a run in `folder` started from, or of a run that it is the mean of.
+
+    Raises UnknownImages where that was a file or a run, and is gone.
+    """
+    is_name = part in SHAPES or part.startswith(("open_clip:", "hf:"))
+    if not is_name and not Path(part).exists():
+        raise UnknownImages(
+            f"it can't be known which images {folder} was trained on: {part}, which it was made "
+            "from, is gone"
+        )
+    return _read_trained_on(part, visited) or set()
 
 
 def _train_index(stored: dict, flowers: Flowers) -> np.ndarray | None:
@@ -608,6 +639,7 @@ def check_overlap(
             return "unknown"
         raise UserError(f"{error}; --allow_overlap evaluates the images all the same") from None
     if trained_on is None:
+        _note_unknown_weights(models)
         return None
     overlap = count_overlap(trained_on, image_ids(flowers, index))
     names = " and ".join(map(str, models))
@@ -624,6 +656,13 @@ def check_overlap(
             "the splits that it was trained with, or --allow_overlap evaluates them all the same"
         )
     return overlap
+
+
+def _note_unknown_weights(models: Sequence[str | Path]) -> None:
+    """Say of weights in a file, which no run here made, that they may have seen the images."""
+    for model in models:
+        if str(model) not in SHAPES and Path(model).exists():
+            note(f"no run here made {model}: whether it was trained on these images isn't known")
 
 
 def check_overlap_of_training(
