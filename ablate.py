@@ -25,6 +25,7 @@ qwen_train.py. python report.py --runs RUNS makes the report.
 import argparse
 import atexit
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -573,23 +574,47 @@ def check_levels(grid: str, levels: dict[str, tuple], common: Common) -> None:
     rows = settings_of(first_grid, levels, common)
     if not rows:
         raise UserError("--pretraining: there are no such weights of any --architecture")
-    one_of_each = {settings["strategy"]: settings for settings in rows}
-    check_values([make_point(first_grid, settings, common) for settings in one_of_each.values()])
+    check_values(first_grid, [make_point(first_grid, settings, common) for settings in rows])
+    if grid in CHOOSING:
+        # The last part, which has no val: a mistake should not be found after all the others.
+        check_values("final", [make_point("final", row, common, holdout=False) for row in rows])
 
 
-def check_values(points: Sequence[Point]) -> None:
+def check_values(grid: str, points: Sequence[Point]) -> None:
     """Raise UserError if train.py would refuse each of these points, for the same reason as it.
 
-    A flag that means nothing for one strategy costs the points of that one, and not the grid.
+    A flag that means nothing for one strategy costs the points of that one, which is said, and not
+    the grid.
     """
-    refusals = []
+    if not accepted(grid, points):
+        raise UserError(f"{grid}: {refusal(points[0].arguments)}")
+
+
+def accepted(grid: str, points: Sequence[Point]) -> list[Point]:
+    """The points that train.py takes; which others are left out, and why, is said once."""
+    refused = defaultdict(Counter)  # reason -> strategy -> number of points
     for point in points:
-        try:
-            resolve(make_parser().parse_args(point.arguments), processes=1)
-        except UserError as error:
-            refusals.append(error)
-    if len(refusals) == len(points):
-        raise refusals[0]
+        reason = refusal(point.arguments)
+        if reason:
+            is_untrained = point.settings.get("epochs") == 0
+            refused[reason]["untrained" if is_untrained else point.settings["strategy"]] += 1
+    for reason, counts in refused.items():
+        which = ", ".join(f"{count} of {strategy}" for strategy, count in counts.items())
+        note_once(f"left out of {grid}, as train.py refuses them: {which} ({reason})")
+    return [point for point in points if not refusal(point.arguments)]
+
+
+@functools.cache
+def refusal(arguments: tuple[str, ...]) -> str:
+    """Why train.py would refuse these arguments; empty if it would not."""
+    try:
+        resolve(make_parser().parse_args(arguments), processes=1)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+note_once = functools.cache(files.note)
 
 
 def check_only(name: str, grid: str, common: Common, levels: dict[str, tuple]) -> None:
@@ -648,7 +673,7 @@ def phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[
         yield from qwen_phases(common, levels)
         return
     rows = settings_of(grid, levels, common)
-    points = [make_point(grid, row, common) for row in rows]
+    points = accepted(grid, [make_point(grid, row, common) for row in rows])
     yield "start", stand_ins(rows, common)
     yield grid, points
     if grid == "forgetting":
@@ -658,7 +683,7 @@ def phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[
 def study_phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[Point]]]:
     """Yield the parts of `study`, or of `final`, which needs a factorial that has been run."""
     rows = settings_of("factorial", levels, common)
-    factorial = [make_point("factorial", row, common) for row in rows]
+    factorial = accepted("factorial", [make_point("factorial", row, common) for row in rows])
     yield "start", stand_ins(rows, common)
     if grid == "study":
         yield "factorial", factorial
@@ -690,7 +715,7 @@ def one_factor_phases(
             fixed = {axis: (value,) for axis, value in setting.items()}
             rows = settings_of(grid, levels | fixed, common)
             points += [make_point(grid, row, common) for row in rows]
-        yield grid, points
+        yield grid, accepted(grid, points)
 
 
 def final_points(
@@ -703,7 +728,7 @@ def final_points(
             # a linear probe gives the same result with every seed
             if setting["strategy"] != "linear" or seed == seeds[0]:
                 final.append(setting | {"seed": seed})
-    return [make_point("final", row, common, holdout=False) for row in final]
+    return accepted("final", [make_point("final", row, common, holdout=False) for row in final])
 
 
 def forgetting_evaluations(points: Sequence[Point], common: Common) -> list[Point]:
@@ -1400,7 +1425,8 @@ def write_sweep(grid: str, common: Common, levels: dict, arguments: list[str]) -
     if grid == QWEN:
         names = qwen_names(common, levels)
     else:
-        names = [make_point(grid, row, common).name for row in settings_of(grid, levels, common)]
+        points = [make_point(grid, row, common) for row in settings_of(grid, levels, common)]
+        names = [point.name for point in accepted(grid, points)]
     repeated = [argument for argument in arguments if argument != "--sweep"]
     sweep = {
         "name": grid,

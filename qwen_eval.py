@@ -244,6 +244,7 @@ def parse_arguments() -> argparse.Namespace:
     # As a flag, false is left out, which must not stand for the adapter's.
     args.list_names = bool(args.list_names)
     args.load_4bit = bool(args.load_4bit)
+    runs.check_typed(parser, args)
     return args
 
 

@@ -284,6 +284,7 @@ def read_settings() -> tuple[argparse.Namespace, Config | None]:
             check_merging(folder)
             return args, None
         args = parse_stored(parser, args, stored)
+        runs.check_typed(parser, args)
     return args, resolve(args, world_size())
 
 

@@ -70,6 +70,18 @@ MERGED = "qwen_merged"
 SOUP = " soup"  # behind the strategy of the runs of which a model is the mean
 
 
+# What a command that resumes a run may say anew.
+OF_THE_COMMAND = (
+    "resume",
+    "wandb",
+    "compare",
+    "device",
+    "allow_overlap",
+    "no_cuda_graph",
+    "merge",
+)
+
+
 class UnknownImages(UserError):
     """It can't be known which images a run was trained on."""
 
@@ -247,6 +259,35 @@ def arguments_to_resume(folder: Path, job: str) -> dict | None:
     return stored
 
 
+def typed_flags(parser: argparse.ArgumentParser) -> dict[str, object]:
+    """The values of the flags that the command line holds, without those that were left out.
+
+    argparse can't say which flags were typed. So it parses once more, into a namespace that holds
+    None for each: where there is a value it puts no default, and None is left.
+    """
+    untyped = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args())))
+    values = vars(parser.parse_args(namespace=untyped))
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def check_typed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raise UserError for a flag beside --resume that says something else than the run's own.
+
+    args: of the run that is resumed. It would have no effect: the run goes on with what it began.
+    """
+    for key, value in typed_flags(parser).items():
+        own = getattr(args, key)
+        # What the machine decides is the run's own by now.
+        if key in OF_THE_COMMAND or value in (own, "auto"):
+            continue
+        if key == "runs" and Path(str(value)).resolve() == Path(own).resolve():
+            continue
+        raise UserError(
+            f"--{key}: {args.resume} goes on with what it was begun with, {own}, and not with "
+            f"{value}: leave it out, or begin another run"
+        )
+
+
 def check_processes(folder: Path, begun_with: int | None, processes: int) -> None:
     """Raise UserError if a run is to go on with another number of processes."""
     if begun_with != processes:
@@ -394,16 +435,13 @@ def parse_inheriting(
     which the first is taken. Prints what is taken over. Raises UserError if they disagree on it.
     """
     args = parser.parse_args()
+    typed = typed_flags(parser)
     soup = (getattr(args, soup_flag) if soup_flag else None) or []
     model = soup[0] if soup else getattr(args, model_flag)
     inherited = inherited_arguments(model) if model else {}
-    # argparse can't say which flags were typed. So it parses once more, into a namespace that holds
-    # None for the inherited ones: where there is a value it puts no default, and None is left.
-    untyped = argparse.Namespace(**dict.fromkeys(inherited))
-    typed = vars(parser.parse_args(namespace=untyped))
-    typed_keys = {key for key in inherited if typed.get(key) is not None}
+    typed_keys = set(typed)
     # Templates and a file of prompts take each other's place.
-    if vars(args).get("prompts") or typed.get("prompt_template"):
+    if typed.get("prompts") or typed.get("prompt_template"):
         typed_keys |= {"prompts", "prompt_template"}
     taken = {}
     for key, value in inherited.items():

@@ -198,7 +198,9 @@ def parse_arguments(parser: argparse.ArgumentParser, processes: int) -> argparse
                 f"{path} has changed since {folder} was begun: go on with the same "
                 "sentences, for the same result"
             )
-    return runs.parse_stored(parser, args, stored)
+    args = runs.parse_stored(parser, args, stored)
+    runs.check_typed(parser, args)
+    return args
 
 
 def note_unused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 from flowers import UserError, command, devices, files, runs, tracking, training
+from flowers.settings import read_settings
 
 # -----------------------------------------------------------------------------
 # files
@@ -266,3 +267,26 @@ def test_how_a_model_was_trained_and_what_it_began_with():
     for architecture, is_start, pretraining in begun:
         assert runs.pretraining_of({"architecture": architecture}, is_start) == pretraining
     assert runs.pretraining_of({"architecture": "tiny", "captions": "c"}, True) == "captions"
+
+
+# -----------------------------------------------------------------------------
+# resuming with flags of another run
+
+
+def test_flags_typed_beside_resume_must_be_those_of_the_run(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "it"
+    folder.mkdir(parents=True)
+
+    def settings_of(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        return read_settings("")
+
+    begun = settings_of("--architecture", "tiny", "--lr", 1e-3, "--holdout", "--runs", tmp_path)
+    files.write_json(folder / "args.json", {**begun.record(), "name": "it"})
+    # The same command once more, what belongs to the command, and what the machine decides.
+    same = ("--architecture", "tiny", "--lr", 0.001, "--epochs", 19, "--runs", tmp_path / "runs")
+    for words in ((), same, ("--device", "cpu", "--no_cuda_graph"), ("--precision", "auto")):
+        assert settings_of("--resume", folder, *words).lr == 1e-3
+    for words in (("--lr", 0.01), ("--holdout=false",), ("--seed", 1), ("--name", "other")):
+        with pytest.raises(UserError, match=f"{words[0].partition('=')[0]}: .*leave it out"):
+            settings_of("--resume", folder, *words)
