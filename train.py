@@ -138,7 +138,7 @@ def main(config: Config):
     if processes.is_main:
         files.write_lines(metrics_file, rows)
         work = f"{len(train_index):,} images, {total_steps:,} steps of {batch_size}"
-        print_start(folder, first_epoch, work, texts, model, sizes, config)
+        print_start(folder, first_epoch, work, batch_size, texts, model, sizes, config)
 
     # -----------------------------------------------------------------------------
     # training loop
@@ -857,14 +857,15 @@ def print_start(
     folder: Path,
     first_epoch: int,
     work: str,
+    batch_size: int,
     texts: Texts,
     model: CLIP,
     sizes: dict[str, int],
     config: Config,
 ) -> None:
-    """Print what is about to be trained, and a warning if captions are cut.
+    """Print what is about to be trained, and warnings if captions or the batch are cut.
 
-    work: the numbers of images and steps, in words.
+    work: the numbers of images and steps, in words. batch_size: of all processes together.
     """
     if first_epoch > 0:
         print(f"resuming {folder} after epoch {first_epoch} of {config.epochs}")
@@ -883,6 +884,11 @@ def print_start(
         f"{sizes['parameters']:,} parameters"
     )
     evaluate.warn_of_cut_captions(texts.n_cut, len(texts.tokens), model.context_length)
+    if config.epochs and config.batch_size > batch_size // config.processes:
+        files.note(
+            f"--batch_size {config.batch_size}: there are fewer training images, so a step has "
+            f"{batch_size}"
+        )
 
 
 def progress_bar(done: int, total: int, processes: devices.Processes) -> tqdm:
