@@ -58,7 +58,7 @@ from flowers.choices import (
     TEMPLATE,
 )
 from flowers.data import CONVENTIONS, open_flowers
-from flowers.settings import make_parser, resolve
+from flowers.settings import RANDOM_EPOCHS, make_parser, resolve
 
 Process = subprocess.Popen | multiprocessing.process.BaseProcess
 
@@ -365,7 +365,7 @@ def main():
         Path(args.runs),
         data_flags(data),
         tuple(train_flags),
-        args.start_epochs,
+        RANDOM_EPOCHS if args.start_epochs is None else args.start_epochs,
         args.start_captions,
         tuple(others),
         seen,
@@ -378,8 +378,11 @@ def main():
         "lr": args.lr,
         "seed": args.seeds,
     }
-    levels = {axis: tuple(values) for axis, values in axes.items() if values} | qwen_levels
+    # Once each: a level that is given twice is one.
+    levels = {axis: tuple(dict.fromkeys(values)) for axis, values in axes.items() if values}
+    levels |= qwen_levels
     if args.grid != QWEN:
+        check_starts(args.start_epochs, args.start_captions, levels)
         check_levels(args.grid, levels, common)
     slots = make_slots(args.jobs, args.gpus)
     if args.sweep:
@@ -462,8 +465,7 @@ def add_axis_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start_epochs",
         type=int,
-        default=19,
-        help="epochs of the stand-in for pretraining of random weights (default: %(default)s)",
+        help=f"epochs of the stand-in for pretraining of random weights (default: {RANDOM_EPOCHS})",
     )
     parser.add_argument(
         "--start_captions",
@@ -557,6 +559,33 @@ def open_other(path: str, splits: str | None, template: str) -> Other:
     return Other(Path(path).resolve().name, tuple(flags), template)
 
 
+def check_starts(
+    start_epochs: int | None, start_captions: str | None, levels: dict[str, tuple]
+) -> None:
+    """Raise UserError for flags of the stand-ins for pretraining where there are none."""
+    given = {"start_epochs": start_epochs, "start_captions": start_captions}
+    has_random = set(RANDOM) & set(levels.get("architecture", ()))
+    for flag, value in given.items():
+        if value is not None and not has_random:
+            raise UserError(
+                f"--{flag} is of the stand-in for pretraining of random weights: leave it out, or "
+                f"give --architecture one of {', '.join(RANDOM)}"
+            )
+
+
+def check_own(grid: str, rows: Sequence[dict], train_flags: Sequence[str]) -> None:
+    """Raise UserError for a flag for train.py that all points of a grid set themselves.
+
+    --epochs of a grid of few shots is only noted: one command line then serves several grids.
+    """
+    own = set.intersection(*(set(row) for row in rows))
+    for flag in runs.typed_flags(make_parser(), train_flags):
+        if flag in own and flag == "epochs":
+            files.note(f"--epochs has no effect on {grid}: its points have as many steps each")
+        elif flag in own:
+            raise UserError(f"--{flag}: {grid} has values of its own for it: leave it out")
+
+
 def check_levels(grid: str, levels: dict[str, tuple], common: Common) -> None:
     """Raise UserError for levels that the grid does not have; note which weights there are not."""
     if "lr" in levels and grid != "shared_rate":
@@ -574,6 +603,7 @@ def check_levels(grid: str, levels: dict[str, tuple], common: Common) -> None:
     rows = settings_of(first_grid, levels, common)
     if not rows:
         raise UserError("--pretraining: there are no such weights of any --architecture")
+    check_own(first_grid, rows, common.train_flags)
     check_values(first_grid, [make_point(first_grid, settings, common) for settings in rows])
     if grid in CHOOSING:
         # The last part, which has no val: a mistake should not be found after all the others.
@@ -843,8 +873,8 @@ def check_qwen(train_flags: Sequence[str], args: argparse.Namespace) -> None:
     """Raise UserError for flags of other grids, and for those that this one sets itself."""
     own = f"{QWEN} sets seeds (--seeds), epochs (--seen), names, images and --holdout itself"
     refuse_reserved(train_flags, QWEN_RESERVED, own)
-    foreign = ("pretraining", "strategy", "times", "start_captions")
-    foreign = [key for key in foreign if getattr(args, key)]
+    foreign = ("pretraining", "strategy", "times", "start_captions", "start_epochs")
+    foreign = [key for key in foreign if getattr(args, key) is not None]
     if foreign:
         raise UserError(f"--{foreign[0]} is of the grids of CLIP")
     if max(len(args.architecture or ()), len(args.lr or ())) > 1:

@@ -259,14 +259,17 @@ def arguments_to_resume(folder: Path, job: str) -> dict | None:
     return stored
 
 
-def typed_flags(parser: argparse.ArgumentParser) -> dict[str, object]:
+def typed_flags(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None
+) -> dict[str, object]:
     """The values of the flags that the command line holds, without those that were left out.
 
+    words: those of another command line.
     argparse can't say which flags were typed. So it parses once more, into a namespace that holds
     None for each: where there is a value it puts no default, and None is left.
     """
-    untyped = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args())))
-    values = vars(parser.parse_args(namespace=untyped))
+    untyped = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(words))))
+    values = vars(parser.parse_args(words, namespace=untyped))
     return {key: value for key, value in values.items() if value is not None}
 
 

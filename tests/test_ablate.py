@@ -113,6 +113,12 @@ def test_the_grids_are_what_they_say(cli, tmp_path):
 
     assert "--times" in error_line(cli("ablate.py", "shots", "--lr", "1e-3"))
     assert "--jobs" in error_line(cli("ablate.py", "shots", "--jobs", -1))
+    # Flags that a grid would pass over.
+    assert "values of its own" in error_line(cli("ablate.py", "batch_size", "--chunk_size", 8))
+    assert "values of its own" in error_line(cli("ablate.py", "base_to_new", "--classes", "new"))
+    for flag in ("--start_epochs", "--start_captions"):
+        assert "random weights" in error_line(cli("ablate.py", "strategy", flag, 3))
+    assert dry("strategy", "--seeds", 0, 0, 1) == dry("strategy", "--seeds", 0, 1)
     assert not list(tmp_path.iterdir())
 
 
