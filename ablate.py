@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from flowers import UserError, command, files, runs
+from flowers import UserError, command, files, runs, typed_flags
 from flowers.choices import (
     FEW_SHOT_EPOCHS,
     KEEPS_WEIGHTS,
@@ -579,7 +579,7 @@ def check_own(grid: str, rows: Sequence[dict], train_flags: Sequence[str]) -> No
     --epochs of a grid of few shots is only noted: one command line then serves several grids.
     """
     own = set.intersection(*(set(row) for row in rows))
-    for flag in runs.typed_flags(make_parser(), train_flags):
+    for flag in typed_flags(make_parser(), train_flags):
         if flag in own and flag == "epochs":
             files.note(f"--epochs has no effect on {grid}: its points have as many steps each")
         elif flag in own:

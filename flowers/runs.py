@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowers import UserError, reason
+from flowers import UserError, reason, typed_flags
 from flowers.choices import KEEPS_WEIGHTS, RANDOM, SHAPES, split_tag
 from flowers.data import OXFORD_ID, Flowers, image_ids, open_from_flags, select, subset
 from flowers.files import (
@@ -257,20 +257,6 @@ def arguments_to_resume(folder: Path, job: str) -> dict | None:
     # The folder may have been moved since.
     stored["runs"] = str(folder.parent)
     return stored
-
-
-def typed_flags(
-    parser: argparse.ArgumentParser, words: Sequence[str] | None = None
-) -> dict[str, object]:
-    """The values of the flags that the command line holds, without those that were left out.
-
-    words: those of another command line.
-    argparse can't say which flags were typed. So it parses once more, into a namespace that holds
-    None for each: where there is a value it puts no default, and None is left.
-    """
-    untyped = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(words))))
-    values = vars(parser.parse_args(words, namespace=untyped))
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def check_typed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
