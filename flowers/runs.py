@@ -103,7 +103,7 @@ def add_run_arguments(
     parser.add_argument(
         "--runs", type=user_path, default="runs", help="folder of the runs (default: %(default)s)"
     )
-    parser.add_argument("--name", help="name of this run (default: model and time)")
+    parser.add_argument("--name", type=_run_name, help="name of this run (default: model and time)")
     if resume:
         parser.add_argument(
             "--resume",
@@ -127,6 +127,16 @@ def add_run_arguments(
         help="auto: as WANDB_MODE says, else online if logged in, else offline "
         "(default: %(default)s)",
     )
+
+
+def _run_name(text: str) -> str:
+    # In another folder than the others it would be missing in the report and the page.
+    is_place = "/" in text or "\\" in text or text in (".", "..")
+    if is_place or not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name of a folder in that of --runs: it may have no slash"
+        )
+    return text
 
 
 # -----------------------------------------------------------------------------
@@ -254,7 +264,8 @@ def arguments_to_resume(folder: Path, job: str) -> dict | None:
     # These belong to the command that resumes, not to the run.
     for flag in ("resume", "wandb", "compare", "device"):
         stored.pop(flag, None)
-    # The folder may have been moved since.
+    # The folder may have been moved since, or renamed.
+    stored.pop("name", None)
     stored["runs"] = str(folder.parent)
     return stored
 
@@ -265,7 +276,7 @@ def check_typed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     args: of the run that is resumed. It would have no effect: the run goes on with what it began.
     """
     for key, value in typed_flags(parser).items():
-        own = getattr(args, key)
+        own = Path(args.resume).name if key == "name" else getattr(args, key)
         # What the machine decides is the run's own by now.
         if key in OF_THE_COMMAND or value in (own, "auto"):
             continue

@@ -35,6 +35,15 @@ def test_a_flag_without_effect_is_refused_at_the_door(words, message, cli, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["a/b", "..", "/tmp/a", "a\nb", "a\\b"])
+def test_a_run_lies_in_the_folder_of_the_runs(name, capsys):
+    """Elsewhere report and page would not find it."""
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["--name", name])
+    assert "no name of a folder" in capsys.readouterr().err
+    assert make_parser().parse_args(["--name", "a b, é"]).name == "a b, é"
+
+
 def test_what_was_typed_is_known_whatever_its_value():
     words = ["--lr", "0.1", "--holdout=false", "--seed", "0", "--prompt_template", "a {}"]
     typed = typed_flags(make_parser(), words)
