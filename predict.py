@@ -325,7 +325,7 @@ def read_names(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
         # By its content: brackets would be taken for parts of names.
         if path.suffix.lower() == ".json" or text.lstrip().startswith(("[", "{")):
-            names = json.loads(text)
+            names = json.loads(text, object_pairs_hook=files.as_object)
         else:
             names = [line for line in text.splitlines() if line.strip()]
         if isinstance(names, dict):

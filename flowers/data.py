@@ -132,7 +132,9 @@ def split_index(flowers: Flowers, split: str) -> np.ndarray:
     """The images of a split that is to be evaluated. Raises UserError if it has none."""
     index = flowers.splits[split]
     if not len(index):
-        raise UserError(f"the {split} split is empty: val needs --holdout")
+        raise UserError(
+            f"the {split} split is empty: val needs --holdout, and images of its own in the splits"
+        )
     return index
 
 

@@ -173,11 +173,24 @@ def _try_lock_on_windows(file: IO) -> bool:
 # JSON and JSON lines
 
 
+def as_object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object of these keys and values, for json.loads. Raises ValueError for a key twice.
+
+    json.loads itself takes the last of them, without a word.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return value
+
+
 def parse_json(text: str) -> dict:
     """Parse a JSON object. Raises ValueError for anything else, however deeply it is nested."""
     try:
         # Windows' editors begin a file in UTF-8 with a byte-order mark.
-        value = json.loads(text.removeprefix("\ufeff"))
+        value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=as_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
