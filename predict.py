@@ -119,6 +119,7 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise UserError(f"--top {args.top}: it must be at least 1")
     if args.sheet and args.sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet {args.sheet}: it is written as PNG, so its name must end in .png")
+    refuse_overwriting(outputs(args), [args.names, args.prompts])
     for path in outputs(args):
         if path.is_dir():
             raise UserError(f"{path} is a folder: give the name of a file")
@@ -128,6 +129,17 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise UserError(f"{path} can't be written: {folder} is no folder")
         if not os.access(folder, os.W_OK):
             raise UserError(f"{path} can't be written: {folder} is read-only")
+
+
+def refuse_overwriting(written: Sequence[Path], read: Sequence[Path | None]) -> None:
+    """Raise UserError for a file that would be written twice, or in place of one that is read."""
+    places = [path.resolve() for path in written]
+    read_places = {path.resolve() for path in read if path is not None}
+    for path, place in zip(written, places):
+        if places.count(place) > 1:
+            raise UserError(f"{path} is to be written twice: give --csv, --json and --sheet names")
+        if place in read_places:
+            raise UserError(f"{path} is read here, and would be written over: give another name")
 
 
 def outputs(args: argparse.Namespace) -> list[Path]:
@@ -174,6 +186,7 @@ def main(args: argparse.Namespace):
     # -----------------------------------------------------------------------------
     # pictures
     pictures = find_pictures(args.pictures)
+    refuse_overwriting(outputs(args), pictures)
 
     # -----------------------------------------------------------------------------
     # names and model

@@ -98,6 +98,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
     check_parts(typed_flags(parser))
+    if args.csv and args.csv.is_dir():
+        raise UserError(f"--csv {args.csv}: it is a folder: give the name of a file")
     if args.results and not args.results.is_file():
         raise UserError(
             f"no results at {args.results}: train.py and baseline_eval.py write runs/results.jsonl"

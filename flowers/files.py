@@ -89,15 +89,20 @@ def atomic(path: str | Path, mode: str = "wb") -> Iterator:
     """Open a temporary file beside `path` and rename it to `path` when the block ends well.
 
     A reader sees the file as it was before or as it is after, never half of it. Raises OSError,
-    naming `path`, if it can't be written; then the file is as it was before.
+    naming `path`, if it can't be written; then the file is as it was before. A device or a pipe is
+    written to as it is: a rename would put a file in its place.
     """
     path = Path(path)
+    # Text is UTF-8 and its line ends are written as they are, whatever the locale.
+    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with naming(path), open(path, mode, **text_options) as file:
+            yield file
+        return
     _remove_abandoned(path.parent)
     # The thread, the machine and the process: nobody else writes to a file of this name.
     writer = f"{threading.get_ident()}.{platform.node()}-{os.getpid()}"
     temporary = path.with_name(f".{path.name}.{writer}.tmp")
-    # Text is UTF-8 and its line ends are written as they are, whatever the locale.
-    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         with naming(path), open(temporary, mode, **text_options) as file:
             yield file

@@ -44,6 +44,23 @@ def test_a_run_lies_in_the_folder_of_the_runs(name, capsys):
     assert make_parser().parse_args(["--name", "a b, é"]).name == "a b, é"
 
 
+def test_results_never_take_the_place_of_what_is_read(small, cli, tmp_path):
+    picture = tmp_path / "rose.png"
+    picture.write_bytes((small / "jpg" / "image_00001.jpg").read_bytes())
+    names = tmp_path / "names.txt"
+    names.write_text("rose\nlily\n")
+    before = {path: path.read_bytes() for path in (picture, names)}
+    predict = ("predict.py", "--architecture", "tiny", tmp_path, "--names", names)
+    twice = ("--csv", tmp_path / "a", "--json", tmp_path / "." / "a")
+    for flags, message in (
+        (twice, "to be written twice"),
+        (("--csv", names), "written over"),
+        (("--sheet", picture), "written over"),
+    ):
+        assert message in error_line(cli(*predict, *flags))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_what_was_typed_is_known_whatever_its_value():
     words = ["--lr", "0.1", "--holdout=false", "--seed", "0", "--prompt_template", "a {}"]
     typed = typed_flags(make_parser(), words)

@@ -26,6 +26,18 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_atomic_writes_to_a_pipe_and_leaves_it_there(tmp_path):
+    """As to /dev/stdout: renaming would put a file in the place of the device."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_csv(path, [{"a": 1}])
+    assert os.read(reader, 100).split() == [b"a", b"1"]
+    os.close(reader)
+    assert path.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 def test_atomic_removes_what_a_killed_process_left(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
