@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from flowers import UserError, command, files, runs, typed_flags
+from flowers import UserError, check_seed, command, files, runs, typed_flags
 from flowers.choices import (
     FEW_SHOT_EPOCHS,
     KEEPS_WEIGHTS,
@@ -381,6 +381,7 @@ def main():
     # Once each: a level that is given twice is one.
     levels = {axis: tuple(dict.fromkeys(values)) for axis, values in axes.items() if values}
     levels |= qwen_levels
+    check_numbers(levels)
     if args.grid != QWEN:
         check_starts(args.start_epochs, args.start_captions, levels)
         check_levels(args.grid, levels, common)
@@ -557,6 +558,18 @@ def open_other(path: str, splits: str | None, template: str) -> Other:
     flags = ["--data_root", path, "--splits_path", "", "--splits", dataset.convention]
     flags += ["--class_names", "oxford", "--split", "test"]
     return Other(Path(path).resolve().name, tuple(flags), template)
+
+
+def check_numbers(levels: dict[str, tuple]) -> None:
+    """Raise UserError for a level of any grid that is out of its range."""
+    for seed in levels["seed"]:
+        check_seed(seed)
+    for axis in ("times", "lr"):
+        if not all(0 <= value < math.inf for value in levels.get(axis, ())):
+            raise UserError(f"--{axis} must be numbers that are at least 0")
+    for axis in ("max_pixels", "rank", "shots"):
+        if min(levels.get(axis, (1,))) < 1:
+            raise UserError(f"--{axis} must be at least 1")
 
 
 def check_starts(

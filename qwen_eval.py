@@ -930,6 +930,8 @@ def open_run_folder(
 ) -> Path:
     """The folder of the run, which the main process makes unless the run is resumed."""
     folder = args.resume
+    if folder and processes.is_main:
+        runs.check_same_images(Path(folder), flowers.splits)
     if not folder and processes.is_main:
         folder = runs.new_run(args.runs, args.name, settings, flowers.splits)
     return Path(processes.from_main(str(folder)))

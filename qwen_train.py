@@ -853,11 +853,14 @@ def open_run_folder(data: Data, settings: dict, name: str | None, resume: str | 
     config = data.config
     if not data.processes.is_main:
         return Path(resume or config.runs)  # the others write nothing
-    folder = Path(resume) if resume else None
-    if folder is None:
+    trained_on = image_ids(data.flowers, data.index)
+    if resume:
+        folder = Path(resume)
+        runs.check_same_images(folder, data.flowers.splits, trained_on)
+    else:
         folder = runs.new_run(config.runs, name, settings, data.flowers.splits)
     # Before the first step; a resumed run has it already. A merged run as the start has its own.
-    runs.write_trained_on(folder, image_ids(data.flowers, data.index), config.model)
+    runs.write_trained_on(folder, trained_on, config.model)
     return folder
 
 

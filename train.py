@@ -832,13 +832,14 @@ def open_run_folder(
     """The folder of the run, made by the main process unless the run is resumed."""
     if not processes.is_main:
         return Path(config.resume or config.runs)  # the others write nothing
+    splits = flowers.splits | {"train": train_index}
+    trained_on = image_ids(flowers, train_index.numpy()) if config.trains else []
     if config.resume:
         folder = Path(config.resume)
+        runs.check_same_images(folder, splits, trained_on)
     else:
-        splits = flowers.splits | {"train": train_index}
         folder = runs.new_run(config.runs, config.name, config.record(), splits)
     # Before the first step; a resumed run has it already.
-    trained_on = image_ids(flowers, train_index.numpy()) if config.trains else []
     runs.write_trained_on(folder, trained_on, config.architecture)
     return folder
 

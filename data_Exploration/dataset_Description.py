@@ -50,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_figure_arguments(parser)
     args = parser.parse_args()
+    if args.sheet and (args.sheet.suffix.lower() != ".png" or args.sheet.is_dir()):
+        raise UserError(f"--sheet {args.sheet}: it is a file in PNG: its name must end in .png")
     # NaN fails the comparison, too.
     if not (0 <= args.hash_bits <= 64 and 0 <= args.levels <= 256):
         raise UserError("--hash_bits must be from 0 to 64, --levels from 0 to 256")
@@ -303,6 +305,8 @@ def main(args: argparse.Namespace):
         splits_base=args.splits_base,
         needs_split=False,
     )
+    if args.sheet and args.sheet.resolve() in {file.resolve() for file in flowers.files}:
+        raise UserError(f"--sheet {args.sheet} is an image of the dataset: give another name")
     splits = split_names(flowers)
 
     # -------------------------------------------------------------------------

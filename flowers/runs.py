@@ -288,6 +288,28 @@ def check_typed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         )
 
 
+def check_same_images(
+    folder: Path, splits: Mapping[str, np.ndarray], trained_on: Iterable[str] = ()
+) -> None:
+    """Raise UserError if a run that is resumed would go on with other images than it began with.
+
+    splits: of the dataset as it is now, as `new_run` was given them. trained_on: the ids of the
+    training images, which must be in the run's own list.
+    """
+    recorded = read_arguments(folder).get("split_sizes")
+    sizes = recorded if isinstance(recorded, dict) else {}
+    same = all(sizes.get(split, len(index)) == len(index) for split, index in splits.items())
+    try:
+        own = set(read_json(folder / "trained_on.json")["images"])
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set(trained_on)  # of an older run; a damaged list is refused where it is needed
+    if not (same and own.issuperset(trained_on)):
+        raise UserError(
+            f"the dataset has changed since {folder} was begun: its splits have other images. Go "
+            "on with those that it had, or begin another run"
+        )
+
+
 def check_processes(folder: Path, begun_with: int | None, processes: int) -> None:
     """Raise UserError if a run is to go on with another number of processes."""
     if begun_with != processes:

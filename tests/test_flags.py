@@ -26,7 +26,14 @@ from flowers.settings import make_parser
         ("data_Exploration/isomap.py --images 9", "needs --level image"),
         ("data_Exploration/dataset_Description.py --levels nan", "from 0 to 256"),
         ("data_Exploration/dataset_Description.py --hash_bits -1", "from 0 to 64"),
+        ("data_Exploration/dataset_Description.py --sheet a.jpg", "must end in .png"),
         ("report.py --bootstrap 0", "at least 1"),
+        ("ablate.py strategy --seeds 0 -1", "--seed -1"),
+        ("ablate.py strategy --times 1 nan", "--times"),
+        ("ablate.py strategy --times -1", "--times"),
+        ("ablate.py shared_rate --lr inf", "--lr"),
+        ("ablate.py qwen --seeds -1", "--seed -1"),
+        ("ablate.py qwen --max_pixels 0", "--max_pixels"),
     ],
 )
 def test_a_flag_without_effect_is_refused_at_the_door(words, message, cli, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -282,7 +283,21 @@ def test_how_a_model_was_trained_and_what_it_began_with():
 
 
 # -----------------------------------------------------------------------------
-# resuming with flags of another run
+# resuming with other images or flags
+
+
+def test_a_run_is_not_resumed_with_other_images(tmp_path):
+    splits = {"train": np.arange(3), "val": np.arange(0), "test": np.arange(2)}
+    config = {"job": "train", "architecture": "tiny"}
+    folder = runs.new_run(tmp_path, "it", config, splits)
+    runs.check_same_images(folder, splits, ["a", "b", "c"])  # no list yet
+    runs.write_trained_on(folder, ["a", "b", "c", "of its start"])
+    runs.check_same_images(folder, splits, ["a", "b", "c"])
+    for other in (splits | {"train": np.arange(4)}, splits | {"test": np.arange(1)}):
+        with pytest.raises(UserError, match="the dataset has changed"):
+            runs.check_same_images(folder, other, ["a", "b", "c"])
+    with pytest.raises(UserError, match="the dataset has changed"):
+        runs.check_same_images(folder, splits, ["a", "b", "another"])  # as many
 
 
 def test_flags_typed_beside_resume_must_be_those_of_the_run(tmp_path, monkeypatch):
