@@ -154,6 +154,9 @@ def new_run(
     """
     name = name or _default_name(config)
     folder = Path(runs) / name
+    was_there = folder.exists()
+    if was_there and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --name")
     if _is_taken(folder, config["job"]):
         advice = "choose another --name"
         if config["job"] not in ("eval", "qwen_probe"):
@@ -167,7 +170,13 @@ def new_run(
 
     # The sizes tell later whether the dataset is still the same: see _train_index.
     split_sizes = {split: len(index) for split, index in splits.items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Of two processes that begin a run of one name at once, one makes it.
+        folder.mkdir(parents=True, exist_ok=was_there)
+    except FileExistsError:
+        raise UserError(
+            f"{folder} was made by another process just now: choose another --name"
+        ) from None
     write_json(
         folder / "args.json",
         {

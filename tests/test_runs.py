@@ -286,6 +286,24 @@ def test_how_a_model_was_trained_and_what_it_began_with():
 # resuming with other images or flags
 
 
+def test_of_two_runs_of_one_name_that_begin_at_once_one_goes_on(tmp_path, monkeypatch):
+    config = {"job": "train", "architecture": "tiny"}
+    is_taken = runs._is_taken
+
+    def other_comes_first(folder, job):
+        taken = is_taken(folder, job)
+        folder.mkdir()  # between the look and the making
+        return taken
+
+    monkeypatch.setattr(runs, "_is_taken", other_comes_first)
+    with pytest.raises(UserError, match="by another process"):
+        runs.new_run(tmp_path, "it", config, {})
+    assert not list((tmp_path / "it").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        runs.new_run(tmp_path, "file", config, {})
+
+
 def test_a_run_is_not_resumed_with_other_images(tmp_path):
     splits = {"train": np.arange(3), "val": np.arange(0), "test": np.arange(2)}
     config = {"job": "train", "architecture": "tiny"}
