@@ -746,6 +746,7 @@ def print_start(
     """Print what is about to be trained."""
     if first_step > 0:
         print(f"resuming {folder} after step {first_step} of {total_steps}")
+    training.note_cut_batch(data.config.batch_size, data.batch_size, data.processes.world_size)
     n_trained, n_frozen = count_parameters(model)
     print(
         f"{folder}: {data.config.model}, {len(data.index):,} images, {total_steps:,} steps of "

@@ -67,6 +67,7 @@ from flowers.training import (
     layerwise_groups,
     learning_rate_factor,
     load_checkpoint,
+    note_cut_batch,
     restore_average,
     restore_scaler,
     save_checkpoint,
@@ -885,11 +886,8 @@ def print_start(
         f"{sizes['parameters']:,} parameters"
     )
     evaluate.warn_of_cut_captions(texts.n_cut, len(texts.tokens), model.context_length)
-    if config.epochs and config.batch_size > batch_size // config.processes:
-        files.note(
-            f"--batch_size {config.batch_size}: there are fewer training images, so a step has "
-            f"{batch_size}"
-        )
+    if config.epochs:
+        note_cut_batch(config.batch_size, batch_size, config.processes)
 
 
 def progress_bar(done: int, total: int, processes: devices.Processes) -> tqdm:
