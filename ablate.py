@@ -370,17 +370,7 @@ def main():
         tuple(others),
         seen,
     )
-    axes = {
-        "architecture": args.architecture,
-        "pretraining": args.pretraining,
-        "strategy": args.strategy,
-        "times": args.times,
-        "lr": args.lr,
-        "seed": args.seeds,
-    }
-    # Once each: a level that is given twice is one.
-    levels = {axis: tuple(dict.fromkeys(values)) for axis, values in axes.items() if values}
-    levels |= qwen_levels
+    levels = levels_of(args) | qwen_levels
     check_numbers(levels)
     if args.grid != QWEN:
         check_starts(args.start_epochs, args.start_captions, levels)
@@ -474,6 +464,19 @@ def add_axis_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="human captions for a second stand-in, --captions of train.py (default: none)",
     )
+
+
+def levels_of(args: argparse.Namespace) -> dict[str, tuple]:
+    """The levels that flags give to axes; once each, as a level that is given twice is one."""
+    axes = {
+        "architecture": args.architecture,
+        "pretraining": args.pretraining,
+        "strategy": args.strategy,
+        "times": args.times,
+        "lr": args.lr,
+        "seed": args.seeds,
+    }
+    return {axis: tuple(dict.fromkeys(values)) for axis, values in axes.items() if values}
 
 
 def check_train_flags(train_flags: Sequence[str]) -> None:
