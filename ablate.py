@@ -25,6 +25,7 @@ qwen_train.py. python report.py --runs RUNS makes the report.
 import argparse
 import atexit
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -45,7 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from flowers import UserError, command, files, runs
+from flowers import UserError, check_seed, command, files, runs, typed_flags
 from flowers.choices import (
     FEW_SHOT_EPOCHS,
     KEEPS_WEIGHTS,
@@ -57,7 +58,7 @@ from flowers.choices import (
     TEMPLATE,
 )
 from flowers.data import CONVENTIONS, open_flowers
-from flowers.settings import make_parser, resolve
+from flowers.settings import RANDOM_EPOCHS, make_parser, resolve
 
 Process = subprocess.Popen | multiprocessing.process.BaseProcess
 
@@ -365,21 +366,15 @@ def main():
         Path(args.runs),
         data_flags(data),
         tuple(train_flags),
-        args.start_epochs,
+        RANDOM_EPOCHS if args.start_epochs is None else args.start_epochs,
         args.start_captions,
         tuple(others),
         seen,
     )
-    axes = {
-        "architecture": args.architecture,
-        "pretraining": args.pretraining,
-        "strategy": args.strategy,
-        "times": args.times,
-        "lr": args.lr,
-        "seed": args.seeds,
-    }
-    levels = {axis: tuple(values) for axis, values in axes.items() if values} | qwen_levels
+    levels = levels_of(args) | qwen_levels
+    check_numbers(levels)
     if args.grid != QWEN:
+        check_starts(args.start_epochs, args.start_captions, levels)
         check_levels(args.grid, levels, common)
     slots = make_slots(args.jobs, args.gpus)
     if args.sweep:
@@ -462,8 +457,7 @@ def add_axis_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start_epochs",
         type=int,
-        default=19,
-        help="epochs of the stand-in for pretraining of random weights (default: %(default)s)",
+        help=f"epochs of the stand-in for pretraining of random weights (default: {RANDOM_EPOCHS})",
     )
     parser.add_argument(
         "--start_captions",
@@ -471,6 +465,19 @@ def add_axis_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="human captions for a second stand-in, --captions of train.py (default: none)",
     )
+
+
+def levels_of(args: argparse.Namespace) -> dict[str, tuple]:
+    """The levels that flags give to axes; once each, as a level that is given twice is one."""
+    axes = {
+        "architecture": args.architecture,
+        "pretraining": args.pretraining,
+        "strategy": args.strategy,
+        "times": args.times,
+        "lr": args.lr,
+        "seed": args.seeds,
+    }
+    return {axis: tuple(dict.fromkeys(values)) for axis, values in axes.items() if values}
 
 
 def check_train_flags(train_flags: Sequence[str]) -> None:
@@ -557,6 +564,45 @@ def open_other(path: str, splits: str | None, template: str) -> Other:
     return Other(Path(path).resolve().name, tuple(flags), template)
 
 
+def check_numbers(levels: dict[str, tuple]) -> None:
+    """Raise UserError for a level of any grid that is out of its range."""
+    for seed in levels["seed"]:
+        check_seed(seed)
+    for axis in ("times", "lr"):
+        if not all(0 <= value < math.inf for value in levels.get(axis, ())):
+            raise UserError(f"--{axis} must be numbers that are at least 0")
+    for axis in ("max_pixels", "rank", "shots"):
+        if min(levels.get(axis, (1,))) < 1:
+            raise UserError(f"--{axis} must be at least 1")
+
+
+def check_starts(
+    start_epochs: int | None, start_captions: str | None, levels: dict[str, tuple]
+) -> None:
+    """Raise UserError for flags of the stand-ins for pretraining where there are none."""
+    given = {"start_epochs": start_epochs, "start_captions": start_captions}
+    has_random = set(RANDOM) & set(levels.get("architecture", ()))
+    for flag, value in given.items():
+        if value is not None and not has_random:
+            raise UserError(
+                f"--{flag} is of the stand-in for pretraining of random weights: leave it out, or "
+                f"give --architecture one of {', '.join(RANDOM)}"
+            )
+
+
+def check_own(grid: str, rows: Sequence[dict], train_flags: Sequence[str]) -> None:
+    """Raise UserError for a flag for train.py that all points of a grid set themselves.
+
+    --epochs of a grid of few shots is only noted: one command line then serves several grids.
+    """
+    own = set.intersection(*(set(row) for row in rows))
+    for flag in typed_flags(make_parser(), train_flags):
+        if flag in own and flag == "epochs":
+            files.note(f"--epochs has no effect on {grid}: its points have as many steps each")
+        elif flag in own:
+            raise UserError(f"--{flag}: {grid} has values of its own for it: leave it out")
+
+
 def check_levels(grid: str, levels: dict[str, tuple], common: Common) -> None:
     """Raise UserError for levels that the grid does not have; note which weights there are not."""
     if "lr" in levels and grid != "shared_rate":
@@ -574,23 +620,48 @@ def check_levels(grid: str, levels: dict[str, tuple], common: Common) -> None:
     rows = settings_of(first_grid, levels, common)
     if not rows:
         raise UserError("--pretraining: there are no such weights of any --architecture")
-    one_of_each = {settings["strategy"]: settings for settings in rows}
-    check_values([make_point(first_grid, settings, common) for settings in one_of_each.values()])
+    check_own(first_grid, rows, common.train_flags)
+    check_values(first_grid, [make_point(first_grid, settings, common) for settings in rows])
+    if grid in CHOOSING:
+        # The last part, which has no val: a mistake should not be found after all the others.
+        check_values("final", [make_point("final", row, common, holdout=False) for row in rows])
 
 
-def check_values(points: Sequence[Point]) -> None:
+def check_values(grid: str, points: Sequence[Point]) -> None:
     """Raise UserError if train.py would refuse each of these points, for the same reason as it.
 
-    A flag that means nothing for one strategy costs the points of that one, and not the grid.
+    A flag that means nothing for one strategy costs the points of that one, which is said, and not
+    the grid.
     """
-    refusals = []
+    if not accepted(grid, points):
+        raise UserError(f"{grid}: {refusal(points[0].arguments)}")
+
+
+def accepted(grid: str, points: Sequence[Point]) -> list[Point]:
+    """The points that train.py takes; which others are left out, and why, is said once."""
+    refused = defaultdict(Counter)  # reason -> strategy -> number of points
     for point in points:
-        try:
-            resolve(make_parser().parse_args(point.arguments), processes=1)
-        except UserError as error:
-            refusals.append(error)
-    if len(refusals) == len(points):
-        raise refusals[0]
+        reason = refusal(point.arguments)
+        if reason:
+            is_untrained = point.settings.get("epochs") == 0
+            refused[reason]["untrained" if is_untrained else point.settings["strategy"]] += 1
+    for reason, counts in refused.items():
+        which = ", ".join(f"{count} of {strategy}" for strategy, count in counts.items())
+        note_once(f"left out of {grid}, as train.py refuses them: {which} ({reason})")
+    return [point for point in points if not refusal(point.arguments)]
+
+
+@functools.cache
+def refusal(arguments: tuple[str, ...]) -> str:
+    """Why train.py would refuse these arguments; empty if it would not."""
+    try:
+        resolve(make_parser().parse_args(arguments), processes=1)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+note_once = functools.cache(files.note)
 
 
 def check_only(name: str, grid: str, common: Common, levels: dict[str, tuple]) -> None:
@@ -649,7 +720,7 @@ def phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[
         yield from qwen_phases(common, levels)
         return
     rows = settings_of(grid, levels, common)
-    points = [make_point(grid, row, common) for row in rows]
+    points = accepted(grid, [make_point(grid, row, common) for row in rows])
     yield "start", stand_ins(rows, common)
     yield grid, points
     if grid == "forgetting":
@@ -659,7 +730,7 @@ def phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[
 def study_phases(grid: str, common: Common, levels: dict) -> Iterator[tuple[str, list[Point]]]:
     """Yield the parts of `study`, or of `final`, which needs a factorial that has been run."""
     rows = settings_of("factorial", levels, common)
-    factorial = [make_point("factorial", row, common) for row in rows]
+    factorial = accepted("factorial", [make_point("factorial", row, common) for row in rows])
     yield "start", stand_ins(rows, common)
     if grid == "study":
         yield "factorial", factorial
@@ -691,7 +762,7 @@ def one_factor_phases(
             fixed = {axis: (value,) for axis, value in setting.items()}
             rows = settings_of(grid, levels | fixed, common)
             points += [make_point(grid, row, common) for row in rows]
-        yield grid, points
+        yield grid, accepted(grid, points)
 
 
 def final_points(
@@ -704,7 +775,7 @@ def final_points(
             # a linear probe gives the same result with every seed
             if setting["strategy"] != "linear" or seed == seeds[0]:
                 final.append(setting | {"seed": seed})
-    return [make_point("final", row, common, holdout=False) for row in final]
+    return accepted("final", [make_point("final", row, common, holdout=False) for row in final])
 
 
 def forgetting_evaluations(points: Sequence[Point], common: Common) -> list[Point]:
@@ -819,8 +890,8 @@ def check_qwen(train_flags: Sequence[str], args: argparse.Namespace) -> None:
     """Raise UserError for flags of other grids, and for those that this one sets itself."""
     own = f"{QWEN} sets seeds (--seeds), epochs (--seen), names, images and --holdout itself"
     refuse_reserved(train_flags, QWEN_RESERVED, own)
-    foreign = ("pretraining", "strategy", "times", "start_captions")
-    foreign = [key for key in foreign if getattr(args, key)]
+    foreign = ("pretraining", "strategy", "times", "start_captions", "start_epochs")
+    foreign = [key for key in foreign if getattr(args, key) is not None]
     if foreign:
         raise UserError(f"--{foreign[0]} is of the grids of CLIP")
     if max(len(args.architecture or ()), len(args.lr or ())) > 1:
@@ -1401,7 +1472,8 @@ def write_sweep(grid: str, common: Common, levels: dict, arguments: list[str]) -
     if grid == QWEN:
         names = qwen_names(common, levels)
     else:
-        names = [make_point(grid, row, common).name for row in settings_of(grid, levels, common)]
+        points = [make_point(grid, row, common) for row in settings_of(grid, levels, common)]
+        names = [point.name for point in accepted(grid, points)]
     repeated = [argument for argument in arguments if argument != "--sweep"]
     sweep = {
         "name": grid,

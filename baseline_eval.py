@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 from flowers import UserError, add_device_arguments, add_switch, check_seed, command, runs
-from flowers.choices import TEMPLATE, add_activation_argument
+from flowers.choices import RANDOM, TEMPLATE, add_activation_argument
 from flowers.data import add_data_arguments
 from flowers.files import user_path
 
@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
         "probabilities, NLL, Brier score and ECE change, ranks do not",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="random weights of tiny (default: %(default)s)"
+        "--seed", type=int, help="random weights of tiny, tiny-16 and tiny-rn (default: 0)"
     )
     runs.add_overlap_argument(parser)
     add_device_arguments(parser)
@@ -111,7 +111,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that mean nothing together, and for values out of range."""
+    """Fill in --seed; raise UserError for flags that mean nothing, and values out of range."""
+    is_random = args.architecture in RANDOM and not args.soup
+    if args.seed is not None and not is_random:
+        raise UserError(
+            f"--seed draws the weights of {', '.join(RANDOM)}, and here nothing is drawn: leave it "
+            "out"
+        )
+    args.seed = args.seed or 0
     check_seed(args.seed)
     if args.prompts and args.prompt_template:
         raise UserError("--prompts and --prompt_template: give one of them")

@@ -120,6 +120,7 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise UserError(f"--top {args.top}: it must be at least 1")
     if args.sheet and args.sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet {args.sheet}: it is written as PNG, so its name must end in .png")
+    refuse_overwriting(outputs(args), [args.names, args.prompts])
     for path in outputs(args):
         if path.is_dir():
             raise UserError(f"{path} is a folder: give the name of a file")
@@ -129,6 +130,17 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise UserError(f"{path} can't be written: {folder} is no folder")
         if not os.access(folder, os.W_OK):
             raise UserError(f"{path} can't be written: {folder} is read-only")
+
+
+def refuse_overwriting(written: Sequence[Path], read: Sequence[Path | None]) -> None:
+    """Raise UserError for a file that would be written twice, or in place of one that is read."""
+    places = [path.resolve() for path in written]
+    read_places = {path.resolve() for path in read if path is not None}
+    for path, place in zip(written, places):
+        if places.count(place) > 1:
+            raise UserError(f"{path} is to be written twice: give --csv, --json and --sheet names")
+        if place in read_places:
+            raise UserError(f"{path} is read here, and would be written over: give another name")
 
 
 def outputs(args: argparse.Namespace) -> list[Path]:
@@ -175,6 +187,7 @@ def main(args: argparse.Namespace):
     # -----------------------------------------------------------------------------
     # pictures
     pictures = find_pictures(args.pictures)
+    refuse_overwriting(outputs(args), pictures)
 
     # -----------------------------------------------------------------------------
     # names and model
@@ -326,7 +339,7 @@ def read_names(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
         # By its content: brackets would be taken for parts of names.
         if path.suffix.lower() == ".json" or text.lstrip().startswith(("[", "{")):
-            names = json.loads(text)
+            names = json.loads(text, object_pairs_hook=files.as_object)
         else:
             names = [line for line in text.splitlines() if line.strip()]
         if isinstance(names, dict):

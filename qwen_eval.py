@@ -23,7 +23,7 @@ are listed in the question, --classes base asks once more, with the names of the
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -55,6 +55,9 @@ OLD_PMI = "calibrated"  # what the flag and older runs call pmi
 ALL, OWN = "", "own_"
 OUTSIDE = "(outside the list)"  # the class of the answers that are no class name
 BATCH_SIZE = 8
+MOST_TOKENS = 80
+# Flags that change nothing of some of what can be asked for; see flags_without_part.
+MAY_LACK_A_PART = (*NEW_DEFAULTS, "answer", "protocol", "most_tokens", "compare")
 
 
 # -----------------------------------------------------------------------------
@@ -96,8 +99,8 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--most_tokens",
         type=int,
-        default=80,
-        help="the longest answer or description, in tokens (default: %(default)s)",
+        help="the longest answer or description, in tokens; a name that is ranked is read whole "
+        f"(default: {MOST_TOKENS})",
     )
     add_switch(
         group,
@@ -241,6 +244,7 @@ def parse_arguments() -> argparse.Namespace:
     # As a flag, false is left out, which must not stand for the adapter's.
     args.list_names = bool(args.list_names)
     args.load_4bit = bool(args.load_4bit)
+    runs.check_typed(parser, args)
     return args
 
 
@@ -252,24 +256,29 @@ def resolve(args: argparse.Namespace) -> Config:
     if args.score == OLD_PMI:
         files.note(f"--score {OLD_PMI} is now called pmi")
         args.score = "pmi"
-    # One that is resumed has passed, or is older than this.
-    if args.describe and not args.resume:
-        typed = [flag for flag in NEW_DEFAULTS if getattr(args, flag) not in (None, False)]
-        if typed:
-            raise UserError(f"--describe has a question of its own: leave out --{typed[0]}")
-    fill_in_from_training(args)
+    typed = {flag for flag in MAY_LACK_A_PART if is_typed(getattr(args, flag))}
+    without_part = fill_in_from_training(args)
+    if args.most_tokens is None:
+        args.most_tokens = MOST_TOKENS
     check_protocol(args)
+    # One that is resumed has passed, or is older than this.
     if not args.resume:
-        check_parts(args)
+        check_parts(args, typed, without_part)
     check_seed(args.seed)
     if args.most_tokens < 1 or args.images < 0:
         raise UserError("--most_tokens must be at least 1, --images not below 0")
     return settings_of(Config, args)
 
 
-def fill_in_from_training(args: argparse.Namespace) -> None:
+def is_typed(value) -> bool:
+    """Whether a flag without a default of its own was typed; a switch, whether it is on."""
+    return value is not None and value is not False and value != []
+
+
+def fill_in_from_training(args: argparse.Namespace) -> dict[str, str]:
     """Fill in the flags that were left out, from the run that made the adapter or the model.
 
+    Returns those that change nothing, as `flags_without_part` does.
     Raises UserError if it has seen the val images that are to decide, or as `read_training` does.
     """
     trained = read_training(args.adapter, args.model)
@@ -284,33 +293,45 @@ def fill_in_from_training(args: argparse.Namespace) -> None:
     without_part = flags_without_part(args, trained)
     trained = {flag: value for flag, value in trained.items() if flag not in without_part}
     fill_in(args, trained, DEFAULTS | NEW_DEFAULTS)
+    return without_part
 
 
-def flags_without_part(args: argparse.Namespace, trained: Mapping) -> set[str]:
-    """The flags of NEW_DEFAULTS whose value in the training changes nothing of what is asked for.
+def flags_without_part(args: argparse.Namespace, trained: Mapping) -> dict[str, str]:
+    """The flags whose value changes nothing of what is asked for, and why.
 
     args: as typed. trained: of `read_training`, for those that were left out.
     """
     if args.describe:
-        return set(NEW_DEFAULTS)  # a description has a question of its own
+        own = dict.fromkeys((*NEW_DEFAULTS, "answer"), "--describe has a question of its own")
+        return own | dict.fromkeys(("protocol", "compare"), "--describe evaluates nothing")
 
     def value_of(flag: str):
         typed = getattr(args, flag)
         return trained.get(flag) if typed is None else typed
 
-    without_part = set()
-    if not value_of("list_names"):
-        without_part.add("list_order")
+    why = {}
+    lists_names = value_of("list_names")
+    val_chooses = args.holdout and val_decides(args)
+    if not lists_names:
+        why["list_order"] = "it is for the names of --list_names"
         if args.protocol == "generate":
-            without_part.add("name_case")  # answers are matched whatever their case
-    if not (args.holdout and val_decides(args)):
-        without_part.add("val_shots")
-    draws_order = "list_order" not in without_part and value_of("list_order") == "drawn"
-    draws_val = "val_shots" not in without_part and value_of("val_shots") is not None
-    # A seed that was left out is the training's all the same: tables tell runs apart by it.
+            why["name_case"] = "--protocol generate matches answers in any spelling"
+    if not val_chooses:
+        why["val_shots"] = "it is for val images that choose a score or a spelling, and here they "
+        why["val_shots"] += "choose nothing"
+        if not lists_names:
+            why["classes"] = "it is for val images that choose a score or a spelling, or for the "
+            why["classes"] += "names of --list_names, and here is neither"
+    if args.protocol == "rank" and value_of("answer") != "described":
+        why["most_tokens"] = "no answer is written by --protocol rank after a brief question"
+    draws_order = "list_order" not in why and value_of("list_order") == "drawn"
+    draws_val = "val_shots" not in why and value_of("val_shots") is not None
+    # Those that were left out are the training's all the same: tables tell runs apart by them.
     if args.seed is not None and not (draws_order or draws_val):
-        without_part.add("seed")
-    return without_part
+        why["seed"] = "it draws --list_order drawn and --val_shots, and here nothing is drawn"
+    if args.classes is None:
+        why.pop("classes", None)
+    return why
 
 
 def check_protocol(args: argparse.Namespace) -> None:
@@ -332,15 +353,20 @@ def check_protocol(args: argparse.Namespace) -> None:
         raise UserError("--val_shots must be at least 1, and needs --holdout")
 
 
-def check_parts(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that were typed, and have no part in what is asked for."""
+def check_parts(
+    args: argparse.Namespace, typed: Collection[str], without_part: Mapping[str, str]
+) -> None:
+    """Raise UserError for flags that were typed, and have no part in what is asked for.
+
+    without_part: of `flags_without_part`.
+    """
     if args.score != "auto" and (args.describe or args.protocol == "generate"):
         raise UserError("--score is what --protocol rank reports: leave it out")
-    if args.val_shots is not None and not val_decides(args):
-        raise UserError(
-            "--val_shots is for val images that choose a score or a spelling, and here they choose "
-            "nothing: leave it out"
-        )
+    if args.protocol == "rank":
+        typed = set(typed) - {"protocol"}  # the default
+    for flag, why in without_part.items():
+        if flag in typed:
+            raise UserError(f"--{flag}: {why}; leave it out")
 
 
 if __name__ == "__main__":
@@ -904,6 +930,8 @@ def open_run_folder(
 ) -> Path:
     """The folder of the run, which the main process makes unless the run is resumed."""
     folder = args.resume
+    if folder and processes.is_main:
+        runs.check_same_images(Path(folder), flowers.splits)
     if not folder and processes.is_main:
         folder = runs.new_run(args.runs, args.name, settings, flowers.splits)
     return Path(processes.from_main(str(folder)))

@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
         f"(default: as many as --shots, at most {MAX_VAL_SHOTS}; without --shots all)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="which images --shots draws (default: %(default)s)"
+        "--seed", type=int, help="which images --shots and --val_shots draw (default: 0)"
     )
     add_probe_arguments(parser)
     add_device_arguments(parser.add_argument_group("machine"))
@@ -171,11 +171,20 @@ def resolve(args: argparse.Namespace) -> Config:
 
     Raises UserError if they contradict one another, or the adapter.
     """
+    draws = args.shots is not None or args.val_shots is not None
+    if args.seed is not None and not draws:
+        raise UserError("--seed draws --shots and --val_shots, and here is neither: leave it out")
+    args.seed = args.seed or 0
     check_seed(args.seed)
     if args.question is not None and args.features != "prompt":
         raise UserError("--question is asked for --features prompt alone: leave it out")
     if args.val_shots is not None and not args.holdout:
         raise UserError("--val_shots needs --holdout: without it no val is set apart")
+    if args.val_shots is not None and args.inverse_penalty is not None and args.split == "test":
+        raise UserError(
+            "--val_shots is for val images that choose the penalty, which --inverse_penalty says: "
+            "leave out one of them"
+        )
     if args.val_shots is None and args.holdout and args.shots:
         args.val_shots = min(args.shots, MAX_VAL_SHOTS)
     fill_in_from_training(args)

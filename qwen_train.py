@@ -284,6 +284,7 @@ def read_settings() -> tuple[argparse.Namespace, Config | None]:
             check_merging(folder)
             return args, None
         args = parse_stored(parser, args, stored)
+        runs.check_typed(parser, args)
     return args, resolve(args, world_size())
 
 
@@ -745,6 +746,7 @@ def print_start(
     """Print what is about to be trained."""
     if first_step > 0:
         print(f"resuming {folder} after step {first_step} of {total_steps}")
+    training.note_cut_batch(data.config.batch_size, data.batch_size, data.processes.world_size)
     n_trained, n_frozen = count_parameters(model)
     print(
         f"{folder}: {data.config.model}, {len(data.index):,} images, {total_steps:,} steps of "
@@ -852,11 +854,14 @@ def open_run_folder(data: Data, settings: dict, name: str | None, resume: str | 
     config = data.config
     if not data.processes.is_main:
         return Path(resume or config.runs)  # the others write nothing
-    folder = Path(resume) if resume else None
-    if folder is None:
+    trained_on = image_ids(data.flowers, data.index)
+    if resume:
+        folder = Path(resume)
+        runs.check_same_images(folder, data.flowers.splits, trained_on)
+    else:
         folder = runs.new_run(config.runs, name, settings, data.flowers.splits)
     # Before the first step; a resumed run has it already. A merged run as the start has its own.
-    runs.write_trained_on(folder, image_ids(data.flowers, data.index), config.model)
+    runs.write_trained_on(folder, trained_on, config.model)
     return folder
 
 

@@ -50,7 +50,10 @@ def parse_arguments() -> argparse.Namespace:
         default=1000,
         help="rounds of the bootstrap for the intervals of the answer (default: %(default)s)",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.bootstrap < 1:
+        raise UserError("--bootstrap must be at least 1")
+    return args
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from flowers import UserError, add_device_arguments, command
+from flowers import UserError, add_device_arguments, command, typed_flags
 from flowers.choices import SHAPES, STRATEGIES, add_figure_arguments
 from flowers.files import user_file, user_path
 
@@ -92,9 +93,13 @@ def add_strategy_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line. Raises UserError for flags that do not go together."""
-    args = build_parser().parse_args()
-    if args.batch_size is not None and args.batch_size < 0:
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.batch_size is not None and args.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
+    check_parts(typed_flags(parser))
+    if args.csv and args.csv.is_dir():
+        raise UserError(f"--csv {args.csv}: it is a folder: give the name of a file")
     if args.results and not args.results.is_file():
         raise UserError(
             f"no results at {args.results}: train.py and baseline_eval.py write runs/results.jsonl"
@@ -104,6 +109,18 @@ def parse_arguments() -> argparse.Namespace:
     args.strategy = args.strategy or list(STRATEGIES)
     args.architecture = resolve_architectures(args.architecture)
     return args
+
+
+def check_parts(typed: Mapping[str, object]) -> None:
+    """Raise UserError for a flag that was typed, and would change nothing."""
+    if "measure" not in typed and "measure_one" not in typed:
+        for flag in ("batch_size", "device", "precision"):
+            if flag in typed:
+                raise UserError(f"--{flag} is of --measure: give both, or leave it out")
+    options = {"blocks": "last_blocks", "rank": "lora", "context_tokens": "prompt"}
+    for flag, strategy in options.items():
+        if flag in typed and strategy not in typed.get("strategy", STRATEGIES):
+            raise UserError(f"--{flag} is of --strategy {strategy}, which is not asked for")
 
 
 def resolve_architectures(names: list[str] | None) -> list[str]:

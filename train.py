@@ -67,6 +67,7 @@ from flowers.training import (
     layerwise_groups,
     learning_rate_factor,
     load_checkpoint,
+    note_cut_batch,
     restore_average,
     restore_scaler,
     save_checkpoint,
@@ -138,7 +139,7 @@ def main(config: Config):
     if processes.is_main:
         files.write_lines(metrics_file, rows)
         work = f"{len(train_index):,} images, {total_steps:,} steps of {batch_size}"
-        print_start(folder, first_epoch, work, texts, model, sizes, config)
+        print_start(folder, first_epoch, work, batch_size, texts, model, sizes, config)
 
     # -----------------------------------------------------------------------------
     # training loop
@@ -833,13 +834,14 @@ def open_run_folder(
     """The folder of the run, made by the main process unless the run is resumed."""
     if not processes.is_main:
         return Path(config.resume or config.runs)  # the others write nothing
+    splits = flowers.splits | {"train": train_index}
+    trained_on = image_ids(flowers, train_index.numpy()) if config.trains else []
     if config.resume:
         folder = Path(config.resume)
+        runs.check_same_images(folder, splits, trained_on)
     else:
-        splits = flowers.splits | {"train": train_index}
         folder = runs.new_run(config.runs, config.name, config.record(), splits)
     # Before the first step; a resumed run has it already.
-    trained_on = image_ids(flowers, train_index.numpy()) if config.trains else []
     runs.write_trained_on(folder, trained_on, config.architecture)
     return folder
 
@@ -858,14 +860,15 @@ def print_start(
     folder: Path,
     first_epoch: int,
     work: str,
+    batch_size: int,
     texts: Texts,
     model: CLIP,
     sizes: dict[str, int],
     config: Config,
 ) -> None:
-    """Print what is about to be trained, and a warning if captions are cut.
+    """Print what is about to be trained, and warnings if captions or the batch are cut.
 
-    work: the numbers of images and steps, in words.
+    work: the numbers of images and steps, in words. batch_size: of all processes together.
     """
     if first_epoch > 0:
         print(f"resuming {folder} after epoch {first_epoch} of {config.epochs}")
@@ -884,6 +887,8 @@ def print_start(
         f"{sizes['parameters']:,} parameters"
     )
     evaluate.warn_of_cut_captions(texts.n_cut, len(texts.tokens), model.context_length)
+    if config.epochs:
+        note_cut_batch(config.batch_size, batch_size, config.processes)
 
 
 def progress_bar(done: int, total: int, processes: devices.Processes) -> tqdm:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from flowers import command
+from flowers import UserError, command
 from flowers.choices import add_figure_arguments
 from flowers.data import add_data_arguments
 from flowers.files import user_file
@@ -49,7 +49,13 @@ def parse_arguments() -> argparse.Namespace:
         help="also save a contact sheet, the first images of every class, as this PNG",
     )
     add_figure_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.sheet and (args.sheet.suffix.lower() != ".png" or args.sheet.is_dir()):
+        raise UserError(f"--sheet {args.sheet}: it is a file in PNG: its name must end in .png")
+    # NaN fails the comparison, too.
+    if not (0 <= args.hash_bits <= 64 and 0 <= args.levels <= 256):
+        raise UserError("--hash_bits must be from 0 to 64, --levels from 0 to 256")
+    return args
 
 
 if __name__ == "__main__":
@@ -299,6 +305,8 @@ def main(args: argparse.Namespace):
         splits_base=args.splits_base,
         needs_split=False,
     )
+    if args.sheet and args.sheet.resolve() in {file.resolve() for file in flowers.files}:
+        raise UserError(f"--sheet {args.sheet} is an image of the dataset: give another name")
     splits = split_names(flowers)
 
     # -------------------------------------------------------------------------

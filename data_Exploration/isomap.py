@@ -12,9 +12,10 @@ Prints residual variance and trustworthiness; saves figures/isomap_<level>_<feat
 import argparse
 import sys
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
-from flowers import UserError, add_device_arguments, command
+from flowers import UserError, add_device_arguments, command, typed_flags
 from flowers.choices import MASKS, add_figure_arguments
 from flowers.data import add_data_arguments
 from flowers.files import user_file, user_path
@@ -87,6 +88,7 @@ def parse_arguments() -> argparse.Namespace:
 
     args = parser.parse_args()
     check_arguments(args)
+    check_parts(args, typed_flags(parser))
     return args
 
 
@@ -99,6 +101,17 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             f"up to {len(MARKERS)} times --class, --n_neighbors at least 1, --images at least 0"
         )
+
+
+def check_parts(args: argparse.Namespace, typed: Collection[str]) -> None:
+    """Raise UserError for a flag that was typed, and would change nothing."""
+    of_model = ("architecture", "device", "precision")
+    others = ("mask",) if args.features == "clip" else of_model
+    wrong = [flag for flag in others if flag in typed]
+    if wrong:
+        raise UserError(f"--{wrong[0]} has no part in --features {args.features}: leave it out")
+    if "images" in typed and args.level == "class":
+        raise UserError("--images needs --level image: classes are the means of all their images")
 
 
 if __name__ == "__main__":

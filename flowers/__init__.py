@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -64,6 +64,20 @@ def _truth(text: str) -> bool:
     if text.lower() not in value_of:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return value_of[text.lower()]
+
+
+def typed_flags(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None
+) -> dict[str, object]:
+    """The values of the flags that the command line holds, without those that were left out.
+
+    words: those of another command line.
+    argparse can't say which flags were typed. So it parses once more, into a namespace that holds
+    None for each: where there is a value it puts no default, and None is left.
+    """
+    untyped = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(words))))
+    values = vars(parser.parse_args(words, namespace=untyped))
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

@@ -132,7 +132,9 @@ def split_index(flowers: Flowers, split: str) -> np.ndarray:
     """The images of a split that is to be evaluated. Raises UserError if it has none."""
     index = flowers.splits[split]
     if not len(index):
-        raise UserError(f"the {split} split is empty: val needs --holdout")
+        raise UserError(
+            f"the {split} split is empty: val needs --holdout, and images of its own in the splits"
+        )
     return index
 
 
@@ -144,6 +146,8 @@ def _build_index(
     names = layout.class_names
     if class_names == "openai":
         names = [OPENAI_NAMES.get(name, name) for name in names]
+        if names == list(layout.class_names):
+            note("--class_names openai: CLIP's list has no other name for a class of this dataset")
 
     # Images that no split lists are left out. Ids are 1-based, labels become 0-based.
     ids = np.unique(np.concatenate(list(split.ids.values())))  # (N,), sorted

@@ -89,15 +89,20 @@ def atomic(path: str | Path, mode: str = "wb") -> Iterator:
     """Open a temporary file beside `path` and rename it to `path` when the block ends well.
 
     A reader sees the file as it was before or as it is after, never half of it. Raises OSError,
-    naming `path`, if it can't be written; then the file is as it was before.
+    naming `path`, if it can't be written; then the file is as it was before. A device or a pipe is
+    written to as it is: a rename would put a file in its place.
     """
     path = Path(path)
+    # Text is UTF-8 and its line ends are written as they are, whatever the locale.
+    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with naming(path), open(path, mode, **text_options) as file:
+            yield file
+        return
     _remove_abandoned(path.parent)
     # The thread, the machine and the process: nobody else writes to a file of this name.
     writer = f"{threading.get_ident()}.{platform.node()}-{os.getpid()}"
     temporary = path.with_name(f".{path.name}.{writer}.tmp")
-    # Text is UTF-8 and its line ends are written as they are, whatever the locale.
-    text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         with naming(path), open(temporary, mode, **text_options) as file:
             yield file
@@ -173,11 +178,24 @@ def _try_lock_on_windows(file: IO) -> bool:
 # JSON and JSON lines
 
 
+def as_object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object of these keys and values, for json.loads. Raises ValueError for a key twice.
+
+    json.loads itself takes the last of them, without a word.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return value
+
+
 def parse_json(text: str) -> dict:
     """Parse a JSON object. Raises ValueError for anything else, however deeply it is nested."""
     try:
         # Windows' editors begin a file in UTF-8 with a byte-order mark.
-        value = json.loads(text.removeprefix("\ufeff"))
+        value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=as_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):

@@ -509,7 +509,8 @@ def read_captions(path: str | Path, files: tuple[Path, ...]) -> list[list[str]]:
     """The sentences of each image of `files`, in their order.
 
     path: one JSON object a line with `file` (a name) and `captions` (a list), gzipped or not.
-    Raises UserError if a line is damaged, an image has no sentence, or two images have one name.
+    Raises UserError if a line is damaged, an image has no sentence or is there twice with different
+    ones, or two images have one name.
     """
     path = Path(path)
     if not path.is_file():
@@ -523,7 +524,8 @@ def read_captions(path: str | Path, files: tuple[Path, ...]) -> list[list[str]]:
             sentences = row["captions"]
             if not _are_sentences(sentences):
                 raise ValueError("captions are a list of sentences")
-            captions_of[row["file"]] = sentences
+            if captions_of.setdefault(row["file"], sentences) != sentences:
+                raise ValueError(f"{row['file']} is there twice, with other sentences")
     except (ValueError, KeyError, TypeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{path} is damaged after {len(captions_of)} lines ({type(error).__name__}: {error})"

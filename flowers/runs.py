@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowers import UserError, reason
+from flowers import UserError, reason, typed_flags
 from flowers.choices import KEEPS_WEIGHTS, RANDOM, SHAPES, split_tag
 from flowers.data import OXFORD_ID, Flowers, image_ids, open_from_flags, select, subset
 from flowers.files import (
@@ -73,6 +73,18 @@ MERGED = "qwen_merged"
 SOUP = " soup"  # behind the strategy of the runs of which a model is the mean
 
 
+# What a command that resumes a run may say anew.
+OF_THE_COMMAND = (
+    "resume",
+    "wandb",
+    "compare",
+    "device",
+    "allow_overlap",
+    "no_cuda_graph",
+    "merge",
+)
+
+
 class UnknownImages(UserError):
     """It can't be known which images a run was trained on."""
 
@@ -94,7 +106,7 @@ def add_run_arguments(
     parser.add_argument(
         "--runs", type=user_path, default="runs", help="folder of the runs (default: %(default)s)"
     )
-    parser.add_argument("--name", help="name of this run (default: model and time)")
+    parser.add_argument("--name", type=_run_name, help="name of this run (default: model and time)")
     if resume:
         parser.add_argument(
             "--resume",
@@ -120,6 +132,16 @@ def add_run_arguments(
     )
 
 
+def _run_name(text: str) -> str:
+    # In another folder than the others it would be missing in the report and the page.
+    is_place = "/" in text or "\\" in text or text in (".", "..")
+    if is_place or not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name of a folder in that of --runs: it may have no slash"
+        )
+    return text
+
+
 # -----------------------------------------------------------------------------
 # the start of a run
 
@@ -135,6 +157,9 @@ def new_run(
     """
     name = name or _default_name(config)
     folder = Path(runs) / name
+    was_there = folder.exists()
+    if was_there and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --name")
     if _is_taken(folder, config["job"]):
         advice = "choose another --name"
         if config["job"] not in ("eval", "qwen_probe"):
@@ -148,7 +173,13 @@ def new_run(
 
     # The sizes tell later whether the dataset is still the same: see _train_index.
     split_sizes = {split: len(index) for split, index in splits.items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Of two processes that begin a run of one name at once, one makes it.
+        folder.mkdir(parents=True, exist_ok=was_there)
+    except FileExistsError:
+        raise UserError(
+            f"{folder} was made by another process just now: choose another --name"
+        ) from None
     write_json(
         folder / "args.json",
         {
@@ -245,9 +276,50 @@ def arguments_to_resume(folder: Path, job: str) -> dict | None:
     # These belong to the command that resumes, not to the run.
     for flag in ("resume", "wandb", "compare", "device"):
         stored.pop(flag, None)
-    # The folder may have been moved since.
+    # The folder may have been moved since, or renamed.
+    stored.pop("name", None)
     stored["runs"] = str(folder.parent)
     return stored
+
+
+def check_typed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raise UserError for a flag beside --resume that says something else than the run's own.
+
+    args: of the run that is resumed. It would have no effect: the run goes on with what it began.
+    """
+    for key, value in typed_flags(parser).items():
+        own = Path(args.resume).name if key == "name" else getattr(args, key)
+        # What the machine decides is the run's own by now.
+        if key in OF_THE_COMMAND or value in (own, "auto"):
+            continue
+        if key == "runs" and Path(str(value)).resolve() == Path(own).resolve():
+            continue
+        raise UserError(
+            f"--{key}: {args.resume} goes on with what it was begun with, {own}, and not with "
+            f"{value}: leave it out, or begin another run"
+        )
+
+
+def check_same_images(
+    folder: Path, splits: Mapping[str, np.ndarray], trained_on: Iterable[str] = ()
+) -> None:
+    """Raise UserError if a run that is resumed would go on with other images than it began with.
+
+    splits: of the dataset as it is now, as `new_run` was given them. trained_on: the ids of the
+    training images, which must be in the run's own list.
+    """
+    recorded = read_arguments(folder).get("split_sizes")
+    sizes = recorded if isinstance(recorded, dict) else {}
+    same = all(sizes.get(split, len(index)) == len(index) for split, index in splits.items())
+    try:
+        own = set(read_json(folder / "trained_on.json")["images"])
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set(trained_on)  # of an older run; a damaged list is refused where it is needed
+    if not (same and own.issuperset(trained_on)):
+        raise UserError(
+            f"the dataset has changed since {folder} was begun: its splits have other images. Go "
+            "on with those that it had, or begin another run"
+        )
 
 
 def check_processes(folder: Path, begun_with: int | None, processes: int) -> None:
@@ -397,16 +469,13 @@ def parse_inheriting(
     which the first is taken. Prints what is taken over. Raises UserError if they disagree on it.
     """
     args = parser.parse_args()
+    typed = typed_flags(parser)
     soup = (getattr(args, soup_flag) if soup_flag else None) or []
     model = soup[0] if soup else getattr(args, model_flag)
     inherited = inherited_arguments(model) if model else {}
-    # argparse can't say which flags were typed. So it parses once more, into a namespace that holds
-    # None for the inherited ones: where there is a value it puts no default, and None is left.
-    untyped = argparse.Namespace(**dict.fromkeys(inherited))
-    typed = vars(parser.parse_args(namespace=untyped))
-    typed_keys = {key for key in inherited if typed.get(key) is not None}
+    typed_keys = set(typed)
     # Templates and a file of prompts take each other's place.
-    if vars(args).get("prompts") or typed.get("prompt_template"):
+    if typed.get("prompts") or typed.get("prompt_template"):
         typed_keys |= {"prompts", "prompt_template"}
     taken = {}
     for key, value in inherited.items():
@@ -471,6 +540,8 @@ def strategy_of(trained: Mapping, members: Sequence[Mapping | None] = ()) -> str
             return "unknown" + SOUP
         strategies = {member.get("strategy") or "full" for member in members}
         return (strategies.pop() if len(strategies) == 1 else "mixed") + SOUP
+    if trained.get("soup"):
+        return "unknown" + SOUP
     path = Path(str(trained.get("architecture")))
     if trained.get("job") == "eval" and path.name == "model.pt":
         return "unknown"
@@ -525,7 +596,7 @@ def read_trained_on(*models: str | Path) -> set[str] | None:
 
 
 def _read_trained_on(model: str | Path, visited: tuple[Path, ...]) -> set[str] | None:
-    folder = run_folder(model)
+    folder = run_folder(model) or _folder_of_list(model)
     if folder is None:
         return None
     path = folder / "trained_on.json"
@@ -546,6 +617,16 @@ def _read_trained_on(model: str | Path, visited: tuple[Path, ...]) -> set[str] |
     return set(images)
 
 
+def _folder_of_list(model: str | Path) -> Path | None:
+    """The folder of a model with its trained_on.json, which has lost its args.json; or None."""
+    if str(model) in SHAPES:
+        return None
+    path = Path(model)
+    folder = path if path.is_dir() else path.parent
+    has_lost = not (folder / "args.json").exists() and (folder / "trained_on.json").exists()
+    return folder if path.exists() and has_lost else None
+
+
 def _digest(images: list[str]) -> str:
     return hashlib.sha256("\n".join(images).encode()).hexdigest()
 
@@ -554,13 +635,16 @@ def _derive_trained_on(folder: Path, visited: tuple[Path, ...]) -> set[str]:
     """What a run without trained_on.json was trained on, by opening its dataset once more."""
     stored = read_arguments(folder)
     unknown = f"it can't be known which images {folder} was trained on: "
+    # A damaged args.json may lead in a circle.
+    if folder in visited:
+        raise UnknownImages(f"{unknown}it started from itself")
+    visited = (*visited, folder)
+    if stored.get("soup"):
+        return set().union(*(_part_trained_on(run, folder, visited) for run in stored["soup"]))
     root = stored.get("data_root")
     # Not opened if it is missing: that would start a download.
     if root is None or root != "sample" and not Path(root).is_dir():
         raise UnknownImages(f"{unknown}there is no dataset at {root}")
-    # A damaged args.json may lead in a circle.
-    if folder in visited:
-        raise UnknownImages(f"{unknown}it started from itself")
     try:
         flowers = open_from_flags(stored)
         index = _train_index(stored, flowers)
@@ -572,8 +656,24 @@ def _derive_trained_on(folder: Path, visited: tuple[Path, ...]) -> set[str]:
     images = set(image_ids(flowers, index))
     if stored["job"] == "train" and not trains(stored.get("epochs"), stored.get("strategy")):
         images = set()
-    start = _read_trained_on(stored["architecture"], (*visited, folder))
-    return images | (start or set())
+    start = stored["architecture"]
+    if stored["job"] != "train":  # of a Qwen, whose names on the hub look like paths
+        return images | (_read_trained_on(start, visited) or set())
+    return images | _part_trained_on(start, folder, visited)
+
+
+def _part_trained_on(part: str, folder: Path, visited: tuple[Path, ...]) -> set[str]:
+    """The images of what a run in `folder` started from, or of a run that it is the mean of.
+
+    Raises UnknownImages where that was a file or a run, and is gone.
+    """
+    is_name = part in SHAPES or part.startswith(("open_clip:", "hf:"))
+    if not is_name and not Path(part).exists():
+        raise UnknownImages(
+            f"it can't be known which images {folder} was trained on: {part}, which it was made "
+            "from, is gone"
+        )
+    return _read_trained_on(part, visited) or set()
 
 
 def _train_index(stored: dict, flowers: Flowers) -> np.ndarray | None:
@@ -611,6 +711,7 @@ def check_overlap(
             return "unknown"
         raise UserError(f"{error}; --allow_overlap evaluates the images all the same") from None
     if trained_on is None:
+        _note_unknown_weights(models)
         return None
     overlap = count_overlap(trained_on, image_ids(flowers, index))
     names = " and ".join(map(str, models))
@@ -627,6 +728,13 @@ def check_overlap(
             "the splits that it was trained with, or --allow_overlap evaluates them all the same"
         )
     return overlap
+
+
+def _note_unknown_weights(models: Sequence[str | Path]) -> None:
+    """Say of weights in a file, which no run here made, that they may have seen the images."""
+    for model in models:
+        if str(model) not in SHAPES and Path(model).exists():
+            note(f"no run here made {model}: whether it was trained on these images isn't known")
 
 
 def check_overlap_of_training(

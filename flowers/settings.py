@@ -46,6 +46,9 @@ OF_STEPS = (
     "eval_every",
 )
 WITH_STEPS = tuple(name for name in STRATEGIES if name != "linear")
+# These freeze the start of the image tower, and these some part of a tower.
+FROZEN_START = tuple(name for name in STRATEGIES if cut_points(name, 1)[0] is not None)
+FROZEN_PART = tuple(name for name in STRATEGIES if cut_points(name, 1) != (None, None))
 # Flag -> the strategies that use it. Grids of ablate.py give one flag to all their strategies, so
 # a flag that means nothing is noted and not refused.
 USED_BY = {
@@ -53,7 +56,14 @@ USED_BY = {
     "rank": ("lora",),
     "context_tokens": ("prompt",),
     "epochs": WITH_STEPS,
-} | dict.fromkeys(OF_STEPS, WITH_STEPS)
+    "views": FROZEN_START,
+    "no_cache": FROZEN_PART,
+    # Its head is fitted to images, and captions are for the retrieval in its evaluation alone.
+    "captions": WITH_STEPS,
+}
+USED_BY |= dict.fromkeys(OF_STEPS, WITH_STEPS)
+# Scales and shifts of norms do not decay.
+USED_BY["wd"] = tuple(name for name in WITH_STEPS if name != "norm")
 
 
 # -----------------------------------------------------------------------------
@@ -198,7 +208,9 @@ def parse_arguments(parser: argparse.ArgumentParser, processes: int) -> argparse
                 f"{path} has changed since {folder} was begun: go on with the same "
                 "sentences, for the same result"
             )
-    return runs.parse_stored(parser, args, stored)
+    args = runs.parse_stored(parser, args, stored)
+    runs.check_typed(parser, args)
+    return args
 
 
 def note_unused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -208,6 +220,22 @@ def note_unused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         is_given = getattr(args, key) not in (parser.get_default(key), 0)
         if is_given and args.strategy not in users:
             note(f"--{key} has no meaning for --strategy {args.strategy}")
+    if args.strategy == "linear" and args.start_from == "random":
+        note_unused_by_random_probe(args)
+    if args.strategy in FROZEN_START and args.views != parser.get_default("views"):
+        if args.augment in (None, "none"):
+            note("--views has no meaning without --augment flip or crop: all views are the same")
+
+
+def note_unused_by_random_probe(args: argparse.Namespace) -> None:
+    """Print a note of each flag that a logistic regression from random has no use for."""
+    unused = ["temperature"]
+    # Classes that are not trained on keep the text classifier.
+    if args.classes == "all" and not args.cross_modal:
+        unused += ["prompt_template", "prompts"]
+    for key in unused:
+        if getattr(args, key) is not None:
+            note(f"--{key} has no meaning for --strategy linear from random")
 
 
 def resolve(args: argparse.Namespace, processes: int) -> Config:
@@ -265,6 +293,12 @@ def settle_steps(args: argparse.Namespace) -> None:
     if args.lr is None:
         args.lr = RANDOM_LR if from_random else LEARNING_RATES[args.strategy]
     # Where neither temperature nor bias is learned it has no effect, but it is recorded.
+    learns = args.learn_temperature or args.loss == "sigmoid"
+    if args.tau_lr is not None and not (learns or args.resume):
+        raise UserError(
+            "--tau_lr is the rate of a learned temperature or bias, and none is learned: leave it "
+            "out, or give --learn_temperature or --loss sigmoid"
+        )
     if args.tau_lr is None:
         args.tau_lr = args.lr
     if args.strategy == "linear":
@@ -291,11 +325,12 @@ def check_ranges(args: argparse.Namespace) -> None:
     optional = (args.temperature, args.shots, args.val_shots)
     above_zero += [value for value in optional if value is not None]
     # Comparisons with NaN are false, so it does not pass either.
-    if not (all(v >= 0 for v in at_least_zero) and all(v > 0 for v in above_zero)):
+    is_valid = all(0 <= v < math.inf for v in at_least_zero)
+    if not (is_valid and all(0 < v < math.inf for v in above_zero)):
         raise UserError(
             "--epochs, --lr, --tau_lr, --wd, --chunk_size and --eval_every must be at least 0, "
             "--batch_size at least 2, --views at least 1, --shots, --val_shots and --temperature "
-            "above 0"
+            "above 0, none of them infinite"
         )
 
 

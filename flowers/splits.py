@@ -82,6 +82,8 @@ def choose_split(
         split = read_split_file(setid, layout, base)
     else:
         return NO_SPLIT
+    if base is not None and not splits_path and split.kind != "oxford":
+        note(f"--splits_base has no meaning without a --splits_path: the split is {split.protocol}")
     if not needs_images and layout.files:
         split = _present(split, layout)
     _check(split, layout)

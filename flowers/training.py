@@ -18,6 +18,17 @@ from flowers import UserError, files, reason
 MAX_GRADIENT_NORM = 1.0
 
 
+def note_cut_batch(asked: int, step_size: int, processes: int) -> None:
+    """Say that --batch_size asked for more images than there are.
+
+    asked: of each process. step_size: what a step of all processes has.
+    """
+    if asked * processes > step_size:
+        files.note(
+            f"--batch_size {asked}: there are fewer training images, so a step has {step_size}"
+        )
+
+
 def parameter_groups(parameters: Mapping[str, torch.Tensor], lr: float, wd: float) -> list[dict]:
     """The parameter groups of AdamW: weight decay on matrices and kernels only.
 

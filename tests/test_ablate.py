@@ -113,6 +113,12 @@ def test_the_grids_are_what_they_say(cli, tmp_path):
 
     assert "--times" in error_line(cli("ablate.py", "shots", "--lr", "1e-3"))
     assert "--jobs" in error_line(cli("ablate.py", "shots", "--jobs", -1))
+    # Flags that a grid would pass over.
+    assert "values of its own" in error_line(cli("ablate.py", "batch_size", "--chunk_size", 8))
+    assert "values of its own" in error_line(cli("ablate.py", "base_to_new", "--classes", "new"))
+    for flag in ("--start_epochs", "--start_captions"):
+        assert "random weights" in error_line(cli("ablate.py", "strategy", flag, 3))
+    assert dry("strategy", "--seeds", 0, 0, 1) == dry("strategy", "--seeds", 0, 1)
     assert not list(tmp_path.iterdir())
 
 
@@ -136,9 +142,31 @@ def test_flags_that_train_refuses_are_refused_before_any_point(flags, word, cli,
 def test_a_flag_that_one_strategy_refuses_costs_its_points_alone(cli, tmp_path):
     # --ema acts on steps, and linear has none
     arguments = ("factorial", "--runs", tmp_path, "--dry_run", "--ema", 0.9)
+    arguments += ("--architecture", "ViT-B/32")  # with two pretrainings
     code, out, err = cli("ablate.py", *arguments)
     assert code == 0 and "--strategy full" in out, err
     assert "act on steps" in error_line(cli("ablate.py", *arguments, "--strategy", "linear"))
+    # Nor has an untrained model. Said once, before any work, and those points are left out.
+    (line,) = err.splitlines()
+    assert "left out of factorial" in line and "act on steps" in line
+    assert "2 of untrained" in line and "2 of linear" in line
+    assert "--strategy linear" not in out and "--epochs 0" not in out
+    assert len(commands(out)) == 2 * 3 * 3 * 8  # pretrainings, rates, seeds, strategies
+    # A sweep has the same points.
+    code, out, err = cli(
+        "ablate.py", *(word for word in arguments if word != "--dry_run"), "--sweep"
+    )
+    assert code == 0 and "left out of factorial" in err
+    names = json.loads(Path(out.strip()).read_text())["parameters"]["only"]["values"]
+    assert len(names) == 2 * 3 * 3 * 8
+
+
+def test_what_the_last_part_of_a_study_refuses_is_known_before_the_first(cli, tmp_path):
+    """`final` has no val, for which --eval_every asks."""
+    study = ("study", "--runs", tmp_path, "--dry_run")
+    line = error_line(cli("ablate.py", *study, "--eval_every", 1))
+    assert "final" in line and "needs --holdout" in line
+    assert cli("ablate.py", "factorial", *study[1:], "--eval_every", 1)[0] == 0
 
 
 def test_pretraining_decides_which_weights_are_named(cli, tmp_path):
@@ -288,7 +316,7 @@ def test_forgetting_evaluates_every_model_on_flowers_and_elsewhere(small, birds,
     flags = (
         *("forgetting", "--architecture", "tiny", "--strategy", "full", "prompt", "--seeds", 0, 1),
         *("--data_root", small, "--others", birds, "--runs", tmp_path, "--dry_run"),
-        *("--prompt_template", "a {}", "--epochs", 1, "--device", "cpu"),
+        *("--epochs", 1, "--device", "cpu"),
     )
     code, out, err = cli("ablate.py", *flags)
     assert code == 0, err
@@ -311,8 +339,8 @@ def test_forgetting_evaluates_every_model_on_flowers_and_elsewhere(small, birds,
     # A learned prompt is what was trained: no template replaces it.
     for command in evaluations:
         is_prompt = "-prompt-" in values(command, "--name")[0]
-        template = "a {}" if command in at_home else "a photo of a {}"
-        assert values(command, "--prompt_template") == ([] if is_prompt else [template])
+        has_template = command in elsewhere and not is_prompt
+        assert values(command, "--prompt_template") == ["a photo of a {}"] * has_template
         is_full = "-full-lr" in values(command, "--name")[0]
         assert len(values(command, "--wise_ft")) == (5 if is_full else 0)
     soups = [command for command in evaluations if "--soup" in command]
@@ -320,6 +348,14 @@ def test_forgetting_evaluates_every_model_on_flowers_and_elsewhere(small, birds,
         members = command[command.index("--soup") + 1 :][:2]
         assert all("-full-" in Path(member).name for member in members)
     assert len(soups) == 2
+
+    # Where a template is given the runs that learn a prompt are left out, and so is what they need.
+    code, out, err = cli("ablate.py", *flags, "--prompt_template", "a {}")
+    assert code == 0 and "left out of forgetting" in err and "2 of prompt" in err
+    evaluations = commands(out, "baseline_eval.py")
+    assert len(commands(out)) == 1 + 2 and len(evaluations) == 2 * (1 + 2 + 1)
+    at_home = [c for c in evaluations if values(c, "--split") == ["val"]]
+    assert all(values(c, "--prompt_template") == ["a {}"] for c in at_home)
 
 
 def test_forgetting_asks_for_other_datasets_at_the_door(small, birds, cli, tmp_path):

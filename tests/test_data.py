@@ -327,6 +327,16 @@ def test_captions(small, tmp_path):
     with pytest.raises(UserError, match="no caption for image_99999"):
         read_captions(path, (*files, unknown))
 
+    # The last of two lines would be taken without a word.
+    plain = tmp_path / "captions.jsonl"
+    lines = [json.dumps({"file": file.name, "captions": ["a"]}) for file in files]
+    again = json.dumps({"file": files[3].name, "captions": ["b"]})
+    plain.write_text("\n".join([*lines, lines[3]]) + "\n")
+    assert read_captions(plain, files)[3] == ["a"]
+    plain.write_text("\n".join([*lines, again]) + "\n")
+    with pytest.raises(UserError, match=f"{files[3].name} is there twice"):
+        read_captions(plain, files)
+
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="damaged"):
         read_captions(path, files)

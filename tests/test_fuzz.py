@@ -1000,7 +1000,7 @@ def test_what_a_run_is_resumed_or_compared_by(survive, count, two_runs):
     result = two_runs / "one" / "result.json"
     whole = {args: args.read_bytes(), result: result.read_bytes()}
     # these may differ in the run that goes on
-    own = ("runs", "wandb", "resume", "compare", "device")
+    own = ("runs", "name", "wandb", "resume", "compare", "device")
 
     def inputs():
         for i in range(count + 1):

@@ -202,6 +202,14 @@ def test_other_contents_are_refused(tmp_path, contents, word):
         evaluate.read_prompts(path, ["rose"])
 
 
+def test_a_class_that_is_there_twice_is_refused(tmp_path):
+    """JSON would take the last of them."""
+    path = tmp_path / "prompts.json"
+    path.write_text('{"rose": ["a rose"], "lily": ["a lily"], "rose": ["another"]}')
+    with pytest.raises(UserError, match="the key 'rose' is there twice"):
+        evaluate.read_prompts(path, ["rose", "lily"])
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_json_with_a_byte_order_mark_is_read(tmp_path, encoding):
     contents = {"Gänseblümchen": ["ein Gänseblümchen"]}

@@ -242,10 +242,11 @@ def test_an_adapter_brings_what_it_was_asked_in_training(script, base_run, capfd
     assert "note: " not in capfd.readouterr().err
 
     other = ["--question", "What?", "--list_names=false", "--name_case", "lower", "--classes=all"]
-    config = config_of(script, "--adapter", base_run, *other)
+    config = config_of(script, "--adapter", base_run, "--holdout", *other)
     assert config.question == ["What?"] and config.name_case == "lower" and config.classes == "all"
     # Without a list there is no order, and without a holdout no val.
-    assert config.list_order == "given" and config.val_shots is None
+    assert config.list_order == "given" and config.val_shots == 1
+    assert config_of(script, "--adapter", base_run).val_shots is None
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
     said = [line.split()[1:3] for line in notes]
     assert [flag for flag, _ in said] == [
@@ -259,8 +260,9 @@ def test_an_adapter_brings_what_it_was_asked_in_training(script, base_run, capfd
     # What has no part is neither noted nor taken over.
     flags = ["--list_names=false", "--protocol", "generate", "--holdout"]
     flags += ["--question", *OWN_WORDS[:1]]
-    config = config_of(script, "--adapter", base_run, *flags, "--seed", 5)
-    assert (config.seed, config.val_shots, config.name_case) == (5, None, "given")
+    config = config_of(script, "--adapter", base_run, *flags)
+    assert (config.seed, config.val_shots, config.name_case) == (3, None, "given")
+    assert config.classes == "base"  # of the training, as its seed
     err = capfd.readouterr().err
     assert "--list_names" in err and "--question" in err and err.count("note: ") == 2
     flags = ["--holdout", "--list_names=false", "--seed", 5]
@@ -332,11 +334,39 @@ def test_flags_that_mean_nothing_together_are_refused(script, base_run, tmp_path
         (["--val_shots", "1", "--holdout", "--score", "sum"], "choose nothing"),
         (["--score", "sum", "--protocol", "generate"], "leave it out"),
         (["--score", "pmi", "--describe"], "leave it out"),
-        (["--describe", "--question", "a"], "leave out --question"),
-        (["--describe", "--list_names"], "leave out --list_names"),
+        (["--describe", "--question", "a"], "--question: --describe has a question"),
+        (["--describe", "--list_names"], "--list_names: --describe has a question"),
+        (["--describe", "--answer", "brief"], "--answer: --describe has a question"),
+        (["--describe", "--seed", "0"], "--seed: --describe has a question"),
+        (["--describe", "--protocol", "generate"], "--protocol: --describe evaluates nothing"),
+        (["--describe", "--compare", "a"], "--compare: --describe evaluates nothing"),
+        # Flags that would change nothing.
+        (["--list_order", "given"], "--list_order: it is for the names"),
+        (["--name_case", "lower", "--protocol", "generate"], "--name_case: .* in any spelling"),
+        (["--classes", "base"], "--classes: .* here is neither"),
+        (["--classes", "base", "--protocol", "generate"], "--classes: .* here is neither"),
+        (["--classes", "all", "--holdout", "--split", "val"], "--classes: .* here is neither"),
+        (["--most_tokens", "9"], "--most_tokens: no answer is written"),
+        (["--seed", "0"], "--seed: .* nothing is drawn"),
+        (["--seed", "1", "--holdout", "--list_names"], "--seed: .* nothing is drawn"),
     ):
         with pytest.raises(UserError, match=message):
             config_of(script, *tiny, *flags)
+
+    # The same flags where they have a part.
+    for flags in (
+        ["--list_order", "given", "--list_names"],
+        ["--name_case", "lower"],
+        ["--name_case", "lower", "--protocol", "generate", "--list_names"],
+        ["--classes", "base", "--list_names", "--protocol", "generate"],
+        ["--classes", "base", "--holdout"],
+        ["--most_tokens", "9", "--answer", "described"],
+        ["--most_tokens", "9", "--describe"],
+        ["--seed", "0", "--list_names", "--list_order", "drawn"],
+        ["--seed", "0", "--holdout", "--val_shots", "1"],
+    ):
+        config_of(script, *tiny, *flags)
+    assert config_of(script, *tiny).most_tokens == 80
 
     damaged = shutil.copytree(base_run, tmp_path / "damaged")
     arguments = json.loads((base_run / "args.json").read_text())

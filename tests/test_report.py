@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,8 @@ import pytest
 import scipy.stats
 from conftest import ROOT, error_line
 
+from flowers.files import read_json
+from flowers.runs import strategy_of
 from flowers.study import comparable, figures, statistics
 
 NAMES = [f"kind {c:02d}" for c in range(12)]
@@ -1120,6 +1123,39 @@ def test_a_soup_is_no_seed_of_its_runs(tmp_path):
     assert found["other"][:2] == ("ViT-B/32", "unknown soup")
     assert found["base-0"] == ("ViT-B/32", "full", "base")
     assert [len(group) for group in comparable.grouped(list(runs.values()))].count(2) == 1
+
+
+def test_an_evaluation_of_a_soup_s_folder_is_one_of_the_soup(tmp_path):
+    """It has no strategy of its own, and would pass for an untrained model."""
+    for seed in SEEDS:
+        write_run(tmp_path, f"base-{seed}", 0.5, seed=seed, classes="base")
+    evaluation = {"job": "eval", "strategy": None, "epochs": None, "classes": None, "lr": None}
+    soup = ["runs/base-0", "runs/base-1"]
+    write_run(tmp_path, "soup", 0.6, soup=soup, **evaluation)
+    for model in ("runs/soup", "runs/soup/model.pt"):
+        name = f"of-{Path(model).name}"
+        write_run(tmp_path, name, 0.6, "test", architecture=model, **evaluation)
+    write_run(tmp_path, "again", 0.6, architecture="runs/soup", **evaluation)
+    runs = {run.name: run for run in compared_runs(tmp_path)}
+    assert "again" not in runs  # the soup's own evaluation once more
+    for name in ("of-soup", "of-model.pt"):
+        run = runs[name]
+        found = run.architecture, run.strategy, run.trained_on, run.settings["lr"]
+        assert found == ("tiny", "full soup", "base", 1e-3)
+    # Its runs, or the folder itself, are no longer here.
+    shutil.rmtree(tmp_path / "base-1")
+    assert {run.strategy for run in compared_runs(tmp_path) if run.split == "test"} == {
+        "unknown soup"
+    }
+    assert strategy_of(read_json(tmp_path / "soup" / "args.json")) == "unknown soup"
+
+
+def test_an_evaluation_of_a_run_that_is_not_here_is_of_no_known_strategy(tmp_path):
+    evaluation = {"job": "eval", "strategy": None, "epochs": None}
+    write_run(tmp_path, "old", 0.5, "test", architecture="elsewhere/old", overlap=0, **evaluation)
+    write_run(tmp_path, "file", 0.5, "test", architecture="weights/vit.pt", **evaluation)
+    strategies = {run.name: run.strategy for run in compared_runs(tmp_path)}
+    assert strategies == {"old": "unknown", "file": "none"}
 
 
 def test_a_soup_of_different_runs_is_mixed(tmp_path):

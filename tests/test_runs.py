@@ -6,11 +6,13 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 from flowers import UserError, command, devices, files, runs, tracking, training
+from flowers.settings import read_settings
 
 # -----------------------------------------------------------------------------
 # files
@@ -23,6 +25,18 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
         files.write_json(path, {"new": object()})
     assert json.loads(path.read_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_atomic_writes_to_a_pipe_and_leaves_it_there(tmp_path):
+    """As to /dev/stdout: renaming would put a file in the place of the device."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_csv(path, [{"a": 1}])
+    assert os.read(reader, 100).split() == [b"a", b"1"]
+    os.close(reader)
+    assert path.is_fifo() and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_atomic_removes_what_a_killed_process_left(tmp_path):
@@ -266,3 +280,58 @@ def test_how_a_model_was_trained_and_what_it_began_with():
     for architecture, is_start, pretraining in begun:
         assert runs.pretraining_of({"architecture": architecture}, is_start) == pretraining
     assert runs.pretraining_of({"architecture": "tiny", "captions": "c"}, True) == "captions"
+
+
+# -----------------------------------------------------------------------------
+# resuming with other images or flags
+
+
+def test_of_two_runs_of_one_name_that_begin_at_once_one_goes_on(tmp_path, monkeypatch):
+    config = {"job": "train", "architecture": "tiny"}
+    is_taken = runs._is_taken
+
+    def other_comes_first(folder, job):
+        taken = is_taken(folder, job)
+        folder.mkdir()  # between the look and the making
+        return taken
+
+    monkeypatch.setattr(runs, "_is_taken", other_comes_first)
+    with pytest.raises(UserError, match="by another process"):
+        runs.new_run(tmp_path, "it", config, {})
+    assert not list((tmp_path / "it").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        runs.new_run(tmp_path, "file", config, {})
+
+
+def test_a_run_is_not_resumed_with_other_images(tmp_path):
+    splits = {"train": np.arange(3), "val": np.arange(0), "test": np.arange(2)}
+    config = {"job": "train", "architecture": "tiny"}
+    folder = runs.new_run(tmp_path, "it", config, splits)
+    runs.check_same_images(folder, splits, ["a", "b", "c"])  # no list yet
+    runs.write_trained_on(folder, ["a", "b", "c", "of its start"])
+    runs.check_same_images(folder, splits, ["a", "b", "c"])
+    for other in (splits | {"train": np.arange(4)}, splits | {"test": np.arange(1)}):
+        with pytest.raises(UserError, match="the dataset has changed"):
+            runs.check_same_images(folder, other, ["a", "b", "c"])
+    with pytest.raises(UserError, match="the dataset has changed"):
+        runs.check_same_images(folder, splits, ["a", "b", "another"])  # as many
+
+
+def test_flags_typed_beside_resume_must_be_those_of_the_run(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "it"
+    folder.mkdir(parents=True)
+
+    def settings_of(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        return read_settings("")
+
+    begun = settings_of("--architecture", "tiny", "--lr", 1e-3, "--holdout", "--runs", tmp_path)
+    files.write_json(folder / "args.json", {**begun.record(), "name": "it"})
+    # The same command once more, what belongs to the command, and what the machine decides.
+    same = ("--architecture", "tiny", "--lr", 0.001, "--epochs", 19, "--runs", tmp_path / "runs")
+    for words in ((), same, ("--device", "cpu", "--no_cuda_graph"), ("--precision", "auto")):
+        assert settings_of("--resume", folder, *words).lr == 1e-3
+    for words in (("--lr", 0.01), ("--holdout=false",), ("--seed", 1), ("--name", "other")):
+        with pytest.raises(UserError, match=f"{words[0].partition('=')[0]}: .*leave it out"):
+            settings_of("--resume", folder, *words)

@@ -161,6 +161,46 @@ def test_a_run_whose_images_are_unknown_makes_those_of_the_soup_unknown(folder, 
         runs.read_trained_on(tmp_path / "soup")
 
 
+def test_the_images_of_a_soup_are_known_wherever_it_lies(folder, tmp_path):
+    """Its own list, or those of its runs; where neither is left, it is unknown and not none."""
+    both = runs.read_trained_on(folder / "soup")
+    moved = shutil.copytree(folder / "soup", tmp_path / "moved")
+    (tmp_path / "link.pt").symlink_to(moved / "model.pt")
+    for model in (moved, moved / "model.pt", tmp_path / "link.pt"):
+        assert runs.read_trained_on(model) == both
+    (moved / "trained_on.json").unlink()
+    assert runs.read_trained_on(moved) == both  # of its runs
+    settings = read_json(moved / "args.json")
+    settings["soup"][1] = str(tmp_path / "gone")
+    write_json(moved / "args.json", settings)
+    with pytest.raises(runs.UnknownImages, match="gone, which it was made from, is gone"):
+        runs.read_trained_on(moved)
+    # One that has lost its arguments.
+    lost = shutil.copytree(folder / "soup", tmp_path / "lost")
+    (lost / "args.json").unlink()
+    assert runs.read_trained_on(lost / "model.pt") == both
+
+
+def test_a_run_whose_start_is_gone_has_seen_unknown_images(folder, tmp_path):
+    older = shutil.copytree(folder / "a", tmp_path / "older")
+    (older / "trained_on.json").unlink()
+    assert runs.read_trained_on(older) == runs.read_trained_on(folder / "a")
+    settings = read_json(older / "args.json") | {"architecture": str(tmp_path / "runs" / "start")}
+    write_json(older / "args.json", settings)
+    with pytest.raises(runs.UnknownImages, match="is gone"):
+        runs.read_trained_on(older)
+
+
+def test_weights_outside_of_a_run_are_said_to_be_unknown(folder, small, tmp_path, capsys):
+    shutil.copy(folder / "soup" / "model.pt", tmp_path / "copied.pt")
+    flowers = open_flowers(small, splits="official")
+    index = flowers.splits["test"]
+    assert runs.check_overlap([tmp_path / "copied.pt"], flowers, index, "test", False) is None
+    assert f"no run here made {tmp_path / 'copied.pt'}" in capsys.readouterr().err
+    assert runs.check_overlap(["tiny"], flowers, index, "test", False) is None
+    assert capsys.readouterr().err == ""
+
+
 def test_what_a_killed_soup_left_is_no_model_of_the_next_evaluation(tmp_path):
     config = {"job": "eval", "architecture": "tiny"}
     folder = runs.new_run(tmp_path, "killed", config | {"soup": ["a", "b"]}, {})

@@ -132,11 +132,13 @@ def test_a_seed_gives_the_same_weights_twice(trained, tmp_path, train):
     assert not equal(weights(tmp_path / "other"), weights(trained))
 
 
-def test_resume_with_another_seed_on_the_command_line_keeps_the_run_s_own(trained, tmp_path, cli):
+def test_resume_keeps_the_run_s_own_flags_and_refuses_others(trained, tmp_path, cli):
     copy = shutil.copytree(trained, tmp_path / "runs" / "copy")
     (copy / "result.json").unlink()
     (copy / "model.pt").unlink()
-    code, out, _ = cli("train.py", "--resume", copy, "--seed", 9, *NO_WANDB)
+    line = error_line(cli("train.py", "--resume", copy, "--seed", 9, *NO_WANDB))
+    assert "--seed" in line and "was begun with, 0" in line
+    code, out, _ = cli("train.py", "--resume", copy, "--seed", 0, *NO_WANDB)
     assert code == 0 and "after epoch 12 of 12" in out
     assert equal(weights(copy), weights(trained))
     result = read(copy / "result.json")
@@ -304,8 +306,11 @@ def test_mistakes_end_with_one_line(small, tmp_path, cli):
     assert "leave out --loss" in error("--strategy", "linear", "--loss", "sigmoid")
     assert "--chunk_size" in error("--chunk_size", -5)
     assert "--eval_every" in error("--holdout", "--eval_every", -3)
-    for flag, value in (("--lr", "nan"), ("--wd", -5), ("--tau_lr", -1), ("--temperature", "nan")):
+    numbers = (("--lr", "nan"), ("--lr", "inf"), ("--wd", -5), ("--wd", "1e400"))
+    for flag, value in (*numbers, ("--temperature", "nan"), ("--temperature", "inf")):
         assert "at least 0" in error(flag, value)
+    assert "at least 0" in error("--learn_temperature", "--tau_lr", -1)
+    assert "none is learned" in error("--tau_lr", 0.1)
 
     captions = write_captions(tmp_path / "captions.jsonl", small / "jpg", lambda file: ["red"])
     assert "no {}" in error("--captions", captions, "--prompt_template", "a flower")
@@ -330,6 +335,28 @@ def test_mistakes_end_with_one_line(small, tmp_path, cli):
 
     assert "--lr" in error("--lr", 1e30, "--name", "diverged", "--epochs", 3)
     assert not any((tmp_path / "runs").glob("tiny*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "noted"),
+    [
+        ("--strategy full --views 8", "--views"),
+        ("--strategy lora --no_cache", "--no_cache"),
+        ("--strategy norm --wd 0.5", "--wd"),
+        ("--strategy text --views 8", "--views"),
+        ("--strategy text --views 8 --augment flip --no_cache --wd 0.5", None),
+        ("--strategy linear --captions any", "--captions"),
+        ("--strategy linear --temperature 0.1", "--temperature"),
+        ("--strategy linear --prompt_template a{}", "--prompt_template"),
+        ("--strategy linear --prompt_template a{} --classes base", None),
+        ("--strategy linear --prompt_template a{} --start_from zero_shot", None),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_noted(flags, noted, capsys):
+    parser = settings.make_parser()
+    settings.note_unused(parser.parse_args(flags.split()), parser)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ([noted] if noted else [])
 
 
 def test_what_a_strategy_does_not_use_is_said_and_not_recorded(tmp_path, train, cli):

@@ -363,7 +363,7 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     evaluation, on the same images with the same prompt, it is dropped, unless it holds a curve of
     WiSE-FT, is calibrated, or is of a soup. A soup, the mean of the weights of several runs, has
     their architecture and classes, and their strategy with `SOUP` behind it; settings that they do
-    not share are "mixed".
+    not share are "mixed". An evaluation of a soup's folder is one of the soup.
 
     Returns:
         The runs to compare, and apart from them the runs that others started from.
@@ -377,6 +377,11 @@ def resolve(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
     resolved = []
     for run in runs:
+        soup = _soup_evaluated(run, by_name)
+        if soup is not None and soup.name not in start_names:
+            if _repeats(run, soup):
+                continue
+            run = replace(run, settings=run.settings | {"soup": soup.settings["soup"]})
         trained = run
         parent = _parent(run, by_name)
         evaluates = run.settings.get("job") == "eval" and parent is not None
@@ -506,6 +511,13 @@ def _parent(run: Run, by_name: dict[str, Run]) -> Run | None:
     return by_name.get(name)
 
 
+def _soup_evaluated(run: Run, by_name: dict[str, Run]) -> Run | None:
+    """The soup whose folder an evaluation names as its model; None of other runs."""
+    parent = _parent(run, by_name)
+    is_evaluation = run.settings.get("job") == "eval" and not run.settings.get("soup")
+    return parent if is_evaluation and parent and parent.settings.get("soup") else None
+
+
 def _run_name(path: str | None) -> str:
     """The name of the run at runs/NAME or runs/NAME/model.pt."""
     path = Path(str(path))
@@ -578,6 +590,10 @@ def _strategy(run: Run, trained: Run, by_name: dict[str, Run]) -> str:
     """
     if run.is_qwen:
         return _qwen_strategy(run)
+    # It is recorded of models that a run made: where that run is not here, nothing says how.
+    is_of_a_run = run.settings.get("job") == "eval" and "overlap" in run.result
+    if is_of_a_run and not run.settings.get("soup") and _parent(run, by_name) is None:
+        return "unknown"
     members = []
     if run.settings.get("soup"):
         # Without the runs that it is the mean of, nothing says how they were trained.
