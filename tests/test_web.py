@@ -369,11 +369,14 @@ def test_neighbours_by_colour_and_by_a_run(page, many):
     others = [i + 1 for i in np.argsort(distances, kind="stable") if i != 49]
     assert shown(at, "neighbours") == others[:12]
 
-    assert at.selectbox(key="like").options == ["colours", "first"]  # a list: there may be 500 runs
-    select(at, "like", "first")
+    choose(at, "near_by", "a run's features")
+    assert at.selectbox(key="like").options == ["first"]  # a list: there may be 500 runs
     assert len(shown(at, "neighbours")) == 12
     assert 50 not in shown(at, "neighbours")
     assert scores(at, "neighbours") == sorted(scores(at, "neighbours"), reverse=True)
+    assert at.query_params["like"] == "first"
+    choose(at, "near_by", "colours")
+    assert shown(at, "neighbours") == others[:12]
 
 
 def test_captions_of_the_image_are_shown_as_plain_text(page, many, tmp_path):

@@ -279,21 +279,18 @@ def outcome_filters(flowers: Flowers, predictions: list[Predictions], shows: lis
 
 def kinds_of_probabilities(predictions: Sequence[Predictions]) -> str:
     """Return which runs' probabilities are calibrated, in words; empty if none are."""
-    from flowers.calibration import temperature_in_words  # here, as it loads scipy
-
-    calibrated, others = [], []
-    for run in predictions:
-        if run.temperature is None:
-            others.append(panels.plain(run.name))
-        else:
-            in_words = panels.plain(temperature_in_words(run.temperature))
-            calibrated.append(f"{panels.plain(run.name)} is {in_words}")
+    calibrated = [run for run in predictions if run.temperature is not None]
     if not calibrated:
         return ""
+    from flowers.calibration import temperature_in_words  # here, as it loads scipy
+
+    in_words = [f"{run.name} is {temperature_in_words(run.temperature)}" for run in calibrated]
+    said = ", ".join(map(panels.plain, in_words))
+    others = [panels.plain(run.name) for run in predictions if run.temperature is None]
     if not others:
-        return f"Probabilities: {', '.join(calibrated)}."
+        return f"Probabilities: {said}."
     return (
         "The percentages of these runs are not of one kind, and can't be compared: "
-        f"{', '.join(calibrated)}; not calibrated: {', '.join(others)}. "
+        f"{said}; not calibrated: {', '.join(others)}. "
         "Labels in doubt are found by the mean of these as they are."
     )

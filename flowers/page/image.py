@@ -48,6 +48,7 @@ from flowers.page.widgets import (
 )
 
 NEIGHBOURS = 12  # nearest images, under one image
+FEATURES = "a run's features"
 NEWEST = 3  # runs whose predictions are shown under an image, and how many are looked at for them
 NEWEST_LOOKED_AT = 8
 
@@ -367,13 +368,30 @@ def painted_maps(
     return cells
 
 
+def choose_way(ways: Sequence[str], reasons: dict[str, str]) -> None:
+    """Show buttons for colours or features, and a list of the runs that have features.
+
+    ways: colours, and the runs. reasons: why a run stands apart from the others.
+    """
+    colours, *models = ways
+    # The list only once it is needed: it takes the browser longer to load than the pictures do.
+    state["near_by"] = colours if state["like"] == colours else FEATURES
+
+    def choose() -> None:
+        change(like=colours if state["near_by"] == colours else models[0])
+
+    choose_one("Nearest images by", (colours, FEATURES), "near_by", choose)
+    if state["like"] != colours:
+        choose_from_list("Run", models, "like", reasons=reasons, on_change=change)
+
+
 def show_neighbours(data: Dataset, i: int, models: list[str], runs: Path) -> None:
     """Show the images nearest to image i, by colours or by the features of a run's model."""
     reasons = models_apart(data, runs, models)
     ways = ways_of(reasons)
     # An address may name a run that is not here: then there is something to go back to.
     if models or state["like"] != "colours":
-        choose_from_list("Nearest images by", ways, "like", reasons=reasons, on_change=change)
+        choose_way(ways, reasons)
     if is_missing("like", ways, f"with a model in {panels.plain(str(runs))}"):
         return
     if state["like"] == "colours":
