@@ -374,7 +374,7 @@ def main():
     levels = levels_of(args) | qwen_levels
     check_numbers(levels)
     if args.grid != QWEN:
-        check_starts(args.start_epochs, args.start_captions, levels)
+        note_starts(args.start_epochs, args.start_captions, levels)
         check_levels(args.grid, levels, common)
     slots = make_slots(args.jobs, args.gpus)
     if args.sweep:
@@ -576,17 +576,19 @@ def check_numbers(levels: dict[str, tuple]) -> None:
             raise UserError(f"--{axis} must be at least 1")
 
 
-def check_starts(
+def note_starts(
     start_epochs: int | None, start_captions: str | None, levels: dict[str, tuple]
 ) -> None:
-    """Raise UserError for flags of the stand-ins for pretraining where there are none."""
+    """Note flags of the stand-ins for pretraining where there are none.
+
+    They are not refused: one command line then serves several architectures.
+    """
     given = {"start_epochs": start_epochs, "start_captions": start_captions}
     has_random = set(RANDOM) & set(levels.get("architecture", ()))
     for flag, value in given.items():
         if value is not None and not has_random:
-            raise UserError(
-                f"--{flag} is of the stand-in for pretraining of random weights: leave it out, or "
-                f"give --architecture one of {', '.join(RANDOM)}"
+            files.note(
+                f"--{flag} has no effect: it is of the stand-in for pretraining of random weights"
             )
 
 
@@ -633,8 +635,9 @@ def check_values(grid: str, points: Sequence[Point]) -> None:
     A flag that means nothing for one strategy costs the points of that one, which is said, and not
     the grid.
     """
-    if not accepted(grid, points):
+    if all(refusal(point.arguments) for point in points):
         raise UserError(f"{grid}: {refusal(points[0].arguments)}")
+    accepted(grid, points)  # which says what is left out
 
 
 def accepted(grid: str, points: Sequence[Point]) -> list[Point]:

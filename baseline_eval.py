@@ -113,7 +113,7 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(args: argparse.Namespace) -> None:
     """Fill in --seed; raise UserError for flags that mean nothing, and values out of range."""
     is_random = args.architecture in RANDOM and not args.soup
-    if args.seed is not None and not is_random:
+    if args.seed and not is_random:
         raise UserError(
             f"--seed draws the weights of {', '.join(RANDOM)}, and here nothing is drawn: leave it "
             "out"

@@ -134,11 +134,14 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 def refuse_overwriting(written: Sequence[Path], read: Sequence[Path | None]) -> None:
     """Raise UserError for a file that would be written twice, or in place of one that is read."""
+    written = [path for path in written if path.is_file() or not path.exists()]  # no device
     places = [path.resolve() for path in written]
     read_places = {path.resolve() for path in read if path is not None}
     for path, place in zip(written, places):
         if places.count(place) > 1:
-            raise UserError(f"{path} is to be written twice: give --csv, --json and --sheet names")
+            raise UserError(
+                f"{path} is to be written twice: give --csv, --json and --sheet different names"
+            )
         if place in read_places:
             raise UserError(f"{path} is read here, and would be written over: give another name")
 

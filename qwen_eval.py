@@ -256,7 +256,10 @@ def resolve(args: argparse.Namespace) -> Config:
     if args.score == OLD_PMI:
         files.note(f"--score {OLD_PMI} is now called pmi")
         args.score = "pmi"
+    # A default that is typed misleads nobody.
+    defaults = DEFAULTS | NEW_DEFAULTS
     typed = {flag for flag in MAY_LACK_A_PART if is_typed(getattr(args, flag))}
+    typed = {flag for flag in typed if getattr(args, flag) != defaults.get(flag)}
     without_part = fill_in_from_training(args)
     if args.most_tokens is None:
         args.most_tokens = MOST_TOKENS

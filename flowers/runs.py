@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,9 +157,10 @@ def new_run(
     """
     name = name or _default_name(config)
     folder = Path(runs) / name
-    was_there = folder.exists()
+    was_there = os.path.lexists(folder)
     if was_there and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --name")
+        raise UserError(f"{folder} is no folder: choose another --name")
+    _refuse_leftovers(folder)
     if _is_taken(folder, config["job"]):
         advice = "choose another --name"
         if config["job"] not in ("eval", "qwen_probe"):
@@ -204,6 +205,18 @@ def _default_name(config: dict) -> str:
     now = time.strftime("%Y%m%d-%H%M%S")
     # Two runs may start in the same second.
     return f"{model}-{config['job']}-{now}-{os.getpid()}"
+
+
+def _refuse_leftovers(folder: Path) -> None:
+    """Raise UserError if a folder without settings holds parts of a run, or somebody's weights.
+
+    They would be taken for those of a new run, whose training images would not be recorded.
+    """
+    if (folder / "args.json").exists():
+        return
+    for left in ("model.pt", "classifier.pt", "trained_on.json", "checkpoint.pt"):
+        if (folder / left).exists():
+            raise UserError(f"{folder} holds the {left} of something else: choose another --name")
 
 
 def _is_taken(folder: Path, job: str) -> bool:
@@ -282,17 +295,23 @@ def arguments_to_resume(folder: Path, job: str) -> dict | None:
     return stored
 
 
-def check_typed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_typed(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, unused: Collection[str] = ()
+) -> None:
     """Raise UserError for a flag beside --resume that says something else than the run's own.
 
     args: of the run that is resumed. It would have no effect: the run goes on with what it began.
+    unused: flags that this run has no use for, whatever they say.
     """
+    folder = Path(args.resume).resolve()
+    own_values = vars(args) | {"name": folder.name, "runs": str(folder.parent)}
     for key, value in typed_flags(parser).items():
-        own = Path(args.resume).name if key == "name" else getattr(args, key)
+        own = own_values[key]
         # What the machine decides is the run's own by now.
-        if key in OF_THE_COMMAND or value in (own, "auto"):
+        if key in OF_THE_COMMAND or key in unused or value in (own, "auto"):
             continue
-        if key == "runs" and Path(str(value)).resolve() == Path(own).resolve():
+        # The same place may be written in several ways; of other values this is no place.
+        if own is not None and Path(str(value)).resolve() == Path(str(own)).resolve():
             continue
         raise UserError(
             f"--{key}: {args.resume} goes on with what it was begun with, {own}, and not with "

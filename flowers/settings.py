@@ -58,8 +58,6 @@ USED_BY = {
     "epochs": WITH_STEPS,
     "views": FROZEN_START,
     "no_cache": FROZEN_PART,
-    # Its head is fitted to images, and captions are for the retrieval in its evaluation alone.
-    "captions": WITH_STEPS,
 }
 USED_BY |= dict.fromkeys(OF_STEPS, WITH_STEPS)
 # Scales and shifts of norms do not decay.
@@ -209,7 +207,8 @@ def parse_arguments(parser: argparse.ArgumentParser, processes: int) -> argparse
                 "sentences, for the same result"
             )
     args = runs.parse_stored(parser, args, stored)
-    runs.check_typed(parser, args)
+    unused = {key for key, strategies in USED_BY.items() if args.strategy not in strategies}
+    runs.check_typed(parser, args, unused)
     return args
 
 
@@ -225,6 +224,9 @@ def note_unused(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     if args.strategy in FROZEN_START and args.views != parser.get_default("views"):
         if args.augment in (None, "none"):
             note("--views has no meaning without --augment flip or crop: all views are the same")
+    learns = args.learn_temperature or args.loss == "sigmoid"
+    if args.strategy in USED_BY["tau_lr"] and args.tau_lr is not None and not learns:
+        note("--tau_lr has no meaning without --learn_temperature or --loss sigmoid")
 
 
 def note_unused_by_random_probe(args: argparse.Namespace) -> None:
@@ -293,12 +295,6 @@ def settle_steps(args: argparse.Namespace) -> None:
     if args.lr is None:
         args.lr = RANDOM_LR if from_random else LEARNING_RATES[args.strategy]
     # Where neither temperature nor bias is learned it has no effect, but it is recorded.
-    learns = args.learn_temperature or args.loss == "sigmoid"
-    if args.tau_lr is not None and not (learns or args.resume):
-        raise UserError(
-            "--tau_lr is the rate of a learned temperature or bias, and none is learned: leave it "
-            "out, or give --learn_temperature or --loss sigmoid"
-        )
     if args.tau_lr is None:
         args.tau_lr = args.lr
     if args.strategy == "linear":

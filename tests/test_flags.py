@@ -13,7 +13,7 @@ from flowers.settings import make_parser
     ("words", "message"),
     [
         ("baseline_eval.py --seed 1", "nothing is drawn"),
-        ("baseline_eval.py --soup a b --seed 0", "nothing is drawn"),
+        ("baseline_eval.py --soup a b --seed 1", "nothing is drawn"),
         ("qwen_probe.py --model tiny --seed 1 --holdout", "here is neither"),
         ("qwen_probe.py --model tiny --val_shots 2 --holdout --inverse_penalty 1", "leave out one"),
         ("test_models.py --batch_size 0", "at least 1"),

@@ -300,7 +300,7 @@ def test_of_two_runs_of_one_name_that_begin_at_once_one_goes_on(tmp_path, monkey
         runs.new_run(tmp_path, "it", config, {})
     assert not list((tmp_path / "it").iterdir())
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="is no folder"):
         runs.new_run(tmp_path, "file", config, {})
 
 
@@ -335,3 +335,18 @@ def test_flags_typed_beside_resume_must_be_those_of_the_run(tmp_path, monkeypatc
     for words in (("--lr", 0.01), ("--holdout=false",), ("--seed", 1), ("--name", "other")):
         with pytest.raises(UserError, match=f"{words[0].partition('=')[0]}: .*leave it out"):
             settings_of("--resume", folder, *words)
+
+
+def test_a_folder_with_weights_of_something_else_begins_no_run(tmp_path):
+    """Its list of training images, or its model, would be taken for the new run's."""
+    config = {"job": "train", "architecture": "tiny"}
+    for left in ("trained_on.json", "model.pt"):
+        folder = tmp_path / left.split(".")[0]
+        folder.mkdir()
+        (folder / left).write_text("{}")
+        with pytest.raises(UserError, match="of something else"):
+            runs.new_run(tmp_path, folder.name, config, {})
+        assert [path.name for path in folder.iterdir()] == [left]
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="is no folder"):
+        runs.new_run(tmp_path, "link", config, {})

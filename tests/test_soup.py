@@ -208,10 +208,11 @@ def test_what_a_killed_soup_left_is_no_model_of_the_next_evaluation(tmp_path):
         (folder / name).write_text("")
     runs.new_run(tmp_path, "killed", config, {})
     assert [path.name for path in folder.iterdir()] == ["args.json"]
-    # A user's own file is in no run, and stays.
+    # A user's own file is in no run: it stays, and no run is begun beside it.
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.pt").write_text("")
-    runs.new_run(tmp_path, "mine", config, {})
+    with pytest.raises(UserError, match="of something else"):
+        runs.new_run(tmp_path, "mine", config, {})
     assert (tmp_path / "mine" / "model.pt").exists()
 
 
