@@ -282,10 +282,12 @@ def test_pages_turn_below_the_grid_too(page):
 
 def test_filters_are_folded_away_on_a_telephone(page, monkeypatch):
     assert not page().expander
+    assert formats_of(page(view="runs"))["run"]["pinned"]
     headers = {"User-Agent": "Mozilla/5.0 (Linux; Android 15) Chrome/140 Mobile Safari/537.36"}
     monkeypatch.setattr(type(streamlit.context), "headers", headers)
     assert [box.label for box in page().expander] == ["Filters"]
     assert [box.label for box in page(view="runs", run="first").expander] == ["Filters"]
+    assert not formats_of(page(view="runs"))["run"]["pinned"]
 
 
 @pytest.mark.parametrize("name", ["mallow", "tree mallow"])  # one name holds the other
@@ -689,7 +691,7 @@ def test_the_table_says_what_can_t_be_compared(tmp_path):
     write_run(tmp_path / "held", done | {"calibration_temperature": 2.0}, **trained)
     used = done | {"calibration_temperature": 1.25, "calibrated": True}
     write_run(tmp_path / "used", used, job="eval", architecture="held")
-    assert table_of(tmp_path)["calibrated"].dropna().to_dict() == {"used": "T = 1.25"}
+    assert table_of(tmp_path)["calibrated"].dropna().to_dict() == {"used": 1.25}
 
 
 @pytest.mark.parametrize("path", ["gone", "gone/model.pt", "file.pt", "open_clip:a/file.bin"])
@@ -743,6 +745,11 @@ def ticked(at):
     rows = json.loads(at.dataframe[0].proto.selection_default)["selection"]["rows"]
     assert address_lists(at).get("ticked", []) == [shown[row] for row in rows]
     return [shown[row] for row in rows]
+
+
+def formats_of(at):
+    """How the columns of the table of all runs are shown."""
+    return json.loads(at.dataframe[0].proto.columns)
 
 
 def address_lists(at):
@@ -1159,6 +1166,10 @@ def test_the_map_shows_each_image_and_lists_those_in_a_box(page, truth, runs):
     n_listed = f"1 to 48 of {len(inside)} images"
     assert n_listed in text(again)
     assert shown(again) == sorted(inside)[:48]
+    assert address_of(press(again, "remove_box")) == {"view": "map", "laid": "first"}
+    _, spec = chart_of(again)
+    assert not shown(again) and not again.button
+    assert "value" not in next(p for p in spec["params"] if p["name"] == "box")
 
 
 def test_another_layout_begins_without_a_box(page):
@@ -1714,7 +1725,9 @@ def test_runs_whose_probabilities_are_not_of_one_kind_say_so(page, three_runs, m
     (folder / "second" / "result.json").write_text(json.dumps(result))
     mixed = "can't be compared: second is calibrated (T = 1.25); not calibrated: first."
     for show in ("all", "doubted"):
-        assert mixed in text(page(**both, show=show))
+        words = text(page(**both, show=show))
+        assert mixed in words
+        assert ("by the mean of these percentages" in words) == (show == "doubted")
     alone = text(page(runs=folder, view="runs", run="second"))
     assert "Probabilities: second is calibrated (T = 1.25)." in alone
     # Found on val, and not used.
@@ -2114,3 +2127,6 @@ def test_one_image_of_compared_runs_is_shown_without_their_accuracies(page, runs
     at = page(view="runs", run="first", other="second", image=str(image))
     assert html(at, "image") and not html(at, "accuracies")
     assert accuracies(press(at, "to_grid")).index.tolist() == ["first", "second"]
+    at = page(view="runs", image=str(image))
+    assert html(at, "image") and not at.dataframe
+    assert press(at, "to_grid").dataframe
