@@ -64,6 +64,7 @@ from flowers.gallery.thumbnails import (
 )
 from flowers.intervals import holm, paired_difference
 from flowers.page import classes, kept
+from flowers.page.image import what_is_left_out
 from flowers.study.comparable import read_clusters
 from flowers.study.statistics import difference_interval, mean_interval
 
@@ -379,6 +380,16 @@ def test_neighbours_by_colour_and_by_a_run(page, many):
     assert at.query_params["like"] == "first"
     choose(at, "near_by", "colours")
     assert shown(at, "neighbours") == others[:12]
+
+
+def test_whose_features_were_chosen_is_kept(page, runs, tmp_path):
+    for name in ("older", "newer"):
+        shutil.copytree(runs / "first", tmp_path / name)
+        os.utime(tmp_path / name, (1e9, 1e9 + (name == "newer")))
+    at = page(runs=tmp_path, image="50", like="older")
+    assert at.selectbox(key="like").options == ["newer", "older"]
+    at = choose(at, "near_by", "colours")
+    assert address_of(choose(at, "near_by", "a run's features"))["like"] == "older"
 
 
 def test_captions_of_the_image_are_shown_as_plain_text(page, many, tmp_path):
@@ -920,12 +931,13 @@ def test_an_image_has_calibrated_probabilities_where_a_run_has_a_temperature(
     i = next(iter(predictions_of(folder, "first")))
     at = page(runs=folder, view="runs", run="first", other=["second", "third"], image=str(i))
     before = dict(rankings(html(at, "image")))
-    assert list(before) == ["first", "second: calibrated (T = 1.25), found on val", "third"]
+    of_second = "second: calibrated (T = 1.25), found on val"
+    assert list(before) == ["first: not calibrated", of_second, "third: not calibrated"]
     calibrated = choose(at, "probabilities", "calibrated")
     assert address_of(calibrated)["probabilities"] == "calibrated"
     (title, best), *others = rankings(html(calibrated, "image"))
     assert title == "first: calibrated (T = 2.5), found on val"
-    assert [name for name, _ in others] == [[*before][1], "third: not calibrated"]
+    assert [name for name, _ in others] == [of_second, "third: not calibrated"]
     assert [answers for _, answers in others] == [*before.values()][1:]
 
     model, _ = clip.load(str(first / "model.pt"), device="cpu")
@@ -1669,6 +1681,16 @@ def test_the_newest_runs_speak_of_any_image(page, runs):
     assert {run for run, _ in tables} == {"first", "second"}
 
 
+def test_what_is_said_of_runs_without_a_prediction_of_an_image(page, truth):
+    i = min(truth[1]["train"])  # the runs predicted the test split
+    at = page(image=str(i))
+    assert "None of the 2 runs with predictions has this image." in text(at)
+    assert "also" not in [box.key for box in at.selectbox]  # both were looked at
+    for n, who in enumerate(("None", "1")):
+        words = f"{who} of the 8 newest of 11 runs with predictions has this image; older ones were"
+        assert what_is_left_out(n, 11).startswith(words)
+
+
 def test_any_run_can_speak_of_an_image_beside_the_newest(page, runs, tmp_path):
     folder = tmp_path / "runs"
     every = list(predictions_of(runs, "first").values())
@@ -1699,15 +1721,16 @@ def test_any_run_can_speak_of_an_image_beside_the_newest(page, runs, tmp_path):
     write(10, every[1:])
     at, shown, names = opened()
     assert names == ["run11", "run6"]
-    assert "2 of the newest 8 of 12 runs predicted this image; the others were not" in shown
+    assert "2 of the 8 newest of 12 runs with predictions have this image; older ones" in shown
 
-    assert "run11" not in at.selectbox(key="also").options  # it speaks already
+    options = at.selectbox(key="also").options
+    assert not [option for option in options if "run11" in option]  # it speaks already
     select(at, "also", "run2")
     assert address_of(at) == {"image": str(i), "also": "run2"}
     again, shown, names = opened(also="run2")
-    assert names == ["run2", "run11", "run6"]
+    assert names == ["run11", "run6", "run2"]
     assert html(at, "image") == shown
-    assert opened(also="run6")[2] == ["run6", "run11"]
+    assert opened(also="run6")[2] == ["run11", "run6"]
     at, _, names = opened(also="run12")
     assert names == ["run11", "run6"] and "run12 has no prediction of this image" in text(at)
     at, _, names = opened(also="run13")
@@ -1715,6 +1738,8 @@ def test_any_run_can_speak_of_an_image_beside_the_newest(page, runs, tmp_path):
     (folder / "run1" / "predictions.csv").write_text("damaged")
     at, _, names = opened(also="run1")
     assert names == ["run11", "run6"] and "predictions.csv is empty" in text(at)
+    options = at.selectbox(key="also").options
+    assert options == [*options[:-1], "run1 (damaged)"]  # as in other lists
 
 
 def test_runs_whose_probabilities_are_not_of_one_kind_say_so(page, three_runs, many, tmp_path):
