@@ -64,6 +64,7 @@ from flowers.gallery.thumbnails import (
 )
 from flowers.intervals import holm, paired_difference
 from flowers.page import classes, kept
+from flowers.page.image import what_is_left_out
 from flowers.study.comparable import read_clusters
 from flowers.study.statistics import difference_interval, mean_interval
 
@@ -282,10 +283,12 @@ def test_pages_turn_below_the_grid_too(page):
 
 def test_filters_are_folded_away_on_a_telephone(page, monkeypatch):
     assert not page().expander
+    assert formats_of(page(view="runs"))["run"]["pinned"]
     headers = {"User-Agent": "Mozilla/5.0 (Linux; Android 15) Chrome/140 Mobile Safari/537.36"}
     monkeypatch.setattr(type(streamlit.context), "headers", headers)
     assert [box.label for box in page().expander] == ["Filters"]
     assert [box.label for box in page(view="runs", run="first").expander] == ["Filters"]
+    assert not formats_of(page(view="runs"))["run"]["pinned"]
 
 
 @pytest.mark.parametrize("name", ["mallow", "tree mallow"])  # one name holds the other
@@ -377,6 +380,16 @@ def test_neighbours_by_colour_and_by_a_run(page, many):
     assert at.query_params["like"] == "first"
     choose(at, "near_by", "colours")
     assert shown(at, "neighbours") == others[:12]
+
+
+def test_whose_features_were_chosen_is_kept(page, runs, tmp_path):
+    for name in ("older", "newer"):
+        shutil.copytree(runs / "first", tmp_path / name)
+        os.utime(tmp_path / name, (1e9, 1e9 + (name == "newer")))
+    at = page(runs=tmp_path, image="50", like="older")
+    assert at.selectbox(key="like").options == ["newer", "older"]
+    at = choose(at, "near_by", "colours")
+    assert address_of(choose(at, "near_by", "a run's features"))["like"] == "older"
 
 
 def test_captions_of_the_image_are_shown_as_plain_text(page, many, tmp_path):
@@ -689,7 +702,7 @@ def test_the_table_says_what_can_t_be_compared(tmp_path):
     write_run(tmp_path / "held", done | {"calibration_temperature": 2.0}, **trained)
     used = done | {"calibration_temperature": 1.25, "calibrated": True}
     write_run(tmp_path / "used", used, job="eval", architecture="held")
-    assert table_of(tmp_path)["calibrated"].dropna().to_dict() == {"used": "T = 1.25"}
+    assert table_of(tmp_path)["calibrated"].dropna().to_dict() == {"used": 1.25}
 
 
 @pytest.mark.parametrize("path", ["gone", "gone/model.pt", "file.pt", "open_clip:a/file.bin"])
@@ -743,6 +756,11 @@ def ticked(at):
     rows = json.loads(at.dataframe[0].proto.selection_default)["selection"]["rows"]
     assert address_lists(at).get("ticked", []) == [shown[row] for row in rows]
     return [shown[row] for row in rows]
+
+
+def formats_of(at):
+    """How the columns of the table of all runs are shown."""
+    return json.loads(at.dataframe[0].proto.columns)
 
 
 def address_lists(at):
@@ -913,12 +931,13 @@ def test_an_image_has_calibrated_probabilities_where_a_run_has_a_temperature(
     i = next(iter(predictions_of(folder, "first")))
     at = page(runs=folder, view="runs", run="first", other=["second", "third"], image=str(i))
     before = dict(rankings(html(at, "image")))
-    assert list(before) == ["first", "second: calibrated (T = 1.25), found on val", "third"]
+    of_second = "second: calibrated (T = 1.25), found on val"
+    assert list(before) == ["first: not calibrated", of_second, "third: not calibrated"]
     calibrated = choose(at, "probabilities", "calibrated")
     assert address_of(calibrated)["probabilities"] == "calibrated"
     (title, best), *others = rankings(html(calibrated, "image"))
     assert title == "first: calibrated (T = 2.5), found on val"
-    assert [name for name, _ in others] == [[*before][1], "third: not calibrated"]
+    assert [name for name, _ in others] == [of_second, "third: not calibrated"]
     assert [answers for _, answers in others] == [*before.values()][1:]
 
     model, _ = clip.load(str(first / "model.pt"), device="cpu")
@@ -1159,6 +1178,10 @@ def test_the_map_shows_each_image_and_lists_those_in_a_box(page, truth, runs):
     n_listed = f"1 to 48 of {len(inside)} images"
     assert n_listed in text(again)
     assert shown(again) == sorted(inside)[:48]
+    assert address_of(press(again, "remove_box")) == {"view": "map", "laid": "first"}
+    _, spec = chart_of(again)
+    assert not shown(again) and not again.button
+    assert "value" not in next(p for p in spec["params"] if p["name"] == "box")
 
 
 def test_another_layout_begins_without_a_box(page):
@@ -1658,6 +1681,16 @@ def test_the_newest_runs_speak_of_any_image(page, runs):
     assert {run for run, _ in tables} == {"first", "second"}
 
 
+def test_what_is_said_of_runs_without_a_prediction_of_an_image(page, truth):
+    i = min(truth[1]["train"])  # the runs predicted the test split
+    at = page(image=str(i))
+    assert "None of the 2 runs with predictions has this image." in text(at)
+    assert "also" not in [box.key for box in at.selectbox]  # both were looked at
+    for n, who in enumerate(("None", "1")):
+        words = f"{who} of the 8 newest of 11 runs with predictions has this image; older ones were"
+        assert what_is_left_out(n, 11).startswith(words)
+
+
 def test_any_run_can_speak_of_an_image_beside_the_newest(page, runs, tmp_path):
     folder = tmp_path / "runs"
     every = list(predictions_of(runs, "first").values())
@@ -1688,15 +1721,16 @@ def test_any_run_can_speak_of_an_image_beside_the_newest(page, runs, tmp_path):
     write(10, every[1:])
     at, shown, names = opened()
     assert names == ["run11", "run6"]
-    assert "2 of the newest 8 of 12 runs predicted this image; the others were not" in shown
+    assert "2 of the 8 newest of 12 runs with predictions have this image; older ones" in shown
 
-    assert "run11" not in at.selectbox(key="also").options  # it speaks already
+    options = at.selectbox(key="also").options
+    assert not [option for option in options if "run11" in option]  # it speaks already
     select(at, "also", "run2")
     assert address_of(at) == {"image": str(i), "also": "run2"}
     again, shown, names = opened(also="run2")
-    assert names == ["run2", "run11", "run6"]
+    assert names == ["run11", "run6", "run2"]
     assert html(at, "image") == shown
-    assert opened(also="run6")[2] == ["run6", "run11"]
+    assert opened(also="run6")[2] == ["run11", "run6"]
     at, _, names = opened(also="run12")
     assert names == ["run11", "run6"] and "run12 has no prediction of this image" in text(at)
     at, _, names = opened(also="run13")
@@ -1704,6 +1738,8 @@ def test_any_run_can_speak_of_an_image_beside_the_newest(page, runs, tmp_path):
     (folder / "run1" / "predictions.csv").write_text("damaged")
     at, _, names = opened(also="run1")
     assert names == ["run11", "run6"] and "predictions.csv is empty" in text(at)
+    options = at.selectbox(key="also").options
+    assert options == [*options[:-1], "run1 (damaged)"]  # as in other lists
 
 
 def test_runs_whose_probabilities_are_not_of_one_kind_say_so(page, three_runs, many, tmp_path):
@@ -1714,7 +1750,9 @@ def test_runs_whose_probabilities_are_not_of_one_kind_say_so(page, three_runs, m
     (folder / "second" / "result.json").write_text(json.dumps(result))
     mixed = "can't be compared: second is calibrated (T = 1.25); not calibrated: first."
     for show in ("all", "doubted"):
-        assert mixed in text(page(**both, show=show))
+        words = text(page(**both, show=show))
+        assert mixed in words
+        assert ("by the mean of these percentages" in words) == (show == "doubted")
     alone = text(page(runs=folder, view="runs", run="second"))
     assert "Probabilities: second is calibrated (T = 1.25)." in alone
     # Found on val, and not used.
@@ -2114,3 +2152,6 @@ def test_one_image_of_compared_runs_is_shown_without_their_accuracies(page, runs
     at = page(view="runs", run="first", other="second", image=str(image))
     assert html(at, "image") and not html(at, "accuracies")
     assert accuracies(press(at, "to_grid")).index.tolist() == ["first", "second"]
+    at = page(view="runs", image=str(image))
+    assert html(at, "image") and not at.dataframe
+    assert press(at, "to_grid").dataframe

@@ -200,7 +200,7 @@ def _results(result: dict) -> dict:
         "split": f"{split} ({convention})" if split and convention else split or None,
         "images": result.get(f"{split}/n"),
         "overlap": str(overlap) if overlap else None,
-        "calibrated": f"T = {temperature:.3g}" if temperature else None,
+        "calibrated": temperature,
         "seconds": result.get("train_seconds"),
     }
     for column, key in METRICS.items():

@@ -7,8 +7,11 @@ const KEYS = ["ArrowLeft", "ArrowRight", "Escape", "s", "S"]; // the shortcuts o
 const MAX_UPLOAD = 10 * 2 ** 20; // bytes: MAX_UPLOAD_BYTES of thumbnails.py
 const REMOVE = "[data-testid=stFileChipDeleteBtn] button, button[data-testid=stFileChipDeleteBtn]";
 
+const OPEN_LIST = "[role=combobox][aria-expanded=true]";
+
 let lastPress = -Infinity;
 let lastPressed = null; // a key, or a button
+let closesList = false; // whether the key that is pressed does
 
 // Until the answer has come, the buttons do what they did at the last press: another press of the
 // same, or a key that is held, asks for the same once more. Hundreds of these would stop the browser.
@@ -33,6 +36,18 @@ function holdBack(event) {
     }
 }
 
+// Escape closes an open list, and that alone: it must not reach the document, whose listener presses
+// the button with that shortcut, and does so from within a list, too.
+function noteOpenList(event) {
+    closesList = event.key === "Escape" && event.target.closest(OPEN_LIST) !== null;
+}
+
+function keepFromShortcuts(event) {
+    if (closesList) {
+        event.stopPropagation();
+    }
+}
+
 // Streamlit refuses a file that is too large, and says so, but the file before it stays: so does the
 // answer about that one, which would be taken for one about the new file.
 function removeFormer(event) {
@@ -46,7 +61,9 @@ function removeFormer(event) {
 // Once for a document, before any listener of Streamlit's, however often this file is loaded.
 if (!window.flowersHoldBack) {
     window.flowersHoldBack = true;
+    window.addEventListener("keydown", noteOpenList, true);
     window.addEventListener("keydown", holdBack, true);
+    document.body.addEventListener("keydown", keepFromShortcuts);
     window.addEventListener("click", holdBack, true);
     window.addEventListener("change", removeFormer, true);
     window.addEventListener("drop", removeFormer, true);

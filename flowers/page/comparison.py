@@ -65,7 +65,8 @@ def compare_runs(
     flowers = data.flowers
     # Without any settings, a table would say nothing.
     if state["run"] is None and names_with(folders, "args.json", "result.json"):
-        show_runs(runs, [folder.name for folder in folders], names)
+        if state["image"] is None:  # one image is shown without the table
+            show_runs(runs, [folder.name for folder in folders], names)
         return None
     if not names:
         remedy = training_command(flowers, runs)
@@ -289,8 +290,13 @@ def kinds_of_probabilities(predictions: Sequence[Predictions]) -> str:
     others = [panels.plain(run.name) for run in predictions if run.temperature is None]
     if not others:
         return f"Probabilities: {said}."
-    return (
+    mixed = (
         "The percentages of these runs are not of one kind, and can't be compared: "
-        f"{said}; not calibrated: {', '.join(others)}. "
-        "Labels in doubt are found by the mean of these as they are."
+        f"{said}; not calibrated: {', '.join(others)}."
     )
+    if state["show"] == "doubted":
+        mixed += (
+            " Labels in doubt are found by the mean of these percentages, though they are of two "
+            "kinds."
+        )
+    return mixed

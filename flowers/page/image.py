@@ -29,6 +29,7 @@ from flowers.page.kept import (
     load_predictions,
     load_searcher,
     models_apart,
+    reasons_apart,
     stamp_of,
     stamp_of_run,
     stamp_of_start,
@@ -81,19 +82,21 @@ def show_image(
         f"{flowers.file_names[i]} · {width} x {height} pixels · {len(jpeg) / 1000:.0f} kB",
     ]
     captions = captions_of(data, i)
-    predictions, note = listing.predictions, ""
+    predictions, note, may_be_more = listing.predictions, "", False
     if not predictions:
-        predictions, note = newest_predictions(data, runs, predicted, i)
-        others = [run for run in predictions if run.name != state["also"]]
-        predictions = predictions_of_another(data, runs, predicted, i) + others
+        newest = newest_predictions(data, runs, predicted, i)
+        note = what_is_left_out(len(newest), len(predicted))
+        may_be_more = has_more(len(newest), len(predicted)) or state["also"] is not None
+        predictions = [run for run in newest if run.name != state["also"]]
+        predictions += predictions_of_another(data, runs, predicted, i)
     rankings = rankings_of(data, i, predictions, runs)
     draw(panels.image(jpeg, rgb, name, facts, captions, rankings, note), "image")
     with st.container(horizontal=True):
         if rankings:
             names = NAMES_OF_PROBABILITIES
             choose_one("Probabilities", PROBABILITIES, "probabilities", change, names)
-        if not listing.predictions:
-            choose_another(predicted, [run.name for run in predictions])
+        if may_be_more:
+            choose_another(data, runs, predicted, [run.name for run in predictions])
     show_where(data, i, models, runs)
     show_neighbours(data, i, models, runs)
 
@@ -150,11 +153,11 @@ def rankings_of(
 ) -> list[tuple[str, list[tuple[str, float]]]]:
     """Return what each run says of image i: its name, and class names with probabilities."""
     flowers = data.flowers
+    predictions = [run for run in predictions if run.top[i]]
+    any_calibrated = any(run.temperature is not None for run in predictions)
     rankings = []
     for run in predictions:
-        if not run.top[i]:
-            continue
-        title, answers = answers_of(data, i, run, runs / run.name)
+        title, answers = answers_of(data, i, run, runs / run.name, any_calibrated)
         best = []
         for c, probability in answers:
             mark = "✓ " if c == flowers.labels[i] else ""
@@ -163,21 +166,24 @@ def rankings_of(
     return rankings
 
 
-def answers_of(data: Dataset, i: int, run: Predictions, folder: Path) -> tuple[str, Answers]:
+def answers_of(
+    data: Dataset, i: int, run: Predictions, folder: Path, any_calibrated: bool
+) -> tuple[str, Answers]:
     """Return a run's name, with how its probabilities were calibrated, and its answers to image i.
 
     They are as it predicted them, or calibrated, where this is chosen and the run can be.
+    any_calibrated: whether one of the runs that are shown predicted calibrated ones.
     """
     temperature, answers = run.temperature, run.top[i]
-    if state["probabilities"] == "calibrated" and temperature is None:
+    is_chosen = state["probabilities"] == "calibrated"
+    if is_chosen and temperature is None:
         try:
             temperature, answers = calibrated_answers(data, i, run, folder)
         except UserError as error:
             st.warning(panels.message(str(error)))
-        if temperature is None:
-            return f"{run.name}: not calibrated", answers
     if temperature is None:
-        return run.name, answers
+        is_said = is_chosen or any_calibrated
+        return f"{run.name}: not calibrated" if is_said else run.name, answers
     from flowers.calibration import temperature_in_words  # here, as it loads scipy
 
     return f"{run.name}: {temperature_in_words(temperature)}, found on val", answers
@@ -211,11 +217,8 @@ def model_probabilities(
     return explainer.temperature, explainer.probabilities(_data.flowers.files[i])
 
 
-def newest_predictions(
-    data: Dataset, runs: Path, names: list[str], i: int
-) -> tuple[list[Predictions], str]:
-    """Return the predictions of the newest runs that have one of image i, and how many runs that
-    leaves out, in words.
+def newest_predictions(data: Dataset, runs: Path, names: list[str], i: int) -> list[Predictions]:
+    """Return the predictions of the newest runs that have one of image i.
 
     names: the runs that have predictions, the newest first.
     """
@@ -229,29 +232,42 @@ def newest_predictions(
             found.append(run)
         if len(found) == NEWEST:
             break
-    return found, what_is_left_out(len(found), len(names))
+    return found
+
+
+def has_more(n_found: int, n_runs: int) -> bool:
+    """Return whether some runs were not looked at once the `n_found` newest were found."""
+    return n_runs > (NEWEST if n_found == NEWEST else NEWEST_LOOKED_AT)
 
 
 def what_is_left_out(n_found: int, n_runs: int) -> str:
     """Return of how many runs with predictions the `n_found` newest are shown, in words."""
-    if n_found == NEWEST < n_runs:
-        return (
-            f"The newest {NEWEST} that predicted this image, of {n_runs} runs with predictions. "
-            "Below, another one can be chosen."
+    if not has_more(n_found, n_runs):
+        if n_found or not n_runs:
+            return ""
+        if n_runs == 1:
+            return "The only run with predictions has none of this image."
+        return f"None of the {n_runs} runs with predictions has this image."
+    if n_found == NEWEST:
+        found = f"The newest {NEWEST} that predicted this image, of {n_runs} runs with predictions."
+    else:
+        have = "have" if n_found > 1 else "has"
+        found = (
+            f"{n_found or 'None'} of the {NEWEST_LOOKED_AT} newest of {n_runs} runs with "
+            f"predictions {have} this image; older ones were not looked at."
         )
-    if n_found < NEWEST and n_runs > NEWEST_LOOKED_AT:
-        return (
-            f"{n_found or 'None'} of the newest {NEWEST_LOOKED_AT} of {n_runs} runs predicted this "
-            "image; the others were not looked at. Below, another one can be chosen."
-        )
-    return ""
+    return f"{found} Another one can be chosen below."
 
 
-def choose_another(names: list[str], shown: list[str]) -> None:
-    """Show the list of the runs with predictions that are not `shown`; one of them can be."""
+def choose_another(data: Dataset, runs: Path, names: list[str], shown: list[str]) -> None:
+    """Show the list of the runs with predictions that are not `shown`; one of them can be.
+
+    names: the runs that have predictions.
+    """
     others = [name for name in names if name not in shown or name == state["also"]]
-    if others or state["also"]:
-        choose_from_list("Predictions of one more run", others, "also", "none", on_change=change)
+    reasons = reasons_apart(data, runs, others)
+    label = "Predictions of one more run"
+    choose_from_list(label, list(reasons), "also", "none", reasons, on_change=change)
 
 
 def predictions_of_another(
@@ -376,9 +392,12 @@ def choose_way(ways: Sequence[str], reasons: dict[str, str]) -> None:
     colours, *models = ways
     # The list only once it is needed: it takes the browser longer to load than the pictures do.
     state["near_by"] = colours if state["like"] == colours else FEATURES
+    if state["like"] in models:
+        state["_like"] = state["like"]  # for who comes back from the colours
 
     def choose() -> None:
-        change(like=colours if state["near_by"] == colours else models[0])
+        run = state["_like"] if state.get("_like") in models else models[0]
+        change(like=colours if state["near_by"] == colours else run)
 
     choose_one("Nearest images by", (colours, FEATURES), "near_by", choose)
     if state["like"] != colours:

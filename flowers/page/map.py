@@ -117,7 +117,13 @@ def groups_on_map(data: Dataset, runs: Path, predicted: list[str]) -> np.ndarray
 def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
     """Show the map; what is selected on it becomes state["box"]. places: (N, 2), groups: (N,)."""
 
-    key = f"map-{state['laid']}"  # another map begins without a selection
+    # The chart keeps what is drawn on it, and is told of a box once, when it is new: a box that
+    # comes from the address, or is removed by the button, makes a new one.
+    if state["box"] != state.get("_drawn"):
+        state["_charts"] = state.get("_charts", 0) + 1
+    key = f"map-{state['laid']}-{state.get('_charts', 0)}"  # another map begins without a box
+    if key not in state:
+        state["_given"] = state["_drawn"] = state["box"]
 
     def box_drawn() -> None:
         selection = state.get(key, {}).get("selection", {}).get(atlas.SELECTION, {})
@@ -126,10 +132,6 @@ def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
             change_filter()
             change(box=box, _drawn=box)
 
-    # The chart keeps what is drawn on it. It is told of a box when it is new on the page, and of
-    # one that comes from the address.
-    if key not in state or state["box"] != state.get("_drawn"):
-        state["_given"] = state["_drawn"] = state["box"]
     arguments = (data.thumbnails, data.stamp)
     pictures = result_of(start_hover_pictures, arguments, "Making small pictures")
     names = np.array(data.flowers.class_names)[data.flowers.labels]
@@ -137,7 +139,10 @@ def draw_map(data: Dataset, places: np.ndarray, groups: np.ndarray) -> None:
     chart = atlas.chart(places, groups, data.ids, names, pictures, box)
     st.caption(
         "Each dot is an image, those that look alike close together (Isomap). Draw a box with the "
-        "mouse to see its images below; a click beside it removes it."
+        "mouse to see its images below; the button below the map removes it."
     )
     with st.container(width=MAP_WIDTH):  # a window may be so wide that distances mean nothing
         st.altair_chart(chart, key=key, on_select=box_drawn)
+    if state["box"]:
+        nothing = {"box": "", "page": 1}
+        st.button("Remove the box", on_click=change, kwargs=nothing, key="remove_box")

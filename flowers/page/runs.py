@@ -15,7 +15,14 @@ from flowers.gallery.overview import COLUMNS, METRICS, run_table
 from flowers.gallery.predictions import run_arguments
 from flowers.page.choices import DIRECTIONS, change, is_missing, state
 from flowers.page.kept import made_once, stamp_of, start_statistics
-from flowers.page.widgets import choose_from_list, choose_one, download, filters, toolbar
+from flowers.page.widgets import (
+    choose_from_list,
+    choose_one,
+    download,
+    filters,
+    on_telephone,
+    toolbar,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +36,9 @@ HEADS = {
     "parameters trained": "trained",
     **{name: name.removesuffix(" (%)") for name in METRICS if name != "mean per class (%)"},
 }
+
+# Pixels of the column of the runs' names: at most, beside the letters, and for each of these.
+WIDEST, PADDING, LETTER = 300, 24, 7
 
 # Keys of metrics.jsonl that are drawn, and what they are called.
 CURVES = {"train/loss": "training loss", "val/top1": "top-1 on val (%)"}
@@ -121,7 +131,7 @@ def show_ticks(table: "pd.DataFrame") -> None:
         on_select=change,
         selection_mode="multi-row",
         selection_default={"selection": {"rows": first, "columns": [], "cells": []}},
-        column_config=column_formats(table.columns),
+        column_config=column_formats(table.columns, shown),
         placeholder="",
     )
     now = [shown[row] for row in event.selection.rows]
@@ -130,20 +140,23 @@ def show_ticks(table: "pd.DataFrame") -> None:
     state["ticked"] = state["_ticked"] = kept + [name for name in now if name not in kept]
 
 
-def column_formats(columns: Sequence[str]) -> dict:
-    """Return how the columns of the table of runs are shown, for Streamlit."""
+def column_formats(columns: Sequence[str], names: Sequence[str]) -> dict:
+    """Return how the columns of the table of runs are shown, for Streamlit. names: of the runs."""
     of_numbers = dict.fromkeys(METRICS, "%.2f") | {"learning rate": "%.1e", "seconds": "%.0f"}
-    of_numbers["parameters trained"] = "compact"
+    of_numbers |= {"parameters trained": "compact", "calibrated": "T = %.3g"}
     formats = {}
     for name in columns:
         label = {"label": HEADS.get(name, name), "help": name if name in HEADS else None}
         if name in of_numbers:
             formats[name] = st.column_config.NumberColumn(format=of_numbers[name], **label)
         else:
-            # On a narrow window the name of the run stays in sight.
-            formats[name] = st.column_config.Column(pinned=name == "run", **label)
+            formats[name] = st.column_config.Column(**label)
     # By itself it would be as wide as the first rows need, which may have none.
     formats["loss"]["width"] = 78
+    longest = max(map(len, names), default=0)
+    formats["run"]["width"] = min(WIDEST, PADDING + LETTER * longest)
+    # In a window the name of the run stays in sight; a telephone has no room for it and numbers.
+    formats["run"]["pinned"] = not on_telephone()
     return formats
 
 

@@ -149,9 +149,11 @@ def step_button(label: str, key: str, shortcut: str | None, enabled: bool, **cho
 
 def filters():
     """Return a container for the filters of a view; on a telephone they are folded away."""
-    if "Mobile" in (st.context.headers.get("User-Agent") or ""):
-        return st.expander("Filters")
-    return st.container(horizontal=True)
+    return st.expander("Filters") if on_telephone() else st.container(horizontal=True)
+
+
+def on_telephone() -> bool:
+    return "Mobile" in (st.context.headers.get("User-Agent") or "")
 
 
 def toolbar():
