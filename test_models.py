@@ -23,6 +23,7 @@ from pathlib import Path
 from flowers import UserError, add_device_arguments, command, typed_flags
 from flowers.choices import SHAPES, STRATEGIES, add_figure_arguments
 from flowers.files import user_file, user_path
+from flowers.settings import USED_BY
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -117,8 +118,8 @@ def check_parts(typed: Mapping[str, object]) -> None:
         for flag in ("batch_size", "device", "precision"):
             if flag in typed:
                 raise UserError(f"--{flag} is of --measure: give both, or leave it out")
-    options = {"blocks": "last_blocks", "rank": "lora", "context_tokens": "prompt"}
-    for flag, strategy in options.items():
+    for flag in ("blocks", "rank", "context_tokens"):
+        (strategy,) = USED_BY[flag]
         if flag in typed and strategy not in typed.get("strategy", STRATEGIES):
             raise UserError(f"--{flag} is of --strategy {strategy}, which is not asked for")
 
